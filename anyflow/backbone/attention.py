@@ -1,0 +1,129 @@
+"""Attention processors for diffusers' AnyFlow blocks: rotary positions in real arithmetic, and folded text padding.
+
+They replace the stock processors without touching weights. Given the stock arguments (a dictionary of complex
+frequencies, a plain tensor of text) they do what the stock ones do, so the wrapped transformer still serves a pipeline.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.transformers.transformer_anyflow import AnyFlowRotaryPosEmbed, AnyFlowTransformer3DModel
+from diffusers.models.transformers.transformer_anyflow import apply_rotary_emb as apply_stock_rotary
+from torch import Tensor
+
+from anyflow.backbone.protocol import Text
+
+RotaryTable = tuple[Tensor, Tensor]
+"""Cosines and sines, each ``[1, L, 1, head_dim / 2]`` float32, L = tokens of the video."""
+
+
+def install_processors(transformer: AnyFlowTransformer3DModel) -> None:
+    """Put this module's processors on every block."""
+    for block in transformer.blocks:
+        block.attn1.set_processor(SelfAttentionProcessor())
+        block.attn2.set_processor(TextAttentionProcessor())
+
+
+def rotary_table(rope: AnyFlowRotaryPosEmbed, grid: tuple[int, int, int], device: torch.device) -> RotaryTable:
+    """Angles of a token grid (frames, height, width), as the stock frequencies in float32."""
+    with torch.inference_mode(False), torch.no_grad():  # a table first built while sampling must serve training too
+        layout = {"total_frames": grid[0], "full_frame_shape": grid[1:]}
+        frequencies = rope(layout_cfg=layout, device=torch.device("cpu"))["query"]  # [1, 1, L, head_dim / 2] complex
+        frequencies = frequencies.transpose(1, 2)
+        return frequencies.real.float().to(device), frequencies.imag.float().to(device)
+
+
+def rotate(heads: Tensor, table: RotaryTable) -> Tensor:
+    """Rotate neighbouring channel pairs of ``[B, L, heads, head_dim]`` in float32; the result is float32."""
+    cosine, sine = table
+    even, odd = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1).flatten(-2)
+
+
+def padding_bias(text: Text, dtype: torch.dtype) -> Tensor | None:
+    """Additive attention bias ``[B, 1, 1, S]`` which makes two padding tokens count for all of them, exactly.
+
+    A token with bias ``log(n)`` weighs as much as n copies of it. ``log(n)`` rounded to bfloat16 would be off by up to
+    1.5 %, so the padding token at ``length`` gets a value rounded down, and the spare last token what then lacks.
+    """
+    if text.lengths is None:
+        return None
+    tokens = text.embeddings.shape[1]
+    position = torch.arange(tokens, device=text.embeddings.device)
+    lengths = text.lengths.to(text.embeddings.device)[:, None]
+    padding = (text.padded_length - lengths).float()  # log(0) = -inf: a prompt without padding ignores both tokens
+    rounded_down = (padding.log() * (1 - torch.finfo(dtype).eps)).to(dtype).float()
+    lacking = (padding - rounded_down.exp()).clamp(min=0).log()
+    bias = torch.where(position < lengths, 0.0, -torch.inf)
+    bias = torch.where(position == tokens - 1, lacking, bias)
+    bias = torch.where(position == lengths, rounded_down, bias)
+    return bias.to(dtype)[:, None, None, :]
+
+
+def with_spare_token(text: Text) -> Text:
+    """Append the zero token that :func:`padding_bias` gives the remainder to."""
+    if text.lengths is None:
+        return text
+    return text._replace(embeddings=F.pad(text.embeddings, (0, 0, 0, 1)))
+
+
+class SelfAttentionProcessor:
+    """Attention of all video tokens to all video tokens, with rotary positions."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: RotaryTable | dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        query, key, value = _project(attn, hidden_states, hidden_states)
+        if isinstance(rotary_emb, dict):
+            query = apply_stock_rotary(query.transpose(1, 2), rotary_emb["query"]).transpose(1, 2)
+            key = apply_stock_rotary(key.transpose(1, 2), rotary_emb["key"]).transpose(1, 2)
+        elif rotary_emb is not None:
+            query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
+        return _attend(attn, query, key, value, attention_mask)
+
+
+class TextAttentionProcessor:
+    """Attention of all video tokens to the prompt."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Text | Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        if isinstance(encoder_hidden_states, Tensor):
+            query, key, value = _project(attn, hidden_states, encoder_hidden_states)
+            return _attend(attn, query, key, value, attention_mask)
+        text = encoder_hidden_states
+        query, key, value = _project(attn, hidden_states, text.embeddings)
+        return _attend(attn, query, key, value, padding_bias(text, value.dtype))
+
+
+def _project(attn: Any, hidden_states: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, each ``[B, L, heads, head_dim]``."""
+    query = attn.norm_q(attn.to_q(hidden_states))
+    key = attn.norm_k(attn.to_k(source))
+    value = attn.to_v(source)
+    return tuple(part.unflatten(2, (attn.heads, -1)) for part in (query, key, value))  # type: ignore[return-value]
+
+
+def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2, 3)))

@@ -1,0 +1,132 @@
+"""The bidirectional flow-map network: all frames at once, every token attending to every token.
+
+It is diffusers' ``AnyFlowTransformer3DModel``, its weights and their names untouched. The outer pass is written anew,
+so that times shared by all frames are not repeated over tokens, times stay in float32 and padding is folded. The blocks
+are the stock modules, called as modules: sharding hooks, adapters and activation checkpointing work on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import AnyFlowTransformer3DModel
+from torch import Tensor
+
+from anyflow.backbone.attention import RotaryTable, install_processors, rotary_table, with_spare_token
+from anyflow.backbone.protocol import FlowMapBackbone, Text
+
+FLOAT32_PARTS = (
+    "time_embedder",
+    "delta_embedder",
+    "time_proj",
+    "delta_emb_gate",
+    "scale_shift_table",
+    "norm2",
+    "lora_",
+)
+"""Parameters whose names contain one of these stay float32 at any precision.
+
+In bfloat16 t + 5 and t - 5 often round to the same embedding, which ruins the finite difference; adapters in bfloat16
+swallow small updates. Together they are under 2 % of the weights."""
+
+
+class BidirectionalBackbone(FlowMapBackbone):
+    """Wraps an ``AnyFlowTransformer3DModel``; see :class:`~anyflow.backbone.protocol.FlowMapBackbone` for the call."""
+
+    def __init__(self, transformer: AnyFlowTransformer3DModel, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        if transformer.config.image_dim is not None:
+            raise ValueError("a transformer with image embeddings (image_dim) cannot serve as a flow-map backbone")
+        self.transformer = transformer
+        self._rotary_tables: dict[tuple[tuple[int, int, int], torch.device], RotaryTable] = {}
+        install_processors(transformer)
+        if gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.patch_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.patch_embedding.weight.device
+
+    def forward(self, latents: Tensor, timestep: Tensor, r_timestep: Tensor, text: Text) -> Tensor:
+        if timestep.shape != r_timestep.shape or timestep.shape not in (latents.shape[:1], latents.shape[:2]):
+            raise ValueError(
+                f"timestep {tuple(timestep.shape)} and r_timestep {tuple(r_timestep.shape)} must both be [B] or [B, F] "
+                f"of latents {tuple(latents.shape)}"
+            )
+        net = self.transformer
+        hidden = net.patch_embedding(latents.to(self.dtype).transpose(1, 2))
+        frames, height, width = hidden.shape[2:]
+        rotary = self._rotary_table((frames, height, width), hidden.device)
+        hidden = hidden.flatten(2).transpose(1, 2)  # [B, L, dim], L = frames * height * width
+        time, modulation = self._embed_times(timestep, r_timestep, tokens_per_frame=height * width)
+        text = with_spare_token(text)
+        text = text._replace(embeddings=net.condition_embedder.text_embedder(text.embeddings.to(self.dtype)))
+
+        checkpointing = net.gradient_checkpointing and torch.is_grad_enabled()
+        for block in net.blocks:
+            if checkpointing:
+                hidden = net._gradient_checkpointing_func(block, hidden, text, modulation, rotary, None)
+            else:
+                hidden = block(hidden, text, modulation, rotary, None)
+
+        shift, scale = (net.scale_shift_table[None] + time[:, :, None]).unbind(2)  # each [B, 1 or L, dim]
+        hidden = net.norm_out(hidden.float()) * (1 + scale) + shift
+        velocity = net.proj_out(hidden.to(net.proj_out.weight.dtype))
+        return self._unpatchify(velocity, frames, height, width).float()
+
+    def _embed_times(self, timestep: Tensor, r_timestep: Tensor, tokens_per_frame: int) -> tuple[Tensor, Tensor]:
+        """Embedding ``[B, N, dim]`` and modulation ``[B, N, 6, dim]``, float32; N is 1 or, for ``[B, F]``, all tokens."""
+        embedder = self.transformer.condition_embedder
+        second = r_timestep if embedder.deltatime_type == "r" else timestep - r_timestep
+        with torch.autocast(timestep.device.type, enabled=False):
+            time = _embed(embedder.timesteps_proj, embedder.time_embedder, timestep)
+            delta = _embed(embedder.timesteps_proj, embedder.delta_embedder, second)
+            gate = embedder.delta_emb_gate
+            embedding = (1 - gate) * time + gate * delta
+            project = embedder.time_proj
+            modulation = project(embedder.act_fn(embedding).to(project.weight.dtype)).float().unflatten(-1, (6, -1))
+        if timestep.ndim == 1:
+            return embedding[:, None], modulation[:, None]
+        return (
+            embedding.repeat_interleave(tokens_per_frame, dim=1),
+            modulation.repeat_interleave(tokens_per_frame, dim=1),
+        )
+
+    def _rotary_table(self, grid: tuple[int, int, int], device: torch.device) -> RotaryTable:
+        key = (grid, device)
+        if key not in self._rotary_tables:
+            self._rotary_tables[key] = rotary_table(self.transformer.rope, grid, device)
+        return self._rotary_tables[key]
+
+    def _unpatchify(self, tokens: Tensor, frames: int, height: int, width: int) -> Tensor:
+        """``[B, L, pf * ph * pw * C]`` to ``[B, F, C, H, W]``."""
+        patch_frames, patch_height, patch_width = self.transformer.config.patch_size
+        grid = tokens.unflatten(1, (frames, height, width)).unflatten(-1, (patch_frames, patch_height, patch_width, -1))
+        grid = grid.permute(0, 1, 4, 7, 2, 5, 3, 6)  # [B, f, pf, C, h, ph, w, pw]
+        return grid.flatten(6, 7).flatten(4, 5).flatten(1, 2)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BidirectionalBackbone:
+        """Let ``.to(bfloat16)`` and its like, called here or on a parent, leave the FLOAT32_PARTS in float32."""
+        tensors = [*self.named_parameters(), *self.named_buffers()]
+        kept = {id(tensor) for name, tensor in tensors if any(part in name for part in FLOAT32_PARTS)}
+
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) in kept and moved.dtype in (torch.bfloat16, torch.float16):
+                return tensor.to(device=moved.device, dtype=torch.float32)
+            return moved
+
+        return super()._apply(keep_float32, recurse)
+
+
+def _embed(sinusoids: Any, embedder: Any, time: Tensor) -> Tensor:
+    """Embed times ``[...]`` as ``[..., dim]`` in float32."""
+    features = sinusoids(time.flatten())  # float32
+    weight = embedder.linear_1.weight
+    return embedder(features.to(weight.dtype)).float().unflatten(0, time.shape)

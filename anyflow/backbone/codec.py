@@ -1,0 +1,241 @@
+"""The frozen ends of the network: pixels to latents and back, prompts to embeddings.
+
+Latents are ``[B, F, C, H, W]``, normalised with the autoencoder's own statistics; frames before channels, as the
+network takes them. Videos are ``[B, F, H, W, 3]`` uint8, or ``[B, 3, F, H, W]`` in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+from anyflow.backbone.protocol import Text
+from anyflow.backbone.wan_vae import decode_latents, encode_moments
+from anyflow.errors import UserError
+
+MAX_TEXT_TOKENS = 512
+"""Wan's prompt length: longer prompts are cut, shorter ones padded with zero vectors."""
+
+ONE_PASS_PIXELS = 2**21
+"""Up to so many pixels (frames x height x width x clips) the autoencoder takes all frames at once; above, diffusers'
+loop over chunks of four frames bounds the memory. 20 clips of 17 x 96 x 64, or 5 frames of 480 x 832."""
+
+TEXT_CACHE_BYTES = 2**30
+
+
+class Codec(nn.Module):
+    """Autoencoder, tokenizer and text encoder of a pipeline folder; frozen, in evaluation mode, without gradient.
+
+    Keep it out of a trained module's parameters (a checkpoint need not carry it), for instance in a tuple.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKLWan,
+        tokenizer: Any = None,
+        text_encoder: nn.Module | None = None,
+        source: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.vae = vae
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+        self.source = source
+        """The folder that the parts came from; an export copies them from there."""
+        self._text_cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._text_cache_bytes = 0
+        self.requires_grad_(False)
+        self.train(False)
+
+    @classmethod
+    def from_folder(
+        cls,
+        path: str | Path,
+        *,
+        text: bool = True,
+        dtype: torch.dtype = torch.float32,
+        text_dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Codec:
+        """Load the parts of a diffusers pipeline folder (or Hub name).
+
+        Args:
+            path: a folder with ``vae``, ``tokenizer`` and ``text_encoder``, or a Hub name.
+            text: False leaves the tokenizer and text encoder out (captions already encoded).
+            dtype: precision of the autoencoder.
+            text_dtype: precision of the text encoder, ``dtype`` if None.
+            device: where to put them.
+
+        Raises:
+            UserError: a part is missing or cannot be read.
+        """
+        from anyflow.backbone.load import load_codec_parts, resolve_folder
+
+        parts = ("vae", "tokenizer", "text_encoder") if text else ("vae",)
+        folder = resolve_folder(path, parts)
+        return cls(*load_codec_parts(folder, text, dtype, text_dtype or dtype), source=folder).to(device)
+
+    def train(self, mode: bool = True) -> Codec:
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.vae.post_quant_conv.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vae.post_quant_conv.weight.dtype
+
+    # Video ------------------------------------------------------------------------------------------------------------
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """``(F, C, H, W)`` of the latents of one clip.
+
+        Raises:
+            UserError: the clip's size does not fit (:meth:`check_video_shape`).
+        """
+        self.check_video_shape(frames, height, width)
+        config = self.vae.config
+        temporal, spatial = config.scale_factor_temporal, config.scale_factor_spatial
+        return (frames - 1) // temporal + 1, config.z_dim, height // spatial, width // spatial
+
+    def check_video_shape(self, frames: int, height: int, width: int) -> None:
+        """Refuse a clip that the autoencoder and the network's 2 x 2 patches cannot take without cropping.
+
+        Raises:
+            UserError: frames is not ``4n + 1``, or a side is not a multiple of 16 pixels.
+        """
+        check_video_shape(
+            frames, height, width, self.vae.config.scale_factor_temporal, 2 * self.vae.config.scale_factor_spatial
+        )
+
+    @torch.no_grad()
+    def encode_video(self, video: Tensor, clips_per_pass: int | None = None) -> Tensor:
+        """Normalised latents ``[B, F, C, H, W]`` float32: the posterior's mean.
+
+        Args:
+            video: uint8 ``[B, F, H, W, 3]``, or float ``[B, 3, F, H, W]`` in [-1, 1].
+            clips_per_pass: encode so many clips at a time; with 1, a clip's latents do not depend on its batch at all.
+
+        Raises:
+            UserError: the clip's size does not fit (:meth:`check_video_shape`).
+        """
+        pixels = pixels_from_bytes(video.to(self.device)) if video.dtype == torch.uint8 else video.to(self.device)
+        self.check_video_shape(*pixels.shape[2:])
+        mean, std = self._statistics()
+        latents = []
+        for clips in pixels.to(self.dtype).split(clips_per_pass or len(pixels)):
+            one_pass = clips[:, 0].numel() <= ONE_PASS_PIXELS and not self.vae.use_tiling
+            moments = encode_moments(self.vae, clips) if one_pass else self.vae._encode(clips)
+            latents.append((moments.chunk(2, dim=1)[0].float() - mean) / std)
+        return torch.cat(latents).transpose(1, 2).contiguous()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, clips_per_pass: int | None = None) -> Tensor:
+        """Video uint8 ``[B, F, H, W, 3]`` of normalised latents ``[B, F, C, H, W]``."""
+        return bytes_from_pixels(self.decode_to_pixels(latents, clips_per_pass))
+
+    @torch.no_grad()
+    def decode_to_pixels(self, latents: Tensor, clips_per_pass: int | None = None) -> Tensor:
+        """Video float32 ``[B, 3, F, H, W]`` in [-1, 1] of normalised latents ``[B, F, C, H, W]``."""
+        mean, std = self._statistics()
+        stored = latents.to(self.device).float().transpose(1, 2) * std + mean
+        pixels_per_value = self.vae.config.scale_factor_temporal * self.vae.config.scale_factor_spatial**2
+        videos = []
+        for clips in stored.to(self.dtype).split(clips_per_pass or len(stored)):
+            one_pass = clips[:, 0].numel() * pixels_per_value <= ONE_PASS_PIXELS and not self.vae.use_tiling
+            video = decode_latents(self.vae, clips) if one_pass else self.vae.decode(clips, return_dict=False)[0]
+            videos.append(video.float().clamp(-1, 1))
+        return torch.cat(videos)
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Per-channel mean and standard deviation of stored latents, ``[1, C, 1, 1, 1]`` float32."""
+        config = self.vae.config
+        both = torch.tensor([config.latents_mean, config.latents_std], dtype=torch.float32, device=self.device)
+        mean, std = both[:, None, :, None, None, None]
+        return mean, std
+
+    # Text -------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_text(self, captions: list[str]) -> Text:
+        """Embeddings of prompts, cleaned and cut as diffusers' pipeline does.
+
+        Each caption is encoded alone, so its embedding never depends on its batch, and remembered.
+
+        Raises:
+            UserError: this codec was loaded without its text encoder.
+        """
+        encoded = [self._encode_caption(caption) for caption in captions]
+        lengths = torch.tensor([len(embedding) for embedding in encoded])
+        tokens = min(int(lengths.max()) + 1, MAX_TEXT_TOKENS)
+        padded = torch.stack([nn.functional.pad(one, (0, 0, 0, tokens - len(one))) for one in encoded])
+        return Text(padded, lengths, MAX_TEXT_TOKENS).to(self.device)
+
+    def _encode_caption(self, caption: str) -> Tensor:
+        """``[length, D]`` on the CPU."""
+        if caption in self._text_cache:
+            self._text_cache.move_to_end(caption)
+            return self._text_cache[caption]
+        if self.tokenizer is None or self.text_encoder is None:
+            raise UserError("This codec has no text encoder: load it with text=True, or train on encoded captions.")
+        tokens = self.tokenizer(
+            clean_prompt(caption),
+            max_length=MAX_TEXT_TOKENS,
+            truncation=True,
+            add_special_tokens=True,
+            return_tensors="pt",
+        )
+        output = self.text_encoder(tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device))
+        embedding = output.last_hidden_state[0].cpu()
+        self._text_cache[caption] = embedding
+        self._text_cache_bytes += embedding.nbytes
+        while self._text_cache_bytes > TEXT_CACHE_BYTES and len(self._text_cache) > 1:
+            self._text_cache_bytes -= self._text_cache.popitem(last=False)[1].nbytes
+        return embedding
+
+
+def check_video_shape(frames: int, height: int, width: int, temporal: int = 4, multiple: int = 16) -> None:
+    """Refuse a clip size that cannot be encoded without cropping.
+
+    Raises:
+        UserError: ``frames`` is not ``temporal * n + 1``, or a side is not a multiple of ``multiple`` pixels.
+    """
+    if frames < 1 or frames % temporal != 1 % temporal:
+        below = max(frames - 1, 0) // temporal * temporal + 1
+        raise UserError(f"frames is {frames}, but must be {temporal}n + 1: use {below} or {below + temporal} frames.")
+    for name, side in (("height", height), ("width", width)):
+        if side < multiple or side % multiple:
+            below = max(side // multiple, 1) * multiple
+            raise UserError(
+                f"{name} is {side} pixels, but must be a multiple of {multiple}: use {below} or {below + multiple}."
+            )
+
+
+def clean_prompt(prompt: str) -> str:
+    """What diffusers' pipeline does to a prompt: ftfy if installed, HTML unescaped, single spaces."""
+    try:
+        import ftfy  # type: ignore[import-not-found]
+
+        prompt = ftfy.fix_text(prompt)
+    except ImportError:
+        pass
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+
+
+def pixels_from_bytes(video: Tensor) -> Tensor:
+    """uint8 ``[B, F, H, W, 3]`` to float32 ``[B, 3, F, H, W]`` in [-1, 1]."""
+    return video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def bytes_from_pixels(video: Tensor) -> Tensor:
+    """``[B, 3, F, H, W]`` in [-1, 1] to uint8 ``[B, F, H, W, 3]``."""
+    return ((video.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 4, 1).contiguous()

@@ -1,0 +1,93 @@
+"""What the rest of the project asks of a network: the mean velocity from ``t`` to ``r``, under a text.
+
+Shapes: B batch, F latent frames, C latent channels, S text tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Text(NamedTuple):
+    """Prompt embeddings with their padding folded into one token.
+
+    Wan pads every prompt with zero vectors to 512 tokens and attends to all of them. Those vectors are identical, so
+    one of them, counted ``padded_length - length`` times in the softmax, gives the same result for less work.
+    """
+
+    embeddings: Tensor
+    """``[B, S, D]``, zero after each prompt's length; ``S >= min(max(lengths) + 1, padded_length)``."""
+    lengths: Tensor | None
+    """``[B]`` int64: the tokens of each prompt. None: attend to the embeddings exactly as given, padding included."""
+    padded_length: int
+    """The number of tokens that the network was trained to see (512 for Wan)."""
+
+    def select(self, rows: Tensor) -> Text:
+        """The texts of the given rows (int64 ``[n]``), trimmed to the longest of them."""
+        if self.lengths is None:
+            return self._replace(embeddings=self.embeddings[rows])
+        lengths = self.lengths[rows.to(self.lengths.device)]
+        tokens = min(int(lengths.max()) + 1, self.padded_length)
+        return self._replace(embeddings=self.embeddings[rows, :tokens], lengths=lengths)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Text:
+        """Move, or cast the embeddings; the lengths stay int64."""
+        embeddings = self.embeddings.to(device, dtype)
+        lengths = None if self.lengths is None else self.lengths.to(embeddings.device)
+        return self._replace(embeddings=embeddings, lengths=lengths)
+
+    @staticmethod
+    def concatenate(texts: Sequence[Text]) -> Text:
+        """Stack texts along the batch, filling the shorter ones with padding.
+
+        Raises:
+            ValueError: the texts differ in their padded length, or only some carry lengths.
+        """
+        first = texts[0]
+        if any(text.padded_length != first.padded_length for text in texts):
+            raise ValueError(f"texts of different padded lengths: {[text.padded_length for text in texts]}")
+        if len({text.lengths is None for text in texts}) > 1:
+            raise ValueError("some texts carry lengths and some do not")
+        longest = max(text.embeddings.shape[1] for text in texts)
+        if first.lengths is None and any(text.embeddings.shape[1] != longest for text in texts):
+            raise ValueError("texts without lengths must have equally many tokens")
+        embeddings = [
+            nn.functional.pad(text.embeddings, (0, 0, 0, longest - text.embeddings.shape[1])) for text in texts
+        ]
+        lengths = None if first.lengths is None else torch.cat([text.lengths for text in texts])  # type: ignore[misc]
+        return Text(torch.cat(embeddings), lengths, first.padded_length)
+
+
+class FlowMapBackbone(nn.Module):
+    """A network that predicts mean velocities: a diffusers transformer in a wrapper that keeps its weights' names."""
+
+    transformer: Any
+    """The diffusers module: what is trained, sharded, saved and exported."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the bulk of the weights; times are float32 whatever it is."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        raise NotImplementedError
+
+    def forward(self, latents: Tensor, timestep: Tensor, r_timestep: Tensor, text: Text) -> Tensor:
+        """Mean velocity ``u(z, t, r, text)`` of the flow map ``z_r = z_t - (t - r) / 1000 * u``.
+
+        Args:
+            latents: ``[B, F, C, H, W]``.
+            timestep: ``[B]`` when all frames share their time (cheaper), else ``[B, F]``; 0 is data, 1000 is noise.
+            r_timestep: the time to go to, shaped like ``timestep``; equal to it for the instantaneous velocity.
+            text: one prompt for each sample.
+
+        Returns:
+            ``[B, F, C, H, W]`` float32.
+        """
+        raise NotImplementedError
