@@ -81,7 +81,7 @@ class BidirectionalBackbone(FlowMapBackbone):
         return self._unpatchify(velocity, frames, height, width).float()
 
     def _embed_times(self, timestep: Tensor, r_timestep: Tensor, tokens_per_frame: int) -> tuple[Tensor, Tensor]:
-        """Embedding ``[B, N, dim]`` and modulation ``[B, N, 6, dim]``, float32; N is 1 or, for ``[B, F]``, all tokens."""
+        """Embedding ``[B, N, dim]`` and modulation ``[B, N, 6, dim]``, float32; N is 1, or L for times ``[B, F]``."""
         embedder = self.transformer.condition_embedder
         second = r_timestep if embedder.deltatime_type == "r" else timestep - r_timestep
         with torch.autocast(timestep.device.type, enabled=False):
