@@ -1,0 +1,57 @@
+"""Recipes: what to train, on what, with what; the schema, loading, overrides, validation. Nothing heavy is imported.
+
+recipe = load_recipe("finetune/driving", model="tiny", hardware="cpu", overrides=["stage.steps=100"])
+for row in describe(recipe):
+    print(row.key, row.value, row.meaning, row.source)
+"""
+
+from anyflow.recipe.check import check_files, check_recipe, find_card, is_hub_id
+from anyflow.recipe.describe import Row, describe
+from anyflow.recipe.folders import RunFolder, choose_folder, has_checkpoint
+from anyflow.recipe.load import list_recipes, load_recipe, merge_recipe, recipes_folder, save_recipe, to_dict
+from anyflow.recipe.schema import (
+    LORA_TARGETS,
+    CheckpointRecipe,
+    CodecRecipe,
+    DataRecipe,
+    EmaRecipe,
+    HardwareRecipe,
+    LoraRecipe,
+    ModelRecipe,
+    OptimizerRecipe,
+    Recipe,
+    RunRecipe,
+    SamplingRecipe,
+    StageRecipe,
+)
+
+__all__ = [
+    "LORA_TARGETS",
+    "CheckpointRecipe",
+    "CodecRecipe",
+    "DataRecipe",
+    "EmaRecipe",
+    "HardwareRecipe",
+    "LoraRecipe",
+    "ModelRecipe",
+    "OptimizerRecipe",
+    "Recipe",
+    "Row",
+    "RunFolder",
+    "RunRecipe",
+    "SamplingRecipe",
+    "StageRecipe",
+    "check_files",
+    "check_recipe",
+    "choose_folder",
+    "describe",
+    "find_card",
+    "has_checkpoint",
+    "is_hub_id",
+    "list_recipes",
+    "load_recipe",
+    "merge_recipe",
+    "recipes_folder",
+    "save_recipe",
+    "to_dict",
+]

@@ -1,0 +1,220 @@
+"""Everything about a recipe that can be wrong before weights or data are opened, each told in one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from anyflow.errors import UserError
+from anyflow.recipe.fields import FieldInfo, all_fields, value_of
+from anyflow.recipe.schema import Recipe
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Ranges of all fields, then the rules between them.
+
+    Raises:
+        UserError: the first field at fault, its value, and what to give instead.
+    """
+    for key, info in all_fields().items():
+        _check_range(recipe, info, value_of(recipe, key))
+    _check_names(recipe)
+    _check_geometry(recipe)
+    _check_objective(recipe)
+    _check_model(recipe)
+
+
+def check_files(recipe: Recipe) -> None:
+    """That the dataset cards and the folders of weights that the recipe names exist (hub ids are not looked up).
+
+    Raises:
+        UserError: the first one that does not, and where to get it.
+    """
+    if not recipe.data.card:
+        raise UserError(
+            "data.card is empty: name a dataset card, for example data.card=driving or data.card=path/to/card.yaml"
+        )
+    for card in recipe.data.card:
+        find_card(card)
+    needed = [("model.codec", recipe.model.codec)]
+    if recipe.model.init == "weights":
+        needed.append(("model.weights", recipe.model.weights))
+    for key, place in needed:
+        if place and not Path(place).exists() and not is_hub_id(place):
+            raise UserError(
+                f"{key}={place!r} does not exist: give a folder of weights or a hub id (owner/name), "
+                "or run the recipe that makes it first"
+            )
+
+
+def find_card(name: str) -> Path:
+    """The file of a dataset card: a path, or a name in ``data/``; a UserError that lists the known ones otherwise."""
+    given, named = Path(name), Path("data") / f"{name}.yaml"
+    for path in (given, named):
+        if path.is_file():
+            return path
+    known = sorted(path.stem for path in Path("data").glob("*.yaml"))
+    close = difflib.get_close_matches(given.stem, known, n=1, cutoff=0.5)
+    hint = (
+        f"did you mean {close[0]}?"
+        if close
+        else f"known are {', '.join(known)}"
+        if known
+        else "give the path of a card"
+    )
+    raise UserError(f"data.card={name!r} is neither a file nor a card in data/: {hint}")
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text can be a model of the hub: ``owner/name``, the owner being no folder here."""
+    return bool(_HUB_ID.fullmatch(text)) and not Path(text.partition("/")[0]).is_dir()
+
+
+def fit_batch(recipe: Recipe) -> Recipe:
+    """``batch_size`` and ``accumulate`` that make ``data.global_batch``: the largest pass that fits, repeated.
+
+    Raises:
+        UserError: the ranks do not divide the batch, or outnumber it.
+    """
+    total, ranks = recipe.data.global_batch, recipe.world_size
+    if not total:
+        return recipe
+    if total % ranks:
+        near = max(1, round(total / ranks)) * ranks
+        raise UserError(
+            f"data.global_batch={total} does not divide over {ranks} ranks: "
+            f"give data.global_batch={near}, or other hardware.devices"
+        )
+    share = total // ranks
+    batch = max(size for size in range(1, min(share, recipe.data.batch_size) + 1) if share % size == 0)
+    return dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, batch_size=batch),
+        hardware=dataclasses.replace(recipe.hardware, accumulate=share // batch),
+    )
+
+
+def _check_range(recipe: Recipe, info: FieldInfo, value: Any) -> None:
+    where = f"{info.key}={value!r} ({recipe.sources.get(info.key, 'default')})"
+    for item in value if isinstance(value, list) else [value]:
+        if "choices" in info.limits and item not in info.limits["choices"]:
+            close = difflib.get_close_matches(str(item), info.limits["choices"], n=1)
+            raise UserError(
+                f"{where} is not known: give {info.wants}" + (f" (did you mean {close[0]}?)" if close else "")
+            )
+        if isinstance(item, bool) or not isinstance(item, int | float):
+            continue
+        if not math.isfinite(item):
+            raise UserError(f"{where} is not finite: give {info.wants}")
+        if "low" in info.limits and item < info.limits["low"]:
+            raise UserError(f"{where} is too small: give at least {info.limits['low']}")
+        if "above" in info.limits and item <= info.limits["above"]:
+            raise UserError(f"{where} is too small: give more than {info.limits['above']}")
+        if "high" in info.limits and item > info.limits["high"]:
+            raise UserError(f"{where} is too large: give at most {info.limits['high']}")
+
+
+def _check_names(recipe: Recipe) -> None:
+    if recipe.run.name and not _NAME.fullmatch(recipe.run.name):
+        raise UserError(
+            f"run.name={recipe.run.name!r} cannot be a folder's name: use letters, digits, dot, dash and underscore"
+        )
+    for key, values in (("sampling.steps", recipe.sampling.steps), ("sampling.seeds", recipe.sampling.seeds)):
+        if not values or len(set(values)) != len(values):
+            raise UserError(f"{key}={values} is empty or repeats itself: give each number once, for example [1, 4]")
+    if recipe.data.split == recipe.data.heldout:
+        raise UserError(
+            f"data.heldout={recipe.data.heldout!r} is the training split: "
+            "name another one, so that quality is measured on unseen clips"
+        )
+    if len(recipe.optimizer.betas) != 2:
+        raise UserError(
+            f"optimizer.betas={recipe.optimizer.betas} is no pair: give two numbers, for example [0.9, 0.95]"
+        )
+
+
+def _check_geometry(recipe: Recipe) -> None:
+    data = recipe.data
+    codec = recipe.stage.codec
+    _check_frames("data.frames", data.frames)
+    for key, size in (("data.height", data.height), ("data.width", data.width)):
+        if size % 16:
+            raise UserError(f"{key}={size} is no multiple of 16 (VAE x patch): give {_nearest(size, 16)}")
+    if recipe.stage.name != "codec":
+        return
+    _check_frames("stage.codec.crop_frames", codec.crop_frames)
+    crops: Sequence[tuple[str, int, int]] = (
+        ("frames", codec.crop_frames, data.frames),
+        ("height", codec.crop_height, data.height),
+        ("width", codec.crop_width, data.width),
+    )
+    for name, crop, whole in crops:
+        if name != "frames" and crop % 8:
+            raise UserError(f"stage.codec.crop_{name}={crop} is no multiple of 8: give {_nearest(crop, 8)}")
+        if crop > whole:
+            raise UserError(f"stage.codec.crop_{name}={crop} exceeds data.{name}={whole}: give at most {whole}")
+
+
+def _check_frames(key: str, frames: int) -> None:
+    if frames % 4 != 1:
+        below = max(1, frames - (frames - 1) % 4)
+        raise UserError(f"{key}={frames} is not 4n+1, as the VAE needs: give {below} or {below + 4}")
+
+
+def _nearest(size: int, step: int) -> str:
+    below = size // step * step
+    return f"{below} or {below + step}" if below else str(step)
+
+
+def _check_objective(recipe: Recipe) -> None:
+    stage = recipe.stage
+    total = stage.diffusion_share + stage.consistency_share
+    if total > 1 + 1e-9:
+        raise UserError(
+            f"stage.diffusion_share={stage.diffusion_share} and stage.consistency_share={stage.consistency_share} "
+            f"sum to {total:g}, above 1: lower one of them"
+        )
+    if recipe.data.precompute and stage.name == "codec":
+        raise UserError("data.precompute=true leaves the codec stage without pixels: set data.precompute=false")
+
+
+def _check_model(recipe: Recipe) -> None:
+    model, stage = recipe.model, recipe.stage
+    if model.lora.dropout > 0:
+        raise UserError(
+            f"model.lora.dropout={model.lora.dropout} would corrupt the finite difference of the target: set it to 0"
+        )
+    if model.lora.enabled and not model.lora.targets:
+        raise UserError(
+            "model.lora.targets is empty: name the layers that carry an adapter, or set model.lora.enabled=false"
+        )
+    if stage.name == "codec":
+        if not model.vae or not model.text_encoder:
+            raise UserError(
+                f"the codec stage builds a new VAE and text encoder, and model {model.name!r} gives no dimensions: "
+                "choose model tiny, or fill model.vae and model.text_encoder"
+            )
+        return
+    if model.init == "weights" and not model.weights:
+        raise UserError("model.weights is empty: give a folder or a hub id (owner/name), or model.init=new")
+    if model.init == "new":
+        if not model.network:
+            raise UserError(
+                f"model.init='new' with model {model.name!r}, which gives no dimensions: fill model.network"
+            )
+        if not model.codec:
+            raise UserError("model.init='new' leaves no VAE and text encoder: name their folder in model.codec")
+        if model.lora.enabled:
+            raise UserError("model.lora.enabled=true on a new network would train adapters on noise: set it to false")
+        if stage.name == "finetune":
+            raise UserError(
+                "stage finetune starts from an any-step model, and model.init='new' has none: set model.init=weights"
+            )

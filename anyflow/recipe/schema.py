@@ -1,0 +1,250 @@
+# ruff: noqa: RUF009  (every default goes through _option, which makes a fresh list or mapping each time)
+"""The schema of a recipe: every field that a person can set, its type, its default, its meaning and its range.
+
+A recipe is model x stage x hardware: three short YAML files whose keys are the fields below, merged in that order,
+then dotted overrides (``optimizer.lr=1e-4``). This module holds types alone and imports nothing but the standard
+library. What a field means is written once, in its ``help``; its range is written once, beside it, and
+:mod:`anyflow.recipe.check` enforces both ranges and the rules between fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+LORA_TARGETS = (
+    "attn1.to_q",
+    "attn1.to_k",
+    "attn1.to_v",
+    "attn1.to_out.0",
+    "ffn.net.0.proj",
+    "ffn.net.2",
+    "time_embedder",
+    "delta_embedder",
+)
+"""The released list: self-attention, feed-forward and both timestep embedders (the delta embedder must learn)."""
+
+
+def _option(default: Any, help: str, **limits: Any) -> Any:
+    """One field: default, meaning, and limits (``choices``; ``low`` and ``high`` inclusive, ``above`` exclusive)."""
+    metadata = {"help": help, **limits}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class LoraRecipe:
+    """Which weights a LoRA run trains; without LoRA every weight of the network is trained."""
+
+    enabled: bool = _option(False, "train low-rank adapters on a frozen network; false trains every weight")
+    rank: int = _option(256, "rank of the adapters", low=1)
+    alpha: float = _option(256.0, "scale of the adapters (alpha / rank multiplies them)", above=0)
+    dropout: float = _option(
+        0.0, "must be 0: dropout would corrupt the finite difference of the flow-map target", low=0
+    )
+    targets: list[str] = _option(list(LORA_TARGETS), "names (endings) of the layers that carry an adapter")
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """Which network, which weights."""
+
+    name: str = _option("tiny", "name of the model file, for the record")
+    weights: str = _option("", "folder or hub id (owner/name) that the network is loaded from")
+    codec: str = _option("", "folder or hub id of VAE, text encoder and tokenizer; empty: the same as model.weights")
+    init: str = _option("weights", "load the network from model.weights, or build it new", choices=("weights", "new"))
+    architecture: str = _option(
+        "bidirectional", "attention over all frames, or chunk by chunk", choices=("bidirectional", "causal")
+    )
+    shift: float = _option(
+        5.0, "timestep shift s of sigma' = s sigma / (1 + (s-1) sigma), in training and sampling", above=0
+    )
+    text_length: int = _option(512, "tokens that a prompt is padded or cut to", low=1, high=4096)
+    negative_prompt: str = _option("", "text of the unconditional pass, and of samples whose text is dropped")
+    lora: LoraRecipe = field(default_factory=LoraRecipe)
+    network: dict[str, Any] = _option({}, "dimensions of the transformer, for model.init=new")
+    vae: dict[str, Any] = _option({}, "dimensions of the VAE, for the codec stage")
+    text_encoder: dict[str, Any] = _option({}, "dimensions of the text encoder, for the codec stage")
+
+
+@dataclass(frozen=True)
+class CodecRecipe:
+    """The codec stage alone: how the small VAE is trained."""
+
+    crop_frames: int = _option(9, "frames of a training crop (4n+1)", low=1)
+    crop_height: int = _option(32, "pixel rows of a training crop (multiple of 8)", low=8)
+    crop_width: int = _option(48, "pixel columns of a training crop (multiple of 8)", low=8)
+    whole_share: float = _option(0.12, "last share of the steps that trains on whole clips", low=0, high=1)
+    kl_weight: float = _option(3e-5, "weight of the KL term", low=0)
+    gradient_weight: float = _option(0.5, "weight of the spatial and temporal gradient loss", low=0)
+    motion_weight: float = _option(4.0, "how much more a moving pixel counts, at most", low=1)
+
+
+@dataclass(frozen=True)
+class StageRecipe:
+    """What is trained, and on which objective."""
+
+    name: str = _option("finetune", "the stage", choices=("codec", "teacher", "forward", "finetune"))
+    steps: int = _option(200, "optimiser steps", low=1)
+    guidance_scale: float = _option(3.0, "guidance fused into the weights; the result samples at scale 1", low=1)
+    guided_tangent: bool = _option(
+        False, "move the finite difference along the guided velocity: better at 1 to 2 steps, slightly worse at 32"
+    )
+    derivative: str = _option(
+        "central",
+        "total derivative by central difference, or exact by jvp (slower, more memory)",
+        choices=("central", "jvp"),
+    )
+    delta: float = _option(5.0, "half width of the central difference, in timestep units of 1000", above=0, high=100)
+    weight: str = _option("beta08", "weight of the loss over timesteps", choices=("beta08", "uniform"))
+    rebalance: bool = _option(True, "scale flow-map losses to the diffusion loss; off is a disaster at 1 step")
+    diffusion_share: float = _option(
+        0.5, "share of the global batch with r = t (instantaneous velocity)", low=0, high=1
+    )
+    consistency_share: float = _option(
+        0.25, "share of the global batch with r = 0 (one jump to the data)", low=0, high=1
+    )
+    i2v_prob: float = _option(0.0, "share of the steps that keep the first frame clean (image-to-video)", low=0, high=1)
+    text_drop: float = _option(
+        0.1, "share of the samples trained on the negative prompt instead of their text", low=0, high=1
+    )
+    codec: CodecRecipe = field(default_factory=CodecRecipe)
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    """How the weights move."""
+
+    name: str = _option("adamw", "adamw, or muon (2-D weights by Muon, the rest by AdamW)", choices=("adamw", "muon"))
+    lr: float = _option(5e-5, "learning rate after warm-up", above=0, high=1)
+    betas: list[float] = _option([0.9, 0.95], "AdamW's two decay rates", low=0, high=0.999999)
+    weight_decay: float = _option(0.0, "decoupled weight decay", low=0)
+    warmup_steps: int = _option(0, "steps over which the learning rate grows from 0", low=0)
+    schedule: str = _option("constant", "after warm-up: constant, or cosine to 0", choices=("constant", "cosine"))
+    clip: float = _option(1.0, "largest norm of the gradient; 0 leaves it alone", low=0)
+
+
+@dataclass(frozen=True)
+class EmaRecipe:
+    """The moving average of the weights, which is what is sampled and exported."""
+
+    decay: float = _option(0.999, "share of the old average kept each step; 0 keeps no average", low=0, high=0.999999)
+    start_step: int = _option(0, "step at which averaging begins; before it the average is the weights", low=0)
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Which clips, in which shape."""
+
+    card: list[str] = _option([], "dataset cards: names in data/, or paths; several are mixed by their size")
+    split: str = _option("train", "split that is trained on")
+    heldout: str = _option("heldout", "split that prompts and the quality curve come from; never trained on")
+    frames: int = _option(17, "frames of a clip (4n+1, as the VAE takes them)", low=1)
+    height: int = _option(64, "pixel rows (multiple of 16)", low=16)
+    width: int = _option(96, "pixel columns (multiple of 16)", low=16)
+    fps: float = _option(8.0, "frames a second that clips are brought to", above=0)
+    global_batch: int = _option(
+        0,
+        "clips of one optimiser step over all ranks, fitted by batch_size and accumulate; 0: whatever those two give",
+        low=0,
+    )
+    batch_size: int = _option(8, "clips of one rank and pass, at most", low=1)
+    num_workers: int = _option(1, "decoding processes of a rank", low=0)
+    error_budget: float = _option(
+        0.01, "share of bad clips that stops the run; fewer are skipped and named", low=0, high=1
+    )
+    precompute: bool = _option(False, "train on latents encoded beforehand (anyflow data encode) instead of pixels")
+
+
+@dataclass(frozen=True)
+class SamplingRecipe:
+    """What is sampled before, during and after training: the same prompts and noise every time."""
+
+    steps: list[int] = _option([1, 2, 4, 8, 16, 32], "step counts that each prompt is sampled at", low=1, high=1000)
+    prompts: int = _option(4, "number of prompts, taken from the held-out split", low=0)
+    seeds: list[int] = _option([0], "noise seeds of each prompt", low=0)
+    every_steps: int = _option(0, "training steps between samplings; 0: only before and after", low=0)
+
+
+@dataclass(frozen=True)
+class CheckpointRecipe:
+    """When the run saves itself."""
+
+    every_steps: int = _option(100, "training steps between checkpoints", low=1)
+    keep: int = _option(2, "newest checkpoints that are kept", low=1)
+
+
+@dataclass(frozen=True)
+class HardwareRecipe:
+    """On what it runs, and how it is made to fit."""
+
+    name: str = _option("cpu", "name of the hardware file, for the record")
+    accelerator: str = _option("cpu", "kind of device", choices=("auto", "cpu", "gpu"))
+    devices: int = _option(1, "devices of a node", low=1)
+    num_nodes: int = _option(1, "nodes", low=1)
+    precision: str = _option(
+        "32-true",
+        "arithmetic of the network; times and losses stay in float32",
+        choices=("32-true", "bf16-mixed", "bf16-true"),
+    )
+    strategy: str = _option(
+        "auto", "one device, copies (ddp), or weights spread over the ranks (fsdp)", choices=("auto", "ddp", "fsdp")
+    )
+    accumulate: int = _option(
+        1, "passes whose gradients make one optimiser step; set by itself from data.global_batch", low=1
+    )
+    threads: int = _option(0, "CPU threads of a rank; 0: all of its cores", low=0)
+    gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass: less memory, slower")
+    compile: bool = _option(False, "compile the transformer's blocks: minutes at the start, faster steps")
+
+
+@dataclass(frozen=True)
+class RunRecipe:
+    """Where it is recorded."""
+
+    recipe: str = _option("", "stage file that the recipe was made from; set by itself")
+    name: str = _option("", "name of the run and of its folder; empty: made of recipe and model")
+    seed: int = _option(0, "seed of every draw", low=0, high=2**31 - 1)
+    out: str = _option("runs", "folder that run folders are made in")
+    tracking_uri: str = _option("sqlite:///runs/mlflow.db", "MLflow's database or server")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole recipe, as the launcher takes it; ``sources`` says which layer set a dotted key (absent: the default)."""
+
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    stage: StageRecipe = field(default_factory=StageRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    ema: EmaRecipe = field(default_factory=EmaRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    sampling: SamplingRecipe = field(default_factory=SamplingRecipe)
+    checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    hardware: HardwareRecipe = field(default_factory=HardwareRecipe)
+    run: RunRecipe = field(default_factory=RunRecipe)
+    sources: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks: devices of a node x nodes."""
+        return self.hardware.devices * self.hardware.num_nodes
+
+    @property
+    def global_batch(self) -> int:
+        """Clips of one optimiser step over all ranks."""
+        return self.data.batch_size * self.world_size * self.hardware.accumulate
+
+
+GROUPS: dict[str, type] = {
+    "model": ModelRecipe,
+    "stage": StageRecipe,
+    "optimizer": OptimizerRecipe,
+    "ema": EmaRecipe,
+    "data": DataRecipe,
+    "sampling": SamplingRecipe,
+    "checkpoint": CheckpointRecipe,
+    "hardware": HardwareRecipe,
+    "run": RunRecipe,
+}
+"""The top-level keys of a recipe file, in the order that they are shown."""
