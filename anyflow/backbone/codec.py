@@ -76,7 +76,7 @@ class Codec(nn.Module):
         Raises:
             UserError: a part is missing or cannot be read.
         """
-        from anyflow.backbone.load import load_codec_parts, resolve_folder
+        from anyflow.backbone.files import load_codec_parts, resolve_folder
 
         parts = ("vae", "tokenizer", "text_encoder") if text else ("vae",)
         folder = resolve_folder(path, parts)

@@ -76,7 +76,7 @@ def build_vae(seed: int) -> AutoencoderKLWan:
 def build_tokenizer(captions: Iterable[str], vocab_size: int = 1024) -> T5Tokenizer:
     """A T5 tokenizer of the captions' words; other words, and all numbers, are spelled out.
 
-    Numbers are spelled so that one never seen ("27 m/s") is still made of known digits. The same captions always give the
+    Numbers are spelled so that one never seen is still made of known digits. The same captions always give the
     same tokenizer. Padding is 0, end 1, unknown 2.
     """
     counts: Counter[str] = Counter()

@@ -1,28 +1,179 @@
-"""Any checkpoint in."""
+"""Any checkpoint in: Wan, both published layouts of AnyFlow, and our own exports.
+
+Weights are read from safetensors only, never from pickles, and every name and shape must match.
+"""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Sequence
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AnyFlowTransformer3DModel, AutoencoderKLWan
-from torch import nn
+from diffusers import AnyFlowTransformer3DModel, WanTransformer3DModel
+from torch import Tensor, nn
 
-from anyflow.backbone.bidirectional import BidirectionalBackbone
+from anyflow.backbone.bidirectional import FLOAT32_PARTS, BidirectionalBackbone
+from anyflow.backbone.files import read_json, read_weights, resolve_folder
 from anyflow.errors import UserError
 
+ARCHITECTURES: dict[str, type[BidirectionalBackbone]] = {"bidirectional": BidirectionalBackbone}
+"""The networks that can be built, by the name that a recipe gives."""
 
-def new_backbone(config: dict[str, Any], seed: int) -> BidirectionalBackbone:
+GATE = 0.25
+"""Share of the second time in the embedding, ``emb = (1 - GATE) * time(t) + GATE * delta(r)``, as released."""
+
+_KINDS = (
+    "WanTransformer3DModel",
+    "AnyFlowTransformer3DModel",
+    "FAR_Wan_Transformer3DModel",  # the old layout of the published AnyFlow folders
+    "AnyFlowFARTransformer3DModel",
+)
+_TIME, _DELTA = "condition_embedder.time_embedder.", "condition_embedder.delta_embedder."
+
+
+def load_backbone(
+    path: str | Path,
+    *,
+    architecture: str = "bidirectional",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    gradient_checkpointing: bool = False,
+) -> BidirectionalBackbone:
+    """Load a network, converting a plain Wan transformer on the way.
+
+    Args:
+        path: a pipeline folder, a transformer's folder, one of our runs, or a Hub name.
+        architecture: one of :data:`ARCHITECTURES`.
+        dtype: precision of the bulk of the weights (the parts that make times stay float32).
+        device: where to put it.
+        gradient_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
+
+    Raises:
+        UserError: the folder is missing or incomplete, holds another kind of network, or its weights do not fit.
+    """
+    build = backbone_class(architecture)
+    return build(load_transformer(path, dtype), gradient_checkpointing).to(device)
+
+
+def new_backbone(config: dict[str, Any], seed: int, architecture: str = "bidirectional") -> BidirectionalBackbone:
     """An untrained network of the given transformer configuration, with Wan's initialisation."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = AnyFlowTransformer3DModel.from_config(dict(config))
         _initialise(transformer)
-    return BidirectionalBackbone(transformer)
+    return backbone_class(architecture)(transformer)
+
+
+def backbone_class(architecture: str) -> type[BidirectionalBackbone]:
+    """The class behind a recipe's architecture.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        remedy = "is not available yet" if architecture == "causal" else "is not known"
+        raise UserError(f"architecture {architecture!r} {remedy}: choose {known}.")
+    return ARCHITECTURES[architecture]
+
+
+def load_transformer(path: str | Path, dtype: torch.dtype = torch.float32) -> AnyFlowTransformer3DModel:
+    """diffusers' transformer of a checkpoint, on the CPU; see :func:`load_backbone`."""
+    folder = resolve_folder(path)
+    place = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    config = read_json(place / "config.json")
+    weights = read_weights(place, lambda name: _precision(name, dtype))
+    kind = config.get("_class_name")
+    causal = kind == "AnyFlowFARTransformer3DModel" or any(name.startswith("far_patch_embedding.") for name in weights)
+    if causal or config.get("init_far_model"):
+        raise UserError(
+            f"{place} holds a causal (FAR) network, which is not available yet: choose a bidirectional one."
+        )
+    if kind == "WanTransformer3DModel":
+        if (folder / "transformer_2").is_dir():
+            raise UserError(f"{folder} holds two transformers (Wan 2.2 A14B): only models with one can be converted.")
+        weights = _with_delta_embedder(weights)
+        config = {**config, "gate_value": GATE, "deltatime_type": "r"}
+    elif kind not in ("AnyFlowTransformer3DModel", "FAR_Wan_Transformer3DModel"):
+        raise UserError(f"{place / 'config.json'} names {kind}: only Wan and AnyFlow transformers can be loaded.")
+    return _assemble(_anyflow_config(config, place), weights, place)
+
+
+def from_wan(wan: WanTransformer3DModel) -> AnyFlowTransformer3DModel:
+    """The flow-map network that equals a Wan transformer wherever ``r = t`` (sec. 1)."""
+    config = _anyflow_config({**wan.config, "gate_value": GATE, "deltatime_type": "r"}, "the Wan transformer")
+    weights = {name: tensor.detach().clone() for name, tensor in wan.state_dict().items()}
+    return _assemble(config, _with_delta_embedder(weights), "the Wan transformer")
+
+
+def read_shift(path: str | Path) -> float:
+    """The schedule's shift that a pipeline folder was made for; 5 (Wan at 480p) if it does not say."""
+    place = resolve_folder(path) / "scheduler" / "scheduler_config.json"
+    config = read_json(place) if place.exists() else {}
+    return float(config.get("shift") or config.get("flow_shift") or 5.0)
+
+
+def _precision(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if any(part in name for part in FLOAT32_PARTS) else dtype
+
+
+def _with_delta_embedder(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The second time embedder starts as a copy of the first, so ``r = t`` gives Wan's embedding back."""
+    copies = {name.replace(_TIME, _DELTA): weight.clone() for name, weight in weights.items() if name.startswith(_TIME)}
+    return {**weights, **copies}
+
+
+def _anyflow_config(config: dict[str, Any], place: Path | str) -> dict[str, Any]:
+    """The arguments of ``AnyFlowTransformer3DModel`` in a published configuration.
+
+    Raises:
+        UserError: the network has parts that the flow-map network lacks.
+    """
+    unsupported = {
+        "image_dim": config.get("image_dim") is not None,
+        "added_kv_proj_dim": config.get("added_kv_proj_dim") is not None,
+        "in_channels": config.get("in_channels", 16) != config.get("out_channels", 16),
+        "qk_norm": config.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads",
+    }
+    for name, refused in unsupported.items():
+        if refused:
+            raise UserError(f"{place} has {name} = {config[name]}: take a text-to-video Wan 2.1 or AnyFlow network.")
+    known = inspect.signature(AnyFlowTransformer3DModel.__init__).parameters
+    return {name: value for name, value in config.items() if name in known}
+
+
+def _assemble(config: dict[str, Any], weights: dict[str, Tensor], place: Path | str) -> AnyFlowTransformer3DModel:
+    """Build without initialising (14 B random numbers take minutes), then put the weights in."""
+    with torch.device("meta"):
+        transformer = AnyFlowTransformer3DModel.from_config(config)
+    _check_weights(transformer, weights, place)
+    transformer.load_state_dict(weights, strict=True, assign=True)
+    embedder = transformer.condition_embedder  # its gate is a constant which no checkpoint carries
+    embedder.register_buffer("delta_emb_gate", torch.tensor([config.get("gate_value", GATE)]), persistent=False)
+    return transformer
+
+
+def _check_weights(transformer: nn.Module, weights: dict[str, Tensor], place: Path | str) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
+    for problem, names in (("lacks", expected.keys() - weights.keys()), ("also has", weights.keys() - expected.keys())):
+        if names:
+            raise UserError(
+                f"{place} {problem} {_some(names)}, so its weights and its config.json do not belong together: "
+                "download it again, or take the folder of a complete transformer."
+            )
+    wrong = {name for name, shape in expected.items() if tuple(weights[name].shape) != shape}
+    if wrong:
+        name = min(wrong)
+        raise UserError(
+            f"{place}: {name} has shape {tuple(weights[name].shape)} where config.json asks for {expected[name]} "
+            f"({len(wrong)} such weights): weights and config.json do not belong together."
+        )
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more weights"
 
 
 def _initialise(transformer: AnyFlowTransformer3DModel) -> None:
@@ -38,59 +189,3 @@ def _initialise(transformer: AnyFlowTransformer3DModel) -> None:
             nn.init.normal_(linear.weight, std=0.02)
     embedder.delta_embedder.load_state_dict(embedder.time_embedder.state_dict())
     nn.init.zeros_(transformer.proj_out.weight)
-
-
-def resolve_folder(path: str | Path, parts: Sequence[str] = ("transformer",)) -> Path:
-    """The local folder of a path, of one of our runs (its ``model`` folder), or of a Hub name (downloaded, no pickles).
-
-    Raises:
-        UserError: nothing there, or none of the parts.
-    """
-    folder = Path(path)
-    if not folder.exists():
-        return _download(str(path), parts)
-    if not any((folder / part).exists() for part in parts) and (folder / "model").is_dir():
-        folder = folder / "model"
-    return folder
-
-
-def _download(name: str, parts: Sequence[str]) -> Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"No model at {name}: give a folder in diffusers' layout, or a Hub name such as owner/model.")
-    from huggingface_hub import snapshot_download
-
-    patterns = [f"{part}/{kind}" for part in parts for kind in ("*.json", "*.safetensors", "*.model", "*.txt")]
-    try:
-        return Path(snapshot_download(name, allow_patterns=["model_index.json", *patterns]))
-    except Exception as error:  # the client raises a dozen kinds: no such repository, gated, no network, disk full
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{name} is no folder here, and the Hugging Face Hub did not give it: {reason}") from error
-
-
-def load_codec_parts(
-    folder: Path, text: bool, dtype: torch.dtype, text_dtype: torch.dtype
-) -> tuple[AutoencoderKLWan, Any, nn.Module | None]:
-    """Autoencoder, tokenizer and text encoder (None without text) of a pipeline folder.
-
-    Raises:
-        UserError: a part is missing or unreadable.
-    """
-    vae = _load_part(AutoencoderKLWan, folder, "vae", torch_dtype=dtype)
-    if not text:
-        return vae, None, None
-    from transformers import AutoTokenizer, UMT5EncoderModel
-
-    tokenizer = _load_part(AutoTokenizer, folder, "tokenizer")
-    return vae, tokenizer, _load_part(UMT5EncoderModel, folder, "text_encoder", dtype=text_dtype)
-
-
-def _load_part(kind: Any, folder: Path, part: str, **options: Any) -> Any:
-    place = folder / part
-    if not place.is_dir():
-        raise UserError(f"{folder} has no {part} folder: give a complete diffusers pipeline folder.")
-    if part != "tokenizer":
-        options["use_safetensors"] = True
-    try:
-        return kind.from_pretrained(str(place), local_files_only=True, **options)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{place} cannot be read as {kind.__name__}: {str(error).strip().splitlines()[0]}") from error

@@ -1,0 +1,154 @@
+"""Finding and reading the files of a checkpoint; what goes wrong there is told in one sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from anyflow.errors import UserError
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+
+
+def resolve_folder(path: str | Path, parts: Sequence[str] = ("transformer",)) -> Path:
+    """The local folder of a path, of one of our runs (its ``model`` folder), or of a Hub name (downloaded, no pickles).
+
+    Raises:
+        UserError: there is nothing of that name.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return _download(str(path), parts)
+    if not any((folder / part).is_dir() for part in parts) and (folder / "model").is_dir():
+        folder = folder / "model"
+    return folder
+
+
+def _download(name: str, parts: Sequence[str]) -> Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise UserError(
+            f"No folder {name}: give a model folder in diffusers' layout, or a Hub name such as owner/model."
+        )
+    from huggingface_hub import snapshot_download
+
+    folders = {*parts, "scheduler"}
+    patterns = [f"{part}/{kind}" for part in folders for kind in ("*.json", "*.safetensors", "*.model", "*.txt")]
+    try:
+        return Path(snapshot_download(name, allow_patterns=["model_index.json", *patterns]))
+    except Exception as error:  # the client raises a dozen kinds: no such repository, gated, no network, disk full
+        raise UserError(
+            f"No folder {name}, and the Hugging Face Hub did not give it either ({_first_line(error)}): "
+            "check the name, or the network."
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        UserError: no such file, or no JSON object in it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"No {path.name} in {path.parent}: give a folder in diffusers' layout.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({_first_line(error)}): download or export it again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object: download or export it again.")
+    return content
+
+
+def read_weights(place: Path, precision: Callable[[str], torch.dtype]) -> dict[str, Tensor]:
+    """All tensors of a model's safetensors file or files, each in the precision asked for by its name.
+
+    Raises:
+        UserError: there are none, only pickles, or a file is missing or damaged.
+    """
+    weights: dict[str, Tensor] = {}
+    for file in _weight_files(place):
+        try:
+            with safe_open(file, framework="pt", device="cpu") as stored:
+                for name in stored.keys():  # noqa: SIM118 (the reader is no mapping)
+                    tensor = stored.get_tensor(name)
+                    # a copy: the reader's memory is the file's, which may be replaced while we train
+                    weights[name] = tensor.to(
+                        precision(name) if tensor.is_floating_point() else tensor.dtype, copy=True
+                    )
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{file} is missing or damaged ({_first_line(error)}): download or export it again."
+            ) from error
+    return weights
+
+
+def _weight_files(place: Path) -> list[Path]:
+    index = place / f"{WEIGHTS_NAME}.index.json"
+    if index.exists():
+        return [place / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    if (place / WEIGHTS_NAME).exists():
+        return [place / WEIGHTS_NAME]
+    files = sorted(place.glob("*.safetensors"))
+    if len(files) == 1:
+        return files
+    if files:
+        raise UserError(
+            f"{place} holds {len(files)} safetensors files and no {index.name} saying which belong together."
+        )
+    pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in place.glob(kind))
+    if pickles:
+        raise UserError(f"{place} holds only pickled weights ({pickles[0]}), which are never read: give safetensors.")
+    raise UserError(f"No {WEIGHTS_NAME} in {place}: give a folder in diffusers' layout.")
+
+
+def load_codec_parts(folder: Path, text: bool, dtype: torch.dtype, text_dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """Autoencoder, tokenizer and text encoder (both None without text) of a pipeline folder.
+
+    Raises:
+        UserError: a part is missing or unreadable.
+    """
+    from diffusers import AutoencoderKLWan
+
+    vae = _load_part(AutoencoderKLWan, folder, "vae", torch_dtype=dtype)
+    if not text:
+        return vae, None, None
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    tokenizer = _load_part(AutoTokenizer, folder, "tokenizer")
+    return vae, tokenizer, _load_part(UMT5EncoderModel, folder, "text_encoder", dtype=text_dtype)
+
+
+def _load_part(kind: Any, folder: Path, part: str, **options: Any) -> Any:
+    """A part by its own loader, which must have found every weight: a missing one would silently be random."""
+    place = folder / part
+    if not place.is_dir():
+        raise UserError(f"{folder} has no {part} folder: give a complete diffusers pipeline folder.")
+    if part != "tokenizer":
+        options.update(use_safetensors=True, output_loading_info=True)
+    try:
+        loaded = kind.from_pretrained(str(place), local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{place} cannot be read as {kind.__name__}: {_first_line(error)}") from error
+    if part == "tokenizer":
+        return loaded
+    model, report = loaded
+    missing = sorted({*report["missing_keys"], *(str(entry) for entry in report.get("mismatched_keys", ()))})
+    if missing:
+        raise UserError(f"{place} lacks {missing[0]} ({len(missing)} weights in all): download or export it again.")
+    return _without_gradient(model)
+
+
+def _without_gradient(model: nn.Module) -> nn.Module:
+    return model.eval().requires_grad_(False)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
