@@ -116,7 +116,7 @@ def load_codec_parts(folder: Path, text: bool, dtype: torch.dtype, text_dtype: t
     """
     from diffusers import AutoencoderKLWan
 
-    vae = _load_part(AutoencoderKLWan, folder, "vae", torch_dtype=dtype)
+    vae = _load_part(AutoencoderKLWan, folder, "vae", dtype=dtype)
     if not text:
         return vae, None, None
     from transformers import AutoTokenizer, UMT5EncoderModel

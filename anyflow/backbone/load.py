@@ -83,21 +83,21 @@ def load_transformer(path: str | Path, dtype: torch.dtype = torch.float32) -> An
     folder = resolve_folder(path)
     place = folder / "transformer" if (folder / "transformer").is_dir() else folder
     config = read_json(place / "config.json")
-    weights = read_weights(place, lambda name: _precision(name, dtype))
     kind = config.get("_class_name")
-    causal = kind == "AnyFlowFARTransformer3DModel" or any(name.startswith("far_patch_embedding.") for name in weights)
-    if causal or config.get("init_far_model"):
-        raise UserError(
-            f"{place} holds a causal (FAR) network, which is not available yet: choose a bidirectional one."
-        )
+    if kind not in _KINDS:
+        raise UserError(f"{place / 'config.json'} names {kind}: only Wan and AnyFlow transformers can be loaded.")
     if kind == "WanTransformer3DModel":
         if (folder / "transformer_2").is_dir():
-            raise UserError(f"{folder} holds two transformers (Wan 2.2 A14B): only models with one can be converted.")
-        weights = _with_delta_embedder(weights)
+            raise UserError(f"{folder} holds two transformers (Wan 2.2 A14B): take a model with one.")
         config = {**config, "gate_value": GATE, "deltatime_type": "r"}
-    elif kind not in ("AnyFlowTransformer3DModel", "FAR_Wan_Transformer3DModel"):
-        raise UserError(f"{place / 'config.json'} names {kind}: only Wan and AnyFlow transformers can be loaded.")
-    return _assemble(_anyflow_config(config, place), weights, place)
+    arguments = _anyflow_config(config, place)
+    weights = read_weights(place, lambda name: _precision(name, dtype))
+    # the old layout has one class for both networks, and the wrong one would load with a warning only
+    if kind == _KINDS[-1] or config.get("init_far_model") or any(name.startswith("far_") for name in weights):
+        raise UserError(f"{place} holds a causal (FAR) network, not available yet: take a bidirectional one.")
+    if kind == "WanTransformer3DModel":
+        weights = _with_delta_embedder(weights)
+    return _assemble(arguments, weights, place)
 
 
 def from_wan(wan: WanTransformer3DModel) -> AnyFlowTransformer3DModel:

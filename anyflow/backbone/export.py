@@ -1,0 +1,185 @@
+"""Any checkpoint out: a folder that diffusers' ``AnyFlowPipeline`` loads, or an adapter that it loads on top."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AnyFlowPipeline, FlowMapEulerDiscreteScheduler
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+
+from anyflow.backbone.codec import Codec
+from anyflow.backbone.lora import ADAPTER, LORA_FILE, lora_metadata, lora_state, merged_state
+from anyflow.backbone.model_card import ModelCard
+from anyflow.backbone.protocol import FlowMapBackbone
+from anyflow.errors import UserError
+
+_WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
+
+
+def export_pipeline(
+    folder: str | Path,
+    transformer: Any,
+    codec: Codec,
+    shift: float,
+    card: ModelCard,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    codec_dtype: torch.dtype | None = None,
+) -> Path:
+    """Write a complete pipeline folder: all of it, or (when interrupted) none of it.
+
+    Args:
+        folder: where to; an earlier export there is replaced.
+        transformer: the diffusers module; an adapter on it is merged into what is written, and stays on the module.
+        codec: autoencoder, tokenizer and text encoder to go with it.
+        shift: of the sampler's schedule: the one trained with.
+        card: what the README says.
+        weights: the transformer's state dict to write instead of its own: gathered from all ranks, or averaged.
+        dtype: precision of the transformer's weights.
+        codec_dtype: precision of the autoencoder and text encoder. None: as they were, linked or copied from the folder
+            that they came from.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the folder holds something else, or the codec has no text encoder.
+    """
+    if codec.text_encoder is None or codec.tokenizer is None:
+        raise UserError("A pipeline needs its text encoder: load the codec with text=True to export.")
+    target = Path(folder)
+    if target.exists() and not (target / "model_index.json").exists() and (target.is_file() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is no exported model: choose another folder.")
+    with _replacing(target) as place:
+        _write_transformer(place / "transformer", transformer, merged_state(transformer, weights=weights), dtype)
+        FlowMapEulerDiscreteScheduler(shift=shift).save_pretrained(place / "scheduler")
+        _write_codec(place, codec, codec_dtype)
+        _write_index(place, codec)
+        (place / "README.md").write_text(card.render(), encoding="utf-8")
+    return target
+
+
+def export_lora(
+    folder: str | Path,
+    backbone: FlowMapBackbone,
+    card: ModelCard | None = None,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    adapter: str = ADAPTER,
+) -> Path:
+    """Write an adapter as float32 safetensors that ``AnyFlowPipeline.load_lora_weights(folder)`` takes.
+
+    Args:
+        folder: where to; other files there stay.
+        backbone: the network that carries the adapter.
+        card: what the README says; None writes none.
+        weights: the transformer's state to read the adapter from, instead of its own.
+        adapter: its name.
+
+    Returns:
+        The safetensors file.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    layers = {
+        name: tensor.float().cpu().contiguous() for name, tensor in lora_state(backbone, adapter, weights).items()
+    }
+    partial = f".{uuid.uuid4().hex}.safetensors"
+    AnyFlowPipeline.save_lora_weights(
+        target,
+        transformer_lora_layers=layers,
+        weight_name=partial,
+        transformer_lora_adapter_metadata=lora_metadata(backbone, adapter),
+    )
+    (target / partial).replace(target / LORA_FILE)
+    if card is not None:
+        (target / "README.md").write_text(card.render(lora=True), encoding="utf-8")
+    return target / LORA_FILE
+
+
+def _write_transformer(place: Path, transformer: Any, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+    place.mkdir()
+    config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+    header = {"_class_name": "AnyFlowTransformer3DModel", "_diffusers_version": diffusers.__version__}
+    _write_json(place / "config.json", {**header, **config})
+    _save_weights(place, state, dtype)
+
+
+def _write_codec(place: Path, codec: Codec, dtype: torch.dtype | None) -> None:
+    source = codec.source
+    parts = ("vae", "text_encoder", "tokenizer")
+    if dtype is None and source is not None and all((source / part).is_dir() for part in parts):
+        for part in parts:
+            _link_or_copy(source / part, place / part)
+        return
+    codec.tokenizer.save_pretrained(place / "tokenizer")
+    codec.vae.save_config(place / "vae")
+    _save_weights(place / "vae", codec.vae.state_dict(), dtype or codec.dtype)
+    encoder: Any = codec.text_encoder
+    state = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in encoder.state_dict().items()}
+    encoder.save_pretrained(place / "text_encoder", state_dict=state)
+
+
+def _save_weights(place: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+    place.mkdir(exist_ok=True)
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
+    save_torch_state_dict(tensors, place, filename_pattern=_WEIGHTS_PATTERN, max_shard_size="10GB")
+
+
+def _write_index(place: Path, codec: Codec) -> None:
+    index = {
+        "_class_name": "AnyFlowPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", "FlowMapEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", type(codec.text_encoder).__name__],
+        "tokenizer": ["transformers", type(codec.tokenizer).__name__],
+        "transformer": ["diffusers", "AnyFlowTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    _write_json(place / "model_index.json", index)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _link_or_copy(source: Path, place: Path) -> None:
+    """The files of a folder: hard links where the disk allows (a text encoder is 11 GB), else copies."""
+
+    def bring(origin: str, destination: str) -> str:
+        try:
+            os.link(os.path.realpath(origin), destination)  # the Hub's cache holds symbolic links
+        except OSError:
+            shutil.copy2(origin, destination)
+        return destination
+
+    shutil.copytree(source, place, copy_function=bring)
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A folder to write into that takes the target's place on success, and vanishes on failure."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unique = uuid.uuid4().hex[:8]
+    place, previous = (target.with_name(f".{target.name}.{unique}.{state}") for state in ("new", "old"))
+    place.mkdir()
+    try:
+        yield place
+        if target.exists():
+            target.rename(previous)
+        place.rename(target)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)

@@ -1,0 +1,191 @@
+"""Low-rank adapters through PEFT, as AnyFlow's released runs train them.
+
+The adapted layers include both time embedders: an adapter on ``delta_embedder`` is what lets the network learn the
+second time, so it is trained and saved with the rest. An exported adapter loads with ``pipeline.load_lora_weights``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from anyflow.backbone.protocol import FlowMapBackbone
+from anyflow.errors import UserError
+
+ADAPTER = "default"
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""The name that ``pipeline.load_lora_weights(folder)`` looks for."""
+
+RELEASED_TARGETS = (
+    "attn1.to_q",
+    "attn1.to_k",
+    "attn1.to_v",
+    "attn1.to_out.0",
+    "ffn.net.0.proj",
+    "ffn.net.2",
+    "time_embedder.linear_1",
+    "time_embedder.linear_2",
+    "delta_embedder.linear_1",
+    "delta_embedder.linear_2",
+)
+"""Self-attention, feed-forward, both time embedders; not the attention to text."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Shape of an adapter. The learned change of a layer is ``alpha / rank * B @ A``."""
+
+    rank: int = 256
+    alpha: float = 256.0
+    targets: tuple[str, ...] = RELEASED_TARGETS
+    """Endings of module names."""
+    dropout: float = 0.0
+    """Must be 0: the calls that a finite difference compares would see different networks."""
+
+    def __post_init__(self) -> None:
+        if self.dropout != 0:
+            raise UserError(f"lora.dropout is {self.dropout}, but must be 0: it would corrupt the finite difference.")
+        if self.rank < 1 or self.alpha <= 0:
+            raise UserError(f"lora.rank {self.rank} and lora.alpha {self.alpha} must be positive.")
+
+
+def add_lora(backbone: FlowMapBackbone, settings: LoraSettings, seed: int = 0, adapter: str = ADAPTER) -> int:
+    """Freeze the network and add a trainable float32 adapter, which changes nothing yet.
+
+    Returns:
+        The number of trainable parameters.
+
+    Raises:
+        UserError: a target names no linear layer of the network.
+    """
+    from peft import LoraConfig
+
+    transformer = backbone.transformer
+    names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    for target in settings.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise UserError(f"lora.targets has {target}, which is no linear layer: choose from {_endings(names)}.")
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.targets), lora_dropout=0.0
+    )
+    transformer.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer.add_adapter(config, adapter)
+    for name, parameter in transformer.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+    return sum(parameter.numel() for parameter in backbone.parameters() if parameter.requires_grad)
+
+
+def has_lora(backbone: FlowMapBackbone) -> bool:
+    """Whether the network carries an adapter."""
+    return bool(getattr(backbone.transformer, "peft_config", None))
+
+
+def lora_state(
+    backbone: FlowMapBackbone, adapter: str = ADAPTER, weights: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The adapter's weights by their portable names (``blocks.0.attn1.to_q.lora_A.weight``).
+
+    Args:
+        backbone: a network with that adapter.
+        adapter: its name.
+        weights: the transformer's state to read them from (gathered from all ranks, or averaged), instead of its own.
+    """
+    state = backbone.transformer.state_dict() if weights is None else weights
+    marker = f".{adapter}.weight"
+    return {
+        name.removesuffix(marker) + ".weight": tensor.detach()
+        for name, tensor in state.items()
+        if ".lora_" in name and name.endswith(marker)
+    }
+
+
+def lora_metadata(backbone: FlowMapBackbone, adapter: str = ADAPTER) -> dict[str, Any]:
+    """The adapter's configuration in the form that diffusers stores beside the weights."""
+    config = backbone.transformer.peft_config[adapter].to_dict()
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+
+
+def load_lora(backbone: FlowMapBackbone, path: str | Path, adapter: str = ADAPTER) -> None:
+    """Put an exported adapter on a network, ready to sample or to train on.
+
+    Args:
+        backbone: the network that the adapter was trained on.
+        path: the safetensors file, or the folder that holds it.
+        adapter: the name to give it.
+
+    Raises:
+        UserError: no such file, or it belongs to another network.
+    """
+    file = Path(path)
+    file = file / LORA_FILE if file.is_dir() else file
+    if not file.is_file() or file.suffix != ".safetensors":
+        raise UserError(f"No LoRA at {path}: give a folder with {LORA_FILE}, or the safetensors file itself.")
+    transformer = backbone.transformer
+    source = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
+    try:
+        with safe_open(file, framework="pt") as stored:
+            expected = {name.removeprefix("transformer.") for name in stored.keys()}  # noqa: SIM118 (no mapping)
+        transformer.load_lora_adapter(str(file.parent), adapter_name=adapter, **source)
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"{file} does not fit this network: {str(error).strip().splitlines()[0]}") from error
+    differing = expected ^ lora_state(backbone, adapter).keys()  # diffusers only warns of these
+    if differing:
+        raise UserError(f"{file} does not fit this network: {min(differing)} is in one of them only.")
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+
+
+def merged_state(
+    transformer: Any, adapter: str = ADAPTER, weights: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """A plain diffusers state dict with the adapter added into the layers (in float32); the network is left alone.
+
+    Args:
+        transformer: with or without an adapter.
+        adapter: which one to merge.
+        weights: the transformer's state to take instead of its own (gathered from all ranks, or averaged).
+    """
+    state = transformer.state_dict() if weights is None else weights
+    merged = {}
+    for name, tensor in state.items():
+        if ".lora_" in name:
+            continue
+        layer = name.removesuffix(".base_layer.weight")
+        down, up = (state.get(f"{layer}.lora_{part}.{adapter}.weight") for part in "AB")
+        tensor = tensor.detach()
+        if down is not None and up is not None:
+            change = _scale(transformer.peft_config[adapter]) * (up.detach().float() @ down.detach().float())
+            tensor = (tensor.float() + change.to(tensor.device)).to(tensor.dtype)
+        merged[name.replace(".base_layer.", ".")] = tensor
+    return merged
+
+
+def merge_lora(backbone: FlowMapBackbone, adapter: str = ADAPTER) -> None:
+    """Add the adapter into the layers and drop it: a plain network remains, all of it trainable."""
+    transformer = backbone.transformer
+    merged = merged_state(transformer, adapter)
+    transformer.unload_lora()
+    transformer.load_state_dict(merged)
+    transformer.requires_grad_(True)
+
+
+def _scale(config: Any) -> float:
+    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+
+
+def _endings(names: list[str]) -> str:
+    """Names of linear layers without their block numbers."""
+    return ", ".join(sorted({name.split(".", 2)[2] if name.startswith("blocks.") else name for name in names}))

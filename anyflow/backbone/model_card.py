@@ -1,0 +1,80 @@
+"""The README of an exported model: what it is, what it was trained on and how, and how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What an exported folder says about itself. Markdown; every field but the title may stay empty."""
+
+    title: str
+    licence: str = "other"
+    """SPDX identifier in lower case, as the Hub writes it (``apache-2.0``); no freer than base model and data allow."""
+    base_model: str = ""
+    """Hub name or path of what the training started from."""
+    summary: str = ""
+    data: Mapping[str, str] = field(default_factory=dict)
+    """Dataset to its licence and provenance."""
+    recipe: str = ""
+    """The complete recipe as YAML."""
+    figures: Mapping[str, Mapping[str, float | str]] = field(default_factory=dict)
+    """Measured quality: row (for instance the number of steps) to column to value."""
+    size: tuple[int, int, int] = (81, 480, 832)
+    """Frames, height, width that it was trained at."""
+    fps: float = 16.0
+    limits: str = ""
+    """What it cannot do."""
+
+    def render(self, lora: bool = False) -> str:
+        """The text of README.md, with the Hub's header."""
+        data = "\n".join(f"- **{name}**: {about}" for name, about in self.data.items())
+        sections = [
+            self._header(lora),
+            f"# {self.title}",
+            self.summary,
+            f"## Use\n\n{self._usage(lora)}",
+            f"## Figures\n\n{_table(self.figures)}" if self.figures else "",
+            f"## Data\n\n{data}" if data else "",
+            f"## Recipe\n\n```yaml\n{self.recipe.strip()}\n```" if self.recipe else "",
+            f"## Limits\n\n{self.limits}" if self.limits else "",
+        ]
+        return "\n\n".join(section for section in sections if section) + "\n"
+
+    def _header(self, lora: bool) -> str:
+        lines = ["---", f"license: {self.licence}", "library_name: diffusers", "pipeline_tag: text-to-video"]
+        if self.base_model.count("/") == 1 and not self.base_model.startswith((".", "/")):
+            lines.append(f"base_model: {self.base_model}")
+        lines += ["tags:", "- anyflow", "- flow-map", *(["- lora"] if lora else []), "---"]
+        return "\n".join(lines)
+
+    def _usage(self, lora: bool) -> str:
+        size = "num_frames={}, height={}, width={}".format(*self.size)
+        load = [f'pipe = AnyFlowPipeline.from_pretrained("{self.base_model if lora else "."}")']
+        if lora:
+            load.append('pipe.load_lora_weights(".")')
+        code = [
+            "from diffusers import AnyFlowPipeline",
+            "from diffusers.utils import export_to_video",
+            "",
+            *load,
+            f'video = pipe("...", num_inference_steps=4, {size}).frames[0]',
+            f'export_to_video(video, "video.mp4", fps={self.fps:g})',
+        ]
+        hint = "Any number of steps works, from 1 up. Guidance is in the weights: keep `guidance_scale` at 1."
+        return "\n".join(["```python", *code, "```", "", hint])
+
+
+def _table(rows: Mapping[str, Mapping[str, float | str]]) -> str:
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for label, row in rows.items():
+        cells = [_cell(row.get(name, "")) for name in columns]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(value: float | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
