@@ -7,7 +7,6 @@ for row in describe(recipe):
 
 from anyflow.recipe.check import check_files, check_recipe, find_card, is_hub_id
 from anyflow.recipe.describe import Row, describe
-from anyflow.recipe.folders import RunFolder, choose_folder, has_checkpoint
 from anyflow.recipe.load import list_recipes, load_recipe, merge_recipe, recipes_folder, save_recipe, to_dict
 from anyflow.recipe.schema import (
     LORA_TARGETS,
@@ -37,16 +36,13 @@ __all__ = [
     "OptimizerRecipe",
     "Recipe",
     "Row",
-    "RunFolder",
     "RunRecipe",
     "SamplingRecipe",
     "StageRecipe",
     "check_files",
     "check_recipe",
-    "choose_folder",
     "describe",
     "find_card",
-    "has_checkpoint",
     "is_hub_id",
     "list_recipes",
     "load_recipe",

@@ -197,19 +197,15 @@ def _check_model(recipe: Recipe) -> None:
             "model.lora.targets is empty: name the layers that carry an adapter, or set model.lora.enabled=false"
         )
     if stage.name == "codec":
-        if not model.vae or not model.text_encoder:
+        if model.init != "new" or model.lora.enabled:
             raise UserError(
-                f"the codec stage builds a new VAE and text encoder, and model {model.name!r} gives no dimensions: "
-                "choose model tiny, or fill model.vae and model.text_encoder"
+                f"stage.name='codec' trains a small VAE from nothing, which model {model.name!r} does not take: "
+                "choose model tiny and set model.init=new"
             )
         return
     if model.init == "weights" and not model.weights:
         raise UserError("model.weights is empty: give a folder or a hub id (owner/name), or model.init=new")
     if model.init == "new":
-        if not model.network:
-            raise UserError(
-                f"model.init='new' with model {model.name!r}, which gives no dimensions: fill model.network"
-            )
         if not model.codec:
             raise UserError("model.init='new' leaves no VAE and text encoder: name their folder in model.codec")
         if model.lora.enabled:

@@ -133,7 +133,7 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _as_list(key: str, value: Any) -> Any:
-    """``data.card: driving`` means ``[driving]``: a list field takes a single value too, and nothing means the empty list."""
+    """``data.card: driving`` means ``[driving]``: a list field takes one value, and nothing for the empty list."""
     info = all_fields().get(key)
     single = info is not None and isinstance(info.default, list) and isinstance(value, str | int | float)
     if not single:

@@ -53,7 +53,9 @@ class ModelRecipe:
     name: str = _option("tiny", "name of the model file, for the record")
     weights: str = _option("", "folder or hub id (owner/name) that the network is loaded from")
     codec: str = _option("", "folder or hub id of VAE, text encoder and tokenizer; empty: the same as model.weights")
-    init: str = _option("weights", "load the network from model.weights, or build it new", choices=("weights", "new"))
+    init: str = _option(
+        "weights", "load the network from model.weights, or build a small one new", choices=("weights", "new")
+    )
     architecture: str = _option(
         "bidirectional", "attention over all frames, or chunk by chunk", choices=("bidirectional", "causal")
     )
@@ -63,9 +65,7 @@ class ModelRecipe:
     text_length: int = _option(512, "tokens that a prompt is padded or cut to", low=1, high=4096)
     negative_prompt: str = _option("", "text of the unconditional pass, and of samples whose text is dropped")
     lora: LoraRecipe = field(default_factory=LoraRecipe)
-    network: dict[str, Any] = _option({}, "dimensions of the transformer, for model.init=new")
-    vae: dict[str, Any] = _option({}, "dimensions of the VAE, for the codec stage")
-    text_encoder: dict[str, Any] = _option({}, "dimensions of the text encoder, for the codec stage")
+    network: dict[str, Any] = _option({}, "for model.init=new: dimensions that differ from the embedded network's")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class StageRecipe:
         choices=("central", "jvp"),
     )
     delta: float = _option(5.0, "half width of the central difference, in timestep units of 1000", above=0, high=100)
-    weight: str = _option("beta08", "weight of the loss over timesteps", choices=("beta08", "uniform"))
+    weight: str = _option("beta08", "weight of the loss over timesteps", choices=("beta08", "gaussian", "uniform"))
     rebalance: bool = _option(True, "scale flow-map losses to the diffusion loss; off is a disaster at 1 step")
     diffusion_share: float = _option(
         0.5, "share of the global batch with r = t (instantaneous velocity)", low=0, high=1
