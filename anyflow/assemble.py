@@ -1,0 +1,144 @@
+"""From a recipe to the objects that it names: codec, backbone, stage, data. Each gets plain arguments.
+
+Nothing here trains; ``--dry-run`` builds all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+
+from anyflow.backbone.codec import Codec
+from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build_vae, transformer_config
+from anyflow.backbone.load import load_backbone, new_backbone
+from anyflow.backbone.lora import LoraSettings, add_lora
+from anyflow.backbone.protocol import FlowMapBackbone
+from anyflow.data.module import VideoDataModule, split_folders
+from anyflow.data.stream import ShardReader, parse_metadata
+from anyflow.flowmap.objective import FlowMapObjective
+from anyflow.recipe import Recipe
+from anyflow.stages.base import Stage
+from anyflow.stages.codec import CodecObjective, CodecStage
+from anyflow.stages.ema import EmaSettings
+from anyflow.stages.finetune import FinetuneStage
+from anyflow.stages.flow import Conditioning
+from anyflow.stages.forward import ForwardStage, IntervalShares
+from anyflow.stages.optimizers import OptimizerSettings
+from anyflow.stages.teacher import TeacherStage
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of."""
+
+    codec: Codec
+    backbone: FlowMapBackbone
+    stage: Stage
+    data: VideoDataModule
+
+
+def assemble(recipe: Recipe) -> Parts:
+    """Build everything that the recipe names.
+
+    Raises:
+        UserError: A checkpoint, card or clip does not fit the recipe.
+    """
+    codec, backbone = load_model(recipe)
+    if recipe.stage.name != "codec":
+        codec.check_video_shape(recipe.data.frames, recipe.data.height, recipe.data.width)
+    if recipe.model.lora.enabled and recipe.stage.name != "codec":
+        lora = recipe.model.lora
+        add_lora(backbone, LoraSettings(lora.rank, lora.alpha, tuple(lora.targets), dropout=lora.dropout))
+    return Parts(codec, backbone, build_stage(recipe, codec, backbone), build_data(recipe, codec))
+
+
+def load_model(recipe: Recipe) -> tuple[Codec, FlowMapBackbone]:
+    """Codec and network, loaded or, for the first stages of an embedded model, built new."""
+    model = recipe.model
+    dtype = torch.bfloat16 if recipe.hardware.precision == "bf16-true" else torch.float32
+    if recipe.stage.name == "codec":
+        tokenizer = build_tokenizer(captions(recipe))
+        codec = Codec(
+            build_vae(recipe.run.seed), tokenizer, build_text_encoder(len(tokenizer), recipe.run.seed), source=None
+        )
+    else:
+        codec = Codec.from_folder(model.codec or model.weights, dtype=dtype)
+    if model.init == "new":
+        backbone: FlowMapBackbone = new_backbone({**transformer_config(), **model.network}, recipe.run.seed)
+    else:
+        backbone = load_backbone(model.weights, architecture=model.architecture, dtype=dtype)
+    if recipe.hardware.gradient_checkpointing:
+        backbone.transformer.enable_gradient_checkpointing()
+    return codec, backbone
+
+
+def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stage:
+    """The LightningModule of the recipe's stage."""
+    stage, shift = recipe.stage, recipe.model.shift
+    optimizer = OptimizerSettings(**{**asdict(recipe.optimizer), "betas": tuple(recipe.optimizer.betas)})
+    shared = {
+        "optimizer": optimizer,
+        "ema": EmaSettings(**asdict(recipe.ema)),
+        "total_steps": stage.steps,
+        "seed": recipe.run.seed,
+    }
+    if stage.name == "codec":
+        codec.vae.requires_grad_(True)
+        return CodecStage(codec.vae, CodecObjective(**asdict(stage.codec)), **shared)
+    conditioning = Conditioning(recipe.model.negative_prompt, stage.text_drop, stage.i2v_prob)
+    if stage.name == "teacher":
+        return TeacherStage(backbone, codec, conditioning=conditioning, shift=shift, **shared)
+    objective = FlowMapObjective(
+        guidance_scale=stage.guidance_scale,
+        guided_tangent=stage.guided_tangent,
+        derivative=stage.derivative,  # type: ignore[arg-type]
+        delta=stage.delta,
+        weight=stage.weight,  # type: ignore[arg-type]
+        shift=shift,
+        rebalance=stage.rebalance,
+    )
+    shares = IntervalShares(stage.diffusion_share, stage.consistency_share)
+    kind = {"forward": ForwardStage, "finetune": FinetuneStage}[stage.name]
+    return kind(backbone, codec, conditioning=conditioning, objective=objective, shares=shares, **shared)
+
+
+def build_data(recipe: Recipe, codec: Codec) -> VideoDataModule:
+    """The training split as batches, of pixels or (``data.precompute``) of latents encoded beforehand."""
+    data = recipe.data
+    caches, codec_hash = None, None
+    if data.precompute and recipe.stage.name != "codec":
+        from anyflow.data.cache import codec_fingerprint, encode_dataset
+
+        codec_hash = codec_fingerprint(codec.vae)
+        caches = [
+            encode_dataset(
+                card, data.split, codec, frames=data.frames, height=data.height, width=data.width, fps=data.fps
+            )
+            for card in data.card
+        ]
+    return VideoDataModule(
+        data.card,
+        split=data.split,
+        batch_size=data.batch_size,
+        frames=data.frames,
+        height=data.height,
+        width=data.width,
+        fps=data.fps,
+        steps=recipe.stage.steps * recipe.hardware.accumulate,
+        seed=recipe.run.seed,
+        num_workers=data.num_workers,
+        error_budget=data.error_budget,
+        cache=caches,
+        codec_hash=codec_hash,
+    )
+
+
+def captions(recipe: Recipe) -> Iterator[str]:
+    """Every training caption of the recipe's cards: what a new tokenizer learns its words from."""
+    for card in recipe.data.card:
+        reader = ShardReader(split_folders(card, recipe.data.split))
+        for number, (_, shard) in enumerate(reader.shards):
+            for sample in shard.samples:
+                yield parse_metadata(reader.read(number, sample, "json"))["caption"]

@@ -1,0 +1,142 @@
+"""Checkpoints that are whole or absent: written beside, synced, renamed, then pointed at; the last few are kept.
+
+A run's folder holds ``checkpoints/step_00000100/state.ckpt`` and a file ``checkpoints/latest`` with the newest name.
+The name is counted in optimiser steps of the stage. Resuming from it is exact: weights, average, optimiser, schedule,
+stream position and every random state are inside.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from anyflow.errors import UserError
+
+STATE_FILE = "state.ckpt"
+POINTER = "latest"
+
+
+class Checkpoints(Callback):
+    """Save every ``every_steps`` optimiser steps, at the end, and when asked; keep the newest ``keep``."""
+
+    def __init__(self, folder: Path, *, every_steps: int, keep: int) -> None:
+        self.folder = folder
+        self.every_steps = every_steps
+        self.keep = keep
+        self._random_state: dict[str, Any] | None = None
+        self._saved_step = -1
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, stage: Any, *_: Any) -> None:
+        if stage.step % self.every_steps == 0 and stage.step != self._saved_step and stage.step > 0:
+            self.save(trainer, stage)
+
+    def on_train_end(self, trainer: lightning.Trainer, stage: Any) -> None:
+        if stage.step != self._saved_step:
+            self.save(trainer, stage)
+
+    def save(self, trainer: lightning.Trainer, stage: Any) -> Path:
+        """Write a checkpoint of this moment; a reader sees the old newest one or this, never a part."""
+        self._saved_step = stage.step
+        final = self.folder / f"step_{stage.step:08d}"
+        partial = self.folder / f"{final.name}.partial"
+        if trainer.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        trainer.strategy.barrier()
+        trainer.save_checkpoint(partial / STATE_FILE)
+        if trainer.is_global_zero:
+            sync_tree(partial)
+            if final.exists():  # a resumed run may reach the same step again
+                shutil.rmtree(final)
+            partial.rename(final)
+            write_atomically(self.folder / POINTER, final.name)
+            self._prune()
+        trainer.strategy.barrier()
+        return final
+
+    def _prune(self) -> None:
+        finished = sorted(path for path in self.folder.glob("step_*") if not path.name.endswith(".partial"))
+        for old in finished[: -self.keep]:
+            shutil.rmtree(old)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random state of every rank."""
+        own = {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "numpy": _numpy_state(),
+            "python": random.getstate(),
+        }
+        states = [own]
+        if torch.distributed.is_initialized():
+            states = [None] * torch.distributed.get_world_size()  # type: ignore[list-item]
+            torch.distributed.all_gather_object(states, own)
+        return {"random": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        states = state_dict["random"]
+        self._random_state = states[rank] if rank < len(states) else None
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Take up the saved random state as late as possible: building loaders has drawn from it."""
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state["torch"])
+            if self._random_state["cuda"]:
+                torch.cuda.set_rng_state_all(self._random_state["cuda"])
+            name, keys, *rest = self._random_state["numpy"]
+            np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+            version, numbers, gauss = self._random_state["python"]
+            random.setstate((version, tuple(numbers), gauss))
+            self._random_state = None
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint's state file in a run's ``checkpoints`` folder, or None.
+
+    Raises:
+        UserError: The pointer names a checkpoint that is gone and no other is left.
+    """
+    pointer = folder / POINTER
+    if not pointer.exists():
+        return None
+    named = folder / pointer.read_text().strip() / STATE_FILE
+    if named.exists():
+        return named
+    others = sorted(path for path in folder.glob(f"step_*/{STATE_FILE}") if not path.parent.name.endswith(".partial"))
+    if not others:
+        raise UserError(f"{named} is missing though {pointer} names it; restore it or start again without --resume")
+    return others[-1]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file in one step."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def sync_tree(folder: Path) -> None:
+    """Force a folder's files, and the folder itself, to disk."""
+    for path in [*(p for p in folder.rglob("*") if p.is_file()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _numpy_state() -> tuple[Any, ...]:
+    name, keys, *rest = np.random.get_state()
+    return (name, keys.tolist(), *rest)  # plain numbers: readable without unpickling arrays

@@ -1,0 +1,78 @@
+"""A progress bar that says what one wants to know: loss, clips a second, time left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class TrainingProgress(Callback):
+    """One line for the run; where output is not a terminal, a plain line every ``plain_every`` seconds."""
+
+    def __init__(self, title: str, total_steps: int, plain_every: float = 20.0) -> None:
+        self.title = title
+        self.total_steps = total_steps
+        self.plain_every = plain_every
+        self._progress: Progress | None = None
+        self._loss = float("nan")
+        self._started = (0.0, 0)
+        self._clips = 0
+        self._spoke = 0.0
+
+    def on_train_start(self, trainer: lightning.Trainer, stage: Any) -> None:
+        self._started = (time.monotonic(), stage.step)
+        self._clips = 0
+        if not trainer.is_global_zero or not sys.stderr.isatty():
+            return
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} clips/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._progress.add_task(self.title, total=self.total_steps, completed=stage.step, loss="-", speed="-")
+        self._progress.start()
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, stage: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        value = float(loss.detach()) if loss is not None else float("nan")
+        self._loss = value if self._loss != self._loss else 0.95 * self._loss + 0.05 * value
+        self._clips += len(batch["caption"]) * trainer.world_size
+        elapsed = time.monotonic() - self._started[0]
+        speed = self._clips / elapsed
+        if self._progress is not None:
+            task = self._progress.task_ids[0]
+            self._progress.update(task, completed=stage.step, loss=f"{self._loss:.4g}", speed=f"{speed:.1f}")
+        elif trainer.is_global_zero and (
+            time.monotonic() - self._spoke > self.plain_every or stage.step == self.total_steps
+        ):
+            self._spoke = time.monotonic()
+            steps = max(1, stage.step - self._started[1])
+            left = elapsed / steps * (self.total_steps - stage.step)
+            print(
+                f"{self.title}  step {stage.step}/{self.total_steps}  loss {self._loss:.4g}  "
+                f"{speed:.1f} clips/s  {_clock(left)} left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,114 @@
+"""The any-step curve of a model on a data set's held-out clips: what training and ``evaluate`` both ask."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from anyflow.backbone.codec import Codec
+from anyflow.data.decode import ClipShape, DecodeError
+from anyflow.data.module import split_folders
+from anyflow.data.plan import Plan
+from anyflow.data.stream import ClipDataset, ShardReader
+from anyflow.errors import UserError
+from anyflow.evaluation.curve import CurveResult, HeldOut, OnProgress, bind_text, measure_curve
+
+
+def held_out(cards: Sequence[str], split: str, shape: ClipShape, count: int | None = None) -> list[HeldOut]:
+    """The first ``count`` clips of every card's split in turn (all, if None), decoded."""
+    per_card = [list(_clips(card, split, shape, count)) for card in cards]
+    dealt = [clips[i] for i in range(max(map(len, per_card))) for clips in per_card if i < len(clips)]
+    return dealt[:count]
+
+
+def _clips(card: str, split: str, shape: ClipShape, count: int | None) -> Iterator[HeldOut]:
+    """One card's clips in the shards' order; clips that cannot be read are left out."""
+    reader = ShardReader(split_folders(card, split))
+    dataset = ClipDataset(reader, Plan(reader.planned(), seed=0, global_batch=1), shape)
+    samples = [(number, sample) for number, (_, shard) in enumerate(reader.shards) for sample in shard.samples]
+    for number, sample in samples[:count]:
+        frames = np.empty((shape.frames, shape.height, shape.width, 3), dtype=np.uint8)
+        try:
+            facts = dataset.load(0, number, sample, frames)
+        except DecodeError as error:
+            print(f"{split} clip {sample.key} of {card} is left out: {error}", file=sys.stderr)
+            continue
+        domain, attributes = facts.get("domain", ""), facts.get("attributes") or {}
+        yield HeldOut(sample.key, facts["caption"], torch.from_numpy(frames), domain, attributes)
+
+
+def curve_of(
+    backbone: Any,
+    codec: Codec,
+    cards: Sequence[str],
+    shape: ClipShape,
+    *,
+    prompts: int,
+    steps: Sequence[int],
+    shift: float,
+    seed: int = 0,
+    label: str = "after",
+    split: str = "heldout",
+    batch_size: int = 8,
+    on_progress: OnProgress | None = None,
+) -> CurveResult:
+    """Measure a model on ``prompts`` held-out prompts, against the other held-out clips (topped up from training ones).
+
+    Raises:
+        UserError: The data has too few clips.
+    """
+    clips = held_out(cards, split, shape)
+    items, reference = clips[:prompts], clips[prompts : 2 * prompts]
+    if len(items) < prompts:
+        raise UserError(f"sampling.prompts={prompts}, but the {split} split has {len(items)} clips; ask for fewer")
+    if len(reference) < len(items):
+        reference = [*reference, *held_out(cards, "train", shape, prompts - len(reference))]
+    return measure_curve(
+        bind_text(backbone, codec),
+        codec,
+        items,
+        reference,
+        label=label,
+        steps=steps,
+        shift=shift,
+        seed=seed,
+        batch_size=batch_size,
+        device=next(backbone.parameters()).device,
+        on_progress=on_progress,
+    )
+
+
+def load_curve(folder: Path, label: str) -> CurveResult | None:
+    """A curve and its samples saved by :func:`save_curve`, or None."""
+    path = folder / f"{label}.pt"
+    if not path.exists():
+        return None
+    from anyflow.evaluation.curve import Curve
+
+    saved = torch.load(path, weights_only=True)
+    shown = tuple(HeldOut(**item) for item in saved["shown"])
+    return CurveResult(Curve.from_json(saved["curve"]), shown, saved["samples"])
+
+
+def save_curve(folder: Path, result: CurveResult) -> None:
+    """Keep a curve with the samples that a picture shows, atomically: a resumed run does not measure twice."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = [
+        {
+            "key": item.key,
+            "caption": item.caption,
+            "frames": torch.as_tensor(item.frames),
+            "domain": item.domain,
+            "attributes": dict(item.attributes),
+        }
+        for item in result.shown
+    ]
+    path = folder / f"{result.curve.label}.pt"
+    partial = path.with_name(path.name + ".partial")
+    torch.save({"curve": result.curve.to_json(), "shown": shown, "samples": dict(result.samples)}, partial)
+    partial.replace(path)

@@ -1,0 +1,214 @@
+"""The ends of a run: what is measured before and after, what is exported, and what the user is told."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers import MLFlowLogger
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from anyflow.assemble import Parts
+from anyflow.backbone.codec import Codec, pixels_from_bytes
+from anyflow.backbone.export import export_lora, export_pipeline
+from anyflow.backbone.model_card import ModelCard
+from anyflow.backbone.wan_vae import encode_moments
+from anyflow.curves import curve_of, held_out, load_curve, save_curve
+from anyflow.data.card import load_card
+from anyflow.data.decode import ClipShape
+from anyflow.evaluation.curve import CurveResult
+from anyflow.evaluation.reconstruction import measure_domains
+from anyflow.evaluation.report import write_report
+from anyflow.recipe import Recipe
+from anyflow.runs import RunFolder
+from anyflow.tracking import log_artifacts, log_curve
+
+
+def clip_shape(recipe: Recipe) -> ClipShape:
+    """What the recipe's clips look like."""
+    return ClipShape(recipe.data.frames, recipe.data.height, recipe.data.width, recipe.data.fps)
+
+
+def measure(
+    recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | None, *, label: str
+) -> CurveResult | None:
+    """The any-step curve at this moment, with the averaged weights; measured once for each label and then kept."""
+    if not recipe.sampling.prompts:
+        return None
+    kept = load_curve(run.path / "curves", label)
+    if kept is not None:
+        return kept
+    with averaged(parts), sampling_progress(label) as on_progress:
+        result = curve_of(
+            parts.backbone,
+            parts.codec,
+            recipe.data.card,
+            clip_shape(recipe),
+            prompts=recipe.sampling.prompts,
+            steps=recipe.sampling.steps,
+            shift=recipe.model.shift,
+            seed=recipe.sampling.seeds[0],
+            label=label,
+            split=recipe.data.heldout,
+            on_progress=on_progress,
+        )
+    save_curve(run.path / "curves", result)
+    log_curve(logger, label, list(result.curve.to_json()["rows"]))
+    return result
+
+
+def finish_flow(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | None) -> None:
+    """Measure again, export the averaged weights, write the report."""
+    after = measure(recipe, run, parts, logger, label="after")
+    before = load_curve(run.path / "curves", "before")
+    figures = {f"{row.num_steps} steps": _figures(row) for row in after.curve.rows} if after else {}
+    with averaged(parts):
+        card = model_card(recipe, figures)
+        export_pipeline(run.model, parts.backbone.transformer, parts.codec, recipe.model.shift, card)
+        if recipe.model.lora.enabled:
+            export_lora(run.path / "lora", parts.backbone, card)
+    if after is not None:
+        write_report(run.report, before, after, fps=recipe.data.fps)
+        log_artifacts(logger, run.report, "report")
+
+
+def finish_codec(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | None) -> None:
+    """Fix the latents' statistics, measure the reconstruction of held-out clips, export with an untrained network."""
+    with averaged(parts):
+        vae = parts.codec.vae.requires_grad_(False)
+        clips = held_out(recipe.data.card, recipe.data.split, clip_shape(recipe), 512)
+        mean, std = latent_statistics(parts.codec, torch.stack([torch.as_tensor(item.frames) for item in clips]))
+        vae.register_to_config(latents_mean=mean, latents_std=std)
+        domains: dict[str, list[Any]] = {}
+        for item in held_out(recipe.data.card, recipe.data.heldout, clip_shape(recipe)):
+            domains.setdefault(item.domain, []).append(torch.as_tensor(item.frames))
+        stacked = {name: torch.stack(frames) for name, frames in domains.items()}
+        marks = {name: mark.to_json() for name, mark in measure_domains(parts.codec, stacked).items()}
+        run.note(reconstruction=marks)
+        for name, mark in marks.items():
+            print(f"{name}: {mark['psnr']:.1f} dB, moving pixels {mark['psnr_moving']:.1f} dB ({mark['clips']} clips)")
+        if logger is not None:
+            logger.log_metrics({f"{name}/{key}": value for name, mark in marks.items() for key, value in mark.items()})
+        export_pipeline(
+            run.model,
+            parts.backbone.transformer,
+            parts.codec,
+            recipe.model.shift,
+            model_card(recipe, marks),
+            codec_dtype=torch.bfloat16,
+        )
+
+
+@torch.no_grad()
+def latent_statistics(codec: Codec, clips: torch.Tensor) -> tuple[list[float], list[float]]:
+    """Per-channel mean and standard deviation of unnormalised latents of ``uint8 [N, F, H, W, 3]``."""
+    latents = torch.cat(
+        [encode_moments(codec.vae, pixels_from_bytes(part)).chunk(2, dim=1)[0] for part in clips.split(8)]
+    )
+    over = (0, 2, 3, 4)
+    return latents.mean(over).tolist(), latents.std(over).tolist()
+
+
+def averaged(parts: Parts) -> Any:
+    """Within the block the trained module has its averaged weights."""
+    return parts.stage.ema.applied() if parts.stage.ema is not None else nullcontext()
+
+
+def model_card(recipe: Recipe, figures: Any) -> ModelCard:
+    """The README of the exported model."""
+    import yaml
+
+    from anyflow.recipe import to_dict
+
+    cards = {name: load_card(name) for name in recipe.data.card}
+    return ModelCard(
+        title=recipe.run.name,
+        base_model=recipe.model.weights,
+        summary=f"Trained with anyflow, stage `{recipe.stage.name}`, {recipe.stage.steps} steps.",
+        data={name: f"{card.licence}. {card.description}" for name, card in cards.items()},
+        recipe=yaml.safe_dump(to_dict(recipe), sort_keys=False),
+        figures=figures,
+        size=(recipe.data.frames, recipe.data.height, recipe.data.width),
+        fps=recipe.data.fps,
+    )
+
+
+def describe_parts(recipe: Recipe, parts: Parts) -> Iterator[str]:
+    """What ``--dry-run`` shows: one batch, its shapes, the parameters; nothing is trained or written."""
+    parts.data.setup()
+    batch = next(iter(parts.data.train_dataloader()))
+    trainable = sum(p.numel() for p in parts.stage.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in parts.stage.parameters())
+    yield f"recipe      {recipe.run.name}: {recipe.stage.steps} steps of {recipe.global_batch} clips"
+    yield f"network     {total:,} parameters, {trainable:,} trained"
+    yield f"codec       {sum(p.numel() for p in parts.codec.parameters()):,} parameters, frozen"
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            yield f"batch       {name} {list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    yield f"            caption {batch['caption'][0]!r}"
+    if "frames" in batch and recipe.stage.name != "codec":
+        yield f"latents     {[len(batch['caption']), *parts.codec.latent_shape(*batch['frames'].shape[1:4])]}"
+    plan = parts.data.stream.dataset.plan if parts.data.stream else None
+    if plan is not None:
+        yield f"data        {plan.num_samples} clips, {plan.batches_per_epoch} batches an epoch"
+
+
+def summary(run: RunFolder) -> str:
+    """The last words of a run: where everything is, and the commands that use it."""
+    lines = [f"Run {run.name} is finished: {run.path}"]
+    table = run.report / "table.txt"
+    if table.exists():
+        lines += ["", table.read_text().rstrip(), ""]
+    for name, path in (
+        ("picture", run.report / "samples.png"),
+        ("film", run.report / "samples.mp4"),
+        ("curve", run.report / "curve.png"),
+        ("numbers", run.report / "curve.json"),
+        ("model", run.model),
+        ("lora", run.path / "lora"),
+    ):
+        if path.exists():
+            lines.append(f"  {name:<11}{path}")
+    if run.checkpoint is not None:
+        lines.append(f"  checkpoint {run.checkpoint.parent}   (an interrupted run goes on with --resume {run.path})")
+    lines.append(f'  sample     anyflow sample "..." --model {run.model} --steps 1,4,16')
+    if run.status.get("mlflow_run_id"):
+        lines.append(f"  MLflow     run {run.status['mlflow_run_id']}   (open it with: make mlflow)")
+    return "\n".join(lines)
+
+
+class sampling_progress:
+    """A progress line for a curve's measurement: ``with sampling_progress("before") as on_progress``."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+
+    def __enter__(self) -> Any:
+        if not sys.stderr.isatty():
+            print(f"sampling {self.label} ...", file=sys.stderr, flush=True)
+            return None
+        self._progress.start()
+        task = self._progress.add_task(f"sampling {self.label}")
+
+        def on_progress(done: int, total: int, what: str) -> None:
+            self._progress.update(task, completed=done, total=total, description=f"sampling {self.label}: {what}")
+
+        return on_progress
+
+    def __exit__(self, *_: Any) -> None:
+        self._progress.stop()
+
+
+def _figures(row: Any) -> dict[str, float | str]:
+    accuracy = "-" if row.motion_accuracy is None else round(row.motion_accuracy, 3)
+    return {
+        "motion right": accuracy,
+        "sliced W1": round(row.sliced_w1, 4),
+        "frame Frechet": round(row.frame_frechet, 3),
+    }

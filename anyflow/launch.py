@@ -1,0 +1,161 @@
+"""From a recipe to a finished run: assemble, measure before, train, measure after, export, report.
+
+Whatever stops a run in the middle, the same command with ``--resume auto`` goes on from what is on disk: the curve
+measured before training, the newest checkpoint, the exported model.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.loggers import MLFlowLogger
+
+from anyflow.assemble import Parts, assemble
+from anyflow.callbacks.checkpoints import Checkpoints
+from anyflow.callbacks.preemption import Preemption
+from anyflow.callbacks.progress import TrainingProgress
+from anyflow.callbacks.sampling import Sampling
+from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
+from anyflow.finish import describe_parts, finish_codec, finish_flow, measure, summary
+from anyflow.recipe import Recipe, check_files, load_recipe, save_recipe, to_dict
+from anyflow.recipe.fields import flatten
+from anyflow.runs import RunFolder, open_run
+from anyflow.tracking import EXPERIMENT, close_tracking, log_artifact, open_tracking
+
+FREE_ON_RESUME = ("run.", "hardware.", "checkpoint.", "sampling.", "data.num_workers", "data.error_budget")
+"""Fields that may change when a run goes on: they do not touch what is computed."""
+
+
+def train(recipe: Recipe, *, resume: str | None = None, dry_run: bool = False, out: Path | None = None) -> int:
+    """Run a recipe to its end; returns the process's exit code.
+
+    Raises:
+        UserError: Recipe, data, weights or folders are at fault.
+    """
+    if recipe.hardware.threads:
+        torch.set_num_threads(recipe.hardware.threads)
+    check_files(recipe)
+    if dry_run:
+        for line in describe_parts(recipe, assemble(recipe)):
+            print(line)
+        return 0
+    run = open_run(Path(recipe.run.out), recipe.run.name, out=out, resume=resume)
+    if run.status.get("state") == "finished":
+        print(f"{run.path} is finished already: nothing to resume.\n")
+        print(summary(run))
+        return 0
+    _refuse_another_recipe(run, recipe)
+    previous = signal.signal(signal.SIGTERM, _terminate)  # outside of the training loop; the loop has its own
+    try:
+        return _train(recipe, run)
+    except KeyboardInterrupt:
+        return _stopped(run, signal.SIGINT)
+    except _Terminated:
+        return _stopped(run, signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _train(recipe: Recipe, run: RunFolder) -> int:
+    parts = assemble(recipe)
+    run.path.mkdir(parents=True, exist_ok=True)
+    save_recipe(recipe, run.recipe)
+    run.note(state="running")
+    logger = open_tracking(
+        run,
+        uri=recipe.run.tracking_uri,
+        experiment=EXPERIMENT,
+        parameters=dict(flatten(to_dict(recipe))),
+        tags={"stage": recipe.stage.name, "model": recipe.model.name, "recipe": recipe.run.recipe},
+    )
+    log_artifact(logger, run.recipe)
+    is_codec = recipe.stage.name == "codec"
+    try:
+        if not is_codec:
+            measure(recipe, run, parts, logger, label="before")
+        received = fit(recipe, run, parts, logger)
+        if received is not None:
+            close_tracking(logger, "KILLED")
+            return _stopped(run, received)
+        (finish_codec if is_codec else finish_flow)(recipe, run, parts, logger)
+    except UserError:
+        run.note(state="failed")
+        close_tracking(logger, "FAILED")
+        raise
+    run.note(state="finished")
+    close_tracking(logger, "FINISHED")
+    print(summary(run))
+    return 0
+
+
+def fit(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | None) -> signal.Signals | None:
+    """Train from the run's newest checkpoint (or the start) to the last step; returns the signal that cut it short."""
+    hardware = recipe.hardware
+    checkpoints = Checkpoints(run.checkpoints, every_steps=recipe.checkpoint.every_steps, keep=recipe.checkpoint.keep)
+    preemption = Preemption(checkpoints)
+    callbacks: list[Any] = [checkpoints, TrainingProgress(recipe.stage.name, recipe.stage.steps), preemption]
+    if recipe.sampling.every_steps and recipe.stage.name != "codec":
+        measure_now = partial(_measure_now, recipe, run, parts, logger)
+        every = recipe.sampling.every_steps
+        callbacks.insert(0, Sampling(measure_now, every_steps=every, total_steps=recipe.stage.steps))
+    trainer = lightning.Trainer(
+        accelerator=hardware.accelerator,
+        devices=hardware.devices,
+        num_nodes=hardware.num_nodes,
+        precision=hardware.precision,  # type: ignore[arg-type]
+        strategy=hardware.strategy,
+        accumulate_grad_batches=hardware.accumulate,
+        max_steps=recipe.stage.steps,
+        max_epochs=1,  # one endless epoch of declared length: epoch boundaries are the stream's affair
+        callbacks=callbacks,
+        logger=logger or False,
+        log_every_n_steps=10,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=run.path,
+    )
+    trainer.fit(parts.stage, parts.data, ckpt_path=run.checkpoint, weights_only=True)
+    return preemption.received
+
+
+def _measure_now(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | None, label: str) -> None:
+    measure(recipe, run, parts, logger, label=label)
+
+
+class _Terminated(BaseException):
+    """SIGTERM while not training."""
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise _Terminated
+
+
+def _stopped(run: RunFolder, received: signal.Signals) -> int:
+    """Say how to go on."""
+    if not run.path.exists():
+        return EXIT_INTERRUPTED if received == signal.SIGINT else EXIT_PREEMPTED
+    run.note(state="preempted" if received == signal.SIGTERM else "interrupted")
+    where = run.checkpoint.parent.name if run.checkpoint else "the start"
+    print(f"\nStopped by {received.name}; {run.path} is saved.", file=sys.stderr)
+    print(f"To go on from {where}, run the same command with --resume {run.path}", file=sys.stderr)
+    return EXIT_INTERRUPTED if received == signal.SIGINT else EXIT_PREEMPTED
+
+
+def _refuse_another_recipe(run: RunFolder, recipe: Recipe) -> None:
+    """A run goes on with its own recipe: another one would mix two experiments in one set of weights."""
+    if not run.recipe.exists():
+        return
+    saved = dict(flatten(to_dict(load_recipe(str(run.recipe)))))
+    now = dict(flatten(to_dict(recipe)))
+    changed = [key for key in now if saved.get(key) != now[key] and not key.startswith(FREE_ON_RESUME)]
+    if changed:
+        listed = "; ".join(f"{key} was {saved.get(key)!r} and is {now[key]!r}" for key in changed[:5])
+        raise UserError(f"{run.path} was started with another recipe: {listed}. Set it back, or start a new run")

@@ -1,0 +1,111 @@
+"""A run's folder: where everything of one training lies, and which run ``--resume auto`` means.
+
+runs/finetune-driving-001/
+    recipe.yaml      the resolved recipe          status.json   running | preempted | failed | finished
+    checkpoints/     step_00000100/, latest       curves/       the any-step curve before and after
+    model/           the exported pipeline        report/       picture, film, plot, table
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anyflow.callbacks.checkpoints import latest_checkpoint, write_atomically
+from anyflow.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name: its folder's."""
+        return self.path.name
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Resumable states."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The exported diffusers pipeline."""
+        return self.path / "model"
+
+    @property
+    def report(self) -> Path:
+        """Pictures, plots and numbers for people."""
+        return self.path / "report"
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What is known of the run: ``state``, ``mlflow_run_id`` and whatever was noted; empty before it starts."""
+        path = self.path / "status.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to the status, atomically."""
+        write_atomically(self.path / "status.json", json.dumps({**self.status, **facts}, indent=2) + "\n")
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest whole checkpoint, or None."""
+        return latest_checkpoint(self.checkpoints)
+
+
+def open_run(root: Path, name: str, *, out: Path | None, resume: str | None) -> RunFolder:
+    """The folder to train in: a new one, or the one to go on with.
+
+    Args:
+        root: Where runs live.
+        name: The recipe's name; new runs are numbered after it.
+        out: A folder that the user chose.
+        resume: None for a new run; ``auto`` for the newest unfinished run of this name (or ``out``), and a new one
+            where there is none; otherwise a run's name or folder.
+
+    Raises:
+        UserError: The chosen folder is in use, or the run to resume does not exist.
+    """
+    if resume is None or resume == "auto":
+        candidate = out if out is not None else _newest(root, name)
+        if resume == "auto" and candidate is not None and (candidate / "recipe.yaml").exists():
+            return RunFolder(candidate)
+        if out is not None and out.exists() and any(out.iterdir()):
+            raise UserError(f"--out {out} is not empty; choose another folder, or --resume auto to go on with it")
+        return RunFolder(out if out is not None else root / f"{name}-{_next_number(root, name):03d}")
+    for path in (Path(resume), root / resume):
+        if (path / "recipe.yaml").exists():
+            return RunFolder(path)
+    known = ", ".join(sorted(path.parent.name for path in root.glob("*/recipe.yaml"))) or "none yet"
+    raise UserError(f"--resume {resume}: there is no such run in {root} (runs: {known})")
+
+
+def _numbered(root: Path, name: str) -> dict[int, Path]:
+    pattern = re.compile(re.escape(name) + r"-(\d{3,})")
+    matches = ((pattern.fullmatch(path.name), path) for path in root.glob(f"{name}-*") if path.is_dir())
+    return {int(match[1]): path for match, path in matches if match}
+
+
+def _next_number(root: Path, name: str) -> int:
+    return max(_numbered(root, name), default=0) + 1
+
+
+def _newest(root: Path, name: str) -> Path | None:
+    """The newest run of a name, unless it is finished."""
+    numbered = _numbered(root, name)
+    if not numbered:
+        return None
+    newest = numbered[max(numbered)]
+    return None if RunFolder(newest).status.get("state") == "finished" else newest

@@ -1,0 +1,98 @@
+"""What all stages share: counters, seeded draws, optimiser, average, conditioning.
+
+A stage is a LightningModule whose ``training_step`` reads as the algorithm's pseudo-code. Everything random in it comes
+from :meth:`Stage.generator`, a function of (seed, purpose, position) alone: the same numbers on every rank, after every
+resume, for every number of workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import lightning
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from anyflow.errors import UserError
+from anyflow.stages.ema import Ema, EmaSettings
+from anyflow.stages.optimizers import OptimizerSettings, build_optimizer, build_schedule
+
+
+class Stage(lightning.LightningModule):
+    """A stage of training over one trained module.
+
+    Attributes:
+        step: Optimiser steps done. Our own count: Lightning's ``global_step`` counts every optimiser's.
+        position: Batches begun, from which every random draw is derived.
+    """
+
+    def __init__(
+        self, trained: nn.Module, *, optimizer: OptimizerSettings, ema: EmaSettings, total_steps: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.optimizer_settings = optimizer
+        self.total_steps = total_steps
+        self.seed = seed
+        self.step = 0
+        self.position = 0
+        self.ema = Ema(trained, ema) if ema.decay > 0 else None
+
+    def generator(self, purpose: str, *position: int) -> torch.Generator:
+        """A CPU generator for the current batch's ``purpose``, equal on all ranks."""
+        text = ":".join(map(str, (self.seed, purpose, self.position, *position)))
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        return torch.Generator().manual_seed(seed)
+
+    def report(self, **metrics: Tensor | float) -> None:
+        """Log one step's figures; ``loss`` also goes to the progress bar."""
+        for name, value in metrics.items():
+            self.log(name, value, prog_bar=name == "loss", batch_size=1)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = build_optimizer(self.optimizer_settings, self.named_parameters())
+        schedule = build_schedule(self.optimizer_settings, optimizer, self.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        """Clip by global norm and stop at the first gradient that is not a number."""
+        clip = self.optimizer_settings.clip
+        trainable = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(trainable, clip if clip > 0 else float("inf"))
+        if not torch.isfinite(norm):
+            raise UserError(
+                f"optimizer.lr={self.optimizer_settings.lr:g}: the gradient norm became {float(norm)} at step "
+                f"{self.step}; lower the learning rate or lengthen optimizer.warmup_steps, then resume"
+            )
+        self.report(grad_norm=norm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.step)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.position += 1  # here and not at the batch's end: callbacks save before the module's own end hook runs
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["anyflow"] = {"step": self.step, "position": self.position}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.step = checkpoint["anyflow"]["step"]
+        self.position = checkpoint["anyflow"]["position"]
+
+
+def world() -> tuple[int, int]:
+    """This process's rank and the number of ranks."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def global_mean(values: Tensor, chosen: Tensor) -> Tensor | None:
+    """Mean of ``values[chosen]`` over all ranks, detached; None when no rank has any (all ranks agree on that)."""
+    total = torch.stack([values.detach()[chosen].double().sum(), chosen.double().sum()])
+    if world()[1] > 1:
+        dist.all_reduce(total)
+    return (total[0] / total[1]).to(values.dtype) if total[1] > 0 else None

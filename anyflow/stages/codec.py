@@ -1,0 +1,124 @@
+"""Train a small video autoencoder: the codec of an embedded model.
+
+    video -> crop -> encode -> sample latents -> decode
+    loss = Charbonnier (heavier where pixels move) + differences in space and time + a little KL
+
+The first part of a run learns from crops on the latent grid (cheap, many scenes a step); the last part from whole
+clips, so that borders and long motion are seen as they will be used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from anyflow.backbone.codec import pixels_from_bytes
+from anyflow.backbone.wan_vae import decode_latents, encode_moments
+from anyflow.stages.base import Stage
+from anyflow.stages.ema import EmaSettings
+from anyflow.stages.optimizers import OptimizerSettings
+
+
+@dataclass(frozen=True)
+class CodecObjective:
+    """What the autoencoder is asked for.
+
+    Attributes:
+        crop_frames: Frames of a training crop (4n + 1).
+        crop_height, crop_width: Its size in pixels, a multiple of the latent grid.
+        whole_share: Share of the run, at its end, that sees whole clips.
+        motion_weight: Weight of a fully moving pixel beside 1 of a still one.
+        gradient_weight: Weight of the error of spatial and temporal differences.
+        kl_weight: Weight of the KL divergence to a standard normal, mean over latent elements.
+    """
+
+    crop_frames: int = 9
+    crop_height: int = 32
+    crop_width: int = 48
+    whole_share: float = 0.12
+    motion_weight: float = 4.0
+    gradient_weight: float = 0.5
+    kl_weight: float = 3e-5
+
+
+class CodecStage(Stage):
+    """Reconstruction of video by :class:`diffusers.AutoencoderKLWan`."""
+
+    def __init__(
+        self,
+        vae: AutoencoderKLWan,
+        objective: CodecObjective,
+        *,
+        optimizer: OptimizerSettings,
+        ema: EmaSettings,
+        total_steps: int,
+        seed: int,
+    ) -> None:
+        super().__init__(vae, optimizer=optimizer, ema=ema, total_steps=total_steps, seed=seed)
+        self.vae = vae
+        self.objective = objective
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        """Crop, encode, sample, decode, compare."""
+        generator = self.generator("codec")
+        video = self.crop(pixels_from_bytes(batch["frames"]), generator)
+        mean, log_variance = encode_moments(self.vae, video).chunk(2, dim=1)
+        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        reconstruction = decode_latents(self.vae, mean + noise * torch.exp(0.5 * log_variance))
+
+        error = charbonnier(reconstruction - video)
+        weight = 1.0 + (self.objective.motion_weight - 1.0) * motion_mask(video)
+        pixel_loss = (error * weight).mean()
+        gradient_loss = difference_error(reconstruction, video)
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean()
+        loss = pixel_loss + self.objective.gradient_weight * gradient_loss + self.objective.kl_weight * kl
+        with torch.no_grad():
+            psnr = -10 * torch.log10((reconstruction - video).div(2).square().mean())
+        self.report(loss=loss, pixel_loss=pixel_loss, gradient_loss=gradient_loss, kl=kl, psnr=psnr)
+        return loss
+
+    def crop(self, video: Tensor, generator: torch.Generator) -> Tensor:
+        """A random crop of every clip on the latent grid; of two candidates half the time the one that moves more."""
+        if self.step >= (1.0 - self.objective.whole_share) * self.total_steps:
+            return video
+        frames, height, width = self.objective.crop_frames, self.objective.crop_height, self.objective.crop_width
+        grid = self.vae.config.scale_factor_spatial
+        crops = []
+        for clip in video:
+            candidates = []
+            for _ in range(2):
+                f = _draw(clip.shape[1] - frames, 1, generator)
+                y = _draw(clip.shape[2] - height, grid, generator)
+                x = _draw(clip.shape[3] - width, grid, generator)
+                candidates.append(clip[:, f : f + frames, y : y + height, x : x + width])
+            if torch.rand((), generator=generator) < 0.5:
+                candidates.sort(key=lambda crop: float(crop.diff(dim=1).abs().mean()), reverse=True)
+            crops.append(candidates[0])
+        return torch.stack(crops)
+
+
+def charbonnier(error: Tensor, epsilon: float = 1e-2) -> Tensor:
+    """A smooth absolute value: quadratic below ``epsilon``, linear above."""
+    return torch.sqrt(error.square() + epsilon**2) - epsilon
+
+
+def motion_mask(video: Tensor, scale: float = 0.1) -> Tensor:
+    """How much each pixel moves, 0 to 1: ``[B, 1, F, H, W]``, from the larger of its two temporal differences."""
+    change = video.diff(dim=2).abs().amax(dim=1, keepdim=True)
+    forward = torch.nn.functional.pad(change, (0, 0, 0, 0, 1, 0))
+    backward = torch.nn.functional.pad(change, (0, 0, 0, 0, 0, 1))
+    return torch.maximum(forward, backward).div(scale).clamp(max=1.0)
+
+
+def difference_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error of neighbouring differences along time, height and width: punishes blur and flicker."""
+    error = prediction - target
+    return torch.stack([error.diff(dim=dim).abs().mean() for dim in (2, 3, 4)]).sum()
+
+
+def _draw(room: int, grid: int, generator: torch.Generator) -> int:
+    return int(torch.randint(room // grid + 1, (), generator=generator)) * grid

@@ -1,0 +1,63 @@
+"""An exponential moving average of the trainable weights, kept in the module's own state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class EmaSettings:
+    """When and how slowly the average moves.
+
+    Attributes:
+        decay: Weight of the past at each optimiser step; 0 switches the average off.
+        start_step: Until this optimiser step the average is the weights themselves.
+    """
+
+    decay: float = 0.999
+    start_step: int = 0
+
+
+class Ema(nn.Module):
+    """Shadow weights as buffers, so that checkpoints and sharding carry them like any other weight.
+
+    Of a LoRA run it holds the adapters alone: the frozen base needs no average.
+    """
+
+    def __init__(self, module: nn.Module, settings: EmaSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self._sources = [p for p in module.parameters() if p.requires_grad]
+        for index, parameter in enumerate(self._sources):
+            self.register_buffer(f"shadow_{index}", parameter.detach().clone())
+
+    @property
+    def shadows(self) -> list[Tensor]:
+        """The averaged weights, in the order of the module's trainable parameters."""
+        return [self.get_buffer(f"shadow_{index}") for index in range(len(self._sources))]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the average after optimiser step ``step`` (counted from 1)."""
+        decay = self.settings.decay if step > self.settings.start_step else 0.0
+        torch._foreach_lerp_(self.shadows, [p.detach() for p in self._sources], 1.0 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the block the module computes with the averaged weights."""
+        kept = [p.detach().clone() for p in self._sources]
+        self._assign(self.shadows)
+        try:
+            yield
+        finally:
+            self._assign(kept)
+
+    @torch.no_grad()
+    def _assign(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self._sources, values, strict=True):
+            parameter.copy_(value)

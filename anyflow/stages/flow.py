@@ -1,0 +1,107 @@
+"""What the stages of the flow-map network share: latents and texts of a batch, and the velocity seam."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyflow.backbone.codec import Codec
+from anyflow.backbone.protocol import FlowMapBackbone, Text
+from anyflow.flowmap.objective import Velocity
+from anyflow.stages.base import Stage, world
+from anyflow.stages.ema import EmaSettings
+from anyflow.stages.optimizers import OptimizerSettings
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the network is told, and how often it is not.
+
+    Attributes:
+        negative_prompt: The text that stands for "no text": of dropped samples and of the unconditional pass.
+        text_drop: Probability that a sample's text is replaced by the negative prompt.
+        i2v_prob: Probability that a step trains image-to-video: the first latent frame is given.
+    """
+
+    negative_prompt: str = ""
+    text_drop: float = 0.1
+    i2v_prob: float = 0.0
+
+
+@dataclass(frozen=True)
+class FlowBatch:
+    """One rank's batch, ready for the objective.
+
+    Attributes:
+        clean: Normalised latents ``[B, F, C, H, W]``, float32.
+        noise: Standard normal, as ``clean``.
+        text: ``B + 1`` texts: the samples' own, then the negative prompt.
+        rows: ``[B]`` which text each sample is trained with: its own, or ``B`` where it was dropped.
+        first_frame_given: ``[B]`` bool, all equal: whether this step trains image-to-video.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    text: Text
+    rows: Tensor
+    first_frame_given: Tensor
+
+
+class FlowStage(Stage):
+    """A stage that trains velocities of the flow-map backbone on encoded video."""
+
+    def __init__(
+        self,
+        backbone: FlowMapBackbone,
+        codec: Codec,
+        *,
+        conditioning: Conditioning,
+        optimizer: OptimizerSettings,
+        ema: EmaSettings,
+        total_steps: int,
+        seed: int,
+    ) -> None:
+        super().__init__(backbone, optimizer=optimizer, ema=ema, total_steps=total_steps, seed=seed)
+        self.backbone = backbone
+        self.conditioning = conditioning
+        self._codec = (codec,)  # frozen and shared: kept out of this module's parameters and checkpoints
+
+    @property
+    def codec(self) -> Codec:
+        """Pixels to latents, prompts to embeddings."""
+        return self._codec[0]
+
+    def on_fit_start(self) -> None:
+        self.codec.to(self.device)
+
+    def prepare(self, batch: dict[str, Any]) -> FlowBatch:
+        """Encode what is not yet encoded, and draw noise and dropped texts."""
+        clean = batch["latents"] if "latents" in batch else self.codec.encode_video(batch["frames"])
+        clean = clean.to(self.device, torch.float32)
+        own = self.global_indices(len(clean))
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=self.generator("noise", i)) for i in own])
+        drop = self.draw_all("drop", len(clean) * world()[1])[own] < self.conditioning.text_drop
+        rows = torch.arange(len(clean)).masked_fill(drop, len(clean))
+        given = torch.rand((), generator=self.generator("i2v")) < self.conditioning.i2v_prob
+        text = self.codec.encode_text([*batch["caption"], self.conditioning.negative_prompt])
+        return FlowBatch(clean, noise.to(clean), text, rows.to(self.device), given.expand(len(clean)).to(self.device))
+
+    def velocity(self, text: Text) -> Velocity:
+        """The seam ``u(z, t, r, rows)`` with this batch's texts bound."""
+
+        def velocity(z: Tensor, t: Tensor, r: Tensor, rows: Tensor) -> Tensor:
+            return self.backbone(z, t, r, text.select(rows))
+
+        return velocity
+
+    def draw_all(self, purpose: str, *size: int) -> Tensor:
+        """Uniforms for the whole global batch, the same on every rank."""
+        return torch.rand(size, generator=self.generator(purpose))
+
+    def global_indices(self, batch_size: int) -> list[int]:
+        """Where this rank's samples stand in the global batch: dealt out in turn, as the data stream deals clips."""
+        rank, ranks = world()
+        return list(range(rank, batch_size * ranks, ranks))

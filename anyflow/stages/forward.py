@@ -1,0 +1,77 @@
+"""Forward flow-map training: mean velocities learnt from data along the path (section 3).
+
+draw t >= r;  z = path(clean, noise, t)
+prediction = fuse guidance into u(z, t, r);  target = v - (t - r) du/dt      (flowmap/objective.py)
+balance every interval's loss to the diffusion samples';  loss = mean
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from anyflow.flowmap.intervals import Intervals, draw_intervals, keep_first_frame
+from anyflow.flowmap.objective import FlowMapObjective, flow_map_loss, rebalance
+from anyflow.stages.base import global_mean, world
+from anyflow.stages.flow import FlowBatch, FlowStage
+
+
+@dataclass(frozen=True)
+class IntervalShares:
+    """How the global batch is divided: ``diffusion`` has r = t, ``consistency`` has r = 0, the rest a free r."""
+
+    diffusion: float = 0.5
+    consistency: float = 0.25
+
+
+class ForwardStage(FlowStage):
+    """The flow-map objective on data."""
+
+    def __init__(
+        self, *args: Any, objective: FlowMapObjective, shares: IntervalShares | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.objective = objective
+        self.shares = shares or IntervalShares()
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        """The forward loss of one batch."""
+        loss = self.forward_loss(self.prepare(batch))
+        self.report(loss=loss)
+        return loss
+
+    def forward_loss(self, data: FlowBatch) -> Tensor:
+        """Section 3, from the drawn intervals to the balanced mean over this rank's samples."""
+        intervals = self.draw_times(len(data.clean))
+        timestep, r_timestep, loss_frames = intervals.timestep, intervals.r_timestep, None
+        if bool(data.first_frame_given.any()):
+            timestep, r_timestep, loss_frames = keep_first_frame(
+                timestep, r_timestep, data.clean.shape[1], data.first_frame_given
+            )
+        result = flow_map_loss(
+            self.objective,
+            self.velocity(data.text),
+            data.clean,
+            data.noise,
+            timestep,
+            r_timestep,
+            data.rows,
+            loss_frames,
+            same_calls=world()[1] > 1,
+        )
+        per_sample = result.per_sample
+        diffusion_mean = global_mean(per_sample, result.is_diffusion)
+        if diffusion_mean is not None:
+            self.report(diffusion_loss=diffusion_mean)
+        if self.objective.rebalance:
+            per_sample = rebalance(per_sample, result.is_diffusion, diffusion_mean)
+        return per_sample.mean()
+
+    def draw_times(self, batch_size: int) -> Intervals:
+        """This rank's part of the global batch's intervals."""
+        rank, ranks = world()
+        uniforms = self.draw_all("intervals", batch_size * ranks, 2)
+        intervals = draw_intervals(uniforms, self.shares.diffusion, self.shares.consistency, self.objective.shift)
+        return intervals.for_rank(rank, ranks).to(self.device)

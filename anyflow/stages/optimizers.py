@@ -1,0 +1,125 @@
+"""Optimisers and learning-rate schedules, by name.
+
+``adamw`` is what the released runs use. ``muon`` orthogonalises the update of every weight that is a matrix (a
+convolution's kernel counts as the matrix of its flattened filters) and leaves vectors, embeddings and heads to AdamW:
+from scratch and on a small budget it learns noticeably faster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """How weights move.
+
+    Attributes:
+        name: ``adamw`` or ``muon``.
+        lr: Peak learning rate (of the matrices under ``muon``, in AdamW's units: updates are scaled to its RMS).
+        betas: AdamW's two decay rates.
+        weight_decay: Decoupled weight decay.
+        warmup_steps: Optimiser steps of linear warm-up from zero.
+        schedule: ``constant`` after the warm-up, or ``cosine`` down to zero at the last step.
+        clip: Largest global gradient norm; 0 leaves gradients alone.
+    """
+
+    name: str = "adamw"
+    lr: float = 5e-5
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    clip: float = 1.0
+
+
+def build_optimizer(settings: OptimizerSettings, parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
+    """The optimiser over the named parameters that require gradients.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    trainable = [(name, p) for name, p in parameters if p.requires_grad]
+    adamw: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
+    if settings.name == "adamw":
+        return AdamW([p for _, p in trainable], **adamw)
+    if settings.name == "muon":
+        matrices = [p for name, p in trainable if _is_matrix(name, p)]
+        others = [p for name, p in trainable if not _is_matrix(name, p)]
+        return MuonWithAdamW(matrices, others, **adamw)
+    raise ValueError(f"unknown optimizer {settings.name!r}: adamw or muon")
+
+
+def _is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon serves this weight: a hidden layer's matrix or kernel, neither a table nor a read-out."""
+    return parameter.ndim >= 2 and not any(part in name for part in ("embedding", "proj_out", "table", "norm", "gamma"))
+
+
+class MuonWithAdamW(Optimizer):
+    """Muon over the matrices, AdamW over the rest, as one optimiser with one learning rate to schedule."""
+
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        others: list[nn.Parameter],
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        adamw_ratio: float = 0.3,
+    ) -> None:
+        groups = [{"params": matrices, "lr": lr}, {"params": others, "lr": lr * adamw_ratio}]
+        super().__init__([group for group in groups if group["params"]], {"lr": lr})
+        self._matrices = matrices
+        self._flat = [nn.Parameter(p.detach().flatten(1)) for p in matrices]
+        self._inner: list[Optimizer] = []
+        if matrices:
+            self._inner.append(Muon(self._flat, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        if others:
+            self._inner.append(AdamW(others, lr=lr * adamw_ratio, betas=betas, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of both."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for flat, parameter in zip(self._flat, self._matrices, strict=True):
+            flat.data = parameter.data.flatten(1)  # a view: Muon writes through it
+            flat.grad = None if parameter.grad is None else parameter.grad.flatten(1)
+        for inner, group in zip(self._inner, self.param_groups, strict=True):
+            inner.param_groups[0]["lr"] = group["lr"]
+            inner.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both optimisers' states."""
+        return {"param_groups": super().state_dict()["param_groups"], "inner": [o.state_dict() for o in self._inner]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the states of :meth:`state_dict`."""
+        super().load_state_dict({"param_groups": state_dict["param_groups"], "state": {}})
+        for inner, state in zip(self._inner, state_dict["inner"], strict=True):
+            inner.load_state_dict(state)
+
+
+def build_schedule(settings: OptimizerSettings, optimizer: Optimizer, total_steps: int) -> LambdaLR:
+    """Linear warm-up, then constant or cosine; stepped once for each optimiser step."""
+
+    def factor(step: int) -> float:
+        if step < settings.warmup_steps:
+            return (step + 1) / settings.warmup_steps
+        if settings.schedule == "constant":
+            return 1.0
+        progress = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return LambdaLR(optimizer, factor)
