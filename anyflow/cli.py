@@ -9,7 +9,7 @@ import sys
 import typer
 
 from anyflow import __version__
-from anyflow.commands import recipes, tracking, train
+from anyflow.commands import evaluate, export, recipes, sample, tracking, train
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
 
 app = typer.Typer(
@@ -37,6 +37,9 @@ def _top(
 
 
 app.command("train")(train.train)
+app.command("sample")(sample.sample)
+app.command("evaluate")(evaluate.evaluate)
+app.command("export")(export.export)
 app.add_typer(recipes.app, name="recipes")
 app.command("mlflow")(tracking.mlflow)
 

@@ -1,0 +1,1 @@
+"""The commands of ``anyflow``, one file each: they read arguments, call a room of the house, and print."""

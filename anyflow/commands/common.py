@@ -1,0 +1,59 @@
+"""What the commands share: reading lists of numbers, choosing a fresh folder, printing JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from anyflow.errors import UserError
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document for machines, and nothing else, on stdout.")
+]
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout; paths and the like as text."""
+    typer.echo(json.dumps(document, indent=2, default=str, ensure_ascii=False))
+
+
+def parse_steps(text: str) -> list[int]:
+    """``1,4,16`` as numbers, ascending and once each.
+
+    Raises:
+        UserError: one of them is no whole number from 1 to 1000.
+    """
+    try:
+        steps = sorted({int(part) for part in text.split(",") if part.strip()})
+    except ValueError:
+        steps = []
+    if not steps or steps[0] < 1 or steps[-1] > 1000:
+        raise UserError(
+            f"--steps {text!r} is no list of whole numbers from 1 to 1000: write for example --steps 1,4,16"
+        )
+    return steps
+
+
+def fresh_folder(out: Path | None, default: str) -> Path:
+    """The folder to write results in: ``out``, which must be free, or ``default``, numbered when taken. Not created yet.
+
+    Raises:
+        UserError: ``out`` is a file, or holds something already.
+    """
+    if out is not None:
+        if out.is_file():
+            raise UserError(f"--out {out} is a file: name a folder")
+        if _is_used(out):
+            raise UserError(f"--out {out} is not empty: choose another folder")
+        return out
+    number = 1
+    while _is_used(folder := Path(default if number == 1 else f"{default}-{number}")):
+        number += 1
+    return folder
+
+
+def _is_used(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())

@@ -1,0 +1,75 @@
+"""``anyflow evaluate``: the any-step curve of a model, alone or against another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from anyflow.commands.common import Json, fresh_folder, parse_steps, print_json
+
+if TYPE_CHECKING:
+    from anyflow.evaluation.curve import CurveResult
+
+
+def evaluate(
+    model: Annotated[str, typer.Option(help="A model folder, a run's folder, or a hub id.")],
+    data: Annotated[str, typer.Option(help="A dataset card: a name in data/, or a path.")],
+    against: Annotated[str | None, typer.Option(help="A second model on the same prompts and noise: before.")] = None,
+    steps: Annotated[str, typer.Option(help="Step counts.")] = "1,2,4,8,16,32",
+    prompts: Annotated[int, typer.Option(help="Prompts, from the card's split.", min=1)] = 16,
+    split: Annotated[str, typer.Option(help="Split that prompts and real clips come from.")] = "heldout",
+    seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0)] = 0,
+    batch_size: Annotated[int, typer.Option(help="Clips a pass.", min=1)] = 8,
+    out: Annotated[Path | None, typer.Option(help="A new folder; without it one under runs/evaluations.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure quality against the number of steps: distance to real clips, and whether the motion asked for is there.
+
+    \b
+    Examples:
+      anyflow evaluate --model data/models/tiny --data driving
+      anyflow evaluate --model runs/finetune-driving-tiny-001 --against data/models/tiny --data driving --prompts 32
+      anyflow evaluate --model runs/tiny-forward --data games --steps 1,4,16 --out curves/games --json
+    """
+    counts = parse_steps(steps)
+    folder = fresh_folder(out, f"runs/evaluations/{Path(data).stem}")
+    from anyflow.recipe import find_card
+
+    find_card(data)
+    from anyflow.evaluation.report import write_report
+
+    settings = {"steps": counts, "prompts": prompts, "split": split, "seed": seed, "batch_size": batch_size}
+    before = _curve(against, data, "before", settings) if against else None
+    after = _curve(model, data, "after" if against else "model", settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_report(folder, before, after)
+    if as_json:
+        curves = [result.curve.to_json() for result in (before, after) if result is not None]
+        print_json({"model": model, "against": against, "data": data, "curves": curves, "folder": folder})
+        return
+    table = folder / "table.txt"
+    if table.is_file():
+        typer.echo(table.read_text(encoding="utf-8").rstrip())
+    typer.echo(f"\npicture, film, plot and numbers: {folder}")
+
+
+def _curve(model: str, data: str, label: str, settings: dict[str, object]) -> CurveResult:
+    from anyflow.commands.models import load_model, native_shape
+    from anyflow.curves import curve_of
+    from anyflow.finish import sampling_progress
+
+    shape = native_shape(model, frames=None, height=None, width=None, fps=None)
+    codec, backbone, shift = load_model(model)
+    with sampling_progress(label) as on_progress:
+        return curve_of(
+            backbone,
+            codec,
+            [data],
+            shape,
+            shift=shift,
+            label=label,
+            on_progress=on_progress,
+            **settings,  # type: ignore[arg-type]
+        )

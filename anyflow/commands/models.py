@@ -1,0 +1,87 @@
+"""A model named on the command line: its parts, and the shape of the clips that it was trained on."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from anyflow.errors import UserError
+from anyflow.recipe import list_recipes, load_recipe
+
+if TYPE_CHECKING:
+    from anyflow.backbone.codec import Codec
+    from anyflow.backbone.protocol import FlowMapBackbone
+    from anyflow.data.decode import ClipShape
+
+
+def load_model(model: str) -> tuple[Codec, FlowMapBackbone, float]:
+    """Codec, network and the shift of its schedule, on the GPU in bfloat16 if there is one, else on the CPU in float32.
+
+    Raises:
+        UserError: the folder or hub name holds no such model.
+    """
+    import torch
+
+    from anyflow.backbone.codec import Codec
+    from anyflow.backbone.load import load_backbone, read_shift
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    codec = Codec.from_folder(model, dtype=dtype, device=device)
+    backbone = load_backbone(model, dtype=dtype, device=device)
+    backbone.requires_grad_(False)
+    return codec, backbone, read_shift(model)
+
+
+def native_shape(
+    model: str, *, frames: int | None, height: int | None, width: int | None, fps: float | None
+) -> ClipShape:
+    """The clip shape that a model was trained on, with what the user asks for instead.
+
+    It is read from the recipe beside the weights (a run), from the model's README (an export), or from the model file
+    of the recipes that names these weights (a published model).
+
+    Raises:
+        UserError: none of them knows it and the user did not say all of it.
+    """
+    from anyflow.data.decode import ClipShape
+
+    given = (frames, height, width, fps)
+    known = _from_run(Path(model)) or _from_readme(Path(model)) or _from_presets(model)
+    if known is None and None in given:
+        raise UserError(f"--model {model} does not say its clip size: give --frames, --height, --width and --fps")
+    values = [value if value is not None else (known or given)[i] for i, value in enumerate(given)]
+    return ClipShape(int(values[0] or 0), int(values[1] or 0), int(values[2] or 0), float(values[3] or 0))
+
+
+Shape = tuple[int, int, int, float]
+
+
+def _from_run(folder: Path) -> Shape | None:
+    for path in (folder / "recipe.yaml", folder.parent / "recipe.yaml"):
+        if path.is_file():
+            data = load_recipe(str(path)).data
+            return data.frames, data.height, data.width, data.fps
+    return None
+
+
+def _from_readme(folder: Path) -> Shape | None:
+    """From the usage lines of a model card that this project wrote."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8")
+    size = re.search(r"num_frames=(\d+), height=(\d+), width=(\d+)", text)
+    fps = re.search(r"fps=([\d.]+)", text)
+    if size is None or fps is None:
+        return None
+    return int(size[1]), int(size[2]), int(size[3]), float(fps[1].rstrip("."))
+
+
+def _from_presets(model: str) -> Shape | None:
+    for name in list_recipes().get("models", []):
+        recipe = load_recipe("finetune/driving", model=name)
+        if recipe.model.weights == model.rstrip("/"):
+            return recipe.data.frames, recipe.data.height, recipe.data.width, recipe.data.fps
+    return None

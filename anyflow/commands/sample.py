@@ -1,0 +1,89 @@
+"""``anyflow sample``: clips of a prompt, from preview to quality."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from anyflow.commands.common import Json, fresh_folder, parse_steps, print_json
+from anyflow.errors import UserError
+
+
+def sample(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What the clips show, one text a prompt.")],
+    model: Annotated[str, typer.Option(help="A model folder, a run's folder, or a hub id.")] = "data/models/tiny",
+    steps: Annotated[str, typer.Option(help="Step counts, each from the same noise.")] = "1,4,16",
+    seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0)] = 0,
+    frames: Annotated[int | None, typer.Option(help="Frames (4n+1); else as trained.", min=1)] = None,
+    height: Annotated[int | None, typer.Option(help="Pixel rows (multiple of 16); else as trained.", min=16)] = None,
+    width: Annotated[int | None, typer.Option(help="Pixel columns (multiple of 16); else as trained.", min=16)] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames a second of the mp4; else as trained.", min=0.1)] = None,
+    out: Annotated[Path | None, typer.Option(help="A new folder; without it one under runs/samples.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Sample prompts at several step counts, side by side: few steps are a preview of many.
+
+    \b
+    Examples:
+      anyflow sample "The green ego car changes 1 lane to the left."
+      anyflow sample "A robot arm opens a drawer." "It closes it." --model runs/finetune-robotics-tiny-001 --steps 1,4,16
+      anyflow sample "..." --model nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers --steps 4 --out samples --json
+    """
+    counts = parse_steps(steps)
+    if not all(prompt.strip() for prompt in prompts):
+        raise UserError("PROMPT is empty: say what the clip shows")
+    folder = fresh_folder(out, "runs/samples/sample")
+    from anyflow.commands.models import load_model, native_shape
+
+    shape = native_shape(model, frames=frames, height=height, width=width, fps=fps)
+    codec, backbone, shift = load_model(model)
+    latent_shape = codec.latent_shape(shape.frames, shape.height, shape.width)
+    seconds, clips = _sample_all(codec, backbone, prompts, latent_shape, counts, shift, seed)
+    files = _write(folder, prompts, clips, shape.fps or 8.0)
+    if as_json:
+        print_json({"model": model, "prompts": prompts, "seed": seed, "seconds": seconds, "files": files})
+        return
+    for count in counts:
+        typer.echo(f"{count:>4} steps  {seconds[count]:6.1f} s  {', '.join(map(str, files[str(count)]))}")
+    typer.echo(f"side by side: {files['picture']} and {files['film']}")
+
+
+def _sample_all(
+    codec: Any, backbone: Any, prompts: list[str], shape: tuple[int, ...], counts: list[int], shift: float, seed: int
+) -> tuple[dict[int, float], dict[int, Any]]:
+    """Seconds and clips (uint8 ``[n, F, H, W, 3]``) by step count; each prompt has its own noise, the same at all."""
+    import torch
+
+    from anyflow.evaluation.curve import bind_text, prompt_noise
+    from anyflow.flowmap.sampling import sample as run_sampler
+
+    velocity = bind_text(backbone, codec)(prompts)
+    noise = prompt_noise(shape, prompts, seed).to(codec.device)
+    seconds, clips = {}, {}
+    for count in counts:
+        start = time.perf_counter()
+        with torch.no_grad():
+            latents = run_sampler(velocity, noise, count, shift)
+            clips[count] = codec.decode(latents).cpu()
+        seconds[count] = time.perf_counter() - start
+    return seconds, clips
+
+
+def _write(folder: Path, prompts: list[str], clips: dict[int, Any], fps: float) -> dict[str, Any]:
+    """One mp4 a prompt and step count, and all of them in one picture and one film."""
+    from anyflow.evaluation.picture import Grid, Prompt, save_mp4, save_png, write_mp4
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, Any] = {}
+    for count, batch in clips.items():
+        files[str(count)] = [folder / f"prompt-{i + 1}-steps-{count:02d}.mp4" for i in range(len(prompts))]
+        for path, clip in zip(files[str(count)], batch, strict=True):
+            write_mp4(path, list(clip.numpy()), fps)
+    grid = Grid([Prompt(prompt) for prompt in prompts], {"": {count: batch.numpy() for count, batch in clips.items()}})
+    files["picture"], files["film"] = folder / "samples.png", folder / "samples.mp4"
+    save_png(grid, files["picture"])
+    save_mp4(grid, files["film"], fps=fps)
+    return files

@@ -1,0 +1,66 @@
+"""``anyflow mlflow``: where the runs are recorded, and how to look at them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from anyflow.commands.common import Json, print_json
+from anyflow.errors import UserError
+
+
+def mlflow(
+    uri: Annotated[str, typer.Option(help="MLflow's database or server.")] = "sqlite:///runs/mlflow.db",
+    serve: Annotated[bool, typer.Option("--serve", help="Serve the runs on 127.0.0.1 until Ctrl-C.")] = False,
+    port: Annotated[int, typer.Option(help="Port to serve on.", min=1, max=65535)] = 5000,
+    last: Annotated[int, typer.Option(help="How many of the newest runs to list.", min=1)] = 10,
+    as_json: Json = False,
+) -> None:
+    """List the newest runs, or serve them for a browser (on this machine only).
+
+    \b
+    Examples:
+      anyflow mlflow
+      anyflow mlflow --serve --port 5001
+      anyflow mlflow --last 3 --json
+    """
+    database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    if database is not None and not database.is_file():
+        raise UserError(f"--uri {uri}: there is no such database: train something first, or name another one")
+    if serve:
+        typer.echo(f"serving {uri} at http://127.0.0.1:{port} (Ctrl-C ends it)", err=True)
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+        raise typer.Exit(subprocess.call([*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]))
+    runs = _newest_runs(uri, last)
+    if as_json:
+        print_json({"uri": uri, "runs": runs})
+        return
+    for run in runs:
+        loss = f"loss {run['metrics']['loss']:.4g}" if "loss" in run["metrics"] else ""
+        typer.echo(f"{run['started']}  {run['status']:<9} {run['name']:<40} {loss}")
+    typer.echo(f"\n{len(runs)} newest runs of {uri}; open them with: make mlflow   (or anyflow mlflow --serve)")
+
+
+def _newest_runs(uri: str, count: int) -> list[dict[str, Any]]:
+    """Name, state, start, figures and id of the newest runs of all experiments."""
+    from datetime import datetime
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found = client.search_runs(experiments, max_results=count, order_by=["attributes.start_time DESC"])
+    return [
+        {
+            "name": run.info.run_name,
+            "status": run.info.status,
+            "started": datetime.fromtimestamp(run.info.start_time / 1000).isoformat(" ", "seconds"),
+            "run_id": run.info.run_id,
+            "metrics": dict(run.data.metrics),
+        }
+        for run in found
+    ]

@@ -1,0 +1,71 @@
+"""``anyflow train``: run a recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anyflow.commands.common import Json, print_json
+from anyflow.commands.recipes import Hardware, Model, Overrides
+from anyflow.recipe import Recipe, check_files, load_recipe, to_dict
+
+
+def train(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="stage/name of recipes/, a YAML file, or a run's folder.")
+    ],
+    overrides: Overrides = None,
+    model: Model = None,
+    hardware: Hardware = None,
+    resume: Annotated[
+        str | None, typer.Option(help="auto: go on with the newest unfinished run of this recipe; or a run's folder.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build everything, take one batch, print shapes and sizes; train nothing.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; without it a new one under run.out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train: a codec, a teacher, an any-step model, or an any-step model on your own clips.
+
+    \b
+    Examples:
+      anyflow train finetune/driving
+      anyflow train finetune/driving stage.steps=400 optimizer.lr=5e-4 --resume auto
+      anyflow train finetune/robotics --model anyflow-wan2.1-t2v-1.3b --hardware 8gpu --dry-run
+      anyflow train runs/finetune-driving-tiny-001 --resume runs/finetune-driving-tiny-001
+    \b
+    Exit codes: 0 done; 2 a mistake in recipe, arguments or files; 75 stopped by SIGTERM and saved (start it again with
+    --resume auto); 130 stopped by Ctrl-C and saved.
+    """
+    resolved = load_recipe(recipe, model=model, hardware=hardware, overrides=overrides or ())
+    check_files(resolved)
+    code = _train_json(resolved, resume, dry_run, out) if as_json else _train(resolved, resume, dry_run, out)
+    raise typer.Exit(code)
+
+
+def _train(recipe: Recipe, resume: str | None, dry_run: bool, out: Path | None) -> int:
+    from anyflow.launch import train as launch
+
+    return launch(recipe, resume=resume, dry_run=dry_run, out=out)
+
+
+def _train_json(recipe: Recipe, resume: str | None, dry_run: bool, out: Path | None) -> int:
+    """The same with everything for people on stderr, and one document about the run on stdout."""
+    from anyflow.runs import open_run
+
+    if dry_run:
+        with contextlib.redirect_stdout(sys.stderr):
+            code = _train(recipe, resume, True, out)
+        print_json({"exit_code": code, "recipe": to_dict(recipe)})
+        return code
+    run = open_run(Path(recipe.run.out), recipe.run.name, out=out, resume=resume)
+    goes_on = run.recipe.exists()
+    with contextlib.redirect_stdout(sys.stderr):
+        code = _train(recipe, str(run.path) if goes_on else None, False, None if goes_on else run.path)
+    print_json({"exit_code": code, "run": run.path, **run.status, "recipe": to_dict(recipe)})
+    return code
