@@ -7,7 +7,7 @@ second time, so it is trained and saved with the rest. An exported adapter loads
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,16 +67,21 @@ def add_lora(backbone: FlowMapBackbone, settings: LoraSettings, seed: int = 0, a
         UserError: a target names no linear layer of the network.
     """
     from peft import LoraConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     transformer = backbone.transformer
-    names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     for target in settings.targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise UserError(f"lora.targets has {target}, which is no linear layer: choose from {_endings(names)}.")
+        matching = [transformer.get_submodule(name) for name in _matching(transformer, [target])]
+        if not matching or not all(isinstance(module, torch.nn.Linear | BaseTunerLayer) for module in matching):
+            raise UserError(
+                f"lora.targets has {target}, which is no linear layer: choose from {_endings(transformer)}."
+            )
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.targets), lora_dropout=0.0
     )
-    transformer.requires_grad_(False)
+    for name, parameter in transformer.named_parameters():
+        if ".lora_" not in name:
+            parameter.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer.add_adapter(config, adapter)
@@ -139,7 +144,11 @@ def load_lora(backbone: FlowMapBackbone, path: str | Path, adapter: str = ADAPTE
         transformer.load_lora_adapter(str(file.parent), adapter_name=adapter, **source)
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{file} does not fit this network: {str(error).strip().splitlines()[0]}") from error
-    differing = expected ^ lora_state(backbone, adapter).keys()  # diffusers only warns of these
+    adapted = {name.rpartition(".lora_")[0] for name in lora_state(backbone, adapter)}
+    stored_for = {name.rpartition(".lora_")[0] for name in expected}
+    targets = transformer.peft_config[adapter].target_modules
+    wanted = adapted if isinstance(targets, str) else set(_matching(transformer, targets))
+    differing = (stored_for ^ adapted) | (wanted ^ adapted)  # diffusers only warns of these
     if differing:
         raise UserError(f"{file} does not fit this network: {min(differing)} is in one of them only.")
     for name, parameter in transformer.named_parameters():
@@ -186,6 +195,14 @@ def _scale(config: Any) -> float:
     return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
 
-def _endings(names: list[str]) -> str:
-    """Names of linear layers without their block numbers."""
+def _matching(transformer: torch.nn.Module, targets: Iterable[str]) -> list[str]:
+    """The modules that PEFT takes the targets to mean: those of that name, or with that ending."""
+    endings = tuple(f".{target}" for target in targets)
+    names = (name for name, _ in transformer.named_modules() if not name.endswith(".base_layer"))
+    return [name for name in names if f".{name}".endswith(endings)]
+
+
+def _endings(transformer: torch.nn.Module) -> str:
+    """Names of the linear layers, without block numbers."""
+    names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     return ", ".join(sorted({name.split(".", 2)[2] if name.startswith("blocks.") else name for name in names}))

@@ -14,13 +14,16 @@ from anyflow.backbone.codec import Codec
 from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build_vae
 from anyflow.backbone.protocol import Text
 
-CAPTIONS = ["The green car turns left.", "A robot arm slowly opens the top drawer, then it stops."]
-
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_seed() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def captions() -> list[str]:
+    return ["The green car turns left.", "A robot arm slowly opens the top drawer, then it stops."]
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def make_text() -> Callable[..., tuple[Text, Tensor]]:
 
 
 @pytest.fixture(scope="session")
-def codec() -> Codec:
+def codec(captions: list[str]) -> Codec:
     """The embedded model's frozen parts, untrained."""
-    tokenizer = build_tokenizer(CAPTIONS)
+    tokenizer = build_tokenizer(captions)
     return Codec(build_vae(seed=0), tokenizer, build_text_encoder(len(tokenizer), seed=0))

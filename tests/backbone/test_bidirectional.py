@@ -57,7 +57,7 @@ def test_folded_padding_equals_padding(stock, make_text, length) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_padding_weighs_what_it_should_in_every_precision(dtype) -> None:
-    """The exponentials of the biases must add up to the number of padding tokens: log(n) in bfloat16 misses by 1.5 %."""
+    """The exponentials of the biases must add up to the padding tokens: log(n) in bfloat16 misses by 1.5 %."""
     lengths = torch.arange(1, 513)
     text = with_spare_token(Text(torch.zeros(512, 512, 1, dtype=dtype), lengths, 512))
     bias = padding_bias(text, dtype)

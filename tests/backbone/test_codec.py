@@ -1,0 +1,140 @@
+"""Pixels to latents and back, prompts to embeddings: the numbers of diffusers' own pipeline."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers import AnyFlowPipeline, AutoencoderKLWan
+from torch import Tensor
+
+from anyflow.backbone import codec as module
+from anyflow.backbone.codec import Codec, bytes_from_pixels, check_video_shape, clean_prompt, pixels_from_bytes
+from anyflow.backbone.embedded import build_scheduler, build_vae
+from anyflow.errors import UserError
+
+
+def wan21_vae() -> AutoencoderKLWan:
+    """Wan 2.1's kind (no shortcuts, no patches), tiny, and with its statistics."""
+    return AutoencoderKLWan(base_dim=8, dim_mult=[1, 2, 2, 2], num_res_blocks=1).eval()
+
+
+VAES = {"embedded": lambda: build_vae(seed=0).eval(), "wan2.1": wan21_vae}
+
+
+def stored_statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, std
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 5, 13])
+@pytest.mark.parametrize("kind", VAES)
+def test_both_ways_equal_the_loops_of_diffusers(kind, frames) -> None:
+    vae = VAES[kind]()
+    mean, std = stored_statistics(vae)
+    video = torch.rand(2, 3, frames, 32, 48) * 2 - 1
+    expected = ((vae.encode(video).latent_dist.mode() - mean) / std).transpose(1, 2)
+    codec = Codec(copy.deepcopy(vae))
+    latents = codec.encode_video(video)
+    torch.testing.assert_close(latents, expected, atol=1e-5, rtol=1e-5)
+    assert latents.shape[1:] == codec.latent_shape(frames, 32, 48)
+    decoded = vae.decode(latents.transpose(1, 2) * std + mean).sample
+    torch.testing.assert_close(codec.decode_to_pixels(latents), decoded, atol=2e-5, rtol=1e-5)
+
+
+def test_large_videos_take_the_loop(codec, monkeypatch) -> None:
+    video = torch.randint(0, 256, (1, 9, 32, 48, 3), dtype=torch.uint8)
+    latents = codec.encode_video(video)
+    pixels = codec.decode_to_pixels(latents)
+    monkeypatch.setattr(module, "ONE_PASS_PIXELS", 0)
+    torch.testing.assert_close(codec.encode_video(video), latents, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(codec.decode_to_pixels(latents), pixels, atol=2e-5, rtol=1e-5)
+
+
+def test_clips_encoded_one_by_one_do_not_depend_on_their_batch(codec) -> None:
+    video = torch.randint(0, 256, (3, 5, 32, 48, 3), dtype=torch.uint8)
+    together = codec.encode_video(video, clips_per_pass=1)
+    assert torch.equal(together[2:], codec.encode_video(video[2:], clips_per_pass=1))
+
+
+def test_bytes_survive_the_way_to_pixels_and_back() -> None:
+    video = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16, 1).expand(1, 1, 16, 16, 3)
+    assert torch.equal(bytes_from_pixels(pixels_from_bytes(video)), video)
+
+
+def test_decode_gives_bytes_in_the_layout_of_videos(codec) -> None:
+    video = codec.decode(torch.zeros(2, 2, 16, 4, 6))
+    assert video.shape == (2, 5, 32, 48, 3) and video.dtype == torch.uint8
+
+
+def test_the_codec_stays_frozen(codec) -> None:
+    assert not codec.train().training
+    assert not any(parameter.requires_grad for parameter in codec.parameters())
+
+
+def test_text_equals_the_pipelines(codec, stock, captions) -> None:
+    pipeline = AnyFlowPipeline(codec.tokenizer, codec.text_encoder, stock, codec.vae, build_scheduler())
+    prompts = [*captions, "", "  two &amp; a   half\n "]
+    expected, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=512)
+    text = codec.encode_text(prompts)
+    assert text.padded_length == 512 and text.lengths.max() + 1 == text.embeddings.shape[1]
+    torch.testing.assert_close(text.embeddings, expected[:, : text.embeddings.shape[1]], atol=1e-5, rtol=1e-5)
+    assert text.lengths.tolist() == [int(row.any(-1).sum()) for row in expected]
+
+
+def test_a_captions_embedding_does_not_depend_on_its_batch(codec, captions) -> None:
+    fresh = Codec(codec.vae, codec.tokenizer, codec.text_encoder)
+    both = codec.encode_text(captions)
+    alone = fresh.encode_text(captions[:1])
+    assert torch.equal(both.select(torch.tensor([0])).embeddings, alone.embeddings)
+
+
+def test_known_captions_are_not_encoded_again_and_old_ones_are_forgotten(codec, monkeypatch, captions) -> None:
+    calls: list[int] = []
+
+    class Counting(torch.nn.Module):
+        def forward(self, *inputs: Tensor) -> object:
+            calls.append(1)
+            return codec.text_encoder(*inputs)
+
+    counted = Codec(codec.vae, codec.tokenizer, Counting())
+    counted.encode_text([captions[0], captions[0]])
+    counted.encode_text(captions)
+    assert len(calls) == 2
+    monkeypatch.setattr(module, "TEXT_CACHE_BYTES", 1)
+    counted.encode_text(["new"])  # room for one only
+    counted.encode_text([captions[0]])
+    assert len(calls) == 4
+
+
+def test_long_prompts_are_cut(codec) -> None:
+    text = codec.encode_text(["word " * 900])
+    assert text.lengths.item() == 512 and text.embeddings.shape[1] == 512
+
+
+def test_prompts_are_cleaned() -> None:
+    assert clean_prompt("  a &lt;b&gt;\n\tc ") == "a <b> c"
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((16, 64, 96), "frames is 16, but must be 4n \\+ 1: use 13 or 17"),
+        ((17, 60, 96), "height is 60 pixels, but must be a multiple of 16: use 48 or 64"),
+        ((17, 64, 8), "width is 8 pixels"),
+    ],
+)
+def test_unfit_sizes_are_refused_with_the_nearest_that_fit(shape, message) -> None:
+    with pytest.raises(UserError, match=message):
+        check_video_shape(*shape)
+    check_video_shape(1, 16, 16)
+    check_video_shape(17, 64, 96)
+
+
+def test_no_text_encoder_is_said(codec) -> None:
+    with pytest.raises(UserError, match="no text encoder"):
+        Codec(codec.vae).encode_text(["a"])

@@ -1,0 +1,168 @@
+"""Every kind of checkpoint comes in exactly, and what does not fit is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+
+from anyflow.backbone.files import WEIGHTS_NAME
+from anyflow.backbone.load import backbone_class, from_wan, load_backbone, read_shift
+from anyflow.errors import UserError
+
+
+@pytest.fixture
+def wan(tiny_config) -> WanTransformer3DModel:
+    return WanTransformer3DModel(**tiny_config).eval()
+
+
+@pytest.fixture
+def saved(stock, tmp_path) -> Path:
+    """A pipeline folder's transformer."""
+    stock.save_pretrained(tmp_path / "model" / "transformer")
+    return tmp_path / "model"
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    path = folder / "transformer" / WEIGHTS_NAME
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path)
+
+
+@torch.no_grad()
+def test_a_converted_wan_is_that_wan_where_both_times_agree(wan, tmp_path, make_text) -> None:
+    wan.save_pretrained(tmp_path / "transformer")
+    backbone = load_backbone(tmp_path)
+    text, full = make_text([3, 20])
+    latents, t = torch.randn(2, 3, 16, 8, 12), torch.tensor([981.0, 40.0])
+    expected = wan(latents.transpose(1, 2), t, full, return_dict=False)[0].transpose(1, 2)
+    torch.testing.assert_close(backbone(latents, t, t, text), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(backbone(latents, t, t / 2, text), expected, atol=1e-3)
+    for name, weight in from_wan(wan).state_dict().items():
+        assert torch.equal(weight, backbone.transformer.state_dict()[name]), name
+
+
+def test_our_own_folders_come_back_bit_for_bit(stock, saved) -> None:
+    for place in (saved, saved / "transformer", saved.parent):  # a pipeline, a transformer, a run that exported "model"
+        loaded = load_backbone(place).transformer
+        assert loaded.config["gate_value"] == 0.25 and loaded.condition_embedder.delta_emb_gate.item() == 0.25
+        for name, weight in stock.state_dict().items():
+            assert torch.equal(weight, loaded.state_dict()[name]), name
+
+
+def test_sharded_weights_come_back(stock, tmp_path) -> None:
+    stock.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert (tmp_path / f"{WEIGHTS_NAME}.index.json").exists()
+    assert torch.equal(load_backbone(tmp_path).transformer.proj_out.weight, stock.proj_out.weight)
+    next(tmp_path.glob("*-00001-of-*.safetensors")).unlink()
+    with pytest.raises(UserError, match=r"00001-of-.* is missing or damaged"):
+        load_backbone(tmp_path)
+
+
+def test_the_old_layout_comes_in(stock, saved) -> None:
+    old = {"_class_name": "FAR_Wan_Transformer3DModel", "init_far_model": False, "compressed_patch_size": [1, 4, 4]}
+    change_config(saved, **old, full_chunk_limit=3, qk_norm="rms_norm_across_heads", pos_embed_seq_len=None)
+    assert torch.equal(load_backbone(saved).transformer.proj_out.weight, stock.proj_out.weight)
+
+
+def test_half_precision_spares_the_times(stock, saved) -> None:
+    transformer = load_backbone(saved, dtype=torch.bfloat16).transformer
+    assert transformer.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    embedder = transformer.condition_embedder.delta_embedder.linear_1
+    assert torch.equal(embedder.weight, stock.condition_embedder.delta_embedder.linear_1.weight)
+
+
+def test_loaded_weights_do_not_share_memory_with_the_file(stock, saved) -> None:
+    backbone = load_backbone(saved)
+    before = backbone.transformer.proj_out.weight.clone()
+    change_weights(saved, lambda weights: weights["proj_out.weight"].zero_())
+    assert torch.equal(backbone.transformer.proj_out.weight, before)
+
+
+def test_causal_networks_are_refused_in_both_layouts(tiny_config, saved, tmp_path) -> None:
+    AnyFlowFARTransformer3DModel(**tiny_config).save_pretrained(tmp_path / "causal")
+    with pytest.raises(UserError, match="causal"):
+        load_backbone(tmp_path / "causal")
+    change_config(saved, _class_name="FAR_Wan_Transformer3DModel", init_far_model=True)
+    with pytest.raises(UserError, match="causal"):
+        load_backbone(saved)
+    with pytest.raises(UserError, match="'causal' is not available yet: choose bidirectional"):
+        backbone_class("causal")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_class_name": "CogVideoXTransformer3DModel"}, "names CogVideoXTransformer3DModel: only Wan and AnyFlow"),
+        ({"image_dim": 1280}, "image_dim = 1280: take a text-to-video"),
+        ({"in_channels": 36}, "in_channels = 36"),
+        ({"num_layers": 3}, r"lacks blocks\.2\.attn1.* and \d+ more weights"),
+        ({"num_layers": 1}, r"also has blocks\.1\.attn1"),
+        ({"ffn_dim": 65}, r"blocks\.0\.ffn\.net\.0\.proj\.bias has shape \(64,\) where config.json asks for \(65,\)"),
+    ],
+)
+def test_what_does_not_fit_is_named(saved, config, message) -> None:
+    change_config(saved, **config)
+    with pytest.raises(UserError, match=message):
+        load_backbone(saved)
+
+
+def test_a_missing_delta_embedder_is_named(saved) -> None:
+    name = "condition_embedder.delta_embedder.linear_1.weight"
+    change_weights(saved, lambda weights: weights.pop(name))
+    with pytest.raises(UserError, match=f"lacks {name}"):
+        load_backbone(saved)
+
+
+def test_missing_and_damaged_files_are_named(saved, tmp_path) -> None:
+    with pytest.raises(UserError, match="No folder /no/such/place: give a model folder"):
+        load_backbone("/no/such/place")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"No config\.json in .*empty"):
+        load_backbone(tmp_path / "empty")
+    weights = saved / "transformer" / WEIGHTS_NAME
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(UserError, match="missing or damaged"):
+        load_backbone(saved)
+    weights.rename(weights.with_name("diffusion_pytorch_model.bin"))
+    with pytest.raises(UserError, match=r"only pickled weights \(diffusion_pytorch_model.bin\), which are never read"):
+        load_backbone(saved)
+
+
+def test_an_unknown_hub_name_is_a_user_error(monkeypatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(UserError, match=r"No folder nobody/nothing, and the Hugging Face Hub .*no network"):
+        load_backbone("nobody/nothing")
+
+
+def test_the_shift_is_read_from_either_scheduler(saved) -> None:
+    assert read_shift(saved) == 5.0
+    (saved / "scheduler").mkdir()
+    for key, value in (("flow_shift", 3.0), ("shift", 4.0)):
+        (saved / "scheduler" / "scheduler_config.json").write_text(json.dumps({key: value}))
+        assert read_shift(saved) == value
+
+
+def test_wrong_config_of_wan_is_found_before_its_weights_are_read(tiny_config, tmp_path) -> None:
+    WanTransformer3DModel(**tiny_config).save_pretrained(tmp_path / "transformer")
+    (tmp_path / "transformer_2").mkdir()
+    with pytest.raises(UserError, match="two transformers"):
+        load_backbone(tmp_path)
+
+
+def test_anyflow_type(stock, saved) -> None:
+    assert type(load_backbone(saved).transformer) is AnyFlowTransformer3DModel
