@@ -1,0 +1,90 @@
+"""Sources of footage, one file a format: simulators and importers, all yielding the same Clip.
+
+A simulated source has ``render(count, split, seed, workers) -> Iterator[Clip]``. A clip is a pure function of
+(seed, split, number), so the number of workers changes nothing but the time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from importlib.metadata import version
+from itertools import islice
+from types import ModuleType
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from anyflow.errors import UserError
+
+Split = Literal["train", "heldout"]
+SPLITS: tuple[Split, ...] = ("train", "heldout")
+FRAMES, HEIGHT, WIDTH = 17, 64, 96
+"""Every simulated clip has this many frames of this size: a small Wan-like VAE codes it as 5 x 8 x 12 latents."""
+
+SIMULATORS = {
+    "driving": "anyflow.data.sources.driving",
+    "robotics": "anyflow.data.sources.robotics",
+    "games": "anyflow.data.sources.games",
+}
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def simulator(domain: str) -> ModuleType:
+    """The source of a simulated domain: a module with ``render`` and the constants that a card quotes."""
+    if domain not in SIMULATORS:
+        raise UserError(f"domain {domain!r} has no simulator: choose one of {', '.join(SIMULATORS)}")
+    return importlib.import_module(SIMULATORS[domain])
+
+
+def need_package(module: str, package: str) -> ModuleType:
+    """Import a simulator, or say how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"package {package!r} is needed to render this domain: run `pip install .[sim]`") from error
+
+
+def package_versions(*packages: str) -> dict[str, str]:
+    """The versions of installed packages, for a card's provenance."""
+    return {package: version(package) for package in packages}
+
+
+def clip_generator(seed: int, split: Split, number: int) -> np.random.Generator:
+    """The random generator of one clip; train and held-out clips never share one."""
+    return np.random.default_rng(np.random.SeedSequence((seed, SPLITS.index(split), number)))
+
+
+def area_downscale(image: np.ndarray, factor: int) -> np.ndarray:
+    """uint8 [H*factor, W*factor, 3] -> uint8 [H, W, 3], each pixel the mean of its square."""
+    height, width, channels = image.shape
+    squares = image.reshape(height // factor, factor, width // factor, factor, channels)
+    return np.rint(squares.mean(axis=(1, 3))).astype(np.uint8)
+
+
+def run_jobs(
+    function: Callable[[Job], Result], jobs: Iterable[Job], workers: int, jobs_per_process: int | None = None
+) -> Iterator[Result]:
+    """Results in the order of the jobs, from ``workers`` processes; few jobs are in flight, so memory stays small.
+
+    ``jobs_per_process=1`` gives each job a process of its own, for simulators that cannot be opened twice.
+    """
+    if workers < 1:
+        raise UserError(f"workers {workers}: give at least 1")
+    context = multiprocessing.get_context("spawn")
+    remaining = iter(jobs)
+    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=jobs_per_process) as pool:
+        pending: list[Future[Result]] = [pool.submit(function, job) for job in islice(remaining, 2 * workers)]
+        while pending:
+            result = pending.pop(0).result()
+            pending += [pool.submit(function, job) for job in islice(remaining, 1)]
+            yield result
+
+
+def batches(count: int, size: int) -> list[range]:
+    """The numbers 0..count-1 in runs of ``size``."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]

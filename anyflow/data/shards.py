@@ -1,0 +1,248 @@
+"""Shards: WebDataset tars with an index of offsets and hashes beside them.
+
+A folder of shards holds ``PREFIX-000000.tar``, ``PREFIX-000001.tar``, ... and ``index.json``::
+
+    {"version": 1, "shards": [{"name", "bytes", "sha256", "samples": [{"key", "parts": {"mp4": [offset, size], ...}}]}]}
+
+Offsets are those of the members' data in the tar, so a sample is read with a seek, without unpacking. The tars are
+plain WebDataset shards and can be read without the index as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from anyflow.data.clip import Clip
+from anyflow.errors import UserError
+
+INDEX_NAME = "index.json"
+INDEX_VERSION = 1
+CLIPS_PER_SHARD = 100
+REQUIRED_PARTS = ({"mp4", "json"}, {"safetensors", "json"})
+"""A sample is either footage or latents, with its description."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Where one sample lies: ``parts`` maps a member's extension to (offset, size) in the shard's file."""
+
+    key: str
+    parts: Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: its file name, its size and sha256, and its samples in order."""
+
+    name: str
+    bytes: int
+    sha256: str
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """A folder's shards."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return sum(len(shard.samples) for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all shards together."""
+        return sum(shard.bytes for shard in self.shards)
+
+    def __iter__(self) -> Iterator[tuple[Shard, Sample]]:
+        return ((shard, sample) for shard in self.shards for sample in shard.samples)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The index as the JSON file has it."""
+        return {
+            "version": INDEX_VERSION,
+            "shards": [
+                {
+                    "name": shard.name,
+                    "bytes": shard.bytes,
+                    "sha256": shard.sha256,
+                    "samples": [
+                        {"key": s.key, "parts": {name: list(span) for name, span in sorted(s.parts.items())}}
+                        for s in shard.samples
+                    ],
+                }
+                for shard in self.shards
+            ],
+        }
+
+
+def write_shards(clips: Iterable[Clip], folder: Path, prefix: str, per_shard: int = CLIPS_PER_SHARD) -> ShardIndex:
+    """Write clips as shards of ``per_shard`` samples and their index; the same clips give the same bytes.
+
+    Raises:
+        UserError: the folder already has an index, there is no clip, or two clips share a key.
+    """
+    return write_samples(((clip.key, clip.parts()) for clip in clips), folder, prefix, per_shard)
+
+
+def write_samples(
+    samples: Iterable[tuple[str, Mapping[str, bytes]]], folder: Path, prefix: str, per_shard: int = CLIPS_PER_SHARD
+) -> ShardIndex:
+    """As :func:`write_shards`, for samples of any members: (key, {extension: bytes})."""
+    if per_shard < 1:
+        raise UserError(f"per_shard {per_shard}: give at least 1")
+    if (folder / INDEX_NAME).exists():
+        raise UserError(f"folder {str(folder)!r} already holds shards: give another folder, or remove it first")
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[Shard] = []
+    seen: set[str] = set()
+    remaining = iter(samples)
+    while batch := list(islice(remaining, per_shard)):
+        for key, _ in batch:
+            if key in seen:
+                raise UserError(f"clip key {key!r} occurs twice: keys must differ within a data set")
+            seen.add(key)
+        shards.append(_write_tar(batch, folder / f"{prefix}-{len(shards):06d}.tar"))
+    if not shards:
+        raise UserError(f"folder {str(folder)!r}: no clip was given, so there is nothing to write")
+    index = ShardIndex(tuple(shards))
+    text = json.dumps(index.to_dict(), separators=(",", ":"))
+    _write_durably(folder / INDEX_NAME, text.encode())
+    return index
+
+
+def load_index(folder: Path) -> ShardIndex:
+    """Read ``index.json``.
+
+    Raises:
+        UserError: there is none, or it is not one of ours.
+    """
+    path = folder / INDEX_NAME
+    try:
+        document = json.loads(path.read_text())
+        if document["version"] != INDEX_VERSION:
+            raise UserError(f"{path}: version {document['version']!r} is unknown; this release reads {INDEX_VERSION}")
+        return ShardIndex(tuple(_shard_from_dict(entry) for entry in document["shards"]))
+    except FileNotFoundError as error:
+        raise UserError(f"no {INDEX_NAME} in {str(folder)!r}: render the data set, or correct the folder") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a shard index ({error!r}): write the shards again") from error
+
+
+def read_parts(folder: Path, shard: Shard, sample: Sample) -> dict[str, bytes]:
+    """A sample's members, read with one seek each: {extension: bytes}.
+
+    Raises:
+        UserError: the shard's file is missing or ends too early.
+    """
+    path = folder / shard.name
+    parts = {}
+    try:
+        with path.open("rb") as file:
+            for name, (offset, size) in sample.parts.items():
+                file.seek(offset)
+                data = file.read(size)
+                if len(data) != size:
+                    raise UserError(
+                        f"shard {str(path)!r} is truncated at sample {sample.key!r}: fetch or write it again"
+                    )
+                parts[name] = data
+    except FileNotFoundError as error:
+        raise UserError(f"shard {str(path)!r} is missing: fetch or write it again") from error
+    return parts
+
+
+def read_clip(folder: Path, shard: Shard, sample: Sample) -> Clip:
+    """One clip, with mp4 bytes."""
+    return Clip.from_parts(sample.key, read_parts(folder, shard, sample))
+
+
+def check_folder(folder: Path) -> list[str]:
+    """Compare the shards with their index: presence, size, hash, members. Returns one sentence a problem."""
+    try:
+        index = load_index(folder)
+    except UserError as error:
+        return [str(error)]
+    problems: list[str] = []
+    keys: set[str] = set()
+    for shard in index.shards:
+        path = folder / shard.name
+        if not path.is_file():
+            problems.append(f"shard {str(path)!r} is missing")
+            continue
+        size = path.stat().st_size
+        if size != shard.bytes:
+            word = "truncated" if size < shard.bytes else "too long"
+            problems.append(f"shard {str(path)!r} is {word}: {size} bytes, the index says {shard.bytes}")
+        elif _sha256(path) != shard.sha256:
+            problems.append(f"shard {str(path)!r} is damaged: its sha256 differs from the index")
+        elif _read_members(path) != shard.samples:
+            problems.append(f"shard {str(path)!r}: its members differ from the index")
+        for sample in shard.samples:
+            if sample.key in keys:
+                problems.append(f"shard {str(path)!r}: key {sample.key!r} occurs twice")
+            keys.add(sample.key)
+            if not any(required <= set(sample.parts) for required in REQUIRED_PARTS):
+                problems.append(f"shard {str(path)!r}: sample {sample.key!r} has only {sorted(sample.parts)}")
+    names = {shard.name for shard in index.shards}
+    strays = sorted(path.name for path in folder.glob("*.tar") if path.name not in names)
+    problems += [f"shard {str(folder / name)!r} is not in the index" for name in strays]
+    return problems
+
+
+def _shard_from_dict(entry: Mapping[str, Any]) -> Shard:
+    samples = tuple(
+        Sample(s["key"], {name: (int(span[0]), int(span[1])) for name, span in s["parts"].items()})
+        for s in entry["samples"]
+    )
+    return Shard(entry["name"], int(entry["bytes"]), entry["sha256"], samples)
+
+
+def _write_tar(batch: list[tuple[str, Mapping[str, bytes]]], path: Path) -> Shard:
+    """One tar, whole or not at all: written beside, synced, renamed. Fixed times and owners make it reproducible."""
+    import webdataset
+
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as file:
+        with webdataset.TarWriter(file, mtime=0, encoder=False, user="anyflow", group="anyflow") as tar:
+            for key, parts in batch:
+                tar.write({"__key__": key, **dict(sorted(parts.items()))})
+        file.flush()
+        os.fsync(file.fileno())
+    shard = Shard(path.name, temporary.stat().st_size, _sha256(temporary), _read_members(temporary))
+    temporary.rename(path)
+    return shard
+
+
+def _read_members(path: Path) -> tuple[Sample, ...]:
+    """The samples as the tar itself tells them."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            key, _, extension = member.name.partition(".")
+            samples.setdefault(key, {})[extension] = (member.offset_data, member.size)
+    return tuple(Sample(key, parts) for key, parts in samples.items())
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
