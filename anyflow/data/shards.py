@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -139,8 +139,8 @@ def load_index(folder: Path) -> ShardIndex:
         raise UserError(f"{path} is not a shard index ({error!r}): write the shards again") from error
 
 
-def read_parts(folder: Path, shard: Shard, sample: Sample) -> dict[str, bytes]:
-    """A sample's members, read with one seek each: {extension: bytes}.
+def read_parts(folder: Path, shard: Shard, sample: Sample, names: Collection[str] | None = None) -> dict[str, bytes]:
+    """A sample's members (or those named), read with one seek each: {extension: bytes}.
 
     Raises:
         UserError: the shard's file is missing or ends too early.
@@ -150,6 +150,8 @@ def read_parts(folder: Path, shard: Shard, sample: Sample) -> dict[str, bytes]:
     try:
         with path.open("rb") as file:
             for name, (offset, size) in sample.parts.items():
+                if names is not None and name not in names:
+                    continue
                 file.seek(offset)
                 data = file.read(size)
                 if len(data) != size:

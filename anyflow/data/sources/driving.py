@@ -31,6 +31,20 @@ from anyflow.data.sources import (
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 
 FPS = 8.0
+DESCRIPTION = (
+    "A road with three lanes seen from above (up is left). A green car keeps its lane or changes one lane to the left "
+    "or right, at one of three speeds, beside one or two other cars."
+)
+CONTROLS = {
+    "actions": "per frame: speed in m/s and heading in radians (negative is to the left) of the green car",
+    "trajectory": "per frame: [x, y] of the green car's centre, in pixels of the frame",
+}
+ATTRIBUTES: dict[str, str | list[str]] = {
+    "manoeuvre": ["keep", "left", "right"],
+    "speed": ["slow", "medium", "fast"],
+    "lane": ["left", "middle", "right"],
+    "cars": "number of other cars, 1 or 2",
+}
 LICENCE = "MIT (rendered with highway-env)"
 PACKAGES = ("highway-env", "pygame", "numpy", "av")
 

@@ -18,6 +18,19 @@ from anyflow.data.sources.arena import HALF_ROOM, HALLS, PILLAR_COLOURS, PILLAR_
 
 TICS_PER_FRAME = 4
 FPS = 35 / TICS_PER_FRAME
+DESCRIPTION = (
+    "First-person footage of a game: a player in a red or a blue hall with four coloured pillars turns left, turns "
+    "right, walks forward or stands still, slowly or fast."
+)
+CONTROLS = {
+    "actions": "per frame: degrees that each tic turns to the right, and the engine's forward command",
+    "trajectory": "per frame: [x, y, angle], in map units from the hall's centre and degrees counter-clockwise",
+}
+ATTRIBUTES: dict[str, str | list[str]] = {
+    "motion": ["left", "right", "forward", "still"],
+    "speed": ["slow", "fast", "none"],
+    "scene": ["red hall", "blue hall"],
+}
 LICENCE = "MIT (rendered with ViZDoom; map and textures are this project's)"
 PACKAGES = ("vizdoom", "numpy", "av", "pillow")
 

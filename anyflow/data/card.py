@@ -1,0 +1,208 @@
+"""A dataset card: a short YAML that says what a data set is, where its shards lie and where it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from anyflow.data.shards import INDEX_NAME, Sample, Shard, check_folder, load_index
+from anyflow.errors import UserError
+
+CARD_NAME = "card.yaml"
+"""The card's name inside a rendered or imported data set's own folder."""
+
+DEFAULT_NEGATIVE_PROMPT = "blurry, distorted, flickering, low quality, static noise"
+
+
+@dataclass(frozen=True)
+class DatasetCard:
+    """A card, checked.
+
+    Attributes:
+        name: as given on the command line.
+        domain: "driving", "robotics", "games", ...
+        description: one or two sentences for people and model cards.
+        splits: each split's folder of shards; in the YAML relative to the card's own folder.
+        frames, height, width, fps: what every clip has.
+        caption: stands in for a clip's missing caption; None means that such a clip is refused.
+        negative_prompt: what guidance steers away from.
+        controls: control -> what it holds, in words. attributes: label -> its values, or what it holds.
+        licence: of the footage.
+        provenance: how the footage came to be: versions, seed, command.
+        path: the card's file.
+    """
+
+    name: str
+    domain: str
+    description: str
+    splits: Mapping[str, Path]
+    frames: int
+    height: int
+    width: int
+    fps: float
+    licence: str
+    caption: str | None = None
+    negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
+    controls: Mapping[str, str] = field(default_factory=dict)
+    attributes: Mapping[str, str | list[str]] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    path: Path = field(default=Path(), compare=False)
+
+
+def load_card(card: str | Path, require_shards: bool = True) -> DatasetCard:
+    """Read and check a card, given by name (in ``data/``), by file, or by a folder that holds ``card.yaml``.
+
+    Raises:
+        UserError: no such card; a key that is misspelt, missing or of the wrong type; a split without shards.
+    """
+    path = find_card(card)
+    try:
+        document = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        first_line = str(error).splitlines()[0]
+        raise UserError(f"card {str(path)!r} is not YAML: {first_line}") from error
+    if not isinstance(document, dict):
+        raise UserError(f"card {str(path)!r}: expected keys and values such as `name: driving`")
+    values = _check_fields(document, path)
+    values["splits"] = {split: path.parent / folder for split, folder in values["splits"].items()}
+    loaded = DatasetCard(**values, path=path)
+    if require_shards:
+        for split, folder in loaded.splits.items():
+            if not (folder / INDEX_NAME).is_file():
+                command = loaded.provenance.get("command", "correct the path")
+                raise UserError(
+                    f"card {str(path)!r}: splits.{split} names {str(folder)!r}, which holds no shards "
+                    f"(no {INDEX_NAME}); make them: {command}"
+                )
+    return loaded
+
+
+def find_card(card: str | Path) -> Path:
+    """The card's file.
+
+    Raises:
+        UserError: there is none; close names are offered.
+    """
+    given = Path(card)
+    roots = [Path("data"), Path(__file__).resolve().parents[2] / "data"]
+    for path in (given, given / CARD_NAME, *(root / f"{card}.yaml" for root in roots)):
+        if path.is_file():
+            return path
+    known = sorted({path.stem for root in roots for path in root.glob("*.yaml")})
+    close = difflib.get_close_matches(given.stem, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"known cards: {', '.join(known) or 'none'}"
+    raise UserError(f"data set {str(card)!r} is neither a card's name nor its path: {hint}")
+
+
+def write_card(card: DatasetCard, path: Path) -> None:
+    """Write a card as YAML, its splits relative to its folder."""
+    document = {f.name: getattr(card, f.name) for f in dataclasses.fields(card) if f.name != "path"}
+    document = {name: dict(value) if isinstance(value, Mapping) else value for name, value in document.items()}
+    document["splits"] = {split: _relative(folder, path.parent) for split, folder in card.splits.items()}
+    path.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110))
+
+
+def check_shards(card: DatasetCard | str | Path) -> list[str]:
+    """Verify every split against its index: presence, size, hash, members, and that no clip is in two splits.
+
+    Returns:
+        One sentence a problem; an empty list if all is well.
+    """
+    loaded = card if isinstance(card, DatasetCard) else load_card(card, require_shards=False)
+    problems: list[str] = []
+    home: dict[str, str] = {}
+    for split, folder in loaded.splits.items():
+        found = check_folder(folder)
+        problems += [f"{split}: {problem}" for problem in found]
+        if not (folder / INDEX_NAME).is_file() or any("not a shard index" in problem for problem in found):
+            continue
+        for _, sample in load_index(folder):
+            other = home.setdefault(sample.key, split)
+            if other != split:
+                problems.append(f"{split}: clip {sample.key!r} is in {other} as well")
+    return problems
+
+
+def iterate(card: DatasetCard, split: str) -> typing.Iterator[tuple[Path, Shard, Sample]]:
+    """The samples of a split: (folder, shard, sample).
+
+    Raises:
+        UserError: the card has no such split.
+    """
+    if split not in card.splits:
+        raise UserError(f"card {card.name!r} has no split {split!r}: choose one of {', '.join(card.splits)}")
+    folder = card.splits[split]
+    for shard, sample in load_index(folder):
+        yield folder, shard, sample
+
+
+def _check_fields(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The YAML's values, each of its field's type."""
+    fields = {f.name: f for f in dataclasses.fields(DatasetCard) if f.name != "path"}
+    for key in document:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(fields)}"
+            raise UserError(f"card {str(path)!r}: unknown key {key!r}; {hint}")
+    required = [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [name for name in required if name not in document]
+    if missing:
+        raise UserError(f"card {str(path)!r}: missing key {missing[0]!r}; a card needs {', '.join(required)}")
+    hints = typing.get_type_hints(DatasetCard)
+    for key, value in document.items():
+        if not _matches(value, hints[key]):
+            raise UserError(f"card {str(path)!r}: {key}={value!r} has the wrong type; give {_describe(hints[key])}")
+        if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
+            raise UserError(f"card {str(path)!r}: {key}={value!r} must be more than 0")
+    if not document["splits"]:
+        raise UserError(f"card {str(path)!r}: splits is empty; name at least one, such as `train: shards/train`")
+    return dict(document)
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    """Whether a YAML value fits a field's type; a path is a text, a whole number is a float as well."""
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, option) for option in typing.get_args(hint))
+    if origin is Mapping:
+        _, of = typing.get_args(hint)
+        return isinstance(value, dict) and all(isinstance(k, str) and _matches(v, of) for k, v in value.items())
+    if origin is list:
+        return isinstance(value, list) and all(_matches(v, typing.get_args(hint)[0]) for v in value)
+    if hint is Path:
+        return isinstance(value, str) and bool(value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    """A type in a user's words."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    if origin is Mapping:
+        of = typing.get_args(hint)[1]
+        return "keys with values" if of is Any else f"keys, each with {_describe(of)}"
+    if origin is list:
+        return f"a list, each item {_describe(typing.get_args(hint)[0])}"
+    words = {str: "a text", int: "a whole number", float: "a number", Path: "a folder's path", type(None): "null"}
+    return words[hint]
+
+
+def _relative(folder: Path, base: Path) -> str:
+    """``folder`` as seen from ``base``."""
+    return Path(os.path.relpath(folder.resolve(), base.resolve())).as_posix()
