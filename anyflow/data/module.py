@@ -11,9 +11,11 @@ from torch.utils.data import DataLoader
 
 from anyflow.data.decode import ClipShape
 from anyflow.data.plan import Plan
-from anyflow.data.shards import INDEX_NAME
-from anyflow.data.stream import Batch, ClipDataset, ClipStream, ShardReader
+from anyflow.data.reader import ShardReader, check_length, find_split, split_folders
+from anyflow.data.stream import Batch, ClipDataset, ClipStream, Skip
 from anyflow.errors import UserError
+
+__all__ = ["VideoDataModule", "split_folders"]
 
 
 class VideoDataModule(pl.LightningDataModule):
@@ -30,8 +32,8 @@ class VideoDataModule(pl.LightningDataModule):
         num_workers: processes that decode; 0 decodes in the training process. The batches are the same for any number.
         error_budget: largest share of unusable clips; they are replaced and recorded up to it, beyond it the run stops.
         prefetch: batches that each worker prepares ahead.
-        cache: folder of latents made by :func:`anyflow.data.cache.encode_dataset`; replaces the card's footage.
-        codec_hash: fingerprint that the cache must carry, if it is given.
+        cache: folders of latents made by :func:`anyflow.data.cache.encode_dataset`; they replace the cards' footage.
+        codec_hash: fingerprint of the autoencoder that the caches must carry, if it is given.
 
     Batches: ``{"frames": uint8 [B, F, H, W, 3] | "latents": float32 [B, F, C, H, W], "caption": list[str],
     "key": list[str], "attributes": list[dict], "position": int, "skipped": list[dict]}``.
@@ -52,18 +54,18 @@ class VideoDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         error_budget: float = 0.01,
         prefetch: int = 2,
-        cache: str | Path | None = None,
+        cache: str | Path | Sequence[str | Path] | None = None,
         codec_hash: str | None = None,
     ) -> None:
         super().__init__()
-        self.cards = [card] if isinstance(card, str | Path) else list(card)
+        self.cards = _as_list(card)
         self.split = split
         self.batch_size = batch_size
         self.shape = ClipShape(frames, height, width, fps)
         self.steps, self.seed = steps, seed
         self.num_workers, self.prefetch = num_workers, prefetch
         self.error_budget = error_budget
-        self.cache = Path(cache) if cache is not None else None
+        self.caches = [Path(folder) for folder in _as_list(cache or [])]
         self.codec_hash = codec_hash
         self.stream: ClipStream | None = None
         self._pending: Mapping[str, Any] | None = None
@@ -77,21 +79,38 @@ class VideoDataModule(pl.LightningDataModule):
         if self.stream is not None:
             return
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        latent_shape = None
-        folders = [folder for card in self.cards for folder in split_folders(card, self.split)]
-        if self.cache is not None:
-            from anyflow.data.cache import load_cache
-
-            folders, latent_shape = [self.cache], load_cache(self.cache, self.codec_hash).latent_shape
-        reader = ShardReader(folders)
+        shape: tuple[int, int, int, int] | None = None
+        skipped: list[Skip] = []
+        if self.caches:
+            shape, skipped = self._check_caches()
+            reader = ShardReader(self.caches)
+        else:
+            splits = [find_split(card, self.split) for card in self.cards]
+            for split in splits:
+                check_length(split, self.shape)
+            reader = ShardReader([split.folder for split in splits], [split.caption for split in splits])
         plan = Plan(reader.planned(), self.seed, self.batch_size * world_size)
-        dataset = ClipDataset(reader, plan, self.shape, rank, world_size, latent_shape)
-        self.stream = ClipStream(dataset, self.steps, self.error_budget)
+        dataset = ClipDataset(reader, plan, self.shape, rank, world_size, shape)
+        self.stream = ClipStream(dataset, self.steps, self.error_budget, skipped)
         if self._pending is not None:
             self.stream.load_state_dict(self._pending)
         if self.trainer:
             # First in the list, so that a checkpoint written at the end of a batch has the position behind it.
             self.trainer.callbacks.insert(0, _StreamPosition(self))  # type: ignore[attr-defined]
+
+    def _check_caches(self) -> tuple[tuple[int, int, int, int], list[Skip]]:
+        """Return the latents' shape and the clips that encoding left out.
+
+        Raises:
+            UserError: a cache is of another autoencoder, or of another shape of clip.
+        """
+        from anyflow.data.cache import load_cache
+
+        caches = [load_cache(folder, self.codec_hash) for folder in self.caches]
+        for folder, cache in zip(self.caches, caches, strict=True):
+            if cache.shape != self.shape:
+                raise UserError(f"the cache {str(folder)!r} holds {cache.shape}, not {self.shape}: encode again.")
+        return caches[0].latent_shape, [skip for cache in caches for skip in cache.skipped]
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """The batches from the stream's position on."""
@@ -132,21 +151,5 @@ class _StreamPosition(pl.Callback):
         self.data.stream.advance(batch)
 
 
-def split_folders(card: str | Path, split: str) -> list[Path]:
-    """The shard folders of a card's split; a folder of shards, or of splits, stands for itself.
-
-    Raises:
-        UserError: there is no such card or split.
-    """
-    folder = Path(card)
-    if (folder / INDEX_NAME).is_file():
-        return [folder]
-    if (folder / split / INDEX_NAME).is_file():
-        return [folder / split]
-    from anyflow.data.card import load_card
-
-    found = load_card(card)
-    if split not in found.splits:
-        raise UserError(f"card {str(card)!r} has no split {split!r}: choose one of {', '.join(sorted(found.splits))}.")
-    named = found.splits[split]
-    return [Path(named)] if isinstance(named, str | Path) else [Path(folder) for folder in named]
+def _as_list(value: str | Path | Sequence[str | Path]) -> list[str | Path]:
+    return [value] if isinstance(value, str | Path) else list(value)

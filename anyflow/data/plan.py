@@ -5,8 +5,8 @@ lies in epoch ``n // batches_per_epoch``. Every epoch shuffles the shards, cuts 
 shuffles the clips within each window: reads stay local, and only a few windows' order is ever held in memory. The clips
 left over at an epoch's end are dropped, so that all batches and all ranks are equal.
 
-Only numpy's raw bit streams are used (numpy's compatibility policy freezes them, unlike ``Generator.permutation``), so a
-plan is the same on every machine and version.
+Only numpy's raw bit streams are used (numpy's compatibility policy freezes them, unlike ``Generator.permutation``),
+so a plan is the same on every machine and version.
 """
 
 from __future__ import annotations

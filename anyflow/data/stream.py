@@ -6,12 +6,8 @@ it. The stream's state is its position and the clips skipped so far; it holds fo
 
 from __future__ import annotations
 
-import json
-import os
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,93 +16,19 @@ import torch.distributed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
-from anyflow.data.plan import Plan, PlanIdentity, PlannedShard, describe_difference, sample_seed
-from anyflow.data.shards import Sample, Shard, load_index
+from anyflow.data.plan import Plan, PlanIdentity, describe_difference, sample_seed
+from anyflow.data.reader import ShardReader, load_latents, parse_metadata  # noqa: F401 - parse_metadata is read from here
+from anyflow.data.shards import Sample
 from anyflow.errors import UserError
 
 Batch = dict[str, Any]
 
-TAR_BLOCK = 512
-TAR_NAME_LENGTH = 100
-OPEN_FILES = 64
 BUDGET_FLOOR = 1000
 """The budget is counted against at least this many clips: one bad clip among the first ten does not make 10 %."""
 SYNC_EVERY = 64
 """Batches between two exchanges of skipped clips among ranks, so that all of them stop at the same batch."""
 MAX_TRIES = 64
 NAMED_OFFENDERS = 5
-
-
-class ShardReader:
-    """Random access to the samples of several shard folders by tar offset: one ``pread`` a member, never a scan.
-
-    Args:
-        folders: folders with an ``index.json``.
-
-    Raises:
-        UserError: an index or a shard is missing, or a shard is longer than its index says.
-    """
-
-    def __init__(self, folders: Sequence[Path]) -> None:
-        self.shards: list[tuple[Path, Shard]] = []
-        for folder in folders:
-            self.shards += [(folder / shard.name, shard) for shard in load_index(folder).shards]
-        for path, shard in self.shards:
-            if not path.is_file():
-                raise UserError(f"shard {str(path)!r} is missing: fetch or write it again")
-            if path.stat().st_size > shard.bytes:
-                raise UserError(f"shard {str(path)!r} is longer than its index says: write the shards again")
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
-
-    def planned(self) -> tuple[PlannedShard, ...]:
-        """The plan's view of the shards."""
-        return tuple(PlannedShard(shard.name, shard.sha256, len(shard.samples)) for _, shard in self.shards)
-
-    def sample(self, shard: int, number: int) -> Sample:
-        """The index's entry of a sample."""
-        return self.shards[shard][1].samples[number]
-
-    def read(self, shard: int, sample: Sample, extension: str) -> bytes:
-        """Read one member.
-
-        Raises:
-            DecodeError: the member is absent, cut off, or another one than the index says.
-        """
-        if extension not in sample.parts:
-            raise DecodeError(f"no {extension} member")
-        offset, size = sample.parts[extension]
-        name = f"{sample.key}.{extension}".encode()[:TAR_NAME_LENGTH]
-        try:
-            data = os.pread(self._descriptor(shard), TAR_BLOCK + size, offset - TAR_BLOCK)
-        except OSError as error:
-            raise DecodeError(f"the shard cannot be read ({error.strerror})") from error
-        if len(data) < TAR_BLOCK + size:
-            raise DecodeError("the shard is truncated")
-        if data[:TAR_NAME_LENGTH].rstrip(b"\0") != name:
-            raise DecodeError("the shard does not match its index")
-        return data[TAR_BLOCK:]
-
-    def _descriptor(self, shard: int) -> int:
-        """An open file, the least recently used one closed when there are too many. Shared offsets are never used."""
-        if shard in self._descriptors:
-            self._descriptors.move_to_end(shard)
-            return self._descriptors[shard]
-        if len(self._descriptors) >= OPEN_FILES:
-            os.close(self._descriptors.popitem(last=False)[1])
-        self._descriptors[shard] = os.open(self.shards[shard][0], os.O_RDONLY)
-        return self._descriptors[shard]
-
-    def close(self) -> None:
-        """Close all files; reading opens them again."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptors": OrderedDict()}
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptors"):
-            self.close()
 
 
 @dataclass(frozen=True)
@@ -161,7 +83,7 @@ class ClipDataset(Dataset[Batch]):
             "latents" if self.latent_shape else "frames": torch.from_numpy(pixels),
             "caption": [entry["caption"] for entry in metadata],
             "key": [entry["key"] for entry in metadata],
-            "attributes": [entry.get("attributes") or {} for entry in metadata],
+            "attributes": [entry["attributes"] for entry in metadata],
             "position": index,
             "skipped": [asdict(skip) for skip in skipped],
         }
@@ -188,42 +110,13 @@ class ClipDataset(Dataset[Batch]):
         Raises:
             DecodeError: with the reason why the clip cannot be used.
         """
-        metadata = parse_metadata(self.reader.read(shard, sample, "json"))
+        metadata = self.reader.describe(shard, sample)
         if self.latent_shape:
-            _load_latents(self.reader.read(shard, sample, "safetensors"), out)
+            load_latents(self.reader.read(shard, sample, "safetensors"), out)
         else:
             seed = sample_seed(self.plan.seed, epoch, sample.key)
             decode_clip(self.reader.read(shard, sample, "mp4"), self.shape, seed, out)
         return {**metadata, "key": sample.key}
-
-
-def parse_metadata(data: bytes) -> dict[str, Any]:
-    """A sample's json member.
-
-    Raises:
-        DecodeError: it is not a JSON object, or has no caption.
-    """
-    try:
-        metadata = json.loads(data)
-    except ValueError as error:
-        raise DecodeError("its json member is malformed") from error
-    caption = metadata.get("caption") if isinstance(metadata, dict) else None
-    if not isinstance(caption, str) or not caption.strip():
-        raise DecodeError("no caption")
-    return metadata
-
-
-def _load_latents(data: bytes, out: np.ndarray) -> None:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    try:
-        latents = load(data)["latents"]
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise DecodeError("its latents cannot be read") from error
-    if latents.shape != out.shape:
-        raise DecodeError(f"latents of shape {list(latents.shape)} where {list(out.shape)} is needed")
-    out[:] = latents
 
 
 class ClipStream:
@@ -233,12 +126,15 @@ class ClipStream:
         dataset: the batches.
         steps: the declared length: batches that the run asks for in all.
         error_budget: largest share of bad clips that is tolerated.
+        skipped: clips known to be left out already, for the record.
     """
 
-    def __init__(self, dataset: ClipDataset, steps: int, error_budget: float = 0.01) -> None:
+    def __init__(
+        self, dataset: ClipDataset, steps: int, error_budget: float = 0.01, skipped: Sequence[Skip] = ()
+    ) -> None:
         self.dataset, self.steps, self.error_budget = dataset, steps, error_budget
         self.position = 0
-        self.skipped: dict[tuple[str, str], Skip] = {}
+        self.skipped = {(skip.shard, skip.key): skip for skip in skipped}
 
     def advance(self, batch: Batch) -> None:
         """Say that ``batch`` was trained on: the position moves behind it, its skipped clips enter the record.
@@ -272,13 +168,7 @@ class ClipStream:
         """
         plan = self.dataset.plan
         read = ((self.position if position is None else position) + 1) * plan.global_batch
-        allowed = self.error_budget * min(max(read, BUDGET_FLOOR), plan.num_samples)
-        if len(self.skipped) > allowed:
-            raise UserError(
-                f"{len(self.skipped)} of {plan.num_samples} clips cannot be used, more than error_budget "
-                f"{self.error_budget:g} allows: {_name_offenders(list(self.skipped.values()))}; "
-                "repair the shards or raise error_budget."
-            )
+        enforce_budget(list(self.skipped.values()), read, plan.num_samples, self.error_budget)
 
     def state_dict(self) -> dict[str, Any]:
         """{epoch, batch, plan_hash, plan, skipped}: the place in the stream, for any number of ranks and workers.
@@ -366,6 +256,25 @@ class _Loader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         return map(self.stream.check, super().__iter__())
+
+
+def enforce_budget(skipped: Sequence[Skip], read: int, total: int, error_budget: float) -> None:
+    """Compare the distinct bad clips with the clips read so far.
+
+    Args:
+        skipped: the bad clips, each once.
+        read: clips read so far.
+        total: clips there are.
+        error_budget: largest share that is tolerated.
+
+    Raises:
+        UserError: the budget is spent; names the first offenders.
+    """
+    if len(skipped) > error_budget * min(max(read, BUDGET_FLOOR), total):
+        raise UserError(
+            f"{len(skipped)} of {total} clips cannot be used, more than error_budget {error_budget:g} allows: "
+            f"{_name_offenders(skipped)}; repair the shards or raise error_budget."
+        )
 
 
 def _name_offenders(skipped: Sequence[Skip]) -> str:

@@ -1,0 +1,231 @@
+"""Random access to the samples of shard folders, and what their members mean."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anyflow.data.card import CARD_NAME, load_card
+from anyflow.data.decode import ClipShape, DecodeError
+from anyflow.data.plan import PlannedShard
+from anyflow.data.shards import INDEX_NAME, Sample, Shard, load_index
+from anyflow.errors import UserError
+
+TAR_BLOCK = 512
+TAR_NAME_LENGTH = 100
+OPEN_FILES = 64
+
+
+class ShardReader:
+    """Random access to the samples of several shard folders by tar offset: one ``pread`` a member, never a scan.
+
+    Args:
+        folders: folders with an ``index.json``.
+        captions: for each folder, what stands in for a missing caption; none by default.
+        strict: refuse a shard that is shorter than its index says, too; else its lost samples are bad clips.
+        verify: compare every shard's sha256 with the index (reads everything once).
+
+    Raises:
+        UserError: an index or a shard is missing, or a shard is not the one of its index.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        captions: Sequence[str | None] | None = None,
+        *,
+        strict: bool = False,
+        verify: bool = False,
+    ) -> None:
+        self.shards: list[tuple[Path, Shard]] = []
+        self._captions: list[str | None] = []
+        for folder, caption in zip(folders, captions or [None] * len(folders), strict=True):
+            shards = load_index(folder).shards
+            self.shards += [(folder / shard.name, shard) for shard in shards]
+            self._captions += [caption] * len(shards)
+        for path, shard in self.shards:
+            if not path.is_file():
+                raise UserError(f"shard {str(path)!r} is missing: fetch or write it again")
+            size = path.stat().st_size
+            if size > shard.bytes or (strict and size < shard.bytes):
+                raise UserError(
+                    f"shard {str(path)!r} has {size} bytes, its index says {shard.bytes}: fetch or write it again"
+                )
+            if verify and _sha256(path) != shard.sha256:
+                raise UserError(f"shard {str(path)!r} is damaged, its sha256 is not its index's: fetch it again")
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+
+    def planned(self) -> tuple[PlannedShard, ...]:
+        """The plan's view of the shards."""
+        return tuple(PlannedShard(shard.name, shard.sha256, len(shard.samples)) for _, shard in self.shards)
+
+    def sample(self, shard: int, number: int) -> Sample:
+        """The index's entry of a sample."""
+        return self.shards[shard][1].samples[number]
+
+    def read(self, shard: int, sample: Sample, extension: str) -> bytes:
+        """Read one member.
+
+        Raises:
+            DecodeError: the member is absent, cut off, or another one than the index says.
+        """
+        if extension not in sample.parts:
+            raise DecodeError(f"no {extension} member")
+        offset, size = sample.parts[extension]
+        try:
+            data = os.pread(self._descriptor(shard), TAR_BLOCK + size, offset - TAR_BLOCK)
+        except OSError as error:
+            raise DecodeError(f"the shard cannot be read ({error.strerror})") from error
+        if len(data) < TAR_BLOCK + size:
+            raise DecodeError("the shard is truncated")
+        name = f"{sample.key}.{extension}"
+        # Other than ASCII names stand in an extended header, and here only in part.
+        if name.isascii() and data[:TAR_NAME_LENGTH].rstrip(b"\0") != name.encode()[:TAR_NAME_LENGTH]:
+            raise DecodeError("the shard does not match its index")
+        return data[TAR_BLOCK:]
+
+    def describe(self, shard: int, sample: Sample) -> dict[str, Any]:
+        """Read a sample's description: caption, attributes, controls, ...
+
+        Raises:
+            DecodeError: it cannot be read, or there is no caption.
+        """
+        return parse_metadata(self.read(shard, sample, "json"), self._captions[shard])
+
+    def _descriptor(self, shard: int) -> int:
+        """An open file, the least recently used one closed when there are too many. Shared offsets are never used."""
+        if shard in self._descriptors:
+            self._descriptors.move_to_end(shard)
+            return self._descriptors[shard]
+        if len(self._descriptors) >= OPEN_FILES:
+            os.close(self._descriptors.popitem(last=False)[1])
+        self._descriptors[shard] = os.open(self.shards[shard][0], os.O_RDONLY)
+        return self._descriptors[shard]
+
+    def close(self) -> None:
+        """Close all files; reading opens them again."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptors": OrderedDict()}
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptors"):
+            self.close()
+
+
+def parse_metadata(data: bytes, default_caption: str | None = None) -> dict[str, Any]:
+    """A sample's json member; ``default_caption`` stands in for a missing or empty caption.
+
+    Raises:
+        DecodeError: it is not a JSON object, or has no caption and there is no default.
+    """
+    try:
+        metadata = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DecodeError("its json member is malformed") from error
+    if not isinstance(metadata, dict):
+        raise DecodeError("its json member is malformed")
+    caption = metadata.get("caption")
+    if not isinstance(caption, str) or not caption.strip():
+        if default_caption is None:
+            raise DecodeError("no caption")
+        metadata["caption"] = default_caption
+    if not isinstance(metadata.setdefault("attributes", {}), dict):
+        raise DecodeError("its attributes are malformed")
+    return metadata
+
+
+def load_latents(data: bytes, out: np.ndarray) -> None:
+    """Write a sample's safetensors member into ``out``, float32 [F, C, H, W].
+
+    Raises:
+        DecodeError: it is malformed or has another shape.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        latents = load(data)["latents"]
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise DecodeError("its latents cannot be read") from error
+    if latents.shape != out.shape:
+        raise DecodeError(f"latents of shape {list(latents.shape)} where {list(out.shape)} is needed")
+    out[:] = latents
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a data set, as the stream needs it.
+
+    Attributes:
+        name: of the data set.
+        folder: its shards.
+        home: the folder in which things derived from it may be kept.
+        caption: stands in for a missing one; None refuses such clips.
+        frames, fps: what every clip has, if a card says so.
+    """
+
+    name: str
+    folder: Path
+    home: Path
+    caption: str | None = None
+    frames: int | None = None
+    fps: float | None = None
+
+
+def find_split(card: str | Path, split: str) -> Split:
+    """A split of a card, given by name or path; a folder of shards, or of splits, stands for itself.
+
+    Raises:
+        UserError: there is no such card or split.
+    """
+    given = Path(card)
+    for folder in (given, given / split):
+        if (folder / INDEX_NAME).is_file() and not (given / CARD_NAME).is_file():
+            return Split(given.name, folder, given)
+    found = load_card(card)
+    if split not in found.splits:
+        raise UserError(f"card {str(card)!r} has no split {split!r}: choose one of {', '.join(sorted(found.splits))}.")
+    return Split(found.name, found.splits[split], found.path.parent, found.caption, found.frames, found.fps)
+
+
+def split_folders(card: str | Path, split: str) -> list[Path]:
+    """The shard folders of a card's split.
+
+    Raises:
+        UserError: there is no such card or split.
+    """
+    return [find_split(card, split).folder]
+
+
+def check_length(split: Split, shape: ClipShape) -> None:
+    """Refuse a shape for which a data set's clips are too short.
+
+    Raises:
+        UserError: more frames are asked for than a clip gives at the frame rate asked for.
+    """
+    if split.frames is None or split.fps is None:
+        return
+    stride = split.fps / shape.fps if shape.fps else 1.0
+    needed = math.floor((shape.frames - 1) * stride + 1e-6) + 1
+    if needed > split.frames:
+        raise UserError(
+            f"data.frames={shape.frames} needs {needed} frames of every clip of {split.name!r}, which have "
+            f"{split.frames} at {split.fps:g} frames/s: ask for fewer frames or a higher fps."
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
