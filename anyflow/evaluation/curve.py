@@ -1,0 +1,346 @@
+"""The any-step curve: the quality of one model's samples against the number of steps.
+
+What makes two rows of a curve, or two curves, comparable is that everything but the number of steps (or the model) is
+the same: the prompts, the initial noise of each prompt (from the seed and the prompt's key alone, so neither the batch
+size nor the selection changes it), the real clips, the projections. Every figure stands beside what real clips get
+from the same measure: ``Curve.real`` (the floor of a distance, the ceiling of an accuracy) and ``Curve.codec`` (the
+same clips encoded and decoded: what a perfect generator would get through this codec).
+
+Shapes: latents ``[B, F, C, H, W]`` float32 normalised; clips uint8 ``[B, F, H, W, 3]``; timestep = 1000 * sigma.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from anyflow.evaluation.distance import frame_frechet, motion_energy, sliced_wasserstein
+from anyflow.evaluation.motion import motion_accuracy
+from anyflow.flowmap.sampling import sample
+
+STEPS = (1, 2, 4, 8, 16, 32)
+
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``u(z, t, r)``: the mean velocity from timestep t to r, the text already bound."""
+
+VelocityFor = Callable[[list[str]], Velocity]
+"""Binds captions: one velocity function for a batch whose rows have these captions."""
+
+OnProgress = Callable[[int, int, str], None]
+"""``(done, total, what)``: called after each batch."""
+
+
+class CurveCodec(Protocol):
+    """The part of the codec that a curve needs."""
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        """Map uint8 clips ``[B, F, H, W, 3]`` to latents ``[B, f, C, h, w]``."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Map latents to uint8 clips."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A real clip that no training saw, and the prompt that asks for one like it.
+
+    Attributes:
+        key: the clip's name in its shard; with the seed it decides the initial noise.
+        caption: the prompt.
+        frames: uint8 ``[F, H, W, 3]``.
+        domain: whose motion probe reads it.
+        attributes: what the simulator measured; the motion asked for is among it.
+    """
+
+    key: str
+    caption: str
+    frames: Tensor
+    domain: str = ""
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What one set of clips gets. Distances are to the reference clips; lower is better.
+
+    Attributes:
+        sliced_w1: sliced Wasserstein-1 distance of the latents.
+        frame_frechet: Frechet distance on fixed frame features (see ``distance.py``: not FVD).
+        motion_accuracy: share of clips whose motion, read from pixels, is the one asked for; ``None`` without a probe.
+        motion_unread: share in which the probe found nothing to follow (they count as wrong).
+        motion_energy: mean absolute change from frame to frame in grey levels.
+    """
+
+    sliced_w1: float
+    frame_frechet: float
+    motion_accuracy: float | None
+    motion_unread: float | None
+    motion_energy: float
+
+
+@dataclass(frozen=True)
+class CurveRow(Marks):
+    """One step count.
+
+    Attributes:
+        num_steps: steps of the sampler.
+        nfe: network evaluations a clip (one a step: guidance is fused into the model).
+        sampling_seconds: wall time a clip, noise to latents.
+        decoding_seconds: wall time a clip, latents to frames.
+    """
+
+    num_steps: int
+    nfe: int
+    sampling_seconds: float
+    decoding_seconds: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """An any-step curve with what is needed to read it.
+
+    Attributes:
+        label: for example ``before`` or ``after``.
+        domain: the prompts' domain, or several joined by ``+``.
+        clips: how many prompts each row is measured on.
+        seed: of the initial noise.
+        shift: of the inference schedule.
+        size: frames, height, width of the clips.
+        rows: one a step count, ascending.
+        real: the same measures of the prompts' own real clips: the floor and the ceiling.
+        codec: the same of these clips after encoding and decoding.
+    """
+
+    label: str
+    domain: str
+    clips: int
+    seed: int
+    shift: float
+    size: tuple[int, int, int]
+    rows: tuple[CurveRow, ...]
+    real: Marks
+    codec: Marks
+
+    def row(self, num_steps: int) -> CurveRow:
+        """Return the row of a step count; ``KeyError`` if it was not measured."""
+        for row in self.rows:
+            if row.num_steps == num_steps:
+                return row
+        raise KeyError(num_steps)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a plain dictionary that ``from_json`` takes back."""
+        return {"version": 1, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Curve:
+        """Build a curve from ``to_json``'s dictionary (or the parsed file)."""
+        plain = {name: value for name, value in content.items() if name != "version"}
+        plain["size"] = tuple(plain["size"])
+        plain["rows"] = tuple(CurveRow(**row) for row in plain["rows"])
+        plain["real"], plain["codec"] = Marks(**plain["real"]), Marks(**plain["codec"])
+        return cls(**plain)
+
+    def save(self, path: Path) -> None:
+        """Write the curve as JSON."""
+        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class CurveResult:
+    """A curve and the samples that a picture shows: ``samples[num_steps]`` is uint8 ``[n, F, H, W, 3]``."""
+
+    curve: Curve
+    shown: tuple[HeldOut, ...]
+    samples: Mapping[int, Tensor]
+
+
+def prompt_noise(shape: Sequence[int], keys: Sequence[str], seed: int) -> Tensor:
+    """Draw each prompt's initial noise from the seed and its key alone.
+
+    Args:
+        shape: of one clip's latents ``(F, C, H, W)``.
+        keys: one a prompt.
+        seed: of the whole curve.
+    Returns:
+        float32 ``[len(keys), F, C, H, W]`` on the CPU.
+    """
+    rows = []
+    for key in keys:
+        digest = hashlib.sha256(f"{seed}\n{key}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        rows.append(torch.randn(tuple(shape), generator=generator))
+    return torch.stack(rows)
+
+
+def bind_text(backbone: Any, codec: Any) -> VelocityFor:
+    """Make the velocity factory of a ``FlowMapBackbone`` and the ``Codec`` whose text encoder it was trained with."""
+
+    def velocity_for(captions: list[str]) -> Velocity:
+        text = codec.encode_text(captions)
+
+        def velocity(latents: Tensor, timestep: Tensor, r_timestep: Tensor) -> Tensor:
+            return backbone(latents, timestep, r_timestep, text)
+
+        return velocity
+
+    return velocity_for
+
+
+@torch.no_grad()
+def measure_curve(
+    velocity_for: VelocityFor,
+    codec: CurveCodec,
+    items: Sequence[HeldOut],
+    reference: Sequence[HeldOut],
+    *,
+    label: str = "after",
+    steps: Sequence[int] = STEPS,
+    shift: float = 5.0,
+    seed: int = 0,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    show: int = 6,
+    on_progress: OnProgress | None = None,
+) -> CurveResult:
+    """Sample the same prompts from the same noise at each step count and measure what comes out.
+
+    Args:
+        velocity_for: binds captions to the model's mean velocity (``bind_text``).
+        codec: encodes and decodes; frozen.
+        items: the prompts, with their own real clips.
+        reference: other real clips, to which distances are taken; at least as many as items (the first are used:
+            sets of one size have one floor). Real clips against them give the floor.
+        label: names the curve in tables and plots.
+        steps: step counts.
+        shift: of the inference schedule.
+        seed: of the initial noise.
+        batch_size: clips a pass; changes speed and memory, not the draws.
+        device: where the model runs.
+        show: of how many prompts (the first) the samples are kept for the picture.
+        on_progress: called after each batch.
+    Raises:
+        ValueError: if there are no items or fewer reference clips than items.
+    """
+    if not items or len(reference) < len(items):
+        raise ValueError(f"{len(items)} prompts need as many reference clips, got {len(reference)}")
+    batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+    counts = sorted(set(steps))
+    total, done = (len(counts) + 2) * len(batches), 0
+
+    def tick(what: str) -> None:
+        nonlocal done
+        done += 1
+        if on_progress is not None:
+            on_progress(done, total, what)
+
+    real_clips, other_clips = _stack(items), _stack(reference[: len(items)])
+    real_latents, decoded = [], []
+    for clips in real_clips.split(batch_size):
+        latents = codec.encode_video(clips.to(device))
+        real_latents.append(latents.float().cpu())
+        decoded.append(codec.decode(latents).cpu())
+        tick("real clips through the codec")
+    other_latents = []
+    for clips in other_clips.split(batch_size):
+        other_latents.append(codec.encode_video(clips.to(device)).float().cpu())
+        tick("reference clips")
+    judge = _Judge(items, other_clips, torch.cat(other_latents))
+    real = judge(real_clips, torch.cat(real_latents))
+    codec_marks = judge(torch.cat(decoded), torch.cat(real_latents))
+
+    rows, kept = [], {}
+    for num_steps in counts:
+        clips, latents, sampling, decoding = _sample_all(
+            velocity_for, codec, batches, tuple(real_latents[0].shape[1:]), num_steps, shift, seed, device, tick
+        )
+        rows.append(CurveRow(**asdict(judge(clips, latents)), **_cost(num_steps, len(items), sampling, decoding)))
+        kept[num_steps] = clips[:show].clone()
+    curve = Curve(
+        label=label,
+        domain="+".join(sorted({item.domain for item in items})),
+        clips=len(items),
+        seed=seed,
+        shift=shift,
+        size=(real_clips.shape[1], real_clips.shape[2], real_clips.shape[3]),
+        rows=tuple(rows),
+        real=real,
+        codec=codec_marks,
+    )
+    return CurveResult(curve, tuple(items[:show]), kept)
+
+
+def _cost(num_steps: int, clips: int, sampling: float, decoding: float) -> dict[str, Any]:
+    return {
+        "num_steps": num_steps,
+        "nfe": num_steps,
+        "sampling_seconds": sampling / clips,
+        "decoding_seconds": decoding / clips,
+    }
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Measures a set of clips (one for each item, in order) against the reference."""
+
+    items: Sequence[HeldOut]
+    reference_clips: Tensor
+    reference_latents: Tensor
+
+    def __call__(self, clips: Tensor, latents: Tensor) -> Marks:
+        motion = motion_accuracy(
+            clips.numpy(), [item.attributes for item in self.items], [item.domain for item in self.items]
+        )
+        return Marks(
+            sliced_w1=sliced_wasserstein(latents, self.reference_latents),
+            frame_frechet=frame_frechet(clips, self.reference_clips),
+            motion_accuracy=motion.accuracy,
+            motion_unread=motion.unread,
+            motion_energy=motion_energy(clips),
+        )
+
+
+def _stack(items: Sequence[HeldOut]) -> Tensor:
+    return torch.stack([torch.as_tensor(item.frames) for item in items])
+
+
+def _sample_all(
+    velocity_for: VelocityFor,
+    codec: CurveCodec,
+    batches: Sequence[Sequence[HeldOut]],
+    latent_shape: tuple[int, ...],
+    num_steps: int,
+    shift: float,
+    seed: int,
+    device: torch.device | str,
+    tick: Callable[[str], None],
+) -> tuple[Tensor, Tensor, float, float]:
+    """Sample every prompt; return clips uint8, latents float32 (both on the CPU) and the seconds of both halves."""
+    clips, all_latents = [], []
+    sampling = decoding = 0.0
+    for batch in batches:
+        velocity = velocity_for([item.caption for item in batch])
+        noise = prompt_noise(latent_shape, [item.key for item in batch], seed).to(device)
+        start = _now(device)
+        latents = sample(velocity, noise, num_steps, shift)
+        middle = _now(device)
+        clips.append(codec.decode(latents).cpu())
+        sampling, decoding = sampling + middle - start, decoding + _now(device) - middle
+        all_latents.append(latents.float().cpu())
+        tick(f"{num_steps} step{'s' if num_steps > 1 else ''}")
+    return torch.cat(clips), torch.cat(all_latents), sampling, decoding
+
+
+def _now(device: torch.device | str) -> float:
+    """Read the clock once the device has finished what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

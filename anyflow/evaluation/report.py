@@ -1,0 +1,233 @@
+"""A curve, or two side by side, as a table, a plot and a folder of both with the samples' picture.
+
+The table and the plot carry the real clips' own figures (the floor of a distance, the ceiling of an accuracy) beside
+the samples', and a 95 % interval beside each share, so that nobody reads noise as progress.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anyflow.evaluation.curve import Curve, CurveResult, Marks
+from anyflow.evaluation.picture import Grid, Prompt, save_mp4, save_png
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
+
+BEFORE_COLOUR, AFTER_COLOUR, REAL_COLOUR = "#b07010", "#185abe", "#4a4f57"
+
+FIGURES = ("curve.json", "curve.png", "table.md", "samples.png", "samples.mp4")
+"""What a report's folder holds."""
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Return the 95 % score interval of a share seen in ``count`` trials; it stays within 0 and 1 at any count."""
+    z = 1.96
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _share(value: float | None, count: int) -> str:
+    if value is None:
+        return "-"
+    low, high = wilson_interval(value, count)
+    return f"{100 * value:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
+
+
+COLUMNS: tuple[tuple[str, Callable[[Marks, int], str]], ...] = (
+    ("motion right", lambda marks, count: _share(marks.motion_accuracy, count)),
+    ("frame Frechet", lambda marks, count: f"{marks.frame_frechet:.3f}"),
+    ("sliced W1", lambda marks, count: f"{marks.sliced_w1:.4f}"),
+    ("motion energy", lambda marks, count: f"{marks.motion_energy:.2f}"),
+)
+"""The table's measures: heading, and how a set of clips is written in it."""
+
+
+def table_cells(after: Curve, before: Curve | None = None) -> tuple[list[str], list[list[str]]]:
+    """Lay out one or two curves as headings and rows of text.
+
+    Each step count has a row; each measure a column, or two (before, after). Two more rows say what real clips get.
+    """
+    check_comparable(after, before)
+    curves = [before, after] if before is not None else [after]
+    headings = ["steps"]
+    for title, _ in COLUMNS:
+        headings += [f"{title}, {curve.label}" if before is not None else title for curve in curves]
+    headings.append("seconds a clip")
+    rows = []
+    for row in after.rows:
+        cells = [str(row.num_steps)]
+        for _, write in COLUMNS:
+            cells += [write(curve.row(row.num_steps), curve.clips) for curve in curves]
+        rows.append([*cells, f"{row.sampling_seconds + row.decoding_seconds:.2f}"])
+    for name, marks in (("real clips", after.real), ("through the codec", after.codec)):
+        cells = [name]
+        for _, write in COLUMNS:
+            cells += [write(marks, after.clips)] * len(curves)
+        rows.append([*cells, "-"])
+    return headings, rows
+
+
+def check_comparable(after: Curve, before: Curve | None) -> None:
+    """Refuse two curves that were not measured the same way.
+
+    Raises:
+        ValueError: naming what differs: seed, number of clips, size, or step counts.
+    """
+    if before is None:
+        return
+    for name in ("seed", "clips", "size", "domain"):
+        if getattr(before, name) != getattr(after, name):
+            pair = f"{getattr(before, name)} before, {getattr(after, name)} after"
+            raise ValueError(f"the curves differ in {name}: {pair}; measure both alike")
+    if [row.num_steps for row in before.rows] != [row.num_steps for row in after.rows]:
+        raise ValueError("the curves have different step counts; measure both alike")
+
+
+def comparison_table(after: Curve, before: Curve | None = None) -> Table:
+    """Return the table for the terminal."""
+    from rich.table import Table
+
+    headings, rows = table_cells(after, before)
+    table = Table(title=f"Any-step curve: {after.domain}, {after.clips} prompts, the same noise at every step count")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for index, cells in enumerate(rows):
+        is_real = index >= len(after.rows)
+        table.add_row(*cells, end_section=index == len(after.rows) - 1, style="dim" if is_real else None)
+    return table
+
+
+def comparison_markdown(after: Curve, before: Curve | None = None) -> str:
+    """Return the table as Markdown, with the notes that a reader needs."""
+    headings, rows = table_cells(after, before)
+    lines = [f"| {' | '.join(headings)} |", f"|{'--:|' * len(headings)}"]
+    lines += [f"| {' | '.join(cells)} |" for cells in rows]
+    frames, height, width = after.size
+    notes = (
+        f"{after.domain}: {after.clips} held-out prompts, {frames} frames of {width}x{height}, seed {after.seed}, the"
+        " same noise at every step count. Motion right: the motion asked for, read from the pixels (95 % interval)."
+        " Distances are to other real clips; lower is better, and the row of real clips is their floor."
+        " Frame Frechet is taken on fixed features of frames (it is not FVD). Motion energy: mean change from frame to"
+        " frame in grey levels; the nearer to the real clips the better."
+    )
+    return "\n".join(lines) + f"\n\n{notes}\n"
+
+
+def plot_curve(path: Path, after: Curve, before: Curve | None = None) -> None:
+    """Plot the curves against the number of steps: accuracy, distances, motion energy, and real clips' lines."""
+    check_comparable(after, before)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    has_motion = after.rows[0].motion_accuracy is not None
+    panels: list[tuple[str, str]] = [
+        ("frame_frechet", "Frechet distance of frames\n(lower is better)"),
+        ("sliced_w1", "sliced Wasserstein of latents\n(lower is better)"),
+        ("motion_energy", "motion energy, grey levels\n(as real clips have it)"),
+    ]
+    if has_motion:
+        panels.insert(0, ("motion_accuracy", "motion asked for, read from pixels\n(higher is better)"))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.1 * len(panels), 3.9), squeeze=False)
+    try:
+        for axis, (name, title) in zip(axes[0], panels, strict=True):
+            _plot_panel(axis, name, title, after, before)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
+        figure.suptitle(
+            f"Quality against the number of steps: {after.domain}, {after.clips} held-out prompts", fontsize=12
+        )
+        figure.tight_layout(rect=(0, 0.07, 1, 1))
+        figure.savefig(path, dpi=110)
+    finally:
+        pyplot.close(figure)
+
+
+def _plot_panel(axis: Axes, name: str, title: str, after: Curve, before: Curve | None) -> None:
+    steps = [row.num_steps for row in after.rows]
+    curves = [(before, BEFORE_COLOUR, "s"), (after, AFTER_COLOUR, "o")]
+    for curve, colour, marker in curves:
+        if curve is None:
+            continue
+        values = [getattr(row, name) for row in curve.rows]
+        axis.plot(steps, values, marker=marker, color=colour, label=curve.label, zorder=3)
+        if name == "motion_accuracy":
+            low, high = zip(*(wilson_interval(value, curve.clips) for value in values), strict=True)
+            axis.fill_between(steps, low, high, color=colour, alpha=0.13, linewidth=0)
+    for marks, style, label in ((after.real, "--", "real clips"), (after.codec, ":", "real clips through the codec")):
+        axis.axhline(getattr(marks, name), color=REAL_COLOUR, linestyle=style, linewidth=1, label=label)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(steps, [str(count) for count in steps])
+    axis.minorticks_off()
+    axis.set_xlabel("steps")
+    axis.set_title(title, fontsize=10)
+    axis.set_ylim(bottom=0, top=1.03 if name == "motion_accuracy" else None)
+    axis.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
+def sample_grid(results: Sequence[CurveResult], title: str = "") -> Grid:
+    """Return the picture's content: the kept samples of one model, or of several with the same prompts.
+
+    Raises:
+        ValueError: if the results show different prompts.
+    """
+    keys = {tuple(item.key for item in result.shown) for result in results}
+    if len(keys) != 1:
+        raise ValueError("the results show different prompts; measure them on the same items")
+    shown = results[0].shown
+    import numpy as np
+
+    return Grid(
+        prompts=[Prompt(item.caption, item.domain, item.attributes) for item in shown],
+        variants={
+            result.curve.label: {count: clips.numpy() for count, clips in result.samples.items()} for result in results
+        },
+        real=np.stack([np.asarray(item.frames) for item in shown]),
+        title=title,
+    )
+
+
+def write_report(
+    folder: Path, after: CurveResult, before: CurveResult | None = None, *, title: str = "", fps: float = 8.0
+) -> dict[str, Path]:
+    """Write all figures of one evaluation.
+
+    Args:
+        folder: made if missing; files of an earlier report in it are replaced.
+        after: the model's curve and samples.
+        before: the same of the model that it started from, on the same prompts, seed and step counts.
+        title: above the picture.
+        fps: of the clips.
+    Returns:
+        ``{"curve.json": path, ...}`` for each of ``FIGURES``.
+    """
+    earlier = before.curve if before is not None else None
+    check_comparable(after.curve, earlier)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / name for name in FIGURES}
+    content: dict[str, Any] = {"version": 1, "after": after.curve.to_json()}
+    content["before"] = earlier.to_json() if earlier is not None else None
+    paths["curve.json"].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    paths["table.md"].write_text(comparison_markdown(after.curve, earlier), encoding="utf-8")
+    plot_curve(paths["curve.png"], after.curve, earlier)
+    grid = sample_grid([before, after] if before is not None else [after], title)
+    save_png(grid, paths["samples.png"])
+    save_mp4(grid, paths["samples.mp4"], fps=fps)
+    return paths
+
+
+def read_report(path: Path) -> tuple[Curve, Curve | None]:
+    """Read ``curve.json`` back: the curve after, and the one before if there is one."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    before = content.get("before")
+    return Curve.from_json(content["after"]), Curve.from_json(before) if before else None
