@@ -109,7 +109,7 @@ class BidirectionalBackbone(FlowMapBackbone):
         patch_frames, patch_height, patch_width = self.transformer.config.patch_size
         grid = tokens.unflatten(1, (frames, height, width)).unflatten(-1, (patch_frames, patch_height, patch_width, -1))
         grid = grid.permute(0, 1, 4, 7, 2, 5, 3, 6)  # [B, f, pf, C, h, ph, w, pw]
-        return grid.flatten(6, 7).flatten(4, 5).flatten(1, 2)
+        return grid.reshape(len(grid), frames * patch_frames, -1, height * patch_height, width * patch_width)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BidirectionalBackbone:
         """Let ``.to(bfloat16)`` and its like, called here or on a parent, leave the FLOAT32_PARTS in float32."""
