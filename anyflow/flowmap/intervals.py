@@ -12,7 +12,7 @@ from anyflow.flowmap.schedule import TIMESTEPS, at_least_float32, shift_sigma
 
 @dataclass(frozen=True)
 class Intervals:
-    """Intervals of N samples: ``timestep``, ``r_timestep`` (float32 or better, r <= t), ``is_diffusion``; each ``[N]``."""
+    """The intervals of N samples: timestep and r_timestep (float32 or better, r <= t) and is_diffusion, each ``[N]``."""
 
     timestep: Tensor
     r_timestep: Tensor

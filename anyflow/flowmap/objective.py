@@ -48,7 +48,7 @@ class FlowMapObjective:
             unconditional answer.
         derivative: ``central`` asks the network twice, at t + delta and t - delta. ``jvp`` is exact and has no width to
             choose, but needs forward-mode AD through the network, which only the math attention offers (slower, more
-            memory), and is noisier in bfloat16.
+            memory), and it sees the fastest waves of the time embedding (a radian a timestep), which delta smooths.
         delta: Half-width of the central difference in timestep units. Smaller follows curvature better, but the
             difference drowns in the network's rounding; larger smooths it. 5 suits bfloat16 networks.
         weight: Train weight of the time t: see :func:`anyflow.flowmap.schedule.weight_table`.
