@@ -34,6 +34,18 @@ from anyflow.errors import UserError
 STEPS_PER_FRAME = 8
 FPS = 80 / STEPS_PER_FRAME
 """Meta-World's control runs at 80 Hz."""
+DESCRIPTION = (
+    "A red robot arm at a table reaches a green ball, presses a red button, opens or closes a green drawer, or closes "
+    "a black door, led by a scripted expert."
+)
+CONTROLS = {
+    "actions": "per frame: the gripper's commanded motion (x, y, z) and its closing, each from -1 to 1",
+    "trajectory": "per frame: [x, y] of the gripper's middle, in pixels of the frame",
+}
+ATTRIBUTES: dict[str, str | list[str]] = {
+    "task": ["reach", "button-press", "drawer-open", "drawer-close", "door-close"],
+    "direction": ["left", "right", "up", "down", "still"],
+}
 LICENCE = "MIT (rendered with Meta-World, whose models are MIT, on MuJoCo, Apache-2.0)"
 PACKAGES = ("metaworld", "mujoco", "numpy", "av")
 SUPERSAMPLE = 3
@@ -198,8 +210,9 @@ class Stage:
         from metaworld.policies import ENV_POLICY_MAP
 
         self.task, self.spec = task, SPECS[task]
-        self.environment = ALL_V3_ENVIRONMENTS[self.spec.environment]()
-        self.expert = ENV_POLICY_MAP[self.spec.environment]()
+        self.environment: Any = ALL_V3_ENVIRONMENTS[self.spec.environment]()
+        make_expert: Any = ENV_POLICY_MAP[self.spec.environment]
+        self.expert = make_expert()
         self.environment._set_task_called = True
         self.environment._freeze_rand_vec = True
         self.environment._partially_observable = False  # the expert for reaching must see the goal

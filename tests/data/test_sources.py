@@ -1,0 +1,175 @@
+"""The simulated sources: reproducible, apart from each other, labelled by what is seen. Skipped without a simulator."""
+
+from __future__ import annotations
+
+import ctypes.util
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from anyflow.data import sources
+from anyflow.data.clip import Clip
+from anyflow.data.decode import ClipShape, decode_clip
+from anyflow.data.sources import arena, driving, games, robotics
+from anyflow.errors import UserError
+
+REASON = "the simulators are an extra of their own: pip install .[sim]"
+SHAPE = ClipShape(17, 64, 96)
+
+
+def need(*modules: str) -> None:
+    for module in modules:
+        pytest.importorskip(module, reason=REASON)
+
+
+def frames_of(clip: Clip) -> np.ndarray:
+    assert clip.mp4 is not None
+    return decode_clip(clip.mp4, SHAPE)
+
+
+def test_run_jobs_keeps_order() -> None:
+    assert list(sources.run_jobs(math.factorial, range(5), workers=1)) == [1, 1, 2, 6, 24]
+
+
+def test_clips_never_share_a_generator() -> None:
+    draws = [
+        sources.clip_generator(seed, split, number).random()
+        for seed in (0, 1)
+        for split in sources.SPLITS
+        for number in range(3)
+    ]
+    assert len(set(draws)) == len(draws)
+
+
+def test_area_downscale_is_the_mean() -> None:
+    image = np.zeros((4, 2, 3), dtype=np.uint8)
+    image[:2] = [[[0, 8, 1], [4, 8, 1]], [[8, 8, 1], [12, 8, 2]]]
+    assert sources.area_downscale(image, 2).tolist() == [[[6, 8, 1]], [[0, 0, 0]]]
+
+
+def test_a_missing_package_is_a_users_mistake() -> None:
+    with pytest.raises(UserError, match=r"'flying-cars' is needed.*pip install \.\[sim\]"):
+        sources.need_package("no_such_module", "flying-cars")
+
+
+def test_missing_osmesa_names_the_debian_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
+    with pytest.raises(UserError, match="libosmesa6"):
+        next(robotics.render(1, "train", 0, 1))
+
+
+@pytest.mark.parametrize("manoeuvre", ["keep", "left", "right"])
+@pytest.mark.parametrize("speed", ["slow", "fast"])
+def test_driving_manoeuvres_complete(manoeuvre: str, speed: str) -> None:
+    """A lane change moves the car by one lane, 4 m, within the clip; keeping moves it not at all."""
+    scene = driving.Scene(manoeuvre, 1, speed, driving.SPEEDS[speed][0], 2, ())
+    states = driving.simulate(scene, 0.0)
+    moved = [cars[0].y - states[0][0].y for cars in states]
+    wanted = {"keep": 0.0, "left": -4.0, "right": 4.0}[manoeuvre]
+    assert moved[-3] == pytest.approx(wanted, abs=1e-6)
+    assert moved[2] == 0
+    assert max(abs(cars[0].heading) for cars in states) < math.radians(42)
+
+
+def test_driving_scenes_are_safe_and_visible() -> None:
+    for number in range(30):
+        generator = sources.clip_generator(0, "train", number)
+        scene = driving.draw_scene(generator, "left", 1, "medium")
+        states = driving.simulate(scene, 0.5)
+        if driving.is_readable(states):
+            text = driving.caption(scene, states)
+            assert len(text.split()) < 40
+            assert "changes left from the middle lane to the left lane" in text
+
+
+def test_driving_clips_show_what_they_say() -> None:
+    need("highway_env")
+    clips = driving._render_batch("heldout", 3, range(3))
+    assert [clip.attributes["manoeuvre"] for clip in clips] == ["keep", "left", "right"]
+    for clip in clips:
+        path = np.array(clip.controls["trajectory"])
+        for i in (0, 8, 16):
+            frame = frames_of(clip)[i].astype(int)
+            green = (frame[..., 1] - np.maximum(frame[..., 0], frame[..., 2])) > 60
+            rows, columns = np.nonzero(green)
+            assert (columns.mean() + 0.5, rows.mean() + 0.5) == pytest.approx(tuple(path[i]), abs=1.5)
+
+
+def test_driving_repeats_itself() -> None:
+    need("highway_env")
+    assert driving._render_batch("train", 0, range(2)) == driving._render_batch("train", 0, range(2))
+
+
+def test_the_arena_is_a_wad_and_reproducible() -> None:
+    wad = arena.build_wad()
+    assert wad[:4] == b"PWAD"
+    assert wad == arena.build_wad()
+
+
+@pytest.mark.parametrize("motion", ["left", "right", "forward", "still"])
+def test_games_walks_are_clear(motion: str) -> None:
+    for number in range(20):
+        walk = games.draw_walk(sources.clip_generator(1, "train", number), motion)
+        assert max(abs(walk.x), abs(walk.y)) < arena.HALF_ROOM - 90
+        assert (walk.speed == "none") == (motion == "still")
+        assert "  " not in games.caption(walk)
+        assert " ." not in games.caption(walk)
+
+
+def test_games_clips_show_what_they_say() -> None:
+    need("vizdoom")
+    clips = games._render_batch("heldout", 1, range(3))
+    for clip, motion in zip(clips, ["left", "right", "forward"], strict=True):
+        path = np.array(clip.controls["trajectory"])
+        turned = float(np.diff(np.unwrap(path[:, 2], period=360)).sum())
+        walked = float(np.hypot(*(path[-1, :2] - path[0, :2])))
+        assert clip.attributes["motion"] == motion
+        if motion == "forward":
+            assert abs(turned) < 0.5
+            assert 100 < walked < 400
+        else:
+            assert (turned > 0) == (motion == "left")
+            assert 30 < abs(turned) < 90
+            assert walked < 1
+
+
+def test_a_games_clip_does_not_depend_on_its_neighbours() -> None:
+    need("vizdoom")
+    assert games._render_batch("train", 0, range(2))[1:] == games._render_batch("train", 0, range(1, 2))
+
+
+def test_robotics_layouts_of_the_splits_are_disjoint() -> None:
+    generator = np.random.default_rng(0)
+    for spec in robotics.SPECS.values():
+        bands: dict[str, set[int]] = {}
+        for split in sources.SPLITS:
+            layouts = np.array([robotics.draw_layout(generator, spec, split) for _ in range(300)])
+            low, high = np.array(spec.low), np.array(spec.high)
+            assert (layouts >= low).all()
+            assert (layouts <= high).all()
+            shares = (layouts[:, spec.axis] - low[spec.axis]) / (high - low)[spec.axis]
+            bands[split] = set(np.floor(shares * robotics.BANDS).astype(int))
+        assert not bands["train"] & bands["heldout"]
+
+
+@pytest.mark.parametrize(
+    ("end", "direction"), [((20, 3), "right"), ((-20, 3), "left"), ((3, -9), "up"), ((3, 9), "down"), ((1, 1), "still")]
+)
+def test_robotics_direction(end: tuple[float, float], direction: str) -> None:
+    path: Any = np.array([(0.0, 0.0), (5.0, 50.0), end])
+    assert robotics.direction_of(path) == direction
+
+
+def test_robotics_clips_repeat_and_show_the_gripper() -> None:
+    need("mujoco", "metaworld")
+    if ctypes.util.find_library("OSMesa") is None:
+        pytest.skip("the system has no OSMesa library (Debian: libosmesa6)")
+    (first,) = robotics.render(1, "train", 0, 1)
+    (again,) = robotics.render(1, "train", 0, 1)
+    assert first == again
+    assert first.attributes == {"task": "reach", "direction": "left"}
+    path = np.array(first.controls["trajectory"])
+    assert path[-1, 0] < path[0, 0] - 5
+    assert frames_of(first).std() > 20
