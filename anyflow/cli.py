@@ -9,7 +9,7 @@ import sys
 import typer
 
 from anyflow import __version__
-from anyflow.commands import evaluate, export, recipes, sample, tracking, train
+from anyflow.commands import data, evaluate, export, recipes, sample, tracking, train
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
 
 app = typer.Typer(
@@ -40,6 +40,7 @@ app.command("train")(train.train)
 app.command("sample")(sample.sample)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
+app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
 app.command("mlflow")(tracking.mlflow)
 
@@ -50,15 +51,29 @@ def main() -> None:
         app()
     except UserError as error:
         _fail(str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        place = os.path.abspath(str(error.filename)) if error.filename else os.getcwd()
-        _fail(
-            f"the disk is full ({place}): free some space or choose another folder by --out, then go on by --resume auto"
-        )
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:
+        if not _disk_is_full(error):
+            raise
+        place = getattr(error, "filename", None) or os.getcwd()
+        _fail(
+            f"the disk is full ({place}): free some space, or write elsewhere by --out; a run goes on by --resume auto"
+        )
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """Whether an error, or what it came from, says so: by its number, or in the words of a compiled library."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return any(
+        (isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT))
+        or any(words in str(link) for words in ("No space left on device", "disk is full"))
+        for link in chain
+    )
 
 
 def _fail(sentence: str) -> None:

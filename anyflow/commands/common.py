@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from anyflow.errors import UserError
+from anyflow.recipe import is_hub_id
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document for machines, and nothing else, on stdout.")
@@ -37,8 +38,18 @@ def parse_steps(text: str) -> list[int]:
     return steps
 
 
+def check_model(model: str) -> None:
+    """Refuse a model that is neither a folder nor a hub id, before anything heavy is imported.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if not Path(model).expanduser().is_dir() and not is_hub_id(model):
+        raise UserError(f"--model {model}: there is no such folder, and it is no hub id (owner/name): check the path")
+
+
 def fresh_folder(out: Path | None, default: str) -> Path:
-    """The folder to write results in: ``out``, which must be free, or ``default``, numbered when taken. Not created yet.
+    """The folder to write results in: ``out``, which must be free, or ``default``, numbered if taken. Nothing is made.
 
     Raises:
         UserError: ``out`` is a file, or holds something already.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anyflow.commands.common import Json, fresh_folder, parse_steps, print_json
+from anyflow.commands.common import Json, check_model, fresh_folder, parse_steps, print_json
 
 if TYPE_CHECKING:
     from anyflow.evaluation.curve import CurveResult
@@ -38,13 +38,15 @@ def evaluate(
     from anyflow.recipe import find_card
 
     find_card(data)
+    for name in filter(None, (model, against)):
+        check_model(name)
     from anyflow.evaluation.report import write_report
 
     settings = {"steps": counts, "prompts": prompts, "split": split, "seed": seed, "batch_size": batch_size}
     before = _curve(against, data, "before", settings) if against else None
     after = _curve(model, data, "after" if against else "model", settings)
     folder.mkdir(parents=True, exist_ok=True)
-    write_report(folder, before, after)
+    write_report(folder, after, before, title=f"{model}, held-out prompts of {data}")
     if as_json:
         curves = [result.curve.to_json() for result in (before, after) if result is not None]
         print_json({"model": model, "against": against, "data": data, "curves": curves, "folder": folder})

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from anyflow.commands.common import Json, fresh_folder, print_json
+from anyflow.commands.common import Json, check_model, fresh_folder, print_json
 from anyflow.errors import UserError
 
 PRECISIONS = ("bfloat16", "float16", "float32")
@@ -43,6 +43,7 @@ def export(
             f"--lora: {source} is not a run, so no adapter is known of it: name a run's folder, or use --merge"
         )
     else:
+        check_model(source)
         _export_model(source, target, precision)
     if as_json:
         print_json({"source": source, "folder": target, "kind": "lora" if lora else "pipeline"})

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from anyflow.commands.common import Json, fresh_folder, parse_steps, print_json
+from anyflow.commands.common import Json, check_model, fresh_folder, parse_steps, print_json
 from anyflow.errors import UserError
 
 
@@ -29,13 +29,14 @@ def sample(
     \b
     Examples:
       anyflow sample "The green ego car changes 1 lane to the left."
-      anyflow sample "A robot arm opens a drawer." "It closes it." --model runs/finetune-robotics-tiny-001 --steps 1,4,16
+      anyflow sample "The robot arm opens a drawer." "It closes it." --model runs/finetune-robotics-tiny-001
       anyflow sample "..." --model nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers --steps 4 --out samples --json
     """
     counts = parse_steps(steps)
     if not all(prompt.strip() for prompt in prompts):
         raise UserError("PROMPT is empty: say what the clip shows")
     folder = fresh_folder(out, "runs/samples/sample")
+    check_model(model)
     from anyflow.commands.models import load_model, native_shape
 
     shape = native_shape(model, frames=frames, height=height, width=width, fps=fps)

@@ -44,8 +44,17 @@ def train(
     """
     resolved = load_recipe(recipe, model=model, hardware=hardware, overrides=overrides or ())
     check_files(resolved)
+    _check_cards(resolved)
     code = _train_json(resolved, resume, dry_run, out) if as_json else _train(resolved, resume, dry_run, out)
     raise typer.Exit(code)
+
+
+def _check_cards(recipe: Recipe) -> None:
+    """That cards and shards are there and the cards make sense, before weights are loaded."""
+    from anyflow.data.card import load_card
+
+    for card in recipe.data.card:
+        load_card(card)
 
 
 def _train(recipe: Recipe, resume: str | None, dry_run: bool, out: Path | None) -> int:

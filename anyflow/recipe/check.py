@@ -56,12 +56,13 @@ def check_files(recipe: Recipe) -> None:
 
 
 def find_card(name: str) -> Path:
-    """The file of a dataset card: a path, or a name in ``data/``; a UserError that lists the known ones otherwise."""
-    given, named = Path(name), Path("data") / f"{name}.yaml"
-    for path in (given, named):
+    """The file of a dataset card: a file, its folder, or a name in ``data/``. Otherwise a UserError."""
+    given = Path(name)
+    roots = (Path("data"), Path(__file__).resolve().parents[2] / "data")
+    for path in (given, given / "card.yaml", *(root / f"{name}.yaml" for root in roots)):
         if path.is_file():
             return path
-    known = sorted(path.stem for path in Path("data").glob("*.yaml"))
+    known = sorted({path.stem for root in roots for path in root.glob("*.yaml")})
     close = difflib.get_close_matches(given.stem, known, n=1, cutoff=0.5)
     hint = (
         f"did you mean {close[0]}?"

@@ -62,7 +62,6 @@ class ModelRecipe:
     shift: float = _option(
         5.0, "timestep shift s of sigma' = s sigma / (1 + (s-1) sigma), in training and sampling", above=0
     )
-    text_length: int = _option(512, "tokens that a prompt is padded or cut to", low=1, high=4096)
     negative_prompt: str = _option("", "text of the unconditional pass, and of samples whose text is dropped")
     lora: LoraRecipe = field(default_factory=LoraRecipe)
     network: dict[str, Any] = _option({}, "for model.init=new: dimensions that differ from the embedded network's")
@@ -85,7 +84,9 @@ class CodecRecipe:
 class StageRecipe:
     """What is trained, and on which objective."""
 
-    name: str = _option("finetune", "the stage", choices=("codec", "teacher", "forward", "finetune"))
+    name: str = _option(
+        "finetune", "what kind of training this is", choices=("codec", "teacher", "forward", "finetune")
+    )
     steps: int = _option(200, "optimiser steps", low=1)
     guidance_scale: float = _option(3.0, "guidance fused into the weights; the result samples at scale 1", low=1)
     guided_tangent: bool = _option(
@@ -143,7 +144,7 @@ class DataRecipe:
     frames: int = _option(17, "frames of a clip (4n+1, as the VAE takes them)", low=1)
     height: int = _option(64, "pixel rows (multiple of 16)", low=16)
     width: int = _option(96, "pixel columns (multiple of 16)", low=16)
-    fps: float = _option(8.0, "frames a second that clips are brought to", above=0)
+    fps: float = _option(0.0, "frames a second that clips are brought to; 0: every clip's own", low=0)
     global_batch: int = _option(
         0,
         "clips of one optimiser step over all ranks, fitted by batch_size and accumulate; 0: whatever those two give",
@@ -182,7 +183,7 @@ class HardwareRecipe:
     name: str = _option("cpu", "name of the hardware file, for the record")
     accelerator: str = _option("cpu", "kind of device", choices=("auto", "cpu", "gpu"))
     devices: int = _option(1, "devices of a node", low=1)
-    num_nodes: int = _option(1, "nodes", low=1)
+    num_nodes: int = _option(1, "machines that the run spans", low=1)
     precision: str = _option(
         "32-true",
         "arithmetic of the network; times and losses stay in float32",
@@ -196,7 +197,6 @@ class HardwareRecipe:
     )
     threads: int = _option(0, "CPU threads of a rank; 0: all of its cores", low=0)
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass: less memory, slower")
-    compile: bool = _option(False, "compile the transformer's blocks: minutes at the start, faster steps")
 
 
 @dataclass(frozen=True)

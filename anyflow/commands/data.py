@@ -1,0 +1,166 @@
+"""``anyflow data``: render, show, check and encode footage."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from anyflow.commands.common import Json, check_model, print_json
+from anyflow.errors import UserError
+
+app = typer.Typer(help="Render, show, check and encode footage.", rich_markup_mode=None, no_args_is_help=True)
+
+Card = Annotated[str, typer.Argument(metavar="CARD", help="A dataset card: a name in data/, a file, or its folder.")]
+
+
+@app.command("make")
+def make(
+    domain: Annotated[str, typer.Argument(metavar="DOMAIN", help="driving, robotics or games.")],
+    clips: Annotated[int, typer.Option(help="Training clips.")] = 1000,
+    heldout: Annotated[int, typer.Option(help="Held-out clips, of other scenes.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
+    workers: Annotated[int, typer.Option(help="Simulators at a time.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="A new folder; without it data/shards/DOMAIN.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Render a domain's clips with its simulator into shards and a card (needs: pip install '.[sim]').
+
+    \b
+    Examples:
+      anyflow data make driving --clips 2000
+      anyflow data make games --clips 500 --seed 7 --out data/shards/games-7
+    """
+    from anyflow.data.make import make_dataset
+
+    card = make_dataset(domain, clips, heldout, seed, out, workers, _print_progress)
+    if as_json:
+        print_json({"card": card, "clips": clips, "heldout": heldout, "seed": seed})
+    else:
+        typer.echo(f"{card}   (see it by: anyflow data show {card.parent}; train on it by: data.card={card})")
+
+
+@app.command("show")
+def show(
+    card: Card,
+    split: Annotated[str, typer.Option(help="Split of the contact sheet.")] = "train",
+    count: Annotated[int, typer.Option(help="Clips on the contact sheet; 0: no sheet.", min=0)] = 12,
+    sheet: Annotated[Path | None, typer.Option(help="Its file; without it runs/sheets/CARD-SPLIT.png.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a data set: its card, counts, captions, labels, and a picture of its first clips.
+
+    \b
+    Examples:
+      anyflow data show driving
+      anyflow data show games --split heldout --count 6 --sheet games.png
+      anyflow data show data/shards/driving --json
+    """
+    from anyflow.data.contact_sheet import contact_sheet
+    from anyflow.data.describe import describe_card
+
+    facts = describe_card(card)
+    if split not in facts["splits"]:
+        raise UserError(f"--split {split!r} is not in the card: it has {', '.join(facts['splits'])}")
+    path = sheet or Path("runs/sheets") / f"{facts['name']}-{split}.png"
+    picture = contact_sheet(card, split, count, path) if count else None
+    if as_json:
+        print_json({**facts, "sheet": picture})
+        return
+    for line in _lines(facts):
+        typer.echo(line)
+    if picture is not None:
+        typer.echo(f"\ncontact sheet: {picture}")
+
+
+def _lines(facts: dict[str, Any]) -> list[str]:
+    """What ``show`` prints of :func:`anyflow.data.describe.describe_card`."""
+    clip = facts["clip"]
+    lines = [
+        f"{facts['name']} ({facts['domain']}): {facts['description']}",
+        f"  clips      {clip['frames']} frames of {clip['width']}x{clip['height']} at {clip['fps']:g} frames a second",
+        f"  licence    {facts['licence']}",
+    ]
+    lines += [f"  {name:<10} {text}" for name, text in facts["controls"].items()]
+    for split, part in facts["splits"].items():
+        captions = part["captions"]
+        size = f"{part['shards']} shards, {part['bytes'] / 1e6:.1f} MB, {part['hours']:.2g} h"
+        lines += [
+            f"\n{split}: {part['clips']} clips in {size}",
+            f"  captions   {captions['distinct']} distinct, {captions['missing']} missing, "
+            f"{captions['mean_words']} words on average, vocabulary {captions['vocabulary']}",
+            f"             often: {', '.join(captions['top_words'])}",
+        ]
+        for label, values in part["attributes"].items():
+            told = ", ".join(f"{value} {n}" for value, n in values.items()) if isinstance(values, dict) else values
+            lines.append(f"  {label:<10} {told}")
+    return lines
+
+
+@app.command("check")
+def check(card: Card, as_json: Json = False) -> None:
+    """Check every shard against its index: there, whole, unaltered, and no clip in two splits.
+
+    \b
+    Examples:
+      anyflow data check driving
+      anyflow data check data/shards/driving/card.yaml --json
+    """
+    from anyflow.data.card import check_shards
+
+    problems = check_shards(card)
+    if as_json:
+        print_json({"card": card, "problems": problems})
+    else:
+        for problem in problems:
+            typer.echo(problem)
+    if problems:
+        raise UserError(f"{card} has {len(problems)} problems: make or fetch the shards named above again")
+    if not as_json:
+        typer.echo(f"{card} is whole")
+
+
+@app.command("encode")
+def encode(
+    card: Card,
+    model: Annotated[str, typer.Option(help="Folder or hub id of the model whose VAE encodes.")] = "data/models/tiny",
+    splits: Annotated[str, typer.Option(help="Splits, with commas.")] = "train",
+    out: Annotated[Path | None, typer.Option(help="Where the cache is made; without it beside the card.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Encode clips to latents once, so that training with data.precompute=true need not (it also does so by itself).
+
+    \b
+    Examples:
+      anyflow data encode driving
+      anyflow data encode driving --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --splits train,heldout
+    """
+    check_model(model)
+    from anyflow.commands.models import native_shape
+
+    shape = native_shape(model, frames=None, height=None, width=None, fps=None)
+    import torch
+
+    from anyflow.backbone.codec import Codec
+    from anyflow.data.cache import encode_dataset
+
+    codec = Codec.from_folder(model, text=False, device="cuda" if torch.cuda.is_available() else "cpu")
+    size: dict[str, Any] = {"frames": shape.frames, "height": shape.height, "width": shape.width, "fps": shape.fps}
+    folders = {}
+    for split in filter(None, (name.strip() for name in splits.split(","))):
+        report = lambda done, total, split=split: _print_progress(split, done, total)  # noqa: E731
+        folders[split] = encode_dataset(card, split, codec, out, report, **size)
+    if as_json:
+        print_json({"card": card, "model": model, "caches": folders})
+    else:
+        for split, folder in folders.items():
+            typer.echo(f"{split}: {folder}")
+
+
+def _print_progress(split: str, done: int, total: int) -> None:
+    """One line on stderr that counts up on a terminal, and the last count alone elsewhere."""
+    if sys.stderr.isatty() or done == total:
+        end = "\n" if done == total else ""
+        print(f"\r{split}: {done} of {total} clips", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,220 @@
+"""Recipes: layering, overrides, sources, round trips, and a sentence for every mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anyflow.errors import UserError
+from anyflow.recipe import Recipe, check_files, describe, load_recipe, merge_recipe, save_recipe, to_dict
+from anyflow.recipe.check import fit_batch, is_hub_id
+from anyflow.recipe.fields import all_fields, flatten, value_of
+
+
+@pytest.fixture(autouse=True)
+def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+
+
+def load(*overrides: str, name: str = "finetune/driving", **options: str) -> Recipe:
+    return load_recipe(name, overrides=overrides, **options)
+
+
+def test_layers_win_in_order_and_say_so() -> None:
+    recipe = load("optimizer.lr=3e-4", "data.width=128")
+    rows = {row.key: row for row in describe(recipe)}
+    assert recipe.optimizer.lr == 3e-4 and rows["optimizer.lr"].source == "command line"
+    assert recipe.model.weights == "data/models/tiny" and rows["model.weights"].source == "recipes/models/tiny.yaml"
+    assert rows["stage.steps"].source == "recipes/finetune/driving.yaml"
+    assert recipe.hardware.accelerator == "cpu" and rows["hardware.accelerator"].source == "recipes/hardware/cpu.yaml"
+    assert rows["stage.delta"].source == "default" and rows["stage.delta"].value == 5.0
+    assert rows["run.name"].value == "finetune-driving-tiny" and rows["run.name"].source == "derived"
+
+
+def test_every_field_is_described_once_with_a_meaning() -> None:
+    rows = describe(Recipe())
+    assert [row.key for row in rows] == list(all_fields())
+    assert all(len(row.meaning) >= 5 for row in rows)
+    assert {key for key, _ in flatten(to_dict(Recipe()))} == set(all_fields())
+
+
+def test_stage_names_its_model_and_hardware() -> None:
+    recipe = load(name="forward/wan2.1-t2v-14b")
+    assert (recipe.model.name, recipe.hardware.name) == ("wan2.1-t2v-14b", "8gpu")
+    assert load(name="forward/wan2.1-t2v-14b", hardware="1gpu").world_size == 1
+
+
+@pytest.mark.parametrize(("size", "steps", "batch"), [("1.3b", 6000, 32), ("14b", 4000, 16)])
+def test_released_settings(size: str, steps: int, batch: int) -> None:
+    """The published hyper-parameters of the forward stage (paper, sec. 3 and appendix)."""
+    recipe = load(name=f"forward/wan2.1-t2v-{size}")
+    assert (recipe.stage.steps, recipe.global_batch, recipe.model.shift) == (steps, batch, 5.0)
+    optimizer = recipe.optimizer
+    assert (optimizer.name, optimizer.lr, optimizer.betas, optimizer.weight_decay) == ("adamw", 5e-5, [0.9, 0.95], 0.0)
+    assert (optimizer.warmup_steps, optimizer.schedule, optimizer.clip) == (1000, "constant", 1.0)
+    assert (recipe.ema.decay, recipe.ema.start_step) == (0.999, 1000)
+    assert (recipe.model.lora.enabled, recipe.model.lora.rank, recipe.model.lora.alpha) == (True, 256, 256.0)
+    assert (recipe.stage.guidance_scale, recipe.stage.delta, recipe.stage.weight) == (3.0, 5.0, "beta08")
+    assert (recipe.stage.diffusion_share, recipe.stage.consistency_share, recipe.stage.text_drop) == (0.5, 0.25, 0.1)
+    assert (recipe.data.frames, recipe.data.height, recipe.data.width) == (81, 480, 832)
+
+
+def test_a_saved_recipe_is_complete_and_the_same(tmp_path: Path) -> None:
+    recipe = load("stage.steps=7", "data.card=[driving,games]", "model.network.num_layers=2", hardware="8gpu")
+    path = tmp_path / "recipe.yaml"
+    save_recipe(recipe, path)
+    assert load_recipe(str(path)) == recipe
+    assert load_recipe(str(tmp_path)) == recipe  # a run's folder stands for its recipe
+    assert load_recipe(str(path), overrides=["stage.steps=9"]).stage.steps == 9
+    with pytest.raises(UserError, match="complete recipe"):
+        load_recipe(str(path), model="tiny")
+
+
+def test_the_work_needs_no_project_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load().stage.name == "finetune"
+
+
+def test_one_card_or_several() -> None:
+    assert load("data.card=games").data.card == ["games"]
+    assert load("data.card=[games,driving]").data.card == ["games", "driving"]
+    assert load("data.card=").data.card == []
+
+
+@given(total=st.integers(1, 64), ranks=st.integers(1, 16), limit=st.integers(1, 16))
+@settings(max_examples=100, deadline=None)
+def test_the_global_batch_is_met_exactly_or_refused(total: int, ranks: int, limit: int) -> None:
+    layer = {
+        "model": {"weights": "a/b"},
+        "data": {"global_batch": total, "batch_size": limit},
+        "hardware": {"devices": ranks},
+    }
+    if total % ranks:
+        with pytest.raises(UserError, match="does not divide"):
+            merge_recipe([("test", layer)])
+        return
+    recipe = merge_recipe([("test", layer)])
+    assert recipe.global_batch == total
+    assert recipe.data.batch_size <= limit
+    assert fit_batch(recipe) == recipe  # fitting twice changes nothing
+
+
+MISTAKES = [
+    ("optimizer.lrr=1", "unknown key 'optimizer.lrr' (command line): did you mean 'optimizer.lr'?"),
+    ("lr=1", "did you mean 'optimizer.lr'?"),
+    ("sedes=[1]", "did you mean 'sampling.seeds'?"),
+    ("foo.bar=1", "unknown key 'foo.bar'"),
+    ("optimizer=3", "optimizer (command line) is a group"),
+    ("model.lora=true", "model.lora (command line) is a group"),
+    ("optimizer.lr=fast", "optimizer.lr='fast' (command line) is not of the right type: give a number"),
+    ("stage.steps=1.5", "give a whole number"),
+    ("stage.steps=", "give a whole number"),
+    ("stage.rebalance=perhaps", "give true or false"),
+    ("sampling.steps=[a]", "give a list such as [1, 2, 4"),
+    ("model.network=3", "give a mapping"),
+    ("stage.steps", "has no value: write it as dotted.key=value"),
+    ("stage.steps=0", "stage.steps=0 (command line) is too small: give at least 1"),
+    ("optimizer.lr=0", "give more than 0"),
+    ("optimizer.lr=nan", "is not finite"),
+    ("ema.decay=1", "is too large"),
+    ("stage.name=fintune", "did you mean finetune?"),
+    ("optimizer.name=sgd", "give one of adamw, muon"),
+    ("data.frames=16", "data.frames=16 is not 4n+1, as the VAE needs: give 13 or 17"),
+    ("data.height=100", "data.height=100 is no multiple of 16 (VAE x patch): give 96 or 112"),
+    ("data.width=90", "give 80 or 96"),
+    ("model.lora.dropout=0.1", "model.lora.dropout=0.1 would corrupt the finite difference"),
+    ("stage.diffusion_share=0.9", "sum to 1.15, above 1"),
+    ("stage.diffusion_share=-0.1", "is too small"),
+    ("data.heldout=train", "is the training split"),
+    ("sampling.steps=[4,4]", "repeats itself"),
+    ("sampling.seeds=[]", "is empty"),
+    ("optimizer.betas=[0.9]", "give two numbers"),
+    ("run.name=a/b", "cannot be a folder's name"),
+    ("model.weights=", "model.weights is empty"),
+    ("model.init=new", "name their folder in model.codec"),
+    ("hardware.devices=3", "data.global_batch=8 does not divide over 3 ranks: give data.global_batch=9"),
+    ("hardware.devices=16", "does not divide over 16 ranks: give data.global_batch=16"),
+    ("stage.name=codec", "trains a small VAE from nothing"),
+    ("data.fps=[1,", "is not understood"),
+    ("model.weights=${nowhere}", "model.weights"),
+]
+
+
+@pytest.mark.parametrize(("override", "sentence"), MISTAKES, ids=[override for override, _ in MISTAKES])
+def test_a_mistake_gets_one_sentence(override: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(override)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+NAMES = [
+    ({"name": "driving"}, "did you mean finetune/driving?"),
+    ({"name": "finetune/drivin"}, "finetune/driving"),
+    ({"name": "no/such.yaml"}, "does not exist"),
+    ({"model": "tinny"}, "there is no --model 'tinny': did you mean tiny?"),
+    ({"model": "data"}, "pass model.weights=data instead"),
+    ({"hardware": "tpu"}, "there is no --hardware 'tpu'"),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), NAMES)
+def test_a_wrong_name_is_told_what_exists(options: dict[str, str], sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(**options)
+    assert sentence in str(caught.value)
+
+
+FILES = [
+    ("stage: [1", "is no valid YAML"),
+    ("- a\n- b", "holds list"),
+    ("stage: {stepz: 3}", "mine.yaml): did you mean 'stage.steps'?"),
+    ("defaults: {modell: tiny}", "'defaults' names a model and a hardware file"),
+    (
+        "stage: 3",
+        "stage (",
+    ),
+    ("stage: {steps: 3}\nstage: {steps: 4}", "is no valid YAML"),
+]
+
+
+@pytest.mark.parametrize(("text", "sentence"), FILES)
+def test_a_broken_file_is_named(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_recipe(str(path))
+    assert "mine.yaml" in str(caught.value) and sentence in str(caught.value)
+
+
+def test_missing_files_are_named_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text("name: mine\n")
+    monkeypatch.chdir(tmp_path)
+    check_files(load("data.card=mine", "model.weights=owner/name"))
+    for overrides, sentence in (
+        (["data.card="], "data.card is empty"),
+        (["data.card=mien"], "did you mean mine?"),
+        (["data.card=mine", "model.weights=data/models/nothing"], "model.weights='data/models/nothing' does not exist"),
+        (["data.card=mine", "model.weights=data/nothing"], "does not exist"),
+        (["data.card=mine", "model.weights=a/b", "model.codec=./c"], "model.codec='./c' does not exist"),
+    ):
+        with pytest.raises(UserError) as caught:
+            check_files(load(*overrides))
+        assert sentence in str(caught.value)
+
+
+def test_hub_ids() -> None:
+    assert is_hub_id("nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers")
+    assert not any(is_hub_id(text) for text in ("plain", "./a/b", "/a/b", "a/b/c", "recipes/nothing", "../x"))
+
+
+def test_limits_hold_for_the_defaults() -> None:
+    """No default lies outside its own range."""
+    recipe = merge_recipe([("test", {"model": {"weights": "a/b"}})])
+    assert all(
+        value_of(recipe, key) == info.default for key, info in all_fields().items() if key[:4] not in ("mode", "run.")
+    )
