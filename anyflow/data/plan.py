@@ -70,7 +70,7 @@ class Plan:
     seed: int
     global_batch: int
     window: int = SHARDS_PER_WINDOW
-    _windows: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    _windows: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.global_batch < 1:

@@ -74,18 +74,18 @@ class ClipDataset(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         epoch, positions = self.plan.batch_positions(index, self.rank, self.world_size)
         pixels = self._allocate(len(positions))
-        skipped: list[Skip] = []
+        bad: dict[tuple[int, int], Skip] = {}
         try:
-            metadata = [self._fill(epoch, position, pixels[row], skipped) for row, position in enumerate(positions)]
+            metadata = [self._fill(epoch, position, pixels[row], bad) for row, position in enumerate(positions)]
         except UserError as error:
-            return {"error": str(error), "position": index, "skipped": [asdict(skip) for skip in skipped]}
+            return {"error": str(error), "position": index}
         return {
             "latents" if self.latent_shape else "frames": torch.from_numpy(pixels),
             "caption": [entry["caption"] for entry in metadata],
             "key": [entry["key"] for entry in metadata],
             "attributes": [entry["attributes"] for entry in metadata],
             "position": index,
-            "skipped": [asdict(skip) for skip in skipped],
+            "skipped": [asdict(skip) for skip in bad.values()],
         }
 
     def _allocate(self, count: int) -> np.ndarray:
@@ -93,16 +93,19 @@ class ClipDataset(Dataset[Batch]):
             return np.empty((count, *self.latent_shape), dtype=np.float32)
         return np.empty((count, self.shape.frames, self.shape.height, self.shape.width, 3), dtype=np.uint8)
 
-    def _fill(self, epoch: int, position: int, out: np.ndarray, skipped: list[Skip]) -> dict[str, Any]:
+    def _fill(self, epoch: int, position: int, out: np.ndarray, bad: dict[tuple[int, int], Skip]) -> dict[str, Any]:
         """Write the clip at ``position``, or the first good one of its replacements, into ``out``."""
-        for candidate in (position, *self.plan.replacements(position)[: MAX_TRIES - 1]):
+        for candidate in (position, *self.plan.replacements(position)[:MAX_TRIES]):
             shard, number = self.plan.sample_at(epoch, candidate)
+            if (shard, number) in bad:
+                continue
             sample = self.reader.sample(shard, number)
             try:
                 return self.load(epoch, shard, sample, out)
             except DecodeError as error:
-                skipped.append(Skip(self.reader.shards[shard][1].name, sample.key, str(error)))
-        raise UserError(f"{MAX_TRIES} clips in a row cannot be used: {_name_offenders(skipped)}; repair the shards.")
+                bad[shard, number] = Skip(self.reader.shards[shard][1].name, sample.key, str(error))
+        named = _name_offenders(list(bad.values()))
+        raise UserError(f"{len(bad)} clips in a row cannot be used: {named}; repair the shards.")
 
     def load(self, epoch: int, shard: int, sample: Sample, out: np.ndarray) -> dict[str, Any]:
         """Read one sample into ``out``; return its description with its key.
