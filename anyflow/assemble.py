@@ -15,8 +15,8 @@ from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build
 from anyflow.backbone.load import load_backbone, new_backbone
 from anyflow.backbone.lora import LoraSettings, add_lora
 from anyflow.backbone.protocol import FlowMapBackbone
-from anyflow.data.module import VideoDataModule, split_folders
-from anyflow.data.stream import ShardReader, parse_metadata
+from anyflow.data.module import VideoDataModule
+from anyflow.data.reader import ShardReader, find_split
 from anyflow.flowmap.objective import FlowMapObjective
 from anyflow.recipe import Recipe
 from anyflow.stages.base import Stage
@@ -114,7 +114,7 @@ def build_data(recipe: Recipe, codec: Codec) -> VideoDataModule:
         codec_hash = codec_fingerprint(codec.vae)
         caches = [
             encode_dataset(
-                card, data.split, codec, frames=data.frames, height=data.height, width=data.width, fps=data.fps
+                card, data.split, codec, frames=data.frames, height=data.height, width=data.width, fps=data.fps or None
             )
             for card in data.card
         ]
@@ -125,7 +125,7 @@ def build_data(recipe: Recipe, codec: Codec) -> VideoDataModule:
         frames=data.frames,
         height=data.height,
         width=data.width,
-        fps=data.fps,
+        fps=data.fps or None,
         steps=recipe.stage.steps * recipe.hardware.accumulate,
         seed=recipe.run.seed,
         num_workers=data.num_workers,
@@ -138,7 +138,8 @@ def build_data(recipe: Recipe, codec: Codec) -> VideoDataModule:
 def captions(recipe: Recipe) -> Iterator[str]:
     """Every training caption of the recipe's cards: what a new tokenizer learns its words from."""
     for card in recipe.data.card:
-        reader = ShardReader(split_folders(card, recipe.data.split))
+        split = find_split(card, recipe.data.split)
+        reader = ShardReader([split.folder], [split.caption])
         for number, (_, shard) in enumerate(reader.shards):
             for sample in shard.samples:
-                yield parse_metadata(reader.read(number, sample, "json"))["caption"]
+                yield reader.describe(number, sample)["caption"]

@@ -9,7 +9,7 @@ import sys
 import typer
 
 from anyflow import __version__
-from anyflow.commands import data, evaluate, export, recipes, sample, tracking, train
+from anyflow.commands import bench, data, evaluate, export, recipes, sample, tracking, train
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
 
 app = typer.Typer(
@@ -42,6 +42,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
+app.command("bench")(bench.bench)
 app.command("mlflow")(tracking.mlflow)
 
 

@@ -12,9 +12,9 @@ import torch
 
 from anyflow.backbone.codec import Codec
 from anyflow.data.decode import ClipShape, DecodeError
-from anyflow.data.module import split_folders
 from anyflow.data.plan import Plan
-from anyflow.data.stream import ClipDataset, ShardReader
+from anyflow.data.reader import ShardReader, find_split
+from anyflow.data.stream import ClipDataset
 from anyflow.errors import UserError
 from anyflow.evaluation.curve import CurveResult, HeldOut, OnProgress, bind_text, measure_curve
 
@@ -28,7 +28,8 @@ def held_out(cards: Sequence[str], split: str, shape: ClipShape, count: int | No
 
 def _clips(card: str, split: str, shape: ClipShape, count: int | None) -> Iterator[HeldOut]:
     """One card's clips in the shards' order; clips that cannot be read are left out."""
-    reader = ShardReader(split_folders(card, split))
+    found = find_split(card, split)
+    reader = ShardReader([found.folder], [found.caption])
     dataset = ClipDataset(reader, Plan(reader.planned(), seed=0, global_batch=1), shape)
     samples = [(number, sample) for number, (_, shard) in enumerate(reader.shards) for sample in shard.samples]
     for number, sample in samples[:count]:

@@ -30,7 +30,7 @@ from anyflow.tracking import log_artifacts, log_curve
 
 def clip_shape(recipe: Recipe) -> ClipShape:
     """What the recipe's clips look like."""
-    return ClipShape(recipe.data.frames, recipe.data.height, recipe.data.width, recipe.data.fps)
+    return ClipShape(recipe.data.frames, recipe.data.height, recipe.data.width, recipe.data.fps or None)
 
 
 def measure(
@@ -72,7 +72,7 @@ def finish_flow(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogg
         if recipe.model.lora.enabled:
             export_lora(run.path / "lora", parts.backbone, card)
     if after is not None:
-        write_report(run.report, before, after, fps=recipe.data.fps)
+        write_report(run.report, after, before, title=recipe.run.name, fps=recipe.data.fps or 8.0)
         log_artifacts(logger, run.report, "report")
 
 
@@ -133,7 +133,7 @@ def model_card(recipe: Recipe, figures: Any) -> ModelCard:
         recipe=yaml.safe_dump(to_dict(recipe), sort_keys=False),
         figures=figures,
         size=(recipe.data.frames, recipe.data.height, recipe.data.width),
-        fps=recipe.data.fps,
+        fps=recipe.data.fps or 8.0,
     )
 
 
@@ -160,9 +160,9 @@ def describe_parts(recipe: Recipe, parts: Parts) -> Iterator[str]:
 def summary(run: RunFolder) -> str:
     """The last words of a run: where everything is, and the commands that use it."""
     lines = [f"Run {run.name} is finished: {run.path}"]
-    table = run.report / "table.txt"
+    table = run.report / "table.md"
     if table.exists():
-        lines += ["", table.read_text().rstrip(), ""]
+        lines += ["", table.read_text(encoding="utf-8").rstrip(), ""]
     for name, path in (
         ("picture", run.report / "samples.png"),
         ("film", run.report / "samples.mp4"),

@@ -7,11 +7,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 
 import av
 import numpy as np
-
-AV_TIME_BASE = 1_000_000
 
 
 class DecodeError(Exception):
@@ -57,8 +56,9 @@ def decode_clip(data: bytes, shape: ClipShape, seed: int | None = None, out: np.
             if not container.streams.video:
                 raise DecodeError("the file holds no video")
             stream = container.streams.video[0]
-            stream.thread_count = 1
+            stream.codec_context.thread_count = 1
             stream.codec_context.thread_type = "NONE"
+            stream.codec_context.options = {"err_detect": "explode"}  # else damage is painted over in silence
             written = _fill(container, stream, shape, seed, out)
     except (av.FFmpegError, ValueError, IndexError, OverflowError) as error:
         raise DecodeError(f"the video cannot be decoded ({_first_line(error)})") from error
@@ -76,27 +76,47 @@ def _fill(
 ) -> int:
     """Decode into ``out``; return the number of frames written."""
     rate = stream.average_rate or stream.guessed_rate
-    spacing = 1 / Fraction(shape.fps).limit_denominator(100_000) if shape.fps else None
-    if spacing is not None and rate and spacing == 1 / Fraction(rate):
+    spacing = 1 / Fraction(shape.fps).limit_denominator(100_000) if shape.fps and rate else None
+    if spacing is not None and rate and spacing * rate == 1:
         spacing = None
     first = _first_frame(stream, rate, spacing, shape.frames, seed)
-    fitter = _Fitter(shape.height, shape.width)
+    frames = _frames_from(container, stream, rate, first)
+    fitter = _Fitter(shape.height, shape.width, float(stream.sample_aspect_ratio or 1))
     written = 0
-    for index, frame in _frames_from(container, stream, rate, first):
-        if spacing is None:
-            wanted = written + 1
-        else:
-            # Frame `index` is on show for [index, index + 1) / rate: it serves every asked time within.
-            assert rate is not None
-            elapsed = Fraction(index - first + 1) / Fraction(rate)
-            wanted = min(math.ceil(elapsed / spacing), shape.frames)
+    if spacing is None or not rate:
+        for frame, row in zip(frames, out, strict=False):
+            fitter.write(frame, row)
+            written += 1
+        return written
+    for frame, until in _with_ends(frames, stream, rate, first):
+        # Every time k * spacing before the frame's end shows it, unless an earlier frame served it.
+        wanted = min(max(written, math.ceil(until / spacing)), shape.frames)
         if wanted > written:
             fitter.write(frame, out[written])
             out[written + 1 : wanted] = out[written]
             written = wanted
-        if written >= shape.frames:
+        if written == shape.frames:
             break
     return written
+
+
+def _with_ends(
+    frames: Iterator[av.VideoFrame], stream: av.VideoStream, rate: Fraction, first: int
+) -> Iterator[tuple[av.VideoFrame, Fraction]]:
+    """Pair each frame with the time, in seconds after the clip's start, at which the next one takes its place.
+
+    Times are those of the frames, so a variable rate is followed. A quarter of a frame is taken off: containers round.
+    """
+    tick = stream.time_base or Fraction(0)
+    start = (stream.start_time or 0) * tick + Fraction(first) / rate
+    previous, end = None, Fraction(0)
+    for number, frame in enumerate(frames):
+        time = frame.pts * tick - start if frame.pts is not None and tick else Fraction(number) / rate
+        if previous is not None:
+            yield previous, time - 1 / (4 * rate)
+        previous, end = frame, time + 3 / (4 * rate)
+    if previous is not None:
+        yield previous, end
 
 
 def _first_frame(
@@ -106,7 +126,7 @@ def _first_frame(
     available = _frame_count(stream, rate)
     if seed is None or not rate or not available:
         return 0
-    needed = frames if spacing is None else math.floor((frames - 1) * spacing * rate) + 1
+    needed = frames if spacing is None else math.ceil((frames - 1) * spacing * rate) + 1
     room = available - needed
     if room <= 0:
         return 0
@@ -125,39 +145,39 @@ def _frame_count(stream: av.VideoStream, rate: Fraction | None) -> int:
 
 def _frames_from(
     container: av.container.InputContainer, stream: av.VideoStream, rate: Fraction | None, first: int
-) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Yield (index, frame) from frame ``first`` on, seeking to the group of pictures that holds it."""
+) -> Iterator[av.VideoFrame]:
+    """Yield the frames from number ``first`` on, seeking to the group of pictures that holds it."""
     if first == 0 or not rate or not stream.time_base:
-        for index, frame in enumerate(container.decode(stream)):
-            if index >= first:
-                yield index, frame
+        yield from islice(container.decode(stream), first, None)
         return
-    start = stream.start_time or 0
-    target = start + round(Fraction(first) / rate / stream.time_base)
-    container.seek(target, stream=stream, backward=True)
-    half = 1 / (2 * rate * stream.time_base)
-    index = first
+    frame_ticks = 1 / (rate * stream.time_base)
+    target = (stream.start_time or 0) + first * frame_ticks
+    container.seek(round(target), stream=stream, backward=True)
     for frame in container.decode(stream):
-        if frame.pts is None or frame.pts < target - half:
-            continue
-        yield index, frame
-        index += 1
+        if frame.pts is None or frame.pts >= target - frame_ticks / 2:
+            yield frame
 
 
 class _Fitter:
-    """Scales a frame so that it covers the size asked for, then cuts its centre out."""
+    """Scales a frame so that it covers the size asked for, then cuts its centre out.
 
-    def __init__(self, height: int, width: int) -> None:
-        self.height, self.width = height, width
+    Args:
+        height, width: pixels of the result, which are square.
+        aspect: width of a source pixel over its height.
+    """
+
+    def __init__(self, height: int, width: int, aspect: float) -> None:
+        self.height, self.width, self.aspect = height, width, aspect
 
     def write(self, frame: av.VideoFrame, out: np.ndarray) -> None:
         """Write ``frame`` into ``out``, uint8 [H, W, 3]."""
         height, width = self.height, self.width
-        if (frame.height, frame.width) == (height, width):
+        if (frame.height, frame.width) == (height, width) and self.aspect == 1:
             out[:] = frame.to_ndarray(format="rgb24")
             return
-        scale = max(height / frame.height, width / frame.width)
-        tall, wide = max(height, round(frame.height * scale)), max(width, round(frame.width * scale))
+        shown = frame.width * self.aspect
+        scale = max(height / frame.height, width / shown)
+        tall, wide = max(height, round(frame.height * scale)), max(width, round(shown * scale))
         # AREA averages on the way down (no aliasing); BICUBIC is smooth on the way up.
         scaled = frame.reformat(wide, tall, "rgb24", interpolation="AREA" if scale < 1 else "BICUBIC")
         top, left = (tall - height) // 2, (wide - width) // 2

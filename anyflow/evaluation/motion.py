@@ -4,7 +4,8 @@ One probe a domain, each a few lines of fixed arithmetic on the frames: no train
 
 - driving: the green car's centroid; a path that ends about a lane higher is a change to the left (the camera looks
   down, up is left), one that stays is ``keep``.
-- robotics: see ``read_gripper``.
+- robotics: the centroid of the gripper's cyan finger; where its path leads in the picture: ``left``, ``right``, ``up``,
+  ``down``, ``still``.
 - games: the view's horizontal shift and its expansion from frame to frame; ``left``, ``right``, ``forward``, ``still``.
 
 A probe that cannot follow anything (no green car, two of them, a car that jumps) returns the label ``None``, and that
@@ -43,6 +44,27 @@ MAX_JUMP = 0.5 * LANE
 
 SEEN_SHARE = 0.8
 """How many of the frames must show what is followed."""
+
+CYAN_EXCESS = 25
+"""Grey levels by which green and blue must exceed red: the finger has 60 to 250, the bluish wall at most 24."""
+
+FINGER_AREA = (3 / 6144, 0.015)
+"""Share of the frame that the cyan finger may cover; the simulator's covers 0.0005 to 0.005."""
+
+FINGER_REACH = 0.14
+"""Radius, of the frame's height, that must hold nearly all cyan."""
+
+FINGER_SHARE = 0.75
+"""How much of the cyan must lie in that radius."""
+
+FINGER_JUMP = 0.25
+"""The furthest the finger moves between two frames, of the height."""
+
+FINGER_STILL = 4 / 64
+"""A way shorter than this share of the height is no motion, as in the captions."""
+
+FINGER_SEEN_SHARE = 0.7
+"""How many frames must show the finger: a door may hide it for a moment."""
 
 TURN_SHARE = 0.2
 """Share of the frame's width by which the view must shift in all to be a turn; the slowest real turn shifts 0.35."""
@@ -166,6 +188,46 @@ def _green_centre(frame: Frames) -> Path2D:
     return np.array([columns[inside].mean(), rows[inside].mean()])
 
 
+def read_gripper(frames: Frames) -> Reading:
+    """Read where the gripper goes in the picture: ``left``, ``right``, ``up``, ``down`` or ``still``.
+
+    One of the two fingers is cyan, and nothing else is. The label is the longer side of the way from the first two
+    places to the last two. Confidence is low near the diagonals, where two labels are equally right.
+    """
+    height = frames.shape[1]
+    path = np.stack([_cyan_centre(frame) for frame in frames])
+    seen = ~np.isnan(path[:, 0])
+    if seen.mean() < FINGER_SEEN_SHARE or not seen[:3].any() or not seen[-3:].any():
+        return Reading(None, 0.0, path)
+    places, gaps = path[seen], np.diff(np.flatnonzero(seen))
+    if (np.hypot(*np.diff(places, axis=0).T) / gaps).max(initial=0.0) > FINGER_JUMP * height:
+        return Reading(None, 0.0, path)
+    dx, dy = places[-2:].mean(0) - places[:2].mean(0)
+    length, still = float(np.hypot(dx, dy)), FINGER_STILL * height
+    share = float(seen.mean())
+    if length < still:
+        return Reading("still", share * (1 - length / still), path)
+    label = ("right" if dx > 0 else "left") if abs(dx) >= abs(dy) else ("down" if dy > 0 else "up")
+    off_diagonal = abs(abs(dx) - abs(dy)) / length
+    return Reading(label, share * min(1.0, length / still - 1) * min(1.0, 2 * off_diagonal), path)
+
+
+def _cyan_centre(frame: Frames) -> Path2D:
+    """Return (x, y) of the cyan finger in a frame, or nan where there is none or where cyan is scattered."""
+    height, width = frame.shape[:2]
+    red, green, blue = (frame[..., channel].astype(np.float64) for channel in range(3))
+    excess = np.minimum(green, blue) - red
+    rows, columns = np.nonzero(excess > CYAN_EXCESS)
+    nothing = np.full(2, np.nan)
+    if not FINGER_AREA[0] <= len(rows) / (height * width) <= FINGER_AREA[1]:
+        return nothing
+    near = np.hypot(columns - np.median(columns), rows - np.median(rows)) <= FINGER_REACH * height
+    if near.mean() < FINGER_SHARE:
+        return nothing
+    weight = excess[rows, columns] * near
+    return np.array([(columns * weight).sum(), (rows * weight).sum()]) / weight.sum()
+
+
 def read_view(frames: Frames) -> Reading:
     """Read how a first-person view moves: ``left``, ``right``, ``forward`` or ``still``.
 
@@ -195,8 +257,8 @@ def read_view(frames: Frames) -> Reading:
     return Reading(label, followed * min(1.0, abs(walked - ZOOM_TOTAL) / ZOOM_TOTAL), path)
 
 
-PROBES: dict[str, Callable[[Frames], Reading]] = {"driving": read_ego, "games": read_view}
+PROBES: dict[str, Callable[[Frames], Reading]] = {"driving": read_ego, "robotics": read_gripper, "games": read_view}
 """The probe of each domain; a domain without one has no motion accuracy."""
 
-ASKED = {"driving": "manoeuvre", "games": "motion"}
+ASKED = {"driving": "manoeuvre", "robotics": "direction", "games": "motion"}
 """The attribute that names the motion asked for."""

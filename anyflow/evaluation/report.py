@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 BEFORE_COLOUR, AFTER_COLOUR, REAL_COLOUR = "#b07010", "#185abe", "#4a4f57"
 
-FIGURES = ("curve.json", "curve.png", "table.md", "samples.png", "samples.mp4")
+FIGURES = ("curve.json", "curve.png", "table.md", "table.txt", "samples.png", "samples.mp4")
 """What a report's folder holds."""
 
 
@@ -49,36 +49,29 @@ COLUMNS: tuple[tuple[str, Callable[[Marks, int], str]], ...] = (
 """The table's measures: heading, and how a set of clips is written in it."""
 
 
-def table_cells(after: Curve, before: Curve | None = None) -> tuple[list[str], list[list[str]]]:
+def table_cells(before: Curve | None, after: Curve) -> tuple[list[str], list[list[str]]]:
     """Lay out one or two curves as headings and rows of text.
 
-    Each step count has a row; each measure a column, or two (before, after). Two more rows say what real clips get.
+    Each step count has a row and each measure a column; with two curves a cell reads ``before → after``. Two more
+    rows say what real clips get.
     """
-    check_comparable(after, before)
-    curves = [before, after] if before is not None else [after]
-    headings = ["steps"]
-    for title, _ in COLUMNS:
-        headings += [f"{title}, {curve.label}" if before is not None else title for curve in curves]
-    headings.append("seconds a clip")
+    check_comparable(before, after)
+    headings = ["steps", *(title for title, _ in COLUMNS), "seconds a clip"]
     rows = []
     for row in after.rows:
-        cells = [str(row.num_steps)]
-        for _, write in COLUMNS:
-            cells += [write(curve.row(row.num_steps), curve.clips) for curve in curves]
-        rows.append([*cells, f"{row.sampling_seconds + row.decoding_seconds:.2f}"])
-    for name, marks in (("real clips", after.real), ("through the codec", after.codec)):
-        cells = [name]
-        for _, write in COLUMNS:
-            cells += [write(marks, after.clips)] * len(curves)
-        rows.append([*cells, "-"])
+        shown = [*([before.row(row.num_steps)] if before is not None else []), row]
+        cells = [" → ".join(write(marks, after.clips) for marks in shown) for _, write in COLUMNS]
+        rows.append([str(row.num_steps), *cells, f"{row.sampling_seconds + row.decoding_seconds:.2f}"])
+    for name, marks in (("real clips", after.real), ("real, through the codec", after.codec)):
+        rows.append([name, *(write(marks, after.clips) for _, write in COLUMNS), "-"])
     return headings, rows
 
 
-def check_comparable(after: Curve, before: Curve | None) -> None:
+def check_comparable(before: Curve | None, after: Curve) -> None:
     """Refuse two curves that were not measured the same way.
 
     Raises:
-        ValueError: naming what differs: seed, number of clips, size, or step counts.
+        ValueError: naming what differs: seed, number of clips, size, domain or step counts.
     """
     if before is None:
         return
@@ -90,29 +83,45 @@ def check_comparable(after: Curve, before: Curve | None) -> None:
         raise ValueError("the curves have different step counts; measure both alike")
 
 
-def comparison_table(after: Curve, before: Curve | None = None) -> Table:
+def _table_title(before: Curve | None, after: Curve) -> str:
+    pair = f" ({before.label} → {after.label})" if before is not None else ""
+    return f"Any-step curve{pair}: {after.domain}, {after.clips} prompts, the same noise at every step count"
+
+
+def comparison_table(before: Curve | None, after: Curve) -> Table:
     """Return the table for the terminal."""
+    from rich import box
     from rich.table import Table
 
-    headings, rows = table_cells(after, before)
-    table = Table(title=f"Any-step curve: {after.domain}, {after.clips} prompts, the same noise at every step count")
+    headings, rows = table_cells(before, after)
+    table = Table(title=_table_title(before, after), title_justify="left", box=box.SIMPLE_HEAD)
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for index, cells in enumerate(rows):
-        is_real = index >= len(after.rows)
-        table.add_row(*cells, end_section=index == len(after.rows) - 1, style="dim" if is_real else None)
+        table.add_row(*cells, end_section=index == len(after.rows) - 1)
     return table
 
 
-def comparison_markdown(after: Curve, before: Curve | None = None) -> str:
+def comparison_text(before: Curve | None, after: Curve) -> str:
+    """Return the table as plain text, as wide as it needs."""
+    import io
+
+    from rich.console import Console
+
+    sink = io.StringIO()
+    Console(file=sink, width=160, color_system=None).print(comparison_table(before, after))
+    return "\n".join(line.rstrip() for line in sink.getvalue().splitlines()).strip("\n") + "\n"
+
+
+def comparison_markdown(before: Curve | None, after: Curve) -> str:
     """Return the table as Markdown, with the notes that a reader needs."""
-    headings, rows = table_cells(after, before)
-    lines = [f"| {' | '.join(headings)} |", f"|{'--:|' * len(headings)}"]
+    headings, rows = table_cells(before, after)
+    lines = [f"**{_table_title(before, after)}**", "", f"| {' | '.join(headings)} |", f"|{'--:|' * len(headings)}"]
     lines += [f"| {' | '.join(cells)} |" for cells in rows]
     frames, height, width = after.size
     notes = (
-        f"{after.domain}: {after.clips} held-out prompts, {frames} frames of {width}x{height}, seed {after.seed}, the"
-        " same noise at every step count. Motion right: the motion asked for, read from the pixels (95 % interval)."
+        f"{after.clips} held-out prompts, {frames} frames of {width}x{height}, seed {after.seed}."
+        " Motion right: the motion asked for, read from the pixels (95 % interval)."
         " Distances are to other real clips; lower is better, and the row of real clips is their floor."
         " Frame Frechet is taken on fixed features of frames (it is not FVD). Motion energy: mean change from frame to"
         " frame in grey levels; the nearer to the real clips the better."
@@ -120,9 +129,9 @@ def comparison_markdown(after: Curve, before: Curve | None = None) -> str:
     return "\n".join(lines) + f"\n\n{notes}\n"
 
 
-def plot_curve(path: Path, after: Curve, before: Curve | None = None) -> None:
+def plot_curve(path: Path, before: Curve | None, after: Curve) -> None:
     """Plot the curves against the number of steps: accuracy, distances, motion energy, and real clips' lines."""
-    check_comparable(after, before)
+    check_comparable(before, after)
     import matplotlib
 
     matplotlib.use("Agg")
@@ -139,7 +148,7 @@ def plot_curve(path: Path, after: Curve, before: Curve | None = None) -> None:
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.1 * len(panels), 3.9), squeeze=False)
     try:
         for axis, (name, title) in zip(axes[0], panels, strict=True):
-            _plot_panel(axis, name, title, after, before)
+            _plot_panel(axis, name, title, before, after)
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
         figure.suptitle(
@@ -151,7 +160,7 @@ def plot_curve(path: Path, after: Curve, before: Curve | None = None) -> None:
         pyplot.close(figure)
 
 
-def _plot_panel(axis: Axes, name: str, title: str, after: Curve, before: Curve | None) -> None:
+def _plot_panel(axis: Axes, name: str, title: str, before: Curve | None, after: Curve) -> None:
     steps = [row.num_steps for row in after.rows]
     curves = [(before, BEFORE_COLOUR, "s"), (after, AFTER_COLOUR, "o")]
     for curve, colour, marker in curves:
@@ -198,36 +207,44 @@ def sample_grid(results: Sequence[CurveResult], title: str = "") -> Grid:
 
 
 def write_report(
-    folder: Path, after: CurveResult, before: CurveResult | None = None, *, title: str = "", fps: float = 8.0
+    folder: Path, before: CurveResult | None, after: CurveResult, *, title: str = "", fps: float = 8.0
 ) -> dict[str, Path]:
     """Write all figures of one evaluation.
 
     Args:
         folder: made if missing; files of an earlier report in it are replaced.
-        after: the model's curve and samples.
-        before: the same of the model that it started from, on the same prompts, seed and step counts.
+        before: curve and samples of the model that training started from; ``None`` for one model alone.
+        after: the same of the trained model, on the same prompts, seed and step counts.
         title: above the picture.
         fps: of the clips.
     Returns:
         ``{"curve.json": path, ...}`` for each of ``FIGURES``.
     """
     earlier = before.curve if before is not None else None
-    check_comparable(after.curve, earlier)
+    check_comparable(earlier, after.curve)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / name for name in FIGURES}
     content: dict[str, Any] = {"version": 1, "after": after.curve.to_json()}
     content["before"] = earlier.to_json() if earlier is not None else None
     paths["curve.json"].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    paths["table.md"].write_text(comparison_markdown(after.curve, earlier), encoding="utf-8")
-    plot_curve(paths["curve.png"], after.curve, earlier)
-    grid = sample_grid([before, after] if before is not None else [after], title)
+    paths["table.md"].write_text(comparison_markdown(earlier, after.curve), encoding="utf-8")
+    paths["table.txt"].write_text(comparison_text(earlier, after.curve), encoding="utf-8")
+    plot_curve(paths["curve.png"], earlier, after.curve)
+    grid = sample_grid(
+        [result for result in (before, after) if result is not None], title or _picture_title(before, after)
+    )
     save_png(grid, paths["samples.png"])
     save_mp4(grid, paths["samples.mp4"], fps=fps)
     return paths
 
 
-def read_report(path: Path) -> tuple[Curve, Curve | None]:
-    """Read ``curve.json`` back: the curve after, and the one before if there is one."""
+def _picture_title(before: CurveResult | None, after: CurveResult) -> str:
+    trained = ", before and after training" if before is not None else ""
+    return f"The same prompts at 1 to {after.curve.rows[-1].num_steps} steps{trained}"
+
+
+def read_report(path: Path) -> tuple[Curve | None, Curve]:
+    """Read ``curve.json`` back: the curve before, if there is one, and the curve after."""
     content = json.loads(path.read_text(encoding="utf-8"))
     before = content.get("before")
-    return Curve.from_json(content["after"]), Curve.from_json(before) if before else None
+    return Curve.from_json(before) if before else None, Curve.from_json(content["after"])

@@ -74,7 +74,7 @@ class CodecRecipe:
     crop_frames: int = _option(9, "frames of a training crop (4n+1)", low=1)
     crop_height: int = _option(32, "pixel rows of a training crop (multiple of 8)", low=8)
     crop_width: int = _option(48, "pixel columns of a training crop (multiple of 8)", low=8)
-    whole_share: float = _option(0.12, "last share of the steps that trains on whole clips", low=0, high=1)
+    whole_share: float = _option(0.25, "last share of the steps, whose crops have all frames", low=0, high=1)
     kl_weight: float = _option(3e-5, "weight of the KL term", low=0)
     gradient_weight: float = _option(0.5, "weight of the spatial and temporal gradient loss", low=0)
     motion_weight: float = _option(4.0, "how much more a moving pixel counts, at most", low=1)

@@ -1,0 +1,216 @@
+"""The project's figures, each against the thing it is to be compared with, both in one run.
+
+``step_benchmark``: a forward-training step against the plain order of work. ``start_benchmark``: the seconds from the
+command to the first training step, and where they go. The loader has its own in ``anyflow/data/bench.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from anyflow.flowmap.objective import FlowMapLoss
+
+CAPTIONS = ("The green ego car changes 1 lane to the left.", "The arm closes the drawer.", "The view turns right.")
+
+
+def step_benchmark(
+    *, batch_size: int = 16, size: tuple[int, int, int] = (5, 8, 12), repeats: int = 7, seed: int = 0
+) -> dict[str, Any]:
+    """A training step of the embedded network, three ways, at the same weights, draws and texts.
+
+    - ``plain``: every pass for every sample, one after another, the modulation repeated to every token.
+    - ``released``: the same through diffusers' own forward, prompts padded to 512 tokens: the published order of work.
+    - ``anyflow``: what the stages do.
+
+    Args:
+        batch_size: clips.
+        size: frames, rows and columns of the latents.
+        repeats: timed steps of each way, taken in turn so that a slow spell of the machine hits all; medians count.
+        seed: of weights and draws.
+
+    Returns:
+        Per way ``seconds``, ``peak_bytes`` (tensors allocated in one step beyond the weights) and ``loss``; the largest
+        relative difference of the losses; ``speedup`` and ``memory_ratio`` of plain to anyflow.
+    """
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ways = _ways(batch_size, size, seed, device)
+    losses = {name: float(step().per_sample.detach().mean()) for name, step in ways.items()}
+    peaks = {name: _peak_bytes(step, device) for name, step in ways.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, step in ways.items():
+            started = time.perf_counter()
+            step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - started)
+    times = {name: median(values) for name, values in seconds.items()}
+    spread = max(abs(loss - losses["anyflow"]) for loss in losses.values()) / abs(losses["anyflow"])
+    return {
+        "ways": {name: {"seconds": times[name], "peak_bytes": peaks[name], "loss": losses[name]} for name in ways},
+        "loss_difference": spread,
+        "speedup": times["plain"] / times["anyflow"],
+        "memory_ratio": peaks["plain"] / peaks["anyflow"],
+        "batch_size": batch_size,
+        "device": device,
+    }
+
+
+def _ways(batch_size: int, size: tuple[int, int, int], seed: int, device: str) -> dict[str, Callable[[], FlowMapLoss]]:
+    """The three steps: loss, balance, gradients."""
+    import torch
+    from diffusers import AnyFlowTransformer3DModel
+
+    from anyflow.backbone.embedded import SHIFT, transformer_config
+    from anyflow.backbone.load import new_backbone
+    from anyflow.flowmap.intervals import draw_intervals
+    from anyflow.flowmap.objective import FlowMapObjective, flow_map_loss, plain_flow_map_loss, rebalance
+
+    backbone = new_backbone(transformer_config(), seed).to(device)
+    stock = AnyFlowTransformer3DModel.from_config(backbone.transformer.config).to(device)
+    stock.load_state_dict(backbone.transformer.state_dict())
+    generator = torch.Generator().manual_seed(seed)
+    frames, height, width = size
+    shape = (batch_size, frames, stock.config.in_channels, height, width)
+    clean, noise = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
+    drawn = draw_intervals(torch.rand(batch_size, 2, generator=generator), 0.5, 0.25, SHIFT).to(device)
+    dropped = torch.rand(batch_size, generator=generator) < 0.1
+    rows = torch.arange(batch_size).masked_fill(dropped, batch_size).to(device)
+    text, padded = _texts(batch_size, stock.config.text_dim, generator, device)
+
+    def ours(z: Tensor, t: Tensor, r: Tensor, which: Tensor) -> Tensor:
+        return backbone(z, t, r, text.select(which))
+
+    def repeated(z: Tensor, t: Tensor, r: Tensor, which: Tensor) -> Tensor:
+        times = (time[:, None].expand(-1, frames) for time in (t, r))
+        return backbone(z, *times, text.select(which))
+
+    def released(z: Tensor, t: Tensor, r: Tensor, which: Tensor) -> Tensor:
+        times = (time[:, None].expand(-1, frames) for time in (t, r))
+        return stock(z, *times, padded[which], return_dict=False)[0]
+
+    objective = FlowMapObjective(shift=SHIFT)
+
+    def way(network: Any, loss_function: Any, velocity: Any) -> Callable[[], FlowMapLoss]:
+        def step() -> FlowMapLoss:
+            loss = loss_function(objective, velocity, clean, noise, drawn.timestep, drawn.r_timestep, rows)
+            mean = loss.per_sample.detach()[loss.is_diffusion].mean()
+            rebalance(loss.per_sample, loss.is_diffusion, mean).mean().backward()
+            network.zero_grad(set_to_none=True)
+            return loss
+
+        return step
+
+    return {
+        "plain": way(backbone, plain_flow_map_loss, repeated),
+        "released": way(stock, plain_flow_map_loss, released),
+        "anyflow": way(backbone, flow_map_loss, ours),
+    }
+
+
+def _texts(batch_size: int, width: int, generator: Any, device: str) -> tuple[Any, Tensor]:
+    """Random embeddings of short prompts (and an empty one, the negative), folded and padded to 512 tokens."""
+    import torch
+
+    from anyflow.backbone.protocol import Text
+
+    lengths = torch.randint(12, 28, (batch_size + 1,), generator=generator)
+    lengths[-1] = 1
+    padded = torch.randn(batch_size + 1, 512, width, generator=generator)
+    padded *= (torch.arange(512) < lengths[:, None])[..., None]
+    longest = int(lengths.max()) + 1
+    return Text(padded[:, :longest], lengths, 512).to(device), padded.to(device)
+
+
+def _peak_bytes(step: Callable[[], Any], device: str) -> int:
+    """Most bytes that a step holds at once beyond what it found."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it narrates on stderr otherwise
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    held = peak = 0
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    for change in sorted(changes, key=lambda event: event.start_ns()):
+        held += change.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def start_benchmark(recipe: str = "finetune/driving", overrides: tuple[str, ...] = ()) -> dict[str, float]:
+    """Seconds from the command to the first training step, by part, in a fresh process.
+
+    The samples before training are left out: they are part of the run's result, not of its start.
+
+    Raises:
+        UserError: the recipe cannot be run.
+    """
+    command = [sys.executable, "-m", "anyflow.benchmark", str(time.time()), recipe, *overrides]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        from anyflow.errors import UserError
+
+        raise UserError(f"the start of {recipe} cannot be measured: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def measure_start(began: float, recipe_name: str, overrides: list[str]) -> dict[str, float]:
+    """What ``anyflow train`` does up to its first step, timed from ``began`` (seconds since the epoch)."""
+    marks: dict[str, float] = {}
+    last = began
+
+    def mark(part: str) -> None:
+        nonlocal last
+        now = time.time()
+        marks[part], last = now - last, now
+
+    import anyflow.cli  # noqa: F401
+
+    mark("python and command line")
+    from anyflow.recipe import check_files, load_recipe
+
+    recipe = load_recipe(recipe_name, overrides=["stage.steps=1", "run.tracking_uri=", *overrides])
+    check_files(recipe)
+    mark("recipe")
+    from anyflow.launch import assemble, fit
+    from anyflow.runs import RunFolder
+
+    mark("libraries (torch, lightning, diffusers)")
+    parts = assemble(recipe)
+    mark("weights and data")
+    take_step = parts.stage.optimizer_step
+
+    def first_step(*arguments: Any, **options: Any) -> None:
+        take_step(*arguments, **options)
+        mark("trainer, first batch, first step")
+
+    parts.stage.optimizer_step = first_step  # type: ignore[method-assign]
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        fit(recipe, RunFolder(Path(folder)), parts, None)
+    marks["total"] = sum(marks.values())
+    return marks
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_start(float(sys.argv[1]), sys.argv[2], sys.argv[3:])))

@@ -1,0 +1,69 @@
+"""``anyflow bench``: the project's figures."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from anyflow.commands.common import Json, print_json
+from anyflow.errors import UserError
+
+FIGURES = ("step", "loader", "start")
+
+
+def bench(
+    only: Annotated[str, typer.Option(help=f"Which, with commas: {', '.join(FIGURES)}.")] = ",".join(FIGURES),
+    data: Annotated[str, typer.Option(help="Dataset card of the loader's figure.")] = "driving",
+    recipe: Annotated[str, typer.Option(help="Recipe of the start's figure.")] = "finetune/driving",
+    batch_size: Annotated[int, typer.Option(help="Clips of a step.", min=2)] = 16,
+    as_json: Json = False,
+) -> None:
+    """Measure a training step against the plain order of work, the loader against bare decoding, and the start.
+
+    \b
+    Examples:
+      anyflow bench
+      anyflow bench --only step --batch-size 32
+      anyflow bench --only loader --data games --json
+    """
+    wanted = [name.strip() for name in only.split(",")]
+    for name in wanted:
+        if name not in FIGURES:
+            raise UserError(f"--only {name!r} is not known: give some of {', '.join(FIGURES)}")
+    results: dict[str, Any] = {}
+    for name in wanted:
+        results[name] = _measure(name, data, recipe, batch_size)
+        if not as_json:
+            typer.echo("\n".join(_told(name, results[name])) + "\n")
+    if as_json:
+        print_json(results)
+
+
+def _measure(name: str, data: str, recipe: str, batch_size: int) -> dict[str, Any]:
+    if name == "loader":
+        from anyflow.data.bench import loader_benchmark
+
+        return loader_benchmark(data)
+    from anyflow.benchmark import start_benchmark, step_benchmark
+
+    return step_benchmark(batch_size=batch_size) if name == "step" else start_benchmark(recipe)
+
+
+def _told(name: str, result: dict[str, Any]) -> list[str]:
+    """A figure in words."""
+    if name == "loader":
+        rates = f"{result['loader_clips_per_second']:.0f} clips/s, bare PyAV {result['pyav_clips_per_second']:.0f}"
+        return [f"loader: {rates}: {result['ratio']:.2f} of it ({result['clips']} clips)"]
+    if name == "start":
+        parts = [f"  {seconds:6.2f} s  {part}" for part, seconds in result.items() if part != "total"]
+        return [f"start: {result['total']:.1f} s from the command to the end of the first training step", *parts]
+    lines = [
+        f"step: {result['speedup']:.2f} times as fast as the plain order of work in 1/{result['memory_ratio']:.2f} of the "
+        f"memory, losses within {result['loss_difference']:.1e} ({result['batch_size']} clips, {result['device']})"
+    ]
+    for way, facts in result["ways"].items():
+        lines.append(
+            f"  {way:<9} {facts['seconds']:7.3f} s  {facts['peak_bytes'] / 1e6:8.1f} MB  loss {facts['loss']:.6f}"
+        )
+    return lines
