@@ -21,6 +21,7 @@ from anyflow.callbacks.checkpoints import Checkpoints
 from anyflow.callbacks.preemption import Preemption
 from anyflow.callbacks.progress import TrainingProgress
 from anyflow.callbacks.sampling import Sampling
+from anyflow.console import quiet_libraries
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
 from anyflow.finish import describe_parts, finish_codec, finish_flow, measure, summary
 from anyflow.recipe import Recipe, check_files, load_recipe, save_recipe, to_dict
@@ -38,6 +39,7 @@ def train(recipe: Recipe, *, resume: str | None = None, dry_run: bool = False, o
     Raises:
         UserError: Recipe, data, weights or folders are at fault.
     """
+    quiet_libraries()
     if recipe.hardware.threads:
         torch.set_num_threads(recipe.hardware.threads)
     check_files(recipe)
@@ -115,7 +117,7 @@ def fit(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | Non
         max_epochs=1,  # one endless epoch of declared length: epoch boundaries are the stream's affair
         callbacks=callbacks,
         logger=logger or False,
-        log_every_n_steps=10,
+        log_every_n_steps=min(10, recipe.stage.steps),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -72,8 +72,8 @@ def log_curve(logger: MLFlowLogger | None, when: str, rows: list[Mapping[str, An
     def send(client: Any, run_id: str) -> None:
         for row in rows:
             for name, value in row.items():
-                if name != "steps" and isinstance(value, int | float) and value == value:
-                    client.log_metric(run_id, f"{when}/{name}", float(value), step=int(row["steps"]))
+                if name != "num_steps" and isinstance(value, int | float) and value == value:
+                    client.log_metric(run_id, f"{when}/{name}", float(value), step=int(row["num_steps"]))
 
     _quietly(logger, send)
 

@@ -51,7 +51,7 @@ class Checkpoints(Callback):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         trainer.strategy.barrier()
-        trainer.save_checkpoint(partial / STATE_FILE)
+        trainer.save_checkpoint(partial / STATE_FILE, weights_only=False)
         if trainer.is_global_zero:
             sync_tree(partial)
             if final.exists():  # a resumed run may reach the same step again

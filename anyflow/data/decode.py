@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from itertools import islice
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 
 class DecodeError(Exception):
@@ -168,18 +170,21 @@ class _Fitter:
 
     def __init__(self, height: int, width: int, aspect: float) -> None:
         self.height, self.width, self.aspect = height, width, aspect
+        # One reformatter for all frames: a frame's own one would set the scaler up anew for every frame, which takes
+        # longer than decoding a small one. More threads than one only cost here, too.
+        self._reformat = functools.partial(VideoReformatter().reformat, format="rgb24", threads=1)
 
     def write(self, frame: av.VideoFrame, out: np.ndarray) -> None:
         """Write ``frame`` into ``out``, uint8 [H, W, 3]."""
         height, width = self.height, self.width
         if (frame.height, frame.width) == (height, width) and self.aspect == 1:
-            out[:] = frame.to_ndarray(format="rgb24")
+            out[:] = self._reformat(frame).to_ndarray()
             return
         shown = frame.width * self.aspect
         scale = max(height / frame.height, width / shown)
         tall, wide = max(height, round(frame.height * scale)), max(width, round(shown * scale))
         # AREA averages on the way down (no aliasing); BICUBIC is smooth on the way up.
-        scaled = frame.reformat(wide, tall, "rgb24", interpolation="AREA" if scale < 1 else "BICUBIC")
+        scaled = self._reformat(frame, wide, tall, interpolation="AREA" if scale < 1 else "BICUBIC")
         top, left = (tall - height) // 2, (wide - width) // 2
         out[:] = scaled.to_ndarray()[top : top + height, left : left + width]
 
