@@ -79,10 +79,14 @@ def _ways(batch_size: int, size: tuple[int, int, int], seed: int, device: str) -
     from anyflow.flowmap.intervals import draw_intervals
     from anyflow.flowmap.objective import FlowMapObjective, flow_map_loss, plain_flow_map_loss, rebalance
 
-    backbone = new_backbone(transformer_config(), seed).to(device)
+    backbone = new_backbone(transformer_config(), seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():  # a new network's last layer is zero, and its losses would agree whatever went wrong
+        for weight in backbone.parameters():
+            weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.02)
+    backbone.to(device)
     stock = AnyFlowTransformer3DModel.from_config(backbone.transformer.config).to(device)
     stock.load_state_dict(backbone.transformer.state_dict())
-    generator = torch.Generator().manual_seed(seed)
     frames, height, width = size
     shape = (batch_size, frames, stock.config.in_channels, height, width)
     clean, noise = (torch.randn(shape, generator=generator).to(device) for _ in range(2))

@@ -28,7 +28,7 @@ HEAVY = {
     "av",
     "rich",
 }
-COMMANDS = ("train", "sample", "evaluate", "export", "data", "recipes", "mlflow")
+COMMANDS = ("bench", "train", "sample", "evaluate", "export", "data", "recipes", "mlflow")
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:

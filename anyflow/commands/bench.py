@@ -58,10 +58,9 @@ def _told(name: str, result: dict[str, Any]) -> list[str]:
     if name == "start":
         parts = [f"  {seconds:6.2f} s  {part}" for part, seconds in result.items() if part != "total"]
         return [f"start: {result['total']:.1f} s from the command to the end of the first training step", *parts]
-    lines = [
-        f"step: {result['speedup']:.2f} times as fast as the plain order of work in 1/{result['memory_ratio']:.2f} of the "
-        f"memory, losses within {result['loss_difference']:.1e} ({result['batch_size']} clips, {result['device']})"
-    ]
+    faster, smaller = f"{result['speedup']:.2f}", f"1/{result['memory_ratio']:.2f}"
+    terms = f"losses within {result['loss_difference']:.1e}, {result['batch_size']} clips, {result['device']}"
+    lines = [f"step: {faster} times as fast as the plain order of work, in {smaller} of its memory ({terms})"]
     for way, facts in result["ways"].items():
         lines.append(
             f"  {way:<9} {facts['seconds']:7.3f} s  {facts['peak_bytes'] / 1e6:8.1f} MB  loss {facts['loss']:.6f}"

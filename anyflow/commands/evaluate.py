@@ -46,7 +46,7 @@ def evaluate(
     before = _curve(against, data, "before", settings) if against else None
     after = _curve(model, data, "after" if against else "model", settings)
     folder.mkdir(parents=True, exist_ok=True)
-    write_report(folder, after, before, title=f"{model}, held-out prompts of {data}")
+    write_report(folder, before=before, after=after, title=f"{model}, held-out prompts of {data}")
     if as_json:
         curves = [result.curve.to_json() for result in (before, after) if result is not None]
         print_json({"model": model, "against": against, "data": data, "curves": curves, "folder": folder})
