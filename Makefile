@@ -45,13 +45,13 @@ codec: $(VENV)/.installed ## a small VAE from nothing: RECIPE=tiny
 	$(call train,codec)
 
 base: $(VENV)/.installed-sim ## the embedded tiny model from nothing: render, codec, teacher, forward (hours)
-	$(ANYFLOW) data make driving --clips $(CLIPS)
-	$(ANYFLOW) data make robotics --clips $(CLIPS)
-	$(ANYFLOW) data make games --clips $(CLIPS)
+	test -d data/shards/driving || $(ANYFLOW) data make driving --clips 1500
+	test -d data/shards/robotics || $(ANYFLOW) data make robotics --clips 600
+	test -d data/shards/games || $(ANYFLOW) data make games --clips 600
 	$(ANYFLOW) train codec/tiny --out runs/tiny-codec --resume auto
 	$(ANYFLOW) train teacher/tiny --out runs/tiny-teacher --resume auto
 	$(ANYFLOW) train forward/tiny --out runs/tiny-forward --resume auto
-	$(ANYFLOW) export runs/tiny-forward --to runs/tiny-model
+	@echo 'the model is in runs/tiny-forward/model; copy it to data/models/tiny to ship it'
 
 # --- looking ----------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,122 @@
+"""Nothing is lost: a killed run goes on, and ends with bitwise the weights of a run that was never interrupted."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from shell import command, environment, run
+
+from anyflow.callbacks.checkpoints import latest_checkpoint
+from anyflow.errors import EXIT_PREEMPTED
+from anyflow.runs import RunFolder
+
+STEPS = 9
+
+
+def training(model: Path, out: Path, *more: str) -> list[str]:
+    """A training of a few seconds; an epoch of the starter clips is far longer, so it is always cut in the middle."""
+    return [
+        "train",
+        "finetune/driving",
+        f"model.weights={model}",
+        f"stage.steps={STEPS}",
+        "data.global_batch=2",
+        "data.num_workers=1",
+        "data.precompute=false",
+        "optimizer.warmup_steps=2",
+        "ema.start_step=2",
+        "checkpoint.every_steps=2",
+        "sampling.prompts=0",
+        "run.tracking_uri=",
+        "--out",
+        str(out),
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    finished = run(*training(small_model, out))
+    assert finished.returncode == 0, finished.stderr
+    return out
+
+
+def start_and_stop(words: list[str], out: Path, number: signal.Signals) -> int:
+    """Start a run, wait for its first checkpoint, send it a signal; returns its exit code."""
+    process = subprocess.Popen(command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    deadline = time.monotonic() + 200
+    while latest_checkpoint(out / "checkpoints") is None:
+        assert process.poll() is None, process.communicate()[1].decode()
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.communicate(timeout=120)
+    return process.returncode
+
+
+def state(out: Path) -> dict[str, torch.Tensor]:
+    path = latest_checkpoint(out / "checkpoints")
+    assert path is not None
+    loaded = torch.load(path, weights_only=True)
+    assert loaded["anyflow"]["step"] == STEPS
+    return loaded["state_dict"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_run_goes_on_bitwise(
+    number: signal.Signals, small_model: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "cut"
+    code = start_and_stop(training(small_model, out), out, number)
+    if number == signal.SIGTERM:
+        assert code == EXIT_PREEMPTED
+        assert RunFolder(out).status["state"] == "preempted"
+    else:
+        assert code == -signal.SIGKILL
+    finished = run(*training(small_model, out, "--resume", "auto"))
+    assert finished.returncode == 0, finished.stderr
+    whole, resumed = state(uninterrupted), state(out)
+    assert whole.keys() == resumed.keys()
+    different = [name for name in whole if not torch.equal(whole[name], resumed[name])]
+    assert not different
+
+
+def test_a_finished_run_has_nothing_to_resume(small_model: Path, uninterrupted: Path) -> None:
+    again = run(*training(small_model, uninterrupted, "--resume", "auto"))
+    assert again.returncode == 0
+    assert "finished already" in again.stdout
+
+
+def test_a_used_folder_is_refused(small_model: Path, uninterrupted: Path) -> None:
+    refused = run(*training(small_model, uninterrupted))
+    assert refused.returncode == 2
+    assert "--resume auto" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_another_recipe_does_not_go_on_with_a_run(small_model: Path, uninterrupted: Path) -> None:
+    refused = run(*training(small_model, uninterrupted, "optimizer.lr=0.5", "--resume", str(uninterrupted)))
+    assert refused.returncode == 2
+    assert "optimizer.lr was" in refused.stderr and "0.5" in refused.stderr
+
+
+def test_the_exported_model_is_the_average_and_loads_in_diffusers(uninterrupted: Path) -> None:
+    from diffusers import AnyFlowPipeline
+
+    pipeline = AnyFlowPipeline.from_pretrained(uninterrupted / "model")
+    video = pipeline(
+        "A green car.",
+        num_frames=5,
+        height=32,
+        width=32,
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        output_type="np",
+    ).frames
+    assert video.shape == (1, 5, 32, 32, 3)
