@@ -205,8 +205,9 @@ def rebalance(per_sample: Tensor, is_diffusion: Tensor, diffusion_mean: Tensor |
     if diffusion_mean is None:
         return per_sample
     mean = torch.as_tensor(diffusion_mean, dtype=per_sample.dtype, device=per_sample.device)
-    scale = mean / (per_sample.detach() + 1e-5)
-    return torch.where(is_diffusion | mean.isnan(), per_sample, per_sample * scale)
+    # The choice is made on the scale: made on the losses, a NaN not chosen would still reach their gradient.
+    scale = torch.where(is_diffusion | mean.isnan(), 1.0, mean / (per_sample.detach() + 1e-5))
+    return per_sample * scale
 
 
 def diffusion_statistics(per_sample: Tensor, is_diffusion: Tensor) -> Tensor:
