@@ -14,7 +14,7 @@ HARDWARE ?=
 ARGS ?=
 DOMAIN ?= driving
 CLIPS ?= 1000
-export PROMPT ?= The green ego car changes 1 lane to the left.
+export PROMPT ?= A green car drives slowly and changes left from the middle lane to the left lane.
 
 .DEFAULT_GOAL := help
 .PHONY: help install finetune teacher forward codec base sample data mlflow bench test test-slow lint

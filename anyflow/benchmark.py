@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from anyflow.flowmap.objective import FlowMapLoss
 
-CAPTIONS = ("The green ego car changes 1 lane to the left.", "The arm closes the drawer.", "The view turns right.")
-
 
 def step_benchmark(
     *, batch_size: int = 16, size: tuple[int, int, int] = (5, 8, 12), repeats: int = 7, seed: int = 0

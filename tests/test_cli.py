@@ -7,14 +7,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, Run
 
 from anyflow import cli
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
 
+PROJECT = Path(__file__).resolve().parents[1]
+Run = Callable[..., subprocess.CompletedProcess[str]]
 HEAVY = {
     "torch",
     "lightning",

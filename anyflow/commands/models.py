@@ -37,22 +37,21 @@ def load_model(model: str) -> tuple[Codec, FlowMapBackbone, float]:
 def native_shape(
     model: str, *, frames: int | None, height: int | None, width: int | None, fps: float | None
 ) -> ClipShape:
-    """The clip shape that a model was trained on, with what the user asks for instead.
+    """The clip shape that a model was trained on, with what the user asks for instead; fps None is each clip's own.
 
-    It is read from the recipe beside the weights (a run), from the model's README (an export), or from the model file
-    of the recipes that names these weights (a published model).
+    It is read from the recipe beside the weights (a run), from the model file of the recipes that names these weights
+    (a published model), or from the model's README (an export).
 
     Raises:
         UserError: none of them knows it and the user did not say all of it.
     """
     from anyflow.data.decode import ClipShape
 
-    given = (frames, height, width, fps)
-    known = _from_run(Path(model)) or _from_readme(Path(model)) or _from_presets(model)
-    if known is None and None in given:
-        raise UserError(f"--model {model} does not say its clip size: give --frames, --height, --width and --fps")
-    values = [value if value is not None else (known or given)[i] for i, value in enumerate(given)]
-    return ClipShape(int(values[0] or 0), int(values[1] or 0), int(values[2] or 0), float(values[3] or 0))
+    known = _from_run(Path(model)) or _from_presets(model) or _from_readme(Path(model))
+    if known is None and None in (frames, height, width):
+        raise UserError(f"--model {model} does not say its clip size: give --frames, --height and --width")
+    usual = known or (1, 16, 16, 0.0)
+    return ClipShape(frames or usual[0], height or usual[1], width or usual[2], fps or usual[3] or None)
 
 
 Shape = tuple[int, int, int, float]

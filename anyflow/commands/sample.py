@@ -28,7 +28,7 @@ def sample(
 
     \b
     Examples:
-      anyflow sample "The green ego car changes 1 lane to the left."
+      anyflow sample "A green car drives slowly and changes left from the middle lane to the left lane."
       anyflow sample "The robot arm opens a drawer." "It closes it." --model runs/finetune-robotics-tiny-001
       anyflow sample "..." --model nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers --steps 4 --out samples --json
     """
