@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from anyflow.errors import UserError
+from anyflow.stages.base import gather, world
 
 STATE_FILE = "state.ckpt"
 POINTER = "latest"
@@ -75,15 +76,10 @@ class Checkpoints(Callback):
             "numpy": _numpy_state(),
             "python": random.getstate(),
         }
-        states = [own]
-        if torch.distributed.is_initialized():
-            states = [None] * torch.distributed.get_world_size()  # type: ignore[list-item]
-            torch.distributed.all_gather_object(states, own)
-        return {"random": states}
+        return {"random": gather(own)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        states = state_dict["random"]
+        rank, states = world()[0], state_dict["random"]
         self._random_state = states[rank] if rank < len(states) else None
 
     def on_train_batch_start(self, *_: Any) -> None:

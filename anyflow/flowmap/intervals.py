@@ -12,7 +12,7 @@ from anyflow.flowmap.schedule import TIMESTEPS, at_least_float32, shift_sigma
 
 @dataclass(frozen=True)
 class Intervals:
-    """The intervals of N samples: timestep and r_timestep (float32 or better, r <= t) and is_diffusion, each ``[N]``."""
+    """The intervals of N samples, each field ``[N]``: times in float32 or better, r <= t, and r = t for diffusion."""
 
     timestep: Tensor
     r_timestep: Tensor

@@ -90,6 +90,15 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
+def gather(value: Any) -> list[Any]:
+    """Everybody's ``value``, in the order of the ranks."""
+    if world()[1] == 1:
+        return [value]
+    values: list[Any] = [None] * world()[1]
+    dist.all_gather_object(values, value)
+    return values
+
+
 def global_mean(values: Tensor, chosen: Tensor) -> Tensor | None:
     """Mean of ``values[chosen]`` over all ranks, detached; None when no rank has any (all ranks agree on that)."""
     total = torch.stack([values.detach()[chosen].double().sum(), chosen.double().sum()])
