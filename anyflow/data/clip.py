@@ -117,7 +117,7 @@ def encode_mp4(frames: Array, fps: float, crf: int = DEFAULT_CRF) -> bytes:
     if frames.shape[1] % 2 or frames.shape[2] % 2:
         raise UserError(f"frame size {frames.shape[2]}x{frames.shape[1]}: yuv420p needs an even width and height")
     rate = Fraction(fps).limit_denominator(1000)
-    # x264's look-ahead "mbtree" reads past small frames: with it, equal frames give two or three different files.
+    # With x264's look-ahead "mbtree", equal small frames were seen to give different files now and then.
     options = {"crf": str(crf), "preset": "slow", "g": str(MAX_GOP), "threads": "1", "x264-params": "mbtree=0"}
     file = BytesIO()
     with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:

@@ -146,7 +146,7 @@ def test_description_counts(card: Path) -> None:
     assert (train["clips"], train["shards"]) == (3, 1)
     assert train["hours"] == pytest.approx(3 * 17 / 8 / 3600, abs=1e-4)
     assert train["captions"]["distinct"] == 3
-    assert train["captions"]["mean_words"] == 10
+    assert train["captions"]["mean_words"] == 11
     assert train["captions"]["top_words"]["square"] == 3
     assert train["attributes"]["motion"] == {"right": 3}
     assert described["splits"]["heldout"]["clips"] == 1
