@@ -235,6 +235,8 @@ def _legend(grid: Grid) -> str:
     parts = ["Each row: the same prompt and the same noise at every step count."]
     if any(read_motion(grid._all()[0][index], prompt.domain) for index, prompt in enumerate(grid.prompts)):
         parts.append("Line: the motion read from the pixels; ✓ it is what the prompt asks for, ✗ it is not.")
+    if any(prompt.domain == "driving" for prompt in grid.prompts):
+        parts.append("(Seen from above, driving to the right: left is up.)")
     return "  ".join(parts)
 
 
