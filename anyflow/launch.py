@@ -48,11 +48,11 @@ def train(recipe: Recipe, *, resume: str | None = None, dry_run: bool = False, o
             print(line)
         return 0
     run = open_run(Path(recipe.run.out), recipe.run.name, out=out, resume=resume)
+    _refuse_another_recipe(run, recipe)
     if run.status.get("state") == "finished":
         print(f"{run.path} is finished already: nothing to resume.\n")
         print(summary(run))
         return 0
-    _refuse_another_recipe(run, recipe)
     previous = signal.signal(signal.SIGTERM, _terminate)  # outside of the training loop; the loop has its own
     try:
         return _train(recipe, run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -160,6 +161,19 @@ def _frames_from(
             yield frame
 
 
+_threads = threading.local()
+
+
+def _reformatter() -> VideoReformatter:
+    """This thread's scaler, kept from frame to frame and clip to clip.
+
+    A frame's own one would be set up anew for every frame, which takes longer than decoding a small frame.
+    """
+    if not hasattr(_threads, "reformatter"):
+        _threads.reformatter = VideoReformatter()
+    return _threads.reformatter
+
+
 class _Fitter:
     """Scales a frame so that it covers the size asked for, then cuts its centre out.
 
@@ -170,9 +184,7 @@ class _Fitter:
 
     def __init__(self, height: int, width: int, aspect: float) -> None:
         self.height, self.width, self.aspect = height, width, aspect
-        # One reformatter for all frames: a frame's own one would set the scaler up anew for every frame, which takes
-        # longer than decoding a small one. More threads than one only cost here, too.
-        self._reformat = functools.partial(VideoReformatter().reformat, format="rgb24", threads=1)
+        self._reformat = functools.partial(_reformatter().reformat, format="rgb24", threads=1)
 
     def write(self, frame: av.VideoFrame, out: np.ndarray) -> None:
         """Write ``frame`` into ``out``, uint8 [H, W, 3]."""

@@ -120,16 +120,16 @@ class Plan:
     def batch_positions(self, index: int, rank: int = 0, world_size: int = 1) -> tuple[int, range]:
         """Return (epoch, positions within the epoch) of global batch ``index`` that fall to ``rank``.
 
-        The ranks' parts lie side by side, so their union in rank order is the global batch for any number of ranks.
+        Positions are dealt out in turn, as the stages deal out intervals: a clip meets the same interval and noise for
+        any number of ranks, and dear and cheap samples spread evenly over them.
         """
         if self.global_batch % world_size:
             raise UserError(
                 f"The global batch {self.global_batch} cannot be divided among {world_size} ranks: choose a multiple."
             )
         epoch, batch = self.epoch_and_batch(index)
-        share = self.global_batch // world_size
-        first = batch * self.global_batch + rank * share
-        return epoch, range(first, first + share)
+        first = batch * self.global_batch
+        return epoch, range(first + rank, first + self.global_batch, world_size)
 
     def replacements(self, position: int) -> range:
         """Positions to try, in order, when the clip at ``position`` is bad.

@@ -57,7 +57,8 @@ def test_ranks_put_together_are_the_global_batch(plan: Plan, index: int, data: s
     world_size = data.draw(st.sampled_from(divisors))
     epoch, whole = plan.batch_positions(index)
     parts = [plan.batch_positions(index, rank, world_size) for rank in range(world_size)]
-    assert [position for _, part in parts for position in part] == list(whole)
+    dealt = zip(*(part for _, part in parts), strict=True)
+    assert [position for turn in dealt for position in turn] == list(whole)
     assert {part_epoch for part_epoch, _ in parts} == {epoch}
 
 
