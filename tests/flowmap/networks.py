@@ -9,13 +9,14 @@ NUM_TEXTS = 5
 
 
 class FrameNetwork(nn.Module):
-    """Velocity over latents ``[n, F, C, 1, 1]``: every frame sees its own times, the text and the mean of all frames."""
+    """Velocity over latents ``[n, F, C, 1, 1]``: frames see their own times, the text and the mean frame."""
 
     def __init__(self, channels: int = 3, width: int = 16, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.first = nn.Parameter(torch.randn(2 * channels + 2 + 4, width, generator=generator) / 3)
         self.second = nn.Parameter(torch.randn(width, channels, generator=generator) / 3)
+        self.texts: Tensor
         self.register_buffer("texts", torch.randn(NUM_TEXTS, 4, generator=generator))
         self.calls: list[tuple[int, ...]] = []
         self.dtypes: set[torch.dtype] = set()

@@ -1,4 +1,4 @@
-"""The objective on a tiny smooth network: the quick order of work against the plain one, options, masks, rebalancing."""
+"""The objective on a tiny smooth network: quick against plain order of work, options, masks, rebalancing."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from .networks import FrameNetwork
 NEGATIVE = 4
 T = torch.tensor([900.0, 500.0, 700.0, 300.0])
 R = torch.tensor([900.0, 0.0, 200.0, 300.0])
+ROWS = torch.tensor([0, NEGATIVE, 2, NEGATIVE])
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Inputs:
     noise: Tensor
     timestep: Tensor = T
     r_timestep: Tensor = R
-    rows: Tensor = torch.tensor([0, NEGATIVE, 2, NEGATIVE])
+    rows: Tensor = ROWS
     loss_frames: Tensor | None = None
 
     def __iter__(self):  # type: ignore[no-untyped-def]

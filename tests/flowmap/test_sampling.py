@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ def test_calls_follow_the_schedule() -> None:
 
     clean = sample(velocity, NOISE.bfloat16(), 4, 5.0, on_step=lambda done, latents: seen.append((done, latents.dtype)))
     schedule = inference_timesteps(4, 5.0).tolist()
-    assert asked == [pytest.approx(pair) for pair in zip(schedule, schedule[1:], strict=False)]
+    assert asked == [pytest.approx(pair) for pair in pairwise(schedule)]
     assert seen == [(done, torch.float32) for done in (1, 2, 3, 4)]
     assert torch.equal(clean, NOISE.bfloat16().float())
 

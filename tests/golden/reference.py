@@ -40,6 +40,7 @@ class GoldenVelocity(nn.Module):
         )
         self.network.load_state_dict(load_case("weights_student_bi"))
         inputs = load_case("inputs_bi")
+        self.texts: Tensor
         self.register_buffer("texts", torch.cat([inputs["in/prompt_embeds"], inputs["in/negative_embedding"]]))
         self.clean = inputs["in/latents"].transpose(1, 2)
         self.calls: list[int] = []

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from anyflow.flowmap import inference_timesteps, interpolate, shift_sigma, step, train_weight, weight_table
+
 from .reference import load_case
 
 CASE = load_case("scheduler")

@@ -68,8 +68,8 @@ class Mixture:
 class Guided:
     """The flow of ``scale * velocity_text + (1 - scale) * velocity_negative``: what fused guidance should become.
 
-    Each velocity is ``a z + b`` with ``a = dlog(std)/dsigma``, so the guided one is affine too, its homogeneous solution
-    is ``growth = std_text^scale * std_negative^(1 - scale)``, and the rest is one smooth integral (Gauss-Legendre).
+    Each velocity is ``a z + b`` with ``a = dlog(std)/dsigma``, so the guided one is affine too: its homogeneous
+    solution is ``growth = std_text^scale * std_negative^(1 - scale)``, the rest one smooth integral (Gauss-Legendre).
     """
 
     text: Gaussian
@@ -119,7 +119,7 @@ def solved(field: Field, z: Tensor, t: Tensor, r: Tensor, num_steps: int = 60) -
 def pair_through(z: Tensor, velocity: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """The clean and the noise whose straight path passes z at t with this velocity.
 
-    With the exact velocity there, the objective's target for the exact map is the prediction itself, not only on average.
+    With the exact velocity there, the target for the exact map is the prediction itself, not only on average.
     """
     sigma = (t / 1000)[:, None]
     return z - sigma * velocity, z + (1 - sigma) * velocity
@@ -128,7 +128,7 @@ def pair_through(z: Tensor, velocity: Tensor, t: Tensor) -> tuple[Tensor, Tensor
 GAUSSIAN = Gaussian(torch.tensor([1.5, -0.5], dtype=torch.float64), 0.4)
 MIXTURE = Mixture(torch.tensor([[2.0, 0.0], [-1.0, 1.5], [-0.5, -2.0]], dtype=torch.float64), 0.5)
 GUIDED = Guided(GAUSSIAN, Gaussian(torch.tensor([-0.5, 0.5], dtype=torch.float64), 1.2), 3.0)
-EXACT = {"gaussian": GAUSSIAN, "mixture": MIXTURE}
+EXACT: dict[str, Gaussian | Mixture] = {"gaussian": GAUSSIAN, "mixture": MIXTURE}
 
 
 def draw(flow: Gaussian | Mixture, count: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
