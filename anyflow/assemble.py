@@ -15,6 +15,7 @@ from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build
 from anyflow.backbone.load import load_backbone, new_backbone
 from anyflow.backbone.lora import LoraSettings, add_lora
 from anyflow.backbone.protocol import FlowMapBackbone
+from anyflow.console import progress_line
 from anyflow.data.module import VideoDataModule
 from anyflow.data.reader import ShardReader, find_split
 from anyflow.flowmap.objective import FlowMapObjective
@@ -112,12 +113,11 @@ def build_data(recipe: Recipe, codec: Codec) -> VideoDataModule:
         from anyflow.data.cache import codec_fingerprint, encode_dataset
 
         codec_hash = codec_fingerprint(codec.vae)
-        caches = [
-            encode_dataset(
-                card, data.split, codec, frames=data.frames, height=data.height, width=data.width, fps=data.fps or None
-            )
-            for card in data.card
-        ]
+        shape = {"frames": data.frames, "height": data.height, "width": data.width, "fps": data.fps or None}
+        caches = []
+        for card in data.card:
+            with progress_line(f"encoding {card}") as on_progress:
+                caches.append(encode_dataset(card, data.split, codec, progress=on_progress, **shape))
     return VideoDataModule(
         data.card,
         split=data.split,

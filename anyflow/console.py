@@ -1,10 +1,14 @@
-"""What libraries say on the way is kept from the user's screen, unless it is a warning that concerns them."""
+"""What stands on the user's screen: progress of long work, and nothing of what libraries chatter."""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
+import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 CHATTER = (
     r".*LeafSpec.*is deprecated.*",
@@ -31,3 +35,35 @@ def quiet_libraries() -> None:
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+OnProgress = Callable[..., None]
+"""``(done, total)`` or ``(done, total, what)``, called after each piece of work."""
+
+
+@contextmanager
+def progress_line(title: str, plain_every: float = 20.0) -> Iterator[OnProgress]:
+    """One line that shows how far work is and how long it takes; where output is no terminal, a line now and then."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    if not sys.stderr.isatty():
+        spoken = time.monotonic()
+
+        def plain(done: int, total: int, what: str = "") -> None:
+            nonlocal spoken
+            if time.monotonic() - spoken > plain_every or done == total:
+                spoken = time.monotonic()
+                print(f"{title}  {done}/{total}  {what}".rstrip(), file=sys.stderr, flush=True)
+
+        yield plain
+        return
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title)
+
+        def shown(done: int, total: int, what: str = "") -> None:
+            description = f"{title}: {what}" if what else title
+            progress.update(task, completed=done, total=total, description=description)
+
+        yield shown

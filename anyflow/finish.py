@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from lightning.pytorch.loggers import MLFlowLogger
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from anyflow.assemble import Parts
 from anyflow.backbone.codec import Codec, pixels_from_bytes
 from anyflow.backbone.export import export_lora, export_pipeline
 from anyflow.backbone.model_card import ModelCard
 from anyflow.backbone.wan_vae import encode_moments
+from anyflow.console import progress_line
 from anyflow.curves import curve_of, held_out, load_curve, save_curve
 from anyflow.data.card import load_card
 from anyflow.data.decode import ClipShape
@@ -42,7 +40,7 @@ def measure(
     kept = load_curve(run.path / "curves", label)
     if kept is not None:
         return kept
-    with averaged(parts), sampling_progress(label) as on_progress:
+    with averaged(parts), progress_line(f"sampling {label}") as on_progress:
         result = curve_of(
             parts.backbone,
             parts.codec,
@@ -179,30 +177,6 @@ def summary(run: RunFolder) -> str:
     if run.status.get("mlflow_run_id"):
         lines.append(f"  MLflow     run {run.status['mlflow_run_id']}   (open it with: make mlflow)")
     return "\n".join(lines)
-
-
-class sampling_progress:
-    """A progress line for a curve's measurement: ``with sampling_progress("before") as on_progress``."""
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-        columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
-
-    def __enter__(self) -> Any:
-        if not sys.stderr.isatty():
-            print(f"sampling {self.label} ...", file=sys.stderr, flush=True)
-            return None
-        self._progress.start()
-        task = self._progress.add_task(f"sampling {self.label}")
-
-        def on_progress(done: int, total: int, what: str) -> None:
-            self._progress.update(task, completed=done, total=total, description=f"sampling {self.label}: {what}")
-
-        return on_progress
-
-    def __exit__(self, *_: Any) -> None:
-        self._progress.stop()
 
 
 def _figures(row: Any) -> dict[str, float | str]:

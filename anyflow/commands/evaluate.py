@@ -59,12 +59,12 @@ def evaluate(
 
 def _curve(model: str, data: str, label: str, settings: dict[str, object]) -> CurveResult:
     from anyflow.commands.models import load_model, native_shape
+    from anyflow.console import progress_line
     from anyflow.curves import curve_of
-    from anyflow.finish import sampling_progress
 
     shape = native_shape(model, frames=None, height=None, width=None, fps=None)
     codec, backbone, shift = load_model(model)
-    with sampling_progress(label) as on_progress:
+    with progress_line(f"sampling {label}") as on_progress:
         return curve_of(
             backbone,
             codec,

@@ -34,10 +34,10 @@ def loader_benchmark(
 ) -> dict[str, Any]:
     """Time the stream and bare PyAV in turn, on the same clips, in this process.
 
-    Bare PyAV decodes on one thread and makes one RGB array a frame, in two ways: with one scaler for a whole clip, which
-    is the best that it can do and what the ratios are against, and with ``frame.to_ndarray(format="rgb24")``, the usual
-    way, which sets a scaler up for every frame. The three take turns batch by batch, so that a slow spell of the
-    machine hits all; each is judged by its median batch.
+    Bare PyAV decodes on one thread and makes one RGB array a frame, in two ways: with one scaler for a whole clip,
+    which is the best that it can do and what the ratios are against, and with ``frame.to_ndarray(format="rgb24")``,
+    the usual way, which sets a scaler up for every frame. The three take turns batch by batch, so that a slow spell of
+    the machine hits all; each is judged by its median batch.
 
     Args:
         card, split: the data.

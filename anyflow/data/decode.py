@@ -187,18 +187,20 @@ class _Fitter:
         self._reformat = functools.partial(_reformatter().reformat, format="rgb24", threads=1)
 
     def write(self, frame: av.VideoFrame, out: np.ndarray) -> None:
-        """Write ``frame`` into ``out``, uint8 [H, W, 3]."""
+        """Write ``frame`` into ``out``, uint8 [H, W, 3], contiguous."""
         height, width = self.height, self.width
         if (frame.height, frame.width) == (height, width) and self.aspect == 1:
-            out[:] = self._reformat(frame).to_ndarray()
-            return
-        shown = frame.width * self.aspect
-        scale = max(height / frame.height, width / shown)
-        tall, wide = max(height, round(frame.height * scale)), max(width, round(shown * scale))
-        # AREA averages on the way down (no aliasing); BICUBIC is smooth on the way up.
-        scaled = self._reformat(frame, wide, tall, interpolation="AREA" if scale < 1 else "BICUBIC")
-        top, left = (tall - height) // 2, (wide - width) // 2
-        out[:] = scaled.to_ndarray()[top : top + height, left : left + width]
+            scaled, top, left = self._reformat(frame), 0, 0
+        else:
+            shown = frame.width * self.aspect
+            scale = max(height / frame.height, width / shown)
+            tall, wide = max(height, round(frame.height * scale)), max(width, round(shown * scale))
+            # AREA averages on the way down (no aliasing); BICUBIC is smooth on the way up.
+            scaled = self._reformat(frame, wide, tall, interpolation="AREA" if scale < 1 else "BICUBIC")
+            top, left = (tall - height) // 2, (wide - width) // 2
+        plane = scaled.planes[0]
+        lines = np.frombuffer(plane, dtype=np.uint8).reshape(-1, plane.line_size)
+        out.reshape(height, 3 * width)[:] = lines[top : top + height, 3 * left : 3 * (left + width)]
 
 
 def _first_line(error: Exception) -> str:

@@ -164,12 +164,13 @@ def read_ego(frames: Frames) -> Reading:
     if (np.abs(np.diff(y)) / gaps).max(initial=0.0) > MAX_JUMP:
         return Reading(None, 0.0, path)
     change = float(np.median(y[-3:]) - np.median(y[:3])) / LANE
-    margin = min(1.0, abs(abs(change) - 0.5) / 0.5)
     if abs(change) > 0.5:
-        label: str | None = "right" if change > 0 else "left"
+        label = "right" if change > 0 else "left"
+    elif np.abs(y - y[0]).max() < 0.75 * LANE:
+        label = "keep"
     else:
-        label = "keep" if np.abs(y - y[0]).max() < 0.75 * LANE else None
-    return Reading(label, float(seen.mean()) * margin, path)
+        return Reading(None, 0.0, path)
+    return Reading(label, float(seen.mean()) * min(1.0, abs(abs(change) - 0.5) / 0.5), path)
 
 
 def _green_centre(frame: Frames) -> Path2D:
@@ -248,8 +249,9 @@ def read_view(frames: Frames) -> Reading:
     followed = float(np.clip(match, 0, 1).mean())
     if abs(turned) > TURN_SHARE:
         # A view that swings to and fro has no one direction.
-        steady = abs(shift.sum()) / np.abs(shift).sum()
-        label = ("left" if turned > 0 else "right") if steady > 0.6 else None
+        if abs(shift.sum()) / np.abs(shift).sum() < 0.6:
+            return Reading(None, 0.0, path)
+        label = "left" if turned > 0 else "right"
         return Reading(label, followed * min(1.0, abs(turned) / TURN_SHARE - 1), path)
     if np.abs(shift).sum() / width > 2 * TURN_SHARE:
         return Reading(None, 0.0, path)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anyflow.evaluation.motion import Reading, asked_motion, read_motion
+from anyflow.evaluation.motion import PROBES, Reading, asked_motion, read_motion
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,7 +34,9 @@ MARGIN = 20
 CAPTION_WIDTH = 230
 LABEL_WIDTH = 74
 HEADER_HEIGHT = 34
-TITLE_HEIGHT = 60
+TITLE_HEIGHT = 76
+MIN_TITLED_WIDTH = 980
+"""A title and its legend need this much, however few the columns."""
 
 PAPER = (255, 255, 255)
 INK = (28, 32, 38)
@@ -122,7 +124,8 @@ class _Layout:
         self.block = len(grid.variants) * (self.cell[1] + GAP) + 2 * GAP
         self.top = MARGIN + (TITLE_HEIGHT if grid.title else 0) + HEADER_HEIGHT
         right = self.steps_x + len(grid.steps) * (CELL_WIDTH + GAP) - GAP + MARGIN
-        self.size = (right + right % 2, _even(self.top + len(grid.prompts) * self.block + MARGIN))
+        right = max(right, MIN_TITLED_WIDTH if grid.title else 0)
+        self.size = (_even(right), _even(self.top + len(grid.prompts) * self.block + MARGIN))
 
     def cells(self) -> Iterator[_Cell]:
         for index, prompt in enumerate(self.grid.prompts):
@@ -209,7 +212,7 @@ def _background(layout: _Layout) -> tuple[Image, ImageDraw]:
     pen = drawing.Draw(page)
     if grid.title:
         pen.text((MARGIN, MARGIN), grid.title, INK, _font(22, bold=True))
-        pen.text((MARGIN, MARGIN + 30), _legend(grid), FAINT, _font(14))
+        pen.multiline_text((MARGIN, MARGIN + 30), "\n".join(_legend(grid)), FAINT, _font(14), spacing=4)
     header_y = layout.top - HEADER_HEIGHT / 2
     pen.text((MARGIN, header_y), "prompt", FAINT, _font(15), anchor="lm")
     if grid.real is not None:
@@ -231,13 +234,14 @@ def _background(layout: _Layout) -> tuple[Image, ImageDraw]:
     return page, pen
 
 
-def _legend(grid: Grid) -> str:
-    parts = ["Each row: the same prompt and the same noise at every step count."]
-    if any(read_motion(grid._all()[0][index], prompt.domain) for index, prompt in enumerate(grid.prompts)):
-        parts.append("Line: the motion read from the pixels; ✓ it is what the prompt asks for, ✗ it is not.")
+def _legend(grid: Grid) -> list[str]:
+    """Return one or two lines that say how to read the picture."""
+    lines = ["Each row: the same prompt and the same noise at every step count."]
+    if any(prompt.domain in PROBES for prompt in grid.prompts):
+        lines.append("Line: the motion read from the pixels; ✓ it is what the prompt asks for, ✗ it is not.")
     if any(prompt.domain == "driving" for prompt in grid.prompts):
-        parts.append("(Seen from above, driving to the right: left is up.)")
-    return "  ".join(parts)
+        lines[-1] += " (Seen from above, driving to the right: left is up.)"
+    return lines
 
 
 def _draw_path(pen: ImageDraw, reading: Reading, cell: _Cell) -> None:
