@@ -39,7 +39,7 @@ def test_velocity_is_what_the_data_say(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXACT)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(times=st.tuples(TIMES, TIMES, TIMES))
 def test_composition(name: str, times: tuple[float, float, float]) -> None:
     """z_t -> z_s -> z_r lands where z_t -> z_r does."""
