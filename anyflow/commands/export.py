@@ -55,6 +55,7 @@ def export(
 def _export_run(run: Path, target: Path, lora: bool, precision: str) -> None:
     from anyflow.assemble import Parts, assemble
     from anyflow.backbone.export import export_lora, export_pipeline
+    from anyflow.console import quiet_libraries
     from anyflow.finish import averaged, model_card
     from anyflow.recipe import load_recipe
     from anyflow.runs import RunFolder
@@ -69,6 +70,7 @@ def _export_run(run: Path, target: Path, lora: bool, precision: str) -> None:
     checkpoint = RunFolder(run).checkpoint
     if checkpoint is None:
         raise UserError(f"{run} has neither a finished model nor a checkpoint: train it first")
+    quiet_libraries()
     parts: Parts = assemble(recipe)
     _load_weights(parts, checkpoint)
     card = model_card(recipe, {})
@@ -93,10 +95,20 @@ def _export_model(source: str, target: Path, precision: str) -> None:
     from anyflow.backbone.export import export_pipeline
     from anyflow.backbone.load import load_backbone, read_shift
     from anyflow.backbone.model_card import ModelCard
+    from anyflow.commands.models import native_shape
+    from anyflow.console import quiet_libraries
 
+    quiet_libraries()
     dtype = _dtype(precision)
     codec, backbone = Codec.from_folder(source), load_backbone(source, dtype=dtype)
-    card = ModelCard(title=target.name, base_model=source, summary=f"The weights of {source}, written by anyflow.")
+    shape = native_shape(source, frames=None, height=None, width=None, fps=None)
+    card = ModelCard(
+        title=target.name,
+        base_model=source,
+        summary=f"The weights of {source}, written by anyflow.",
+        size=(shape.frames, shape.height, shape.width),
+        fps=shape.fps or 8.0,
+    )
     export_pipeline(target, backbone.transformer, codec, read_shift(source), card, dtype=dtype)
 
 

@@ -25,6 +25,9 @@ def load_model(model: str) -> tuple[Codec, FlowMapBackbone, float]:
 
     from anyflow.backbone.codec import Codec
     from anyflow.backbone.load import load_backbone, read_shift
+    from anyflow.console import quiet_libraries
+
+    quiet_libraries()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
