@@ -95,19 +95,19 @@ def _export_model(source: str, target: Path, precision: str) -> None:
     from anyflow.backbone.export import export_pipeline
     from anyflow.backbone.load import load_backbone, read_shift
     from anyflow.backbone.model_card import ModelCard
-    from anyflow.commands.models import native_shape
+    from anyflow.commands.models import trained_shape
     from anyflow.console import quiet_libraries
 
     quiet_libraries()
     dtype = _dtype(precision)
     codec, backbone = Codec.from_folder(source), load_backbone(source, dtype=dtype)
-    shape = native_shape(source, frames=None, height=None, width=None, fps=None)
+    frames, height, width, fps = trained_shape(source) or (81, 480, 832, 16.0)
     card = ModelCard(
         title=target.name,
         base_model=source,
         summary=f"The weights of {source}, written by anyflow.",
-        size=(shape.frames, shape.height, shape.width),
-        fps=shape.fps or 8.0,
+        size=(frames, height, width),
+        fps=fps or 8.0,
     )
     export_pipeline(target, backbone.transformer, codec, read_shift(source), card, dtype=dtype)
 

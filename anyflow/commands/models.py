@@ -42,15 +42,12 @@ def native_shape(
 ) -> ClipShape:
     """The clip shape that a model was trained on, with what the user asks for instead; fps None is each clip's own.
 
-    It is read from the recipe beside the weights (a run), from the model file of the recipes that names these weights
-    (a published model), or from the model's README (an export).
-
     Raises:
-        UserError: none of them knows it and the user did not say all of it.
+        UserError: the model does not say (:func:`trained_shape`) and the user did not say all of it.
     """
     from anyflow.data.decode import ClipShape
 
-    known = _from_run(Path(model)) or _from_presets(model) or _from_readme(Path(model))
+    known = trained_shape(model)
     if known is None and None in (frames, height, width):
         raise UserError(f"--model {model} does not say its clip size: give --frames, --height and --width")
     usual = known or (1, 16, 16, 0.0)
@@ -58,6 +55,16 @@ def native_shape(
 
 
 Shape = tuple[int, int, int, float]
+"""Frames, height, width, frames a second (0: each clip's own)."""
+
+
+def trained_shape(model: str) -> Shape | None:
+    """The clip shape that a model was trained on, if that is known.
+
+    From the recipe beside the weights (a run), from the model file of the recipes that names these weights (a published
+    model), or from the model's README (an export).
+    """
+    return _from_run(Path(model)) or _from_presets(model) or _from_readme(Path(model))
 
 
 def _from_run(folder: Path) -> Shape | None:
