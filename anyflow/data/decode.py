@@ -199,7 +199,7 @@ class _Fitter:
             scaled = self._reformat(frame, wide, tall, interpolation="AREA" if scale < 1 else "BICUBIC")
             top, left = (tall - height) // 2, (wide - width) // 2
         plane = scaled.planes[0]
-        lines = np.frombuffer(plane, dtype=np.uint8).reshape(-1, plane.line_size)
+        lines = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)
         out.reshape(height, 3 * width)[:] = lines[top : top + height, 3 * left : 3 * (left + width)]
 
 

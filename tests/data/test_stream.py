@@ -220,11 +220,35 @@ def test_a_truncated_tar_loses_only_its_tail(shards: Path) -> None:
 def test_nothing_usable_ends_in_one_sentence(make_shards: MakeShards) -> None:
     folder = make_shards(dict.fromkeys(range(CLIPS), bad_parts("no caption")))
     for num_workers in (0, 1):
-        with pytest.raises(
-            UserError, match=r"23 clips in a row cannot be used: .*; and 18 more; repair"
-        ) as raised:
+        with pytest.raises(UserError, match=r"23 clips in a row cannot be used: .*; and 18 more; repair") as raised:
             run(open_stream(folder), num_workers=num_workers)
         assert "Traceback" not in str(raised.value)
+
+
+def _train_rank(rank: int, folder: Path, rendezvous: Path, result: Path) -> None:
+    """One of two ranks: train until the budget stops it, and note the record."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    stream = open_stream(folder, steps=200, rank=rank, world_size=2, error_budget=0.05)
+    run(stream, 3)
+    state = stream.state_dict()
+    message = ""
+    try:
+        run(stream)
+    except UserError as error:
+        message = str(error)
+    (result / f"{rank}.json").write_text(json.dumps({"state": state, "position": stream.position, "message": message}))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_share_their_record_and_stop_together(make_shards: MakeShards, tmp_path: Path) -> None:
+    """A rank that stopped alone would leave the others waiting for its gradients."""
+    folder = make_shards({3: bad_parts("no caption"), 9: bad_parts("cannot be decoded")})
+    torch.multiprocessing.spawn(_train_rank, (folder, tmp_path / "rendezvous", tmp_path), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["state"] == second["state"], "the checkpoint of any rank holds for all"
+    assert first["position"] == second["position"] == 64
+    assert first["message"] == second["message"] != "" and "2 of 23 clips" in first["message"]
 
 
 # The reader -----------------------------------------------------------------------------------------------------------
