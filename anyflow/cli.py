@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 
 import typer
@@ -57,10 +56,9 @@ def main() -> None:
     except Exception as error:
         if not _disk_is_full(error):
             raise
-        place = getattr(error, "filename", None) or os.getcwd()
-        _fail(
-            f"the disk is full ({place}): free some space, or write elsewhere by --out; a run goes on by --resume auto"
-        )
+        place = getattr(error, "filename", None)
+        full = f"the disk is full ({place})" if place else "the disk is full"
+        _fail(f"{full}: free some space, or write elsewhere by --out; a run goes on by --resume auto")
 
 
 def _disk_is_full(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anyflow.commands.common import Json, check_model, fresh_folder, parse_steps, print_json
+from anyflow.commands.common import Json, check_model, fresh_folder, parse_steps, print_json, whole_folder
 
 if TYPE_CHECKING:
     from anyflow.evaluation.curve import CurveResult
@@ -45,8 +45,8 @@ def evaluate(
     settings = {"steps": counts, "prompts": prompts, "split": split, "seed": seed, "batch_size": batch_size}
     before = _curve(against, data, "before", settings) if against else None
     after = _curve(model, data, "after" if against else "model", settings)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_report(folder, before=before, after=after, title=f"{model}, held-out prompts of {data}")
+    with whole_folder(folder) as partial:
+        write_report(partial, before=before, after=after, title=f"{model}, held-out prompts of {data}")
     if as_json:
         curves = [result.curve.to_json() for result in (before, after) if result is not None]
         print_json({"model": model, "against": against, "data": data, "curves": curves, "folder": folder})

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from anyflow.commands.common import Json, check_model, fresh_folder, print_json
+from anyflow.commands.common import Json, check_model, fresh_folder, print_json, whole_folder
 from anyflow.errors import UserError
 
 PRECISIONS = ("bfloat16", "float16", "float32")
@@ -120,14 +120,5 @@ def _dtype(precision: str) -> Any:
 
 def _copy(source: Path, target: Path) -> None:
     """The folder as it stands, whole or not at all."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        shutil.copytree(source, partial)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_dir():
-            target.rmdir()
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with whole_folder(target) as partial:
+        shutil.copytree(source, partial, dirs_exist_ok=True)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from anyflow.commands.common import Json, check_model, fresh_folder, parse_steps, print_json
+from anyflow.commands.common import Json, check_model, fresh_folder, parse_steps, print_json, whole_folder
 from anyflow.errors import UserError
 
 
@@ -43,13 +43,15 @@ def sample(
     codec, backbone, shift = load_model(model)
     latent_shape = codec.latent_shape(shape.frames, shape.height, shape.width)
     seconds, clips = _sample_all(codec, backbone, prompts, latent_shape, counts, shift, seed)
-    files = _write(folder, prompts, clips, shape.fps or 8.0)
+    with whole_folder(folder) as partial:
+        names = _write(partial, prompts, clips, shape.fps or 8.0)
+    files = {kind: [folder / name for name in found] for kind, found in names.items()}
     if as_json:
         print_json({"model": model, "prompts": prompts, "seed": seed, "seconds": seconds, "files": files})
         return
     for count in counts:
         typer.echo(f"{count:>4} steps  {seconds[count]:6.1f} s  {', '.join(map(str, files[str(count)]))}")
-    typer.echo(f"side by side: {files['picture']} and {files['film']}")
+    typer.echo(f"side by side: {' and '.join(map(str, files['all']))}")
 
 
 def _sample_all(
@@ -73,18 +75,17 @@ def _sample_all(
     return seconds, clips
 
 
-def _write(folder: Path, prompts: list[str], clips: dict[int, Any], fps: float) -> dict[str, Any]:
-    """One mp4 a prompt and step count, and all of them in one picture and one film."""
+def _write(folder: Path, prompts: list[str], clips: dict[int, Any], fps: float) -> dict[str, list[str]]:
+    """One mp4 a prompt and step count, and ``all`` of them in one picture and one film; the names of the files."""
     from anyflow.evaluation.picture import Grid, Prompt, save_mp4, save_png, write_mp4
 
-    folder.mkdir(parents=True, exist_ok=True)
-    files: dict[str, Any] = {}
+    names: dict[str, list[str]] = {}
     for count, batch in clips.items():
-        files[str(count)] = [folder / f"prompt-{i + 1}-steps-{count:02d}.mp4" for i in range(len(prompts))]
-        for path, clip in zip(files[str(count)], batch, strict=True):
-            write_mp4(path, list(clip.numpy()), fps)
+        names[str(count)] = [f"prompt-{i + 1}-steps-{count:02d}.mp4" for i in range(len(prompts))]
+        for name, clip in zip(names[str(count)], batch, strict=True):
+            write_mp4(folder / name, list(clip.numpy()), fps)
     grid = Grid([Prompt(prompt) for prompt in prompts], {"": {count: batch.numpy() for count, batch in clips.items()}})
-    files["picture"], files["film"] = folder / "samples.png", folder / "samples.mp4"
-    save_png(grid, files["picture"])
-    save_mp4(grid, files["film"], fps=fps)
-    return files
+    names["all"] = ["samples.png", "samples.mp4"]
+    save_png(grid, folder / "samples.png")
+    save_mp4(grid, folder / "samples.mp4", fps=fps)
+    return names
