@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -79,7 +80,7 @@ def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stag
     """The LightningModule of the recipe's stage."""
     stage, shift = recipe.stage, recipe.model.shift
     optimizer = OptimizerSettings(**{**asdict(recipe.optimizer), "betas": tuple(recipe.optimizer.betas)})
-    shared = {
+    shared: dict[str, Any] = {
         "optimizer": optimizer,
         "ema": EmaSettings(**asdict(recipe.ema)),
         "total_steps": stage.steps,
@@ -113,7 +114,12 @@ def build_data(recipe: Recipe, codec: Codec) -> VideoDataModule:
         from anyflow.data.cache import codec_fingerprint, encode_dataset
 
         codec_hash = codec_fingerprint(codec.vae)
-        shape = {"frames": data.frames, "height": data.height, "width": data.width, "fps": data.fps or None}
+        shape: dict[str, Any] = {
+            "frames": data.frames,
+            "height": data.height,
+            "width": data.width,
+            "fps": data.fps or None,
+        }
         caches = []
         for card in data.card:
             with progress_line(f"encoding {card}") as on_progress:

@@ -111,5 +111,5 @@ def save_curve(folder: Path, result: CurveResult) -> None:
     ]
     path = folder / f"{result.curve.label}.pt"
     partial = path.with_name(path.name + ".partial")
-    torch.save({"curve": result.curve.to_json(), "shown": shown, "samples": dict(result.samples)}, partial)
+    torch.save({"curve": result.curve.to_json(), "shown": shown, "samples": {**result.samples}}, partial)
     partial.replace(path)

@@ -70,7 +70,7 @@ def finish_flow(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogg
         if recipe.model.lora.enabled:
             export_lora(run.path / "lora", parts.backbone, card)
     if after is not None:
-        write_report(run.report, after, before, title=recipe.run.name, fps=recipe.data.fps or 8.0)
+        write_report(run.report, before, after, title=recipe.run.name, fps=recipe.data.fps or 8.0)
         log_artifacts(logger, run.report, "report")
 
 

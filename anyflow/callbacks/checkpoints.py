@@ -134,5 +134,5 @@ def sync_tree(folder: Path) -> None:
 
 
 def _numpy_state() -> tuple[Any, ...]:
-    name, keys, *rest = np.random.get_state()
-    return (name, keys.tolist(), *rest)  # plain numbers: readable without unpickling arrays
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return (name, np.asarray(keys).tolist(), *rest)  # plain numbers: readable without unpickling arrays

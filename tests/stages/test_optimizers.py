@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_the_schedule_warms_up_then_follows_its_shape() -> None:
     assert rates("constant") == [0.25, 0.5, 0.75, 1.0] + [1.0] * 8
     cosine = rates("cosine")
     assert cosine[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert all(late < early for early, late in zip(cosine[4:], cosine[5:], strict=False))
+    assert all(late < early for early, late in pairwise(cosine[4:]))
     assert 0 < cosine[-1] < 0.05
 
 
