@@ -162,6 +162,7 @@ def test_robotics_direction(end: tuple[float, float], direction: str) -> None:
     assert robotics.direction_of(path) == direction
 
 
+@pytest.mark.slow
 def test_robotics_clips_repeat_and_show_the_gripper() -> None:
     need("mujoco", "metaworld")
     if ctypes.util.find_library("OSMesa") is None:
