@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.accelerators import CUDAAccelerator
 from torch.utils.data import DataLoader
 
 from anyflow.data.decode import ClipShape
 from anyflow.data.plan import Plan
-from anyflow.data.reader import ShardReader, check_length, find_split, split_folders
+from anyflow.data.reader import ShardReader, check_length, find_split
 from anyflow.data.stream import Batch, ClipDataset, ClipStream, Skip
 from anyflow.errors import UserError
-
-__all__ = ["VideoDataModule", "split_folders"]
 
 
 class VideoDataModule(pl.LightningDataModule):
@@ -117,7 +116,7 @@ class VideoDataModule(pl.LightningDataModule):
         if self.stream is None:
             self.setup()
         assert self.stream is not None
-        pin = self.trainer is not None and self.trainer.accelerator.__class__.__name__ == "CUDAAccelerator"
+        pin = self.trainer is not None and isinstance(self.trainer.accelerator, CUDAAccelerator)
         return self.stream.loader(self.num_workers, self.prefetch, pin)
 
     def state_dict(self) -> dict[str, Any]:

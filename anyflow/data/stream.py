@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
 from anyflow.data.plan import Plan, PlanIdentity, describe_difference, sample_seed
-from anyflow.data.reader import ShardReader, load_latents, parse_metadata  # noqa: F401 - parse_metadata is read from here
+from anyflow.data.reader import ShardReader, load_latents
 from anyflow.data.shards import Sample
 from anyflow.errors import UserError
 

@@ -12,7 +12,7 @@ from tiny_shards import CLIPS, MakeShards, Parts, clip_parts
 from anyflow.data.shards import write_samples
 
 # A busy machine is no failure.
-hypothesis.settings.register_profile("calm", deadline=None, max_examples=50)
+hypothesis.settings.register_profile("calm", deadline=None, max_examples=25)
 hypothesis.settings.load_profile("calm")
 
 
