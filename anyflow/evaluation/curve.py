@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from anyflow.evaluation.distance import frame_frechet, motion_energy, sliced_wasserstein
+from anyflow.evaluation.distance import PROJECTIONS, frame_frechet, motion_energy, sliced_wasserstein
 from anyflow.evaluation.motion import motion_accuracy
 from anyflow.flowmap.sampling import sample
 
@@ -209,6 +209,7 @@ def measure_curve(
     batch_size: int = 8,
     device: torch.device | str = "cpu",
     show: int = 6,
+    projections: int = PROJECTIONS,
     on_progress: OnProgress | None = None,
 ) -> CurveResult:
     """Sample the same prompts from the same noise at each step count and measure what comes out.
@@ -226,43 +227,27 @@ def measure_curve(
         batch_size: clips a pass; changes speed and memory, not the draws.
         device: where the model runs.
         show: of how many prompts (the first) the samples are kept for the picture.
+        projections: random directions of the sliced distance.
         on_progress: called after each batch.
     Raises:
         ValueError: if there are no items or fewer reference clips than items.
     """
     if not items or len(reference) < len(items):
         raise ValueError(f"{len(items)} prompts need as many reference clips, got {len(reference)}")
-    batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     counts = sorted(set(steps))
-    total, done = (len(counts) + 2) * len(batches), 0
-
-    def tick(what: str) -> None:
-        nonlocal done
-        done += 1
-        if on_progress is not None:
-            on_progress(done, total, what)
-
+    runner = _Runner(
+        codec, batch_size, device, _Progress((len(counts) + 2) * -(-len(items) // batch_size), on_progress)
+    )
     real_clips, other_clips = _stack(items), _stack(reference[: len(items)])
-    real_latents, decoded = [], []
-    for clips in real_clips.split(batch_size):
-        latents = codec.encode_video(clips.to(device))
-        real_latents.append(latents.float().cpu())
-        decoded.append(codec.decode(latents).cpu())
-        tick("real clips through the codec")
-    other_latents = []
-    for clips in other_clips.split(batch_size):
-        other_latents.append(codec.encode_video(clips.to(device)).float().cpu())
-        tick("reference clips")
-    judge = _Judge(items, other_clips, torch.cat(other_latents))
-    real = judge(real_clips, torch.cat(real_latents))
-    codec_marks = judge(torch.cat(decoded), torch.cat(real_latents))
+    real_latents, decoded = runner.encode_and_decode(real_clips)
+    other_latents, _ = runner.encode_and_decode(other_clips, decode=False)
+    judge = _Judge(items, other_clips, other_latents, projections)
 
     rows, kept = [], {}
     for num_steps in counts:
-        clips, latents, sampling, decoding = _sample_all(
-            velocity_for, codec, batches, tuple(real_latents[0].shape[1:]), num_steps, shift, seed, device, tick
-        )
-        rows.append(CurveRow(**asdict(judge(clips, latents)), **_cost(num_steps, len(items), sampling, decoding)))
+        clips, latents, sampling, decoding = runner.sample(velocity_for, items, real_latents, num_steps, shift, seed)
+        cost = {"sampling_seconds": sampling / len(items), "decoding_seconds": decoding / len(items)}
+        rows.append(CurveRow(**asdict(judge(clips, latents)), num_steps=num_steps, nfe=num_steps, **cost))
         kept[num_steps] = clips[:show].clone()
     curve = Curve(
         label=label,
@@ -272,19 +257,10 @@ def measure_curve(
         shift=shift,
         size=(real_clips.shape[1], real_clips.shape[2], real_clips.shape[3]),
         rows=tuple(rows),
-        real=real,
-        codec=codec_marks,
+        real=judge(real_clips, real_latents),
+        codec=judge(decoded, real_latents),
     )
     return CurveResult(curve, tuple(items[:show]), kept)
-
-
-def _cost(num_steps: int, clips: int, sampling: float, decoding: float) -> dict[str, Any]:
-    return {
-        "num_steps": num_steps,
-        "nfe": num_steps,
-        "sampling_seconds": sampling / clips,
-        "decoding_seconds": decoding / clips,
-    }
 
 
 @dataclass(frozen=True)
@@ -294,13 +270,14 @@ class _Judge:
     items: Sequence[HeldOut]
     reference_clips: Tensor
     reference_latents: Tensor
+    projections: int
 
     def __call__(self, clips: Tensor, latents: Tensor) -> Marks:
         motion = motion_accuracy(
             clips.numpy(), [item.attributes for item in self.items], [item.domain for item in self.items]
         )
         return Marks(
-            sliced_w1=sliced_wasserstein(latents, self.reference_latents),
+            sliced_w1=sliced_wasserstein(latents, self.reference_latents, projections=self.projections),
             frame_frechet=frame_frechet(clips, self.reference_clips),
             motion_accuracy=motion.accuracy,
             motion_unread=motion.unread,
@@ -308,35 +285,65 @@ class _Judge:
         )
 
 
+class _Progress:
+    """Counts batches."""
+
+    def __init__(self, total: int, on_progress: OnProgress | None) -> None:
+        self.done, self.total, self.on_progress = 0, total, on_progress
+
+    def __call__(self, what: str) -> None:
+        self.done += 1
+        if self.on_progress is not None:
+            self.on_progress(self.done, self.total, what)
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """Runs codec and sampler batch by batch; what comes out lies on the CPU."""
+
+    codec: CurveCodec
+    batch_size: int
+    device: torch.device | str
+    progress: _Progress
+
+    def encode_and_decode(self, clips: Tensor, decode: bool = True) -> tuple[Tensor, Tensor]:
+        """Return the clips' latents, and the clips after the codec (as given, if they are not to be decoded)."""
+        latents, decoded = [], []
+        for batch in clips.split(self.batch_size):
+            encoded = self.codec.encode_video(batch.to(self.device))
+            latents.append(encoded.float().cpu())
+            decoded.append(self.codec.decode(encoded).cpu() if decode else batch)
+            self.progress("real clips through the codec" if decode else "reference clips")
+        return torch.cat(latents), torch.cat(decoded)
+
+    def sample(
+        self,
+        velocity_for: VelocityFor,
+        items: Sequence[HeldOut],
+        like: Tensor,
+        num_steps: int,
+        shift: float,
+        seed: int,
+    ) -> tuple[Tensor, Tensor, float, float]:
+        """Sample every prompt; return clips, latents (shaped as ``like``), and the seconds of sampling and decoding."""
+        clips, all_latents = [], []
+        sampling = decoding = 0.0
+        for start in range(0, len(items), self.batch_size):
+            batch = items[start : start + self.batch_size]
+            velocity = velocity_for([item.caption for item in batch])
+            noise = prompt_noise(like.shape[1:], [item.key for item in batch], seed).to(self.device)
+            begin = _now(self.device)
+            latents = sample(velocity, noise, num_steps, shift)
+            middle = _now(self.device)
+            clips.append(self.codec.decode(latents).cpu())
+            sampling, decoding = sampling + middle - begin, decoding + _now(self.device) - middle
+            all_latents.append(latents.float().cpu())
+            self.progress(f"{num_steps} step{'s' if num_steps > 1 else ''}")
+        return torch.cat(clips), torch.cat(all_latents), sampling, decoding
+
+
 def _stack(items: Sequence[HeldOut]) -> Tensor:
     return torch.stack([torch.as_tensor(item.frames) for item in items])
-
-
-def _sample_all(
-    velocity_for: VelocityFor,
-    codec: CurveCodec,
-    batches: Sequence[Sequence[HeldOut]],
-    latent_shape: tuple[int, ...],
-    num_steps: int,
-    shift: float,
-    seed: int,
-    device: torch.device | str,
-    tick: Callable[[str], None],
-) -> tuple[Tensor, Tensor, float, float]:
-    """Sample every prompt; return clips uint8, latents float32 (both on the CPU) and the seconds of both halves."""
-    clips, all_latents = [], []
-    sampling = decoding = 0.0
-    for batch in batches:
-        velocity = velocity_for([item.caption for item in batch])
-        noise = prompt_noise(latent_shape, [item.key for item in batch], seed).to(device)
-        start = _now(device)
-        latents = sample(velocity, noise, num_steps, shift)
-        middle = _now(device)
-        clips.append(codec.decode(latents).cpu())
-        sampling, decoding = sampling + middle - start, decoding + _now(device) - middle
-        all_latents.append(latents.float().cpu())
-        tick(f"{num_steps} step{'s' if num_steps > 1 else ''}")
-    return torch.cat(clips), torch.cat(all_latents), sampling, decoding
 
 
 def _now(device: torch.device | str) -> float:

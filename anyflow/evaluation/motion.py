@@ -236,9 +236,9 @@ def read_view(frames: Frames) -> Reading:
     centre; both are fitted to the pixels (see ``viewflow``). A turn to the left shifts the scene to the right;
     a walk expands it.
     """
-    width = frames.shape[2]
     from anyflow.evaluation.viewflow import fit_view_flow
 
+    width = frames.shape[2]
     shift, expansion, match = fit_view_flow(frames)
     centre = np.array([width - 1, frames.shape[1] - 1]) / 2
     path = np.tile(centre, (len(frames), 1))

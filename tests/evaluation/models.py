@@ -1,0 +1,57 @@
+"""A codec and a velocity in closed form, so that a curve's outcome is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from scenes import lane_change
+from torch import Tensor
+from torch.nn import functional
+
+from anyflow.evaluation.curve import HeldOut
+
+BLOCK = 16
+
+
+class BlockCodec:
+    """Latents are blocks of pixels, so nothing is lost."""
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        pixels = (video.float() / 127.5 - 1).permute(0, 1, 4, 2, 3)
+        return functional.pixel_unshuffle(pixels, BLOCK)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        pixels = functional.pixel_shuffle(latents, BLOCK).permute(0, 1, 3, 4, 2)
+        return ((pixels + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+def held_out(count: int, offset: int = 0) -> list[HeldOut]:
+    """Drawn driving clips: left, right and keep in turn."""
+    items = []
+    for index in range(offset, offset + count):
+        word, change = (("left", -18.0), ("right", 18.0), ("keep", 0.0))[index % 3]
+        frames = torch.from_numpy(lane_change(change, begin=1 + index % 4))
+        items.append(
+            HeldOut(f"clip-{index}", f"The car goes {word} ({index}).", frames, "driving", {"manoeuvre": word})
+        )
+    return items
+
+
+def exact_velocity(items: list[HeldOut], error: float = 0.0) -> Callable[[list[str]], Callable[..., Tensor]]:
+    """The flow map of data with one clip a caption: ``u(z, t, r) = (z - x) / sigma``, exact at any number of steps.
+
+    ``error`` adds an error that is proportional to the jump ``t - r``: then more steps are better.
+    """
+    clean = {item.caption: BlockCodec().encode_video(item.frames[None])[0] for item in items}
+
+    def velocity_for(captions: list[str]) -> Callable[..., Tensor]:
+        target = torch.stack([clean[caption] for caption in captions])
+
+        def velocity(latents: Tensor, timestep: Tensor, r_timestep: Tensor) -> Tensor:
+            sigma, jump = ((value / 1000).view(-1, 1, 1, 1, 1) for value in (timestep, timestep - r_timestep))
+            return (latents - target) / sigma + error * jump * latents.sign()
+
+        return velocity
+
+    return velocity_for

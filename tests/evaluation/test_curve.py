@@ -1,0 +1,125 @@
+"""The any-step curve: same prompts, same noise, a known outcome for a flow map in closed form."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from models import BlockCodec, exact_velocity, held_out
+from torch import Tensor
+
+from anyflow.evaluation.curve import Curve, CurveResult, bind_text, prompt_noise
+from anyflow.evaluation.curve import measure_curve as measure_with_all_directions
+
+# Few directions: the block codec's latents are as large as the pixels.
+measure_curve = partial(measure_with_all_directions, projections=16)
+
+ITEMS, REFERENCE = held_out(6), held_out(6, offset=6)
+
+
+@pytest.fixture(scope="module")
+def faulty() -> CurveResult:
+    """A model whose error grows with the jump."""
+    return measure_curve(
+        exact_velocity(ITEMS, error=0.6), BlockCodec(), ITEMS, REFERENCE, label="before", steps=(8, 1, 2), show=2
+    )
+
+
+def test_an_exact_flow_map_gives_the_real_clips_figures_at_any_number_of_steps() -> None:
+    result = measure_curve(exact_velocity(ITEMS), BlockCodec(), ITEMS, REFERENCE, steps=(1, 4), show=2)
+    curve = result.curve
+    assert curve.real == curve.codec and curve.real.motion_accuracy == 1.0 and curve.real.sliced_w1 > 0
+    for row in curve.rows:
+        assert row.sliced_w1 == pytest.approx(curve.real.sliced_w1, rel=1e-3)
+        assert row.frame_frechet == pytest.approx(curve.real.frame_frechet, rel=1e-2)
+        assert row.motion_energy == pytest.approx(curve.real.motion_energy, rel=1e-2)
+        assert row.motion_accuracy == 1.0 and row.motion_unread == 0.0
+        assert row.nfe == row.num_steps and row.sampling_seconds > 0 and row.decoding_seconds > 0
+    assert torch.equal(result.samples[4], torch.stack([item.frames for item in ITEMS[:2]]))
+
+
+def test_an_error_that_grows_with_the_jump_gives_a_falling_curve(faulty: CurveResult) -> None:
+    rows = faulty.curve.rows
+    assert [row.num_steps for row in rows] == [1, 2, 8]
+    for name in ("sliced_w1", "frame_frechet"):
+        values = [getattr(row, name) for row in rows]
+        assert values[0] > values[1] > values[2] > getattr(faulty.curve.real, name)
+    assert faulty.curve.size == (17, 64, 96) and faulty.curve.clips == 6 and faulty.curve.domain == "driving"
+
+
+def test_the_samples_do_not_depend_on_the_batch_size(faulty: CurveResult) -> None:
+    small = measure_curve(
+        exact_velocity(ITEMS, error=0.6), BlockCodec(), ITEMS, REFERENCE, steps=(2,), batch_size=4, show=6
+    )
+    assert torch.equal(small.samples[2][:2], faulty.samples[2])
+
+
+def test_the_noise_follows_seed_and_key_alone() -> None:
+    shape = (5, 4, 2, 3)
+    both = prompt_noise(shape, ["a", "b"], seed=1)
+    assert both.shape == (2, *shape) and both.dtype == torch.float32
+    assert torch.equal(prompt_noise(shape, ["b"], seed=1)[0], both[1])
+    assert not torch.equal(both[0], both[1])
+    assert not torch.equal(prompt_noise(shape, ["a"], seed=2)[0], both[0])
+
+
+def test_every_step_count_starts_from_the_same_noise() -> None:
+    seen: dict[int, list[Tensor]] = {}
+
+    def velocity_for(captions: list[str]):  # type: ignore[no-untyped-def]
+        def velocity(latents: Tensor, timestep: Tensor, r_timestep: Tensor) -> Tensor:
+            if float(timestep[0]) == 1000:
+                seen.setdefault(len(captions), []).append(latents.clone())
+            return torch.zeros_like(latents)
+
+        return velocity
+
+    measure_curve(velocity_for, BlockCodec(), ITEMS[:2], REFERENCE, steps=(1, 2, 4), show=1)
+    assert len(seen[2]) == 3 and all(torch.equal(seen[2][0], noise) for noise in seen[2])
+
+
+def test_a_curve_survives_json(faulty: CurveResult) -> None:
+    curve = faulty.curve
+    assert Curve.from_json(json.loads(json.dumps(curve.to_json()))) == curve
+    assert curve.row(2).num_steps == 2
+    with pytest.raises(KeyError):
+        curve.row(3)
+
+
+def test_progress_reaches_its_total_and_too_few_reference_clips_are_refused() -> None:
+    ticks: list[tuple[int, int, str]] = []
+    measure_curve(
+        exact_velocity(ITEMS),
+        BlockCodec(),
+        ITEMS[:3],
+        REFERENCE,
+        steps=(1, 2),
+        batch_size=2,
+        on_progress=lambda *tick: ticks.append(tick),
+    )
+    assert [done for done, _, _ in ticks] == list(range(1, 9)) and {total for _, total, _ in ticks} == {8}
+    assert ticks[-1][2] == "2 steps"
+    with pytest.raises(ValueError, match="as many reference clips"):
+        measure_curve(exact_velocity(ITEMS), BlockCodec(), ITEMS, REFERENCE[:3])
+
+
+def test_a_domain_without_a_probe_has_no_accuracy() -> None:
+    from dataclasses import replace
+
+    items = [replace(item, domain="cooking") for item in ITEMS[:2]]
+    curve = measure_curve(exact_velocity(items), BlockCodec(), items, REFERENCE, steps=(1,)).curve
+    assert curve.rows[0].motion_accuracy is None and curve.real.motion_accuracy is None
+
+
+def test_binding_text_hands_the_captions_embeddings_to_the_network() -> None:
+    class Codec:
+        def encode_text(self, captions: list[str]) -> str:
+            return "+".join(captions)
+
+    def backbone(latents: Tensor, timestep: Tensor, r_timestep: Tensor, text: str) -> tuple[Tensor, str]:
+        return latents, text
+
+    velocity = bind_text(backbone, Codec())(["a", "b"])
+    assert velocity(torch.ones(1), torch.ones(1), torch.zeros(1))[1] == "a+b"

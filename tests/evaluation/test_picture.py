@@ -1,0 +1,82 @@
+"""Pictures: sizes, places, marks, and an mp4 that plays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from scenes import lane_change, road
+
+from anyflow.evaluation.picture import CELL_WIDTH, GAP, RIGHT, WRONG, Grid, Prompt, moving, save_mp4, save_png, still
+
+LEFT, TURN = lane_change(-18.0), lane_change(18.0)
+PROMPTS = [
+    Prompt("The car changes left. " * 3, "driving", {"manoeuvre": "left"}),
+    Prompt("Something else.", "cooking", {}),
+]
+
+
+def _grid(*names: str, steps: tuple[int, ...] = (1, 4), real: bool = True) -> Grid:
+    clips = np.stack([LEFT, TURN])
+    return Grid(
+        PROMPTS, {name: dict.fromkeys(steps, clips) for name in names}, clips if real else None, title="Samples"
+    )
+
+
+def _has(picture: np.ndarray, colour: tuple[int, int, int]) -> bool:
+    return bool((picture == colour).all(-1).any())
+
+
+def test_a_second_model_adds_rows_and_more_steps_add_columns() -> None:
+    one, two = still(_grid("after")), still(_grid("before", "after"))
+    wide = still(_grid("after", steps=(1, 4, 8, 16, 32)))
+    assert two.height - one.height == 2 * (CELL_WIDTH * 64 // 96 + GAP)
+    assert wide.width > one.width
+    for picture in (one, two, wide):
+        assert picture.width % 2 == 0 and picture.height % 2 == 0
+
+
+def test_right_and_wrong_motions_are_marked() -> None:
+    picture = np.asarray(still(Grid(PROMPTS[:1], {"": {1: LEFT[None]}})))
+    assert _has(picture, RIGHT) and not _has(picture, WRONG)
+    for wrong in (TURN, road()):
+        picture = np.asarray(still(Grid(PROMPTS[:1], {"": {1: wrong[None]}})))
+        assert _has(picture, WRONG) and not _has(picture, RIGHT)
+
+
+def test_a_prompt_without_attributes_or_probe_has_no_mark() -> None:
+    for prompt in (Prompt("Any text."), Prompt("Any text.", "cooking", {"manoeuvre": "left"})):
+        picture = np.asarray(still(Grid([prompt], {"": {1: LEFT[None]}})))
+        assert not _has(picture, RIGHT) and not _has(picture, WRONG)
+
+
+def test_the_moving_grid_shows_each_frame_and_holds_the_end_of_a_shorter_clip() -> None:
+    grid = Grid(PROMPTS[:1], {"": {1: LEFT[None], 4: LEFT[None, :5]}})
+    frames = list(moving(grid))
+    assert len(frames) == 17 and frames[0].dtype == np.uint8 and frames[0].shape[2] == 3
+    assert not np.array_equal(frames[0], frames[4])
+    half = frames[0].shape[1] - CELL_WIDTH - GAP - 10
+    assert np.array_equal(frames[5][:, half:], frames[16][:, half:])
+
+
+def test_files_are_written_and_the_mp4_decodes(tmp_path: Path) -> None:
+    grid = Grid(PROMPTS[:1], {"": {1: LEFT[None, :5]}}, title="One")
+    save_png(grid, tmp_path / "a.png")
+    save_mp4(grid, tmp_path / "a.mp4", fps=8, loops=2, hold=3)
+    picture = still(grid)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        stream = container.streams.video[0]
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert (
+        stream.codec_context.pix_fmt == "yuv420p" and stream.codec_context.name == "h264" and stream.average_rate == 8
+    )
+    assert len(frames) == 2 * (5 + 3) and frames[0].shape[:2] == (picture.height, picture.width)
+    assert np.abs(frames[4].astype(int) - next(iter(moving(grid)))).mean() < 4
+
+
+def test_clips_that_do_not_match_the_prompts_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 prompts"):
+        Grid(PROMPTS, {"": {1: LEFT[None]}})

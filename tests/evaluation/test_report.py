@@ -1,0 +1,82 @@
+"""Reports: the files, the table's words, and refusing to compare what was measured differently."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from models import BlockCodec, exact_velocity, held_out
+
+from anyflow.evaluation.curve import CurveResult, measure_curve
+from anyflow.evaluation.report import (
+    FIGURES,
+    comparison_markdown,
+    comparison_text,
+    read_report,
+    sample_grid,
+    wilson_interval,
+    write_report,
+)
+
+ITEMS, REFERENCE = held_out(3), held_out(3, offset=3)
+
+
+def _measure(label: str, error: float) -> CurveResult:
+    return measure_curve(
+        exact_velocity(ITEMS, error), BlockCodec(), ITEMS, REFERENCE, label=label, steps=(1, 4), show=1, projections=16
+    )
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[CurveResult, CurveResult]:
+    return _measure("before", 0.8), _measure("after", 0.0)
+
+
+def test_a_report_holds_every_figure_and_its_numbers_come_back(
+    tmp_path: Path, pair: tuple[CurveResult, CurveResult]
+) -> None:
+    before, after = pair
+    paths = write_report(tmp_path / "report", before, after, title="Driving")
+    assert set(paths) == set(FIGURES) == {path.name for path in (tmp_path / "report").iterdir()}
+    assert all(path.stat().st_size > 100 for path in paths.values())
+    assert read_report(paths["curve.json"]) == (before.curve, after.curve)
+    assert paths["table.txt"].read_text() == comparison_text(before.curve, after.curve)
+
+
+def test_a_report_of_one_model_alone(tmp_path: Path, pair: tuple[CurveResult, CurveResult]) -> None:
+    paths = write_report(tmp_path, None, pair[1])
+    assert read_report(paths["curve.json"]) == (None, pair[1].curve)
+    assert "→" not in paths["table.md"].read_text()
+
+
+def test_the_tables_say_before_and_after_beside_the_floor(pair: tuple[CurveResult, CurveResult]) -> None:
+    before, after = (result.curve for result in pair)
+    for text in (comparison_markdown(before, after), comparison_text(before, after)):
+        assert f"{before.row(1).frame_frechet:.3f} → {after.row(1).frame_frechet:.3f}" in text
+        assert "→ 100 % (44-100)" in text and "real clips" in text and f"{after.real.sliced_w1:.4f}" in text
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"clips": 4}, {"size": (5, 64, 96)}, {"domain": "games"}, {"rows": ()}]
+)
+def test_curves_that_were_measured_differently_are_refused(
+    tmp_path: Path, pair: tuple[CurveResult, CurveResult], change: dict[str, object]
+) -> None:
+    before, after = pair
+    other = replace(before, curve=replace(before.curve, **change))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="measure both alike"):
+        write_report(tmp_path / "report", other, after)
+    assert not (tmp_path / "report").exists()
+
+
+def test_samples_of_different_prompts_make_no_picture(pair: tuple[CurveResult, CurveResult]) -> None:
+    with pytest.raises(ValueError, match="different prompts"):
+        sample_grid([pair[0], replace(pair[1], shown=(ITEMS[1],))])
+
+
+def test_the_interval_of_a_share() -> None:
+    """Wilson's interval: 5 of 10 is 0.24 to 0.76; none of 10 still allows 0.28."""
+    assert wilson_interval(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-3)
+    assert wilson_interval(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-3)
+    assert wilson_interval(1.0, 3)[1] == 1.0
