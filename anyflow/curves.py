@@ -111,5 +111,6 @@ def save_curve(folder: Path, result: CurveResult) -> None:
     ]
     path = folder / f"{result.curve.label}.pt"
     partial = path.with_name(path.name + ".partial")
-    torch.save({"curve": result.curve.to_json(), "shown": shown, "samples": {**result.samples}}, partial)
+    saved: dict[str, Any] = {"curve": result.curve.to_json(), "shown": shown, "samples": dict(result.samples.items())}
+    torch.save(saved, partial)
     partial.replace(path)
