@@ -28,8 +28,8 @@ def check_recipe(recipe: Recipe) -> None:
         _check_range(recipe, info, value_of(recipe, key))
     _check_names(recipe)
     _check_geometry(recipe)
-    _check_objective(recipe)
     _check_model(recipe)
+    _check_objective(recipe)
 
 
 def check_files(recipe: Recipe) -> None:
