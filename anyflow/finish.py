@@ -49,7 +49,7 @@ def measure(
             prompts=recipe.sampling.prompts,
             steps=recipe.sampling.steps,
             shift=recipe.model.shift,
-            seed=recipe.sampling.seeds[0],
+            seed=recipe.sampling.seed,
             label=label,
             split=recipe.data.heldout,
             on_progress=on_progress,

@@ -105,7 +105,7 @@ def test_the_global_batch_is_met_exactly_or_refused(total: int, ranks: int, limi
 MISTAKES = [
     ("optimizer.lrr=1", "unknown key 'optimizer.lrr' (command line): did you mean 'optimizer.lr'?"),
     ("lr=1", "did you mean 'optimizer.lr'?"),
-    ("sedes=[1]", "did you mean 'sampling.seeds'?"),
+    ("sede=1", "did you mean 'sampling.seed'?"),
     ("foo.bar=1", "unknown key 'foo.bar'"),
     ("optimizer=3", "optimizer (command line) is a group"),
     ("model.lora=true", "model.lora (command line) is a group"),
@@ -130,7 +130,7 @@ MISTAKES = [
     ("stage.diffusion_share=-0.1", "is too small"),
     ("data.heldout=train", "is the training split"),
     ("sampling.steps=[4,4]", "repeats itself"),
-    ("sampling.seeds=[]", "is empty"),
+    ("sampling.steps=[]", "is empty"),
     ("optimizer.betas=[0.9]", "give two numbers"),
     ("run.name=a/b", "cannot be a folder's name"),
     ("model.weights=", "model.weights is empty"),

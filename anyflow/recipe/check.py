@@ -128,9 +128,9 @@ def _check_names(recipe: Recipe) -> None:
         raise UserError(
             f"run.name={recipe.run.name!r} cannot be a folder's name: use letters, digits, dot, dash and underscore"
         )
-    for key, values in (("sampling.steps", recipe.sampling.steps), ("sampling.seeds", recipe.sampling.seeds)):
-        if not values or len(set(values)) != len(values):
-            raise UserError(f"{key}={values} is empty or repeats itself: give each number once, for example [1, 4]")
+    steps = recipe.sampling.steps
+    if not steps or len(set(steps)) != len(steps):
+        raise UserError(f"sampling.steps={steps} is empty or repeats itself: give each number once, for example [1, 4]")
     if recipe.data.split == recipe.data.heldout:
         raise UserError(
             f"data.heldout={recipe.data.heldout!r} is the training split: "
