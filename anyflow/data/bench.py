@@ -30,7 +30,7 @@ def loader_benchmark(
     frames: int = 17,
     height: int = 64,
     width: int = 96,
-    clips: int = 512,
+    clips: int = 256,
 ) -> dict[str, Any]:
     """Time the stream and bare PyAV in turn, on the same clips, in this process.
 
