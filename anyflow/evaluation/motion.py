@@ -10,6 +10,15 @@ One probe a domain, each a few lines of fixed arithmetic on the frames: no train
 
 A probe that cannot follow anything (no green car, two of them, a car that jumps) returns the label ``None``, and that
 counts as wrong. So accuracy on samples measures the samples as long as the accuracy on real held-out clips is near 1.
+Measured on rendered clips (right / all):
+
+| domain   | held-out | training    | held-out through the tiny codec |
+|----------|----------|-------------|---------------------------------|
+| driving  | 64 / 64  | 1500 / 1500 | 48 / 48                         |
+| robotics | 48 / 48  | 588 / 600   | 48 / 48                         |
+| games    | 48 / 48  | 600 / 600   | 32 / 32                         |
+
+The twelve misses are paths within a pixel of a diagonal, where two directions are equally right.
 """
 
 from __future__ import annotations

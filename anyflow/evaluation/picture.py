@@ -75,12 +75,14 @@ class Grid:
         variants: ``{"before": {1: clips, 4: clips}, "after": {...}}``; each model's samples by step count.
         real: the prompts' held-out clips, shown as the first column; ``None`` to leave it out.
         title: one line above the grid.
+        headings: of the columns; by default the step counts.
     """
 
     prompts: Sequence[Prompt]
     variants: Mapping[str, Mapping[int, Clips]]
     real: Clips | None = None
     title: str = ""
+    headings: Mapping[int, str] | None = None
 
     def __post_init__(self) -> None:
         for clips in self._all():
@@ -90,6 +92,10 @@ class Grid:
     def _all(self) -> list[Clips]:
         found = [clips for samples in self.variants.values() for clips in samples.values()]
         return found + ([self.real] if self.real is not None else [])
+
+    def heading(self, column: int) -> str:
+        """What stands above a column."""
+        return self.headings[column] if self.headings is not None else count_steps(column)
 
     @property
     def steps(self) -> list[int]:
@@ -116,7 +122,7 @@ class _Layout:
         height, width = grid._all()[0].shape[2:4]
         self.cell = (CELL_WIDTH, round(CELL_WIDTH * height / width))
         self.grid = grid
-        self.labels = LABEL_WIDTH if len(grid.variants) > 1 else 0
+        self.labels = LABEL_WIDTH if len(grid.variants) > 1 or grid.headings is not None else 0
         self.columns = len(grid.steps) + (grid.real is not None)
         self.caption_x = MARGIN
         self.real_x = MARGIN + CAPTION_WIDTH + GAP
@@ -139,6 +145,32 @@ class _Layout:
                     if count in samples:
                         x = self.steps_x + column * (CELL_WIDTH + GAP)
                         yield _Cell(samples[count][index], (x, y + row * (self.cell[1] + GAP), *self.cell), prompt)
+
+
+def strips(prompts: Sequence[Prompt], samples: Mapping[int, Clips], *, moments: int = 5, fps: float = 8.0) -> Grid:
+    """Lay samples out in time for a still picture: a row for each step count, a column for each moment.
+
+    Args:
+        prompts: one a block of rows.
+        samples: ``{step count: clips}``.
+        moments: how many frames of each clip, evenly spread from the first to the last.
+        fps: of the clips; the headings are seconds.
+    """
+    length = min(clips.shape[1] for clips in samples.values())
+    times = sorted({round(index * (length - 1) / max(1, moments - 1)) for index in range(moments)})
+    return Grid(
+        # A single frame has no motion to be judged.
+        prompts=[Prompt(prompt.caption) for prompt in prompts],
+        variants={
+            count_steps(count): {time: clips[:, time : time + 1] for time in times} for count, clips in samples.items()
+        },
+        headings={time: f"{time / fps:.1f} s" for time in times},
+    )
+
+
+def count_steps(count: int) -> str:
+    """Write a number of steps: ``1 step``, ``4 steps``."""
+    return f"{count} step{'s' * (count > 1)}"
 
 
 def still(grid: Grid) -> Image:
@@ -219,7 +251,7 @@ def _background(layout: _Layout) -> tuple[Image, ImageDraw]:
         pen.text((layout.real_x + CELL_WIDTH / 2, header_y), "real clip", INK, _font(16, bold=True), anchor="mm")
     for column, count in enumerate(grid.steps):
         x = layout.steps_x + column * (CELL_WIDTH + GAP) + CELL_WIDTH / 2
-        pen.text((x, header_y), f"{count} step{'s' * (count > 1)}", INK, _font(16, bold=True), anchor="mm")
+        pen.text((x, header_y), grid.heading(count), INK, _font(16, bold=True), anchor="mm")
     for index, prompt in enumerate(grid.prompts):
         y = layout.top + index * layout.block
         if index:

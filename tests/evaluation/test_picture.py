@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 from scenes import lane_change, road
 
-from anyflow.evaluation.picture import CELL_WIDTH, GAP, RIGHT, WRONG, Grid, Prompt, moving, save_mp4, save_png, still
+from anyflow.evaluation.picture import (
+    CELL_WIDTH,
+    GAP,
+    RIGHT,
+    WRONG,
+    Grid,
+    Prompt,
+    moving,
+    save_mp4,
+    save_png,
+    still,
+    strips,
+)
 
 LEFT, TURN = lane_change(-18.0), lane_change(18.0)
 PROMPTS = [
@@ -59,6 +71,15 @@ def test_the_moving_grid_shows_each_frame_and_holds_the_end_of_a_shorter_clip() 
     assert not np.array_equal(frames[0], frames[4])
     half = frames[0].shape[1] - CELL_WIDTH - GAP - 10
     assert np.array_equal(frames[5][:, half:], frames[16][:, half:])
+
+
+def test_strips_show_each_step_counts_clip_in_time() -> None:
+    clips = np.stack([LEFT, TURN])
+    grid = strips(PROMPTS, {1: clips, 16: clips[:, :9]}, moments=3, fps=8)
+    assert list(grid.variants) == ["1 step", "16 steps"] and grid.headings == {0: "0.0 s", 4: "0.5 s", 8: "1.0 s"}
+    assert np.array_equal(grid.variants["1 step"][8][1, 0], TURN[8])
+    picture = np.asarray(still(grid))
+    assert not _has(picture, RIGHT) and not _has(picture, WRONG)
 
 
 def test_files_are_written_and_the_mp4_decodes(tmp_path: Path) -> None:

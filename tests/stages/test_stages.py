@@ -150,7 +150,7 @@ def test_a_gradient_that_is_not_a_number_stops_the_run_in_words(codec: Codec) ->
         stage.configure_gradient_clipping(optimizer)
 
 
-def test_the_codec_stage_crops_on_the_latent_grid_then_sees_whole_clips() -> None:
+def test_the_codec_stage_crops_on_the_latent_grid_then_to_full_length() -> None:
     objective = CodecObjective(crop_frames=5, crop_height=16, crop_width=16, whole_share=0.5)
     stage = quiet(
         CodecStage(
@@ -168,7 +168,7 @@ def test_the_codec_stage_crops_on_the_latent_grid_then_sees_whole_clips() -> Non
     left = (crop[:, 0, 0, 0, 0] + 1) * 24
     torch.testing.assert_close(left % 8, torch.zeros(2))
     stage.step = 5
-    assert stage.crop(columns, torch.Generator()).shape == columns.shape
+    assert stage.crop(columns, torch.Generator()).shape == (2, 3, 9, 16, 16)
 
     frames = torch.randint(0, 255, (1, 5, 16, 16, 3), dtype=torch.uint8)
     loss = stage.training_step({"frames": frames, "caption": ["a"]}, 0)
