@@ -153,7 +153,8 @@ def test_accuracy_counts_what_cannot_be_read_as_wrong_and_leaves_out_what_has_no
     assert score.accuracy == pytest.approx(1 / 3) and score.unread == pytest.approx(1 / 3)
     other = motion_accuracy(clips, labels, "cooking")
     assert other.accuracy is None and other.unread is None and other.clips == 0
-    assert read_motion(clips[0], "cooking") is None and asked_motion("cooking", labels[0]) is None
+    assert read_motion(clips[0], "cooking") is None and read_motion(clips[0][:1], "games") is None
+    assert asked_motion("cooking", labels[0]) is None
 
 
 def test_labels_do_not_change_the_reading() -> None:
