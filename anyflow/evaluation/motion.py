@@ -118,7 +118,7 @@ class MotionScore:
 
 
 def read_motion(frames: Frames, domain: str) -> Reading | None:
-    """Read the motion of one clip, uint8 ``[F, H, W, 3]``; ``None`` if the domain has no probe, or the clip one frame."""
+    """Read the motion of one clip, uint8 ``[F, H, W, 3]``; ``None`` without a probe, or of a single frame."""
     probe = PROBES.get(domain)
     return probe(np.asarray(frames)) if probe is not None and len(frames) > 1 else None
 
