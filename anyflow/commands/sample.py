@@ -77,15 +77,15 @@ def _sample_all(
 
 def _write(folder: Path, prompts: list[str], clips: dict[int, Any], fps: float) -> dict[str, list[str]]:
     """One mp4 a prompt and step count, and ``all`` of them in one picture and one film; the names of the files."""
-    from anyflow.evaluation.picture import Grid, Prompt, save_mp4, save_png, write_mp4
+    from anyflow.evaluation.picture import Grid, Prompt, save_mp4, save_png, strips, write_mp4
 
     names: dict[str, list[str]] = {}
     for count, batch in clips.items():
         names[str(count)] = [f"prompt-{i + 1}-steps-{count:02d}.mp4" for i in range(len(prompts))]
         for name, clip in zip(names[str(count)], batch, strict=True):
             write_mp4(folder / name, list(clip.numpy()), fps)
-    grid = Grid([Prompt(prompt) for prompt in prompts], {"": {count: batch.numpy() for count, batch in clips.items()}})
+    rows, samples = [Prompt(prompt) for prompt in prompts], {count: batch.numpy() for count, batch in clips.items()}
     names["all"] = ["samples.png", "samples.mp4"]
-    save_png(grid, folder / "samples.png")
-    save_mp4(grid, folder / "samples.mp4", fps=fps)
+    save_png(strips(rows, samples, fps=fps), folder / "samples.png")
+    save_mp4(Grid(rows, {"": samples}), folder / "samples.mp4", fps=fps)
     return names
