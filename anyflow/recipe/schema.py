@@ -19,8 +19,10 @@ LORA_TARGETS = (
     "attn1.to_out.0",
     "ffn.net.0.proj",
     "ffn.net.2",
-    "time_embedder",
-    "delta_embedder",
+    "time_embedder.linear_1",
+    "time_embedder.linear_2",
+    "delta_embedder.linear_1",
+    "delta_embedder.linear_2",
 )
 """The released list: self-attention, feed-forward and both timestep embedders (the delta embedder must learn)."""
 
