@@ -22,6 +22,13 @@ float32 or better whatever the network's precision.
 """
 
 from anyflow.flowmap.intervals import Intervals, draw_intervals, keep_first_frame
+from anyflow.flowmap.matching import (
+    MatchingGradient,
+    critic_loss,
+    matching_gradient,
+    matching_loss,
+    matching_timestep,
+)
 from anyflow.flowmap.objective import (
     FlowMapLoss,
     FlowMapObjective,
@@ -32,7 +39,8 @@ from anyflow.flowmap.objective import (
     plain_flow_map_loss,
     rebalance,
 )
-from anyflow.flowmap.sampling import BoundVelocity, sample
+from anyflow.flowmap.rollout import DEFAULT_BUDGETS, RELEASED_BUDGETS, BackwardSimulation, draw_simulation
+from anyflow.flowmap.sampling import BoundVelocity, follow, sample
 from anyflow.flowmap.schedule import (
     TIMESTEPS,
     WeightKind,
@@ -46,21 +54,31 @@ from anyflow.flowmap.schedule import (
 )
 
 __all__ = [
+    "DEFAULT_BUDGETS",
+    "RELEASED_BUDGETS",
     "TIMESTEPS",
+    "BackwardSimulation",
     "BoundVelocity",
     "FlowMapLoss",
     "FlowMapObjective",
     "Intervals",
+    "MatchingGradient",
     "Velocity",
     "WeightKind",
+    "critic_loss",
     "diffusion_statistics",
     "draw_intervals",
+    "draw_simulation",
     "flow_map_loss",
     "flow_matching_loss",
+    "follow",
     "inference_timesteps",
     "interpolate",
     "keep_first_frame",
     "logit_normal_timestep",
+    "matching_gradient",
+    "matching_loss",
+    "matching_timestep",
     "plain_flow_map_loss",
     "rebalance",
     "sample",

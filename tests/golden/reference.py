@@ -26,9 +26,12 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 class GoldenVelocity(nn.Module):
-    """The velocity seam over diffusers' own network with the golden weights; records the size of each call."""
+    """The velocity seam over diffusers' own network with the golden weights; records the size and times of each call.
 
-    def __init__(self) -> None:
+    The teacher's and the critic's weights are of a network with one time; the second embedder becomes a copy.
+    """
+
+    def __init__(self, weights: str = "weights_student_bi") -> None:
         super().__init__()
         from diffusers import AnyFlowTransformer3DModel
 
@@ -38,15 +41,20 @@ class GoldenVelocity(nn.Module):
         self.network = AnyFlowTransformer3DModel(
             **config, gate_value=stored["gate_value"], deltatime_type=stored["deltatime_type"]
         )
-        self.network.load_state_dict(load_case("weights_student_bi"))
+        state = load_case(weights)
+        time, delta = "condition_embedder.time_embedder.", "condition_embedder.delta_embedder."
+        copies = {name.replace(time, delta): weight.clone() for name, weight in state.items() if name.startswith(time)}
+        self.network.load_state_dict({**copies, **state})
         inputs = load_case("inputs_bi")
         self.texts: Tensor
         self.register_buffer("texts", torch.cat([inputs["in/prompt_embeds"], inputs["in/negative_embedding"]]))
         self.clean = inputs["in/latents"].transpose(1, 2)
         self.calls: list[int] = []
+        self.times: list[tuple[float, float]] = []
 
     def forward(self, z: Tensor, t: Tensor, r: Tensor, rows: Tensor) -> Tensor:
         self.calls.append(len(z))
+        self.times.append((float(t.flatten()[0]), float(r.flatten()[0])))
         t, r = (time if time.ndim == 2 else time[:, None].expand(-1, z.shape[1]) for time in (t, r))
         return self.network(z, t, r, self.texts[rows], return_dict=False)[0]
 
