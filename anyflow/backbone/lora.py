@@ -96,6 +96,12 @@ def has_lora(backbone: FlowMapBackbone) -> bool:
     return bool(getattr(backbone.transformer, "peft_config", None))
 
 
+def lora_settings(backbone: FlowMapBackbone, adapter: str = ADAPTER) -> LoraSettings:
+    """The shape of an adapter that the network carries."""
+    config = backbone.transformer.peft_config[adapter]
+    return LoraSettings(config.r, config.lora_alpha, tuple(sorted(config.target_modules)))
+
+
 def lora_state(
     backbone: FlowMapBackbone, adapter: str = ADAPTER, weights: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:

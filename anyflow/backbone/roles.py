@@ -1,0 +1,206 @@
+"""Student, critic and teacher: three velocity fields, as adapters on ONE frozen base or as three networks.
+
+On-policy distillation asks three networks about the same latents (sec. 4). With adapters they share their base: the
+teacher is the base itself (or an adapter of its own on it), student and critic are adapters. In full training they are
+separate networks. A stage asks ``roles(role, latents, t, r, text)`` and does not know which.
+
+Switching adapters is full of traps that raise no error, so it is done here and nowhere else:
+
+- PEFT's ``set_adapter`` flips ``requires_grad``, and a student whose graph is alive silently loses its gradients.
+  Here ``requires_grad`` is set once, and only the name of the speaking adapter changes.
+- Gradient checkpointing runs a block again in the backward pass, when another adapter may speak. Here the name is
+  pinned inside what is recomputed.
+- The student's adapter on the delta embedder must not reach the teacher. Here a role sees its own adapter alone, on
+  every layer, and the time embedders of critic and teacher are the base's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from anyflow.backbone.lora import ADAPTER, LoraSettings, add_lora, has_lora, lora_settings
+from anyflow.backbone.protocol import FlowMapBackbone, Text
+
+Role = Literal["student", "critic", "teacher"]
+ROLES: tuple[Role, ...] = ("student", "critic", "teacher")
+
+
+class Roles:
+    """Three velocity fields behind one call.
+
+    Attributes:
+        student: The network that is sampled and exported; left alone it answers as the student.
+        others: Modules besides the student that hold trained weights; a stage registers them as its own.
+        frozen: A module besides the student that is never trained nor saved, or None.
+    """
+
+    def __init__(self, student: FlowMapBackbone) -> None:
+        self.student = student
+        self.others: dict[str, nn.Module] = {}
+        self.frozen: nn.Module | None = None
+
+    def __call__(self, role: Role, latents: Tensor, timestep: Tensor, r_timestep: Tensor, text: Text) -> Tensor:
+        """The mean velocity in the eyes of a role; see :class:`~anyflow.backbone.protocol.FlowMapBackbone`."""
+        raise NotImplementedError
+
+    def parameters(self, role: Role) -> list[tuple[str, nn.Parameter]]:
+        """A role's trained weights by name; empty for a frozen teacher."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def copy(self, source: Role, target: Role) -> None:
+        """Give one role the weights of another, trained or not: a critic starts from its teacher."""
+        raise NotImplementedError
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of all roles' weights; what they share counts once."""
+        modules = [self.student, *self.others.values(), *([self.frozen] if self.frozen is not None else [])]
+        weights = {id(weight): weight for module in modules for weight in module.parameters()}
+        return sum(weight.numel() * weight.element_size() for weight in weights.values())
+
+
+class SeparateRoles(Roles):
+    """Three networks, for full training.
+
+    Args:
+        student: trained.
+        teacher: where the critic starts, too.
+        trains_teacher: whether the teacher is trained (adapted to a domain) before it teaches.
+    """
+
+    def __init__(self, student: FlowMapBackbone, teacher: FlowMapBackbone, *, trains_teacher: bool = False) -> None:
+        super().__init__(student)
+        critic = copy.deepcopy(teacher)
+        self._networks: dict[Role, FlowMapBackbone] = {"student": student, "critic": critic, "teacher": teacher}
+        critic.requires_grad_(True)
+        teacher.requires_grad_(trains_teacher)
+        self.others = {"critic": critic, **({"teacher": teacher} if trains_teacher else {})}
+        self.frozen = None if trains_teacher else teacher
+
+    def __call__(self, role: Role, latents: Tensor, timestep: Tensor, r_timestep: Tensor, text: Text) -> Tensor:
+        return self._networks[role](latents, timestep, r_timestep, text)
+
+    def parameters(self, role: Role) -> list[tuple[str, nn.Parameter]]:
+        return [(name, weight) for name, weight in self._networks[role].named_parameters() if weight.requires_grad]
+
+    def copy(self, source: Role, target: Role) -> None:
+        self._networks[target].load_state_dict(self._networks[source].state_dict())
+
+
+class AdapterRoles(Roles):
+    """Adapters on one frozen base: the student's is the network's own, the critic's is added here.
+
+    Args:
+        backbone: a network that carries the student's adapter (``default``), and possibly one named ``teacher``.
+        settings: of the adapters that are added; their targets lose the time embedders.
+        trains_teacher: add a teacher's adapter to be trained (adapted to a domain) before it teaches.
+        seed: of the new adapters' weights, which change nothing at first.
+    """
+
+    def __init__(
+        self, backbone: FlowMapBackbone, settings: LoraSettings, *, trains_teacher: bool = False, seed: int = 0
+    ) -> None:
+        super().__init__(backbone)
+        if not has_lora(backbone):
+            raise ValueError("the network carries no adapter: add the student's before its roles")
+        blocks_alone = tuple(target for target in settings.targets if "_embedder" not in target)
+        settings = replace(settings, targets=blocks_alone or settings.targets)
+        if "teacher" in backbone.transformer.peft_config:
+            settings = lora_settings(backbone, "teacher")  # so that the critic can start as its copy
+        elif trains_teacher:
+            add_lora(backbone, settings, seed=seed + 1, adapter="teacher")
+        add_lora(backbone, settings, seed=seed + 2, adapter="critic")
+        self._adapters: dict[Role, str | None] = {
+            "student": ADAPTER,
+            "critic": "critic",
+            "teacher": "teacher" if "teacher" in backbone.transformer.peft_config else None,
+        }
+        self._layers = _adapted_layers(backbone.transformer)
+        self._speaking: str | None = ADAPTER
+        trained = {ADAPTER, "critic", *(["teacher"] if trains_teacher else [])}
+        for name, weight in backbone.transformer.named_parameters():
+            weight.requires_grad_(_adapter_of(name) in trained)
+        for layer in self._layers:
+            layer._active_adapter = [ADAPTER]
+        if backbone.transformer.gradient_checkpointing:
+            backbone.transformer.enable_gradient_checkpointing(self._pinned_checkpoint)
+        self.copy("teacher", "critic")
+
+    def __call__(self, role: Role, latents: Tensor, timestep: Tensor, r_timestep: Tensor, text: Text) -> Tensor:
+        before, self._speaking = self._speaking, self._adapters[role]
+        try:
+            with _speaking(self._layers, self._speaking):
+                return self.student(latents, timestep, r_timestep, text)
+        finally:
+            self._speaking = before
+
+    def parameters(self, role: Role) -> list[tuple[str, nn.Parameter]]:
+        named = self.student.named_parameters()
+        return [
+            (name, weight)
+            for name, weight in named
+            if weight.requires_grad and _adapter_of(name) == self._adapters[role]
+        ]
+
+    @torch.no_grad()
+    def copy(self, source: Role, target: Role) -> None:
+        adapter, other = self._adapters[source], self._adapters[target]
+        weights = dict(self.student.named_parameters())
+        for name in [name for name in weights if _adapter_of(name) == other]:
+            if adapter is not None:
+                weights[name].copy_(weights[name.replace(f".{other}.", f".{adapter}.")])
+            elif ".lora_B." in name:
+                weights[name].zero_()  # the base itself: a change of nothing
+
+    def _pinned_checkpoint(self, block: nn.Module, *arguments: Any) -> Any:
+        """Checkpoint a block so that its second run sees the adapter of the first."""
+        adapter, layers = self._speaking, _adapted_layers(block)
+
+        def run(*inputs: Any) -> Any:
+            with _speaking(layers, adapter):
+                return block(*inputs)
+
+        return checkpoint(run, *arguments, use_reentrant=False)
+
+
+def bind(roles: Roles, role: Role, text: Text) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The seam ``u(z, t, r, rows)`` of a role over a batch's texts."""
+
+    def velocity(z: Tensor, t: Tensor, r: Tensor, rows: Tensor) -> Tensor:
+        return roles(role, z, t, r, text.select(rows))
+
+    return velocity
+
+
+def _adapted_layers(module: nn.Module) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+def _adapter_of(name: str) -> str | None:
+    """The adapter that a weight belongs to (``...to_q.lora_A.critic.weight``), None for the base's."""
+    return name.split(".lora_")[1].split(".")[1] if ".lora_" in name else None
+
+
+@contextmanager
+def _speaking(layers: Sequence[Any], adapter: str | None) -> Iterator[None]:
+    """Within the block the layers apply one adapter (None: the base alone); ``requires_grad`` is not touched."""
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._active_adapter = layer._active_adapter if adapter is None else [adapter]
+        layer._disable_adapters = adapter is None
+    try:
+        yield
+    finally:
+        for layer, (active, disabled) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, disabled
