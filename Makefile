@@ -17,7 +17,7 @@ CLIPS ?= 1000
 export PROMPT ?= A green car drives slowly and changes left from the middle lane to the left lane.
 
 .DEFAULT_GOAL := help
-.PHONY: help install finetune teacher forward codec base sample data mlflow bench test test-slow lint
+.PHONY: help install finetune teacher forward onpolicy codec base sample data mlflow bench test test-slow lint
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -34,6 +34,9 @@ endef
 
 finetune: $(VENV)/.installed ## teach an any-step model a domain: RECIPE=driving|robotics|games
 	$(call train,finetune)
+
+onpolicy: $(VENV)/.installed ## correct an any-step model on its own samples: RECIPE=tiny|wan2.1-t2v-1.3b|...
+	$(call train,onpolicy)
 
 forward: $(VENV)/.installed ## make a flow-matching model any-step: RECIPE=tiny|wan2.1-t2v-1.3b|...
 	$(call train,forward)

@@ -14,19 +14,22 @@ import torch
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build_vae, transformer_config
 from anyflow.backbone.load import load_backbone, new_backbone
-from anyflow.backbone.lora import LoraSettings, add_lora
+from anyflow.backbone.lora import LoraSettings, add_lora, load_lora
 from anyflow.backbone.protocol import FlowMapBackbone
+from anyflow.backbone.roles import AdapterRoles, Roles, SeparateRoles
 from anyflow.console import progress_line
 from anyflow.data.module import VideoDataModule
 from anyflow.data.reader import ShardReader, find_split
 from anyflow.flowmap.objective import FlowMapObjective
 from anyflow.recipe import Recipe
+from anyflow.recipe.schema import OptimizerRecipe
 from anyflow.stages.base import Stage
 from anyflow.stages.codec import CodecObjective, CodecStage
 from anyflow.stages.ema import EmaSettings
 from anyflow.stages.finetune import FinetuneStage
 from anyflow.stages.flow import Conditioning
 from anyflow.stages.forward import ForwardStage, IntervalShares
+from anyflow.stages.onpolicy import OnPolicySettings, OnPolicyStage
 from anyflow.stages.optimizers import OptimizerSettings
 from anyflow.stages.teacher import TeacherStage
 
@@ -51,8 +54,10 @@ def assemble(recipe: Recipe) -> Parts:
     if recipe.stage.name != "codec":
         codec.check_video_shape(recipe.data.frames, recipe.data.height, recipe.data.width)
     if recipe.model.lora.enabled and recipe.stage.name != "codec":
-        lora = recipe.model.lora
-        add_lora(backbone, LoraSettings(lora.rank, lora.alpha, tuple(lora.targets), dropout=lora.dropout))
+        if recipe.model.lora.start:
+            load_lora(backbone, recipe.model.lora.start)
+        else:
+            add_lora(backbone, lora_settings(recipe))
     return Parts(codec, backbone, build_stage(recipe, codec, backbone), build_data(recipe, codec))
 
 
@@ -79,9 +84,8 @@ def load_model(recipe: Recipe) -> tuple[Codec, FlowMapBackbone]:
 def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stage:
     """The LightningModule of the recipe's stage."""
     stage, shift = recipe.stage, recipe.model.shift
-    optimizer = OptimizerSettings(**{**asdict(recipe.optimizer), "betas": tuple(recipe.optimizer.betas)})
     shared: dict[str, Any] = {
-        "optimizer": optimizer,
+        "optimizer": optimizer_settings(recipe.optimizer),
         "ema": EmaSettings(**asdict(recipe.ema)),
         "total_steps": stage.steps,
         "seed": recipe.run.seed,
@@ -102,8 +106,54 @@ def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stag
         rebalance=stage.rebalance,
     )
     shares = IntervalShares(stage.diffusion_share, stage.consistency_share)
+    if stage.name == "onpolicy":
+        options = asdict(stage.onpolicy)
+        taken = ("budgets", "extra_guidance", "forward_weight", "critic_turns")
+        return OnPolicyStage(
+            build_roles(recipe, backbone),
+            codec,
+            conditioning=conditioning,
+            objective=objective,
+            shares=shares,
+            settings=OnPolicySettings(accumulate=recipe.hardware.accumulate, **{key: options[key] for key in taken}),
+            critic_optimizer=optimizer_settings(stage.onpolicy.critic),
+            **shared,
+        )
     kind = {"forward": ForwardStage, "finetune": FinetuneStage}[stage.name]
     return kind(backbone, codec, conditioning=conditioning, objective=objective, shares=shares, **shared)
+
+
+def build_roles(recipe: Recipe, backbone: FlowMapBackbone) -> Roles:
+    """Student, critic and teacher: adapters on the student's base, or networks of their own."""
+    teacher = recipe.stage.onpolicy.teacher
+    if recipe.model.lora.enabled:
+        if teacher:
+            load_lora(backbone, teacher, adapter="teacher")
+        return AdapterRoles(backbone, lora_settings(recipe), seed=recipe.run.seed)
+    network = load_backbone(
+        teacher,
+        architecture=recipe.model.architecture,
+        dtype=backbone.dtype,
+        gradient_checkpointing=recipe.hardware.gradient_checkpointing,
+    )
+    return SeparateRoles(backbone, network)
+
+
+def lora_settings(recipe: Recipe) -> LoraSettings:
+    """The shape of the recipe's adapters."""
+    lora = recipe.model.lora
+    return LoraSettings(lora.rank, lora.alpha, tuple(lora.targets), dropout=lora.dropout)
+
+
+def optimizer_settings(recipe: OptimizerRecipe) -> OptimizerSettings:
+    """How a recipe's weights move."""
+    return OptimizerSettings(**{**asdict(recipe), "betas": tuple(recipe.betas)})
+
+
+def batches_of(recipe: Recipe) -> int:
+    """Batches that the whole run asks of its data, on each rank."""
+    turns = 1 + recipe.stage.onpolicy.critic_turns if recipe.stage.name == "onpolicy" else 1
+    return recipe.stage.steps * recipe.hardware.accumulate * turns
 
 
 def build_data(recipe: Recipe, codec: Codec) -> VideoDataModule:
@@ -132,7 +182,7 @@ def build_data(recipe: Recipe, codec: Codec) -> VideoDataModule:
         height=data.height,
         width=data.width,
         fps=data.fps or None,
-        steps=recipe.stage.steps * recipe.hardware.accumulate,
+        steps=batches_of(recipe),
         seed=recipe.run.seed,
         num_workers=data.num_workers,
         error_budget=data.error_budget,

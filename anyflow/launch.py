@@ -16,7 +16,7 @@ import lightning
 import torch
 from lightning.pytorch.loggers import MLFlowLogger
 
-from anyflow.assemble import Parts, assemble
+from anyflow.assemble import Parts, assemble, batches_of
 from anyflow.callbacks.checkpoints import Checkpoints
 from anyflow.callbacks.preemption import Preemption
 from anyflow.callbacks.progress import TrainingProgress
@@ -106,18 +106,21 @@ def fit(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | Non
         measure_now = partial(_measure_now, recipe, run, parts, logger)
         every = recipe.sampling.every_steps
         callbacks.insert(0, Sampling(measure_now, every_steps=every, total_steps=recipe.stage.steps))
+    manual = not parts.stage.automatic_optimization  # such a stage has several optimisers and counts its own steps
+    turns = batches_of(recipe) // recipe.stage.steps if manual else 1
     trainer = lightning.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
         precision=hardware.precision,  # type: ignore[arg-type]
-        strategy=hardware.strategy,
-        accumulate_grad_batches=hardware.accumulate,
-        max_steps=recipe.stage.steps,
+        # a turn of one role leaves the other's weights without gradient, which plain ddp takes for a mistake
+        strategy="ddp_find_unused_parameters_true" if manual and hardware.strategy == "ddp" else hardware.strategy,
+        accumulate_grad_batches=1 if manual else hardware.accumulate,
+        max_steps=-1 if manual else recipe.stage.steps,  # else the declared length of the data ends the run
         max_epochs=1,  # one endless epoch of declared length: epoch boundaries are the stream's affair
         callbacks=callbacks,
         logger=logger or False,
-        log_every_n_steps=min(10, recipe.stage.steps),
+        log_every_n_steps=min(10, recipe.stage.steps) * turns,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

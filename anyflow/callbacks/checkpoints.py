@@ -46,7 +46,8 @@ class Checkpoints(Callback):
     def save(self, trainer: lightning.Trainer, stage: Any) -> Path:
         """Write a checkpoint of this moment; a reader sees the old newest one or this, never a part."""
         self._saved_step = stage.step
-        final = self.folder / f"step_{stage.step:08d}"
+        within = f"_turn_{stage.turn}" if getattr(stage, "turn", 0) else ""  # between the updates of one step
+        final = self.folder / f"step_{stage.step:08d}{within}"
         partial = self.folder / f"{final.name}.partial"
         if trainer.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)

@@ -30,6 +30,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_geometry(recipe)
     _check_model(recipe)
     _check_objective(recipe)
+    _check_onpolicy(recipe)
 
 
 def check_files(recipe: Recipe) -> None:
@@ -47,6 +48,10 @@ def check_files(recipe: Recipe) -> None:
     needed = [("model.codec", recipe.model.codec)]
     if recipe.model.init == "weights":
         needed.append(("model.weights", recipe.model.weights))
+    if recipe.model.lora.enabled:
+        needed.append(("model.lora.start", recipe.model.lora.start))
+    if recipe.stage.name == "onpolicy":
+        needed.append(("stage.onpolicy.teacher", recipe.stage.onpolicy.teacher))
     for key, place in needed:
         if place and not Path(place).exists() and not is_hub_id(place):
             raise UserError(
@@ -185,6 +190,25 @@ def _check_objective(recipe: Recipe) -> None:
         )
     if recipe.data.precompute and stage.name == "codec":
         raise UserError("data.precompute=true leaves the codec stage without pixels: set data.precompute=false")
+
+
+def _check_onpolicy(recipe: Recipe) -> None:
+    stage, onpolicy = recipe.stage, recipe.stage.onpolicy
+    if len(onpolicy.critic.betas) != 2:
+        raise UserError(f"stage.onpolicy.critic.betas={onpolicy.critic.betas} is no pair: give two numbers")
+    if stage.name != "onpolicy":
+        return
+    if not onpolicy.budgets:
+        raise UserError("stage.onpolicy.budgets is empty: give the step counts to simulate, for example [1, 2, 4, 8]")
+    if not recipe.model.lora.enabled and not onpolicy.teacher:
+        raise UserError(
+            "stage.onpolicy.teacher is empty: without LoRA there is no frozen base to teach, "
+            "so name the folder of a flow-matching model of the same data (the teacher stage's run)"
+        )
+    if recipe.model.init == "new":
+        raise UserError(
+            "stage onpolicy corrects an any-step model, and model.init='new' has none: set model.init=weights"
+        )
 
 
 def _check_model(recipe: Recipe) -> None:

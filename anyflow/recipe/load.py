@@ -14,7 +14,7 @@ from anyflow.recipe.check import check_recipe, fit_batch
 from anyflow.recipe.fields import all_fields, flatten, group_keys
 from anyflow.recipe.schema import GROUPS, Recipe
 
-STAGE_FOLDERS = ("codec", "teacher", "forward", "finetune")
+STAGE_FOLDERS = ("codec", "teacher", "forward", "onpolicy", "finetune")
 COMMAND_LINE = "command line"
 DERIVED = "derived"
 _PROJECT = Path(__file__).resolve().parents[2]

@@ -45,6 +45,7 @@ class LoraRecipe:
     dropout: float = _option(
         0.0, "must be 0: dropout would corrupt the finite difference of the flow-map target", low=0
     )
+    start: str = _option("", "folder of an adapter that training goes on from; empty: a new one")
     targets: list[str] = _option(list(LORA_TARGETS), "names (endings) of the layers that carry an adapter")
 
 
@@ -83,11 +84,42 @@ class CodecRecipe:
 
 
 @dataclass(frozen=True)
+class OptimizerRecipe:
+    """How the weights move."""
+
+    name: str = _option("adamw", "adamw, or muon (2-D weights by Muon, the rest by AdamW)", choices=("adamw", "muon"))
+    lr: float = _option(5e-5, "learning rate after warm-up", above=0, high=1)
+    betas: list[float] = _option([0.9, 0.95], "AdamW's two decay rates", low=0, high=0.999999)
+    weight_decay: float = _option(0.0, "decoupled weight decay", low=0)
+    warmup_steps: int = _option(0, "steps over which the learning rate grows from 0", low=0)
+    schedule: str = _option("constant", "after warm-up: constant, or cosine to 0", choices=("constant", "cosine"))
+    clip: float = _option(1.0, "largest norm of the gradient; 0 leaves it alone", low=0)
+
+
+@dataclass(frozen=True)
+class OnPolicyRecipe:
+    """The on-policy stage alone: the student is corrected on its own samples, against a teacher."""
+
+    teacher: str = _option(
+        "", "folder of the teacher: a model, or with LoRA an adapter on the same base; empty with LoRA: the base itself"
+    )
+    budgets: list[int] = _option(
+        [1, 2, 4, 8, 16, 50], "step counts that are simulated; the released list lacks 1 and loses quality there", low=1
+    )
+    extra_guidance: float = _option(
+        3.0, "the teacher's: cond + extra * (cond - uncond), which is a usual guidance scale of 1 + extra", low=0
+    )
+    forward_weight: float = _option(1.0, "weight of the forward loss on data in the same step; 0 leaves it out", low=0)
+    critic_turns: int = _option(1, "updates of the critic for each of the student's", low=1)
+    critic: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+
+
+@dataclass(frozen=True)
 class StageRecipe:
     """What is trained, and on which objective."""
 
     name: str = _option(
-        "finetune", "what kind of training this is", choices=("codec", "teacher", "forward", "finetune")
+        "finetune", "what kind of training this is", choices=("codec", "teacher", "forward", "finetune", "onpolicy")
     )
     steps: int = _option(200, "optimiser steps", low=1)
     guidance_scale: float = _option(3.0, "guidance fused into the weights; the result samples at scale 1", low=1)
@@ -113,19 +145,7 @@ class StageRecipe:
         0.1, "share of the samples trained on the negative prompt instead of their text", low=0, high=1
     )
     codec: CodecRecipe = field(default_factory=CodecRecipe)
-
-
-@dataclass(frozen=True)
-class OptimizerRecipe:
-    """How the weights move."""
-
-    name: str = _option("adamw", "adamw, or muon (2-D weights by Muon, the rest by AdamW)", choices=("adamw", "muon"))
-    lr: float = _option(5e-5, "learning rate after warm-up", above=0, high=1)
-    betas: list[float] = _option([0.9, 0.95], "AdamW's two decay rates", low=0, high=0.999999)
-    weight_decay: float = _option(0.0, "decoupled weight decay", low=0)
-    warmup_steps: int = _option(0, "steps over which the learning rate grows from 0", low=0)
-    schedule: str = _option("constant", "after warm-up: constant, or cosine to 0", choices=("constant", "cosine"))
-    clip: float = _option(1.0, "largest norm of the gradient; 0 leaves it alone", low=0)
+    onpolicy: OnPolicyRecipe = field(default_factory=OnPolicyRecipe)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class Stage(lightning.LightningModule):
         self.seed = seed
         self.step = 0
         self.position = 0
-        self.ema = Ema(trained, ema) if ema.decay > 0 else None
+        self.ema = Ema(trained.parameters(), ema) if ema.decay > 0 else None
 
     def generator(self, purpose: str, *position: int) -> torch.Generator:
         """A CPU generator for the current batch's ``purpose``, equal on all ranks."""
@@ -57,16 +57,22 @@ class Stage(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        """Clip by global norm and stop at the first gradient that is not a number."""
-        clip = self.optimizer_settings.clip
+        self.report(grad_norm=self.clip_norm(optimizer, self.optimizer_settings, "optimizer"))
+
+    def clip_norm(self, optimizer: Any, settings: OptimizerSettings, field: str) -> Tensor:
+        """Clip by global norm and stop at the first gradient that is not a number; returns the norm before.
+
+        Raises:
+            UserError: the norm is not finite; ``field`` is where the recipe has the settings.
+        """
         trainable = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(trainable, clip if clip > 0 else float("inf"))
+        norm = nn.utils.clip_grad_norm_(trainable, settings.clip if settings.clip > 0 else float("inf"))
         if not torch.isfinite(norm):
             raise UserError(
-                f"optimizer.lr={self.optimizer_settings.lr:g}: the gradient norm became {float(norm)} at step "
-                f"{self.step}; lower the learning rate or lengthen optimizer.warmup_steps, then resume"
+                f"{field}.lr={settings.lr:g}: the gradient norm became {float(norm)} at step "
+                f"{self.step}; lower the learning rate or lengthen {field}.warmup_steps, then resume"
             )
-        self.report(grad_norm=norm)
+        return norm
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

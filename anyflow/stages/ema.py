@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,19 +26,19 @@ class EmaSettings:
 class Ema(nn.Module):
     """Shadow weights as buffers, so that checkpoints and sharding carry them like any other weight.
 
-    Of a LoRA run it holds the adapters alone: the frozen base needs no average.
+    Of the parameters given it holds those that are trained: a frozen base needs no average.
     """
 
-    def __init__(self, module: nn.Module, settings: EmaSettings) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], settings: EmaSettings) -> None:
         super().__init__()
         self.settings = settings
-        self._sources = [p for p in module.parameters() if p.requires_grad]
+        self._sources = [p for p in parameters if p.requires_grad]
         for index, parameter in enumerate(self._sources):
             self.register_buffer(f"shadow_{index}", parameter.detach().clone())
 
     @property
     def shadows(self) -> list[Tensor]:
-        """The averaged weights, in the order of the module's trainable parameters."""
+        """The averaged weights, in the order of the trained parameters."""
         return [self.get_buffer(f"shadow_{index}") for index in range(len(self._sources))]
 
     @torch.no_grad()

@@ -95,7 +95,7 @@ def test_the_schedule_warms_up_then_follows_its_shape() -> None:
 
 def test_the_average_is_the_weights_until_it_starts_then_lags() -> None:
     net = nn.Linear(1, 1, bias=False)
-    ema = Ema(net, EmaSettings(decay=0.9, start_step=2))
+    ema = Ema(net.parameters(), EmaSettings(decay=0.9, start_step=2))
     nn.init.constant_(net.weight, 1.0)
     ema.update(1)
     assert float(ema.shadows[0]) == 1.0
@@ -113,4 +113,4 @@ def test_the_average_is_the_weights_until_it_starts_then_lags() -> None:
 def test_the_average_holds_trainable_weights_alone() -> None:
     net = network()
     net[0].requires_grad_(False)
-    assert len(Ema(net, EmaSettings()).shadows) == 2
+    assert len(Ema(net.parameters(), EmaSettings()).shadows) == 2
