@@ -22,7 +22,6 @@ from anyflow.data.module import VideoDataModule
 from anyflow.data.reader import ShardReader, find_split
 from anyflow.flowmap.objective import FlowMapObjective
 from anyflow.recipe import Recipe
-from anyflow.recipe.schema import OptimizerRecipe
 from anyflow.stages.base import Stage
 from anyflow.stages.codec import CodecObjective, CodecStage
 from anyflow.stages.ema import EmaSettings
@@ -85,7 +84,7 @@ def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stag
     """The LightningModule of the recipe's stage."""
     stage, shift = recipe.stage, recipe.model.shift
     shared: dict[str, Any] = {
-        "optimizer": optimizer_settings(recipe.optimizer),
+        "optimizer": optimizer_settings(asdict(recipe.optimizer)),
         "ema": EmaSettings(**asdict(recipe.ema)),
         "total_steps": stage.steps,
         "seed": recipe.run.seed,
@@ -116,7 +115,7 @@ def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stag
             objective=objective,
             shares=shares,
             settings=OnPolicySettings(accumulate=recipe.hardware.accumulate, **{key: options[key] for key in taken}),
-            critic_optimizer=optimizer_settings(stage.onpolicy.critic),
+            critic_optimizer=optimizer_settings(asdict(stage.onpolicy.critic)),
             **shared,
         )
     kind = {"forward": ForwardStage, "finetune": FinetuneStage}[stage.name]
@@ -145,9 +144,9 @@ def lora_settings(recipe: Recipe) -> LoraSettings:
     return LoraSettings(lora.rank, lora.alpha, tuple(lora.targets), dropout=lora.dropout)
 
 
-def optimizer_settings(recipe: OptimizerRecipe) -> OptimizerSettings:
-    """How a recipe's weights move."""
-    return OptimizerSettings(**{**asdict(recipe), "betas": tuple(recipe.betas)})
+def optimizer_settings(fields: dict[str, Any]) -> OptimizerSettings:
+    """How weights move, from the fields of a recipe's group."""
+    return OptimizerSettings(**{**fields, "betas": tuple(fields["betas"])})
 
 
 def batches_of(recipe: Recipe) -> int:
