@@ -166,7 +166,8 @@ def _check_keys(keys: Iterable[str], source: str) -> None:
 def _suggest(key: str, known: list[str]) -> str:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     last = key.rpartition(".")[2]
-    deep_first = sorted(known[::-1], key=lambda name: -name.count("."))  # so that optimizer.lr has the last word on lr
+    # the last word on "lr" has optimizer.lr, the shallowest and first
+    deep_first = sorted(known, key=lambda name: (-name.count("."), -known.index(name)))
     by_name = {name.rpartition(".")[2]: name for name in deep_first}
     if not close or last in by_name:
         close = [by_name[name] for name in difflib.get_close_matches(last, list(by_name), n=1, cutoff=0.7)] or close
