@@ -39,6 +39,12 @@ def training(model: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
+def onpolicy_training(model: Path, out: Path, *more: str) -> list[str]:
+    """On-policy distillation of a few seconds: three networks, two optimisers, two batches a step."""
+    words = training(model, out, f"stage.onpolicy.teacher={model}", "data.card=driving", "checkpoint.every_steps=1")
+    return ["train", "onpolicy/tiny", *words[2:], *more]
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
@@ -85,6 +91,20 @@ def test_a_stopped_run_goes_on_bitwise(
     assert whole.keys() == resumed.keys()
     different = [name for name in whole if not torch.equal(whole[name], resumed[name])]
     assert not different
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_onpolicy_run_goes_on_bitwise(number: signal.Signals, small_model: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "cut"
+    finished = run(*onpolicy_training(small_model, whole))
+    assert finished.returncode == 0, finished.stderr
+    start_and_stop(onpolicy_training(small_model, out), out, number)
+    finished = run(*onpolicy_training(small_model, out, "--resume", "auto"))
+    assert finished.returncode == 0, finished.stderr
+    expected, found = state(whole), state(out)
+    assert expected.keys() == found.keys() and any("others.critic" in name for name in found)
+    assert not [name for name in expected if not torch.equal(expected[name], found[name])]
 
 
 def test_a_finished_run_has_nothing_to_resume(small_model: Path, uninterrupted: Path) -> None:
