@@ -218,3 +218,24 @@ def test_limits_hold_for_the_defaults() -> None:
     assert all(
         value_of(recipe, key) == info.default for key, info in all_fields().items() if key[:4] not in ("mode", "run.")
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("stage.onpolicy.teacher=", "without LoRA there is no frozen base to teach"),
+        ("stage.onpolicy.budgets=[]", "stage.onpolicy.budgets is empty"),
+        ("stage.onpolicy.budgets=[0,4]", "give at least 1"),
+        ("stage.onpolicy.critic.betas=[0.9]", "stage.onpolicy.critic.betas=[0.9] is no pair"),
+        ("model.init=new", "model.codec"),
+    ],
+)
+def test_an_impossible_onpolicy_recipe_gets_one_sentence(override: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe("onpolicy/tiny", overrides=[override])
+    assert sentence in str(caught.value)
+
+
+def test_with_lora_the_base_may_teach() -> None:
+    recipe = load_recipe("onpolicy/wan2.1-t2v-1.3b", overrides=["data.card=driving"])
+    assert recipe.model.lora.enabled and recipe.stage.onpolicy.teacher == ""
