@@ -7,6 +7,7 @@ second time, so it is trained and saved with the rest. An exported adapter loads
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,10 @@ def add_lora(backbone: FlowMapBackbone, settings: LoraSettings, seed: int = 0, a
     for name, parameter in transformer.named_parameters():
         if ".lora_" not in name:
             parameter.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Already found a `peft_config`"
+        )  # several adapters are what roles are made of
         torch.manual_seed(seed)
         transformer.add_adapter(config, adapter)
     for name, parameter in transformer.named_parameters():
