@@ -191,11 +191,13 @@ def test_given_frames_do_not_count_in_the_normaliser() -> None:
     torch.testing.assert_close(found.gradient, found.raw / found.normaliser[:, None, None])
 
 
-def test_given_frames_are_left_alone() -> None:
+@pytest.mark.parametrize("times_know", [True, False], ids=["time 0 there", "one time a sample"])
+def test_given_frames_are_left_alone(times_know: bool) -> None:
+    """By the mask, even where the times do not say so."""
     generator = torch.Generator().manual_seed(1)
     samples, noise = (torch.randn(2, 3, 5, generator=generator) for _ in range(2))
     given = torch.tensor([[True, False, False]]).expand(2, 3)
-    timestep = torch.full((2, 3), 500.0).masked_fill(given, 0.0)
+    timestep = torch.full((2, 3), 500.0).masked_fill(given, 0.0) if times_know else torch.full((2,), 500.0)
     found = matching_gradient(
         lambda z, t, r, rows: z, lambda z, t, r, rows: 2 * z, samples, noise, timestep, ROWS[:2], given_frames=given
     )

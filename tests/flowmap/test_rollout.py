@@ -13,6 +13,7 @@ from torch import Tensor
 
 from anyflow.flowmap import (
     DEFAULT_BUDGETS,
+    RELEASED_BUDGETS,
     BackwardSimulation,
     draw_simulation,
     follow,
@@ -49,6 +50,12 @@ def test_every_budget_and_step_is_drawn_equally_often() -> None:
     for plan in drawn:
         counts[plan.num_steps, plan.index] += 1
     assert counts == {(1, 0): 48, (2, 0): 24, (2, 1): 24, **{(4, index): 12 for index in range(4)}}
+
+
+def test_one_step_is_among_the_budgets_by_default() -> None:
+    """The released list has no 1, and quality at one step falls with it."""
+    assert RELEASED_BUDGETS == (2, 4, 8, 16, 50)
+    assert list(DEFAULT_BUDGETS) == [1, *RELEASED_BUDGETS]
 
 
 def test_every_step_of_every_budget_can_be_drawn() -> None:
