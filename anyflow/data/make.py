@@ -48,6 +48,7 @@ def make_dataset(
     folder = Path("data/shards") / domain if out is None else out
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {str(folder)!r} is in use: give another folder, or remove it first")
+    packages = package_versions(*source.PACKAGES)  # before hours of rendering, not after
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
@@ -71,7 +72,7 @@ def make_dataset(
             provenance={
                 "command": f"anyflow data make {arguments}",
                 "seed": seed,
-                "packages": package_versions(*source.PACKAGES),
+                "packages": packages,
             },
         )
         write_card(card, building / CARD_NAME)

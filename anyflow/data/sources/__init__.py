@@ -10,7 +10,7 @@ import importlib
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from types import ModuleType
 from typing import Literal, TypeVar
@@ -50,8 +50,11 @@ def need_package(module: str, package: str) -> ModuleType:
 
 
 def package_versions(*packages: str) -> dict[str, str]:
-    """The versions of installed packages, for a card's provenance."""
-    return {package: version(package) for package in packages}
+    """The versions of installed packages, for a card's provenance; a UserError says which one is not installed."""
+    try:
+        return {package: version(package) for package in packages}
+    except PackageNotFoundError as error:
+        raise UserError(f"package {error.name!r} is needed to render this domain: run `pip install .[sim]`") from error
 
 
 def clip_generator(seed: int, split: Split, number: int) -> np.random.Generator:

@@ -46,7 +46,7 @@ ATTRIBUTES: dict[str, str | list[str]] = {
     "cars": "number of other cars, 1 or 2",
 }
 LICENCE = "MIT (rendered with highway-env)"
-PACKAGES = ("highway-env", "pygame", "numpy", "av")
+PACKAGES = ("highway-env", "pygame-ce", "numpy", "av")
 
 LANES = ("left", "middle", "right")
 LANE_WIDTH = 4.0
