@@ -6,32 +6,56 @@ frequencies, a plain tensor of text) they do what the stock ones do, so the wrap
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.transformers.transformer_anyflow import AnyFlowRotaryPosEmbed, AnyFlowTransformer3DModel
 from diffusers.models.transformers.transformer_anyflow import apply_rotary_emb as apply_stock_rotary
 from torch import Tensor
 
 from anyflow.backbone.protocol import Text
+from anyflow.backbone.segments import SegmentMask
 
 RotaryTable = tuple[Tensor, Tensor]
 """Cosines and sines, each ``[1, L, 1, head_dim / 2]`` float32, L = tokens of the video."""
 
 
-def install_processors(transformer: AnyFlowTransformer3DModel) -> None:
-    """Put this module's processors on every block."""
+class Memory(NamedTuple):
+    """Rotated keys and values ``[B, L, heads, head_dim]`` of tokens before those at hand, for one block.
+
+    It never changes, so a block that is run again (gradient checkpointing) finds what it found at first.
+    """
+
+    key: Tensor
+    value: Tensor
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What to attend to: the tokens before, then those at hand."""
+        return torch.cat([self.key, key], dim=1), torch.cat([self.value, value], dim=1)
+
+
+class Recorder:
+    """Takes down a block's keys and values for later passes to find."""
+
+    memory: Memory
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What to attend to: the tokens at hand alone."""
+        self.memory = Memory(key, value)
+        return key, value
+
+
+def install_processors(transformer: Any, self_attention: type[SelfAttentionProcessor]) -> None:
+    """Put this kind of self-attention, and this module's attention to text, on every block."""
     for block in transformer.blocks:
-        block.attn1.set_processor(SelfAttentionProcessor())
+        block.attn1.set_processor(self_attention())
         block.attn2.set_processor(TextAttentionProcessor())
 
 
-def rotary_table(rope: AnyFlowRotaryPosEmbed, grid: tuple[int, int, int], device: torch.device) -> RotaryTable:
-    """Angles of a token grid (frames, height, width), as the stock frequencies in float32."""
+def rotary_table(rope: Any, device: torch.device, **layout: Any) -> RotaryTable:
+    """Angles of a grid of tokens, as the stock frequencies (``rope`` called with ``layout``) in float32."""
     with torch.inference_mode(False), torch.no_grad():  # a table first built while sampling must serve training too
-        layout = {"total_frames": grid[0], "full_frame_shape": grid[1:]}
-        frequencies = rope(layout_cfg=layout, device=torch.device("cpu"))["query"]  # [1, 1, L, head_dim / 2] complex
+        frequencies = rope(device=torch.device("cpu"), **layout)["query"]  # [1, 1, L, head_dim / 2] complex
         frequencies = frequencies.transpose(1, 2)
         return frequencies.real.float().to(device), frequencies.imag.float().to(device)
 
@@ -71,7 +95,11 @@ def with_spare_token(text: Text) -> Text:
 
 
 class SelfAttentionProcessor:
-    """Attention of all video tokens to all video tokens, with rotary positions."""
+    """Attention of video tokens to video tokens, with rotary positions.
+
+    Blocks hand over their fifth and sixth argument as ``attention_mask`` and ``kv_cache``: None for all tokens to all,
+    else a mask, and a :class:`Memory` of other tokens or a :class:`Recorder` of these.
+    """
 
     _attention_backend = None
     _parallel_config = None
@@ -81,8 +109,10 @@ class SelfAttentionProcessor:
         attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | SegmentMask | None = None,
         rotary_emb: RotaryTable | dict[str, Tensor] | None = None,
+        kv_cache: Memory | Recorder | None = None,
+        kv_cache_flag: None = None,
     ) -> Tensor:
         query, key, value = _project(attn, hidden_states, hidden_states)
         if isinstance(rotary_emb, dict):
@@ -90,6 +120,8 @@ class SelfAttentionProcessor:
             key = apply_stock_rotary(key.transpose(1, 2), rotary_emb["key"]).transpose(1, 2)
         elif rotary_emb is not None:
             query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
+        if kv_cache is not None:
+            key, value = kv_cache.extend(key.to(value.dtype), value)
         return _attend(attn, query, key, value, attention_mask)
 
 
@@ -122,8 +154,11 @@ def _project(attn: Any, hidden_states: Tensor, source: Tensor) -> tuple[Tensor, 
     return tuple(part.unflatten(2, (attn.heads, -1)) for part in (query, key, value))  # type: ignore[return-value]
 
 
-def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | SegmentMask | None) -> Tensor:
     query, key = query.to(value.dtype), key.to(value.dtype)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    if isinstance(bias, SegmentMask):
+        attended = bias.attend(query, key, value)
+    else:
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2, 3)))

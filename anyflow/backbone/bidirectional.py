@@ -7,15 +7,24 @@ are the stock modules, called as modules: sharding hooks, adapters and activatio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers import AnyFlowTransformer3DModel
 from torch import Tensor
 
-from anyflow.backbone.attention import RotaryTable, install_processors, rotary_table, with_spare_token
+from anyflow.backbone.attention import (
+    Memory,
+    Recorder,
+    RotaryTable,
+    SelfAttentionProcessor,
+    install_processors,
+    rotary_table,
+    with_spare_token,
+)
 from anyflow.backbone.protocol import FlowMapBackbone, Text
+from anyflow.backbone.segments import SegmentMask
 
 FLOAT32_PARTS = (
     "time_embedder",
@@ -35,13 +44,15 @@ swallow small updates. Together they are under 2 % of the weights."""
 class BidirectionalBackbone(FlowMapBackbone):
     """Wraps an ``AnyFlowTransformer3DModel``; see :class:`~anyflow.backbone.protocol.FlowMapBackbone` for the call."""
 
+    self_attention: type[SelfAttentionProcessor] = SelfAttentionProcessor
+
     def __init__(self, transformer: AnyFlowTransformer3DModel, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         if transformer.config.image_dim is not None:
             raise ValueError("a transformer with image embeddings (image_dim) cannot serve as a flow-map backbone")
         self.transformer = transformer
         self._rotary_tables: dict[tuple[tuple[int, int, int], torch.device], RotaryTable] = {}
-        install_processors(transformer)
+        install_processors(transformer, self.self_attention)
         if gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
 
@@ -54,34 +65,62 @@ class BidirectionalBackbone(FlowMapBackbone):
         return self.transformer.patch_embedding.weight.device
 
     def forward(self, latents: Tensor, timestep: Tensor, r_timestep: Tensor, text: Text) -> Tensor:
-        if timestep.shape != r_timestep.shape or timestep.shape not in (latents.shape[:1], latents.shape[:2]):
-            raise ValueError(
-                f"timestep {tuple(timestep.shape)} and r_timestep {tuple(r_timestep.shape)} must both be [B] or [B, F] "
-                f"of latents {tuple(latents.shape)}"
-            )
-        net = self.transformer
-        hidden = net.patch_embedding(latents.to(self.dtype).transpose(1, 2))
+        return self._frames_at_once(latents, timestep, r_timestep, text)
+
+    def _frames_at_once(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        r_timestep: Tensor,
+        text: Text,
+        start: int = 0,
+        memories: Sequence[Memory] | None = None,
+    ) -> Tensor:
+        """Frames of which every token sees every other; they stand at frame ``start``, after those of ``memories``."""
+        check_times(latents, timestep, r_timestep)
+        hidden = self.transformer.patch_embedding(latents.to(self.dtype).transpose(1, 2))
         frames, height, width = hidden.shape[2:]
-        rotary = self._rotary_table((frames, height, width), hidden.device)
         hidden = hidden.flatten(2).transpose(1, 2)  # [B, L, dim], L = frames * height * width
         time, modulation = self._embed_times(timestep, r_timestep, tokens_per_frame=height * width)
+        table = self._rotary_table((start + frames, height, width), hidden.device)
+        rotary = tuple(part[:, -hidden.shape[1] :] for part in table)
+        hidden = self._through_blocks(hidden, text, modulation, rotary, None, memories)  # type: ignore[arg-type]
+        return self._read_out(hidden, time, (frames, height, width))
+
+    def _through_blocks(
+        self,
+        hidden: Tensor,
+        text: Text,
+        modulation: Tensor,
+        rotary: RotaryTable,
+        mask: SegmentMask | None = None,
+        memories: Sequence[Memory | Recorder] | None = None,
+    ) -> Tensor:
+        """Tokens ``[B, L, dim]`` through all blocks; ``mask`` and ``memories`` (one a block) are for self-attention."""
+        net = self.transformer
         text = with_spare_token(text)
         text = text._replace(embeddings=net.condition_embedder.text_embedder(text.embeddings.to(self.dtype)))
-
         checkpointing = net.gradient_checkpointing and torch.is_grad_enabled()
-        for block in net.blocks:
-            if checkpointing:
-                hidden = net._gradient_checkpointing_func(block, hidden, text, modulation, rotary, None)
-            else:
-                hidden = block(hidden, text, modulation, rotary, None)
+        for index, block in enumerate(net.blocks):
+            arguments = (hidden, text, modulation, rotary, mask, *(() if memories is None else (memories[index],)))
+            hidden = net._gradient_checkpointing_func(block, *arguments) if checkpointing else block(*arguments)
+        return hidden
 
-        shift, scale = (net.scale_shift_table[None] + time[:, :, None]).unbind(2)  # each [B, 1 or L, dim]
+    def _read_out(self, hidden: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Velocities ``[B, F, C, H, W]`` float32 of tokens; ``time`` is their embedding ``[B, 1 or L, dim]``."""
+        net = self.transformer
+        shift, scale = (net.scale_shift_table[None] + time[:, :, None]).unbind(2)
         hidden = net.norm_out(hidden.float()) * (1 + scale) + shift
         velocity = net.proj_out(hidden.to(net.proj_out.weight.dtype))
-        return self._unpatchify(velocity, frames, height, width).float()
+        return self._unpatchify(velocity, *grid).float()
 
-    def _embed_times(self, timestep: Tensor, r_timestep: Tensor, tokens_per_frame: int) -> tuple[Tensor, Tensor]:
-        """Embedding ``[B, N, dim]`` and modulation ``[B, N, 6, dim]``, float32; N is 1, or L for times ``[B, F]``."""
+    def _embed_times(
+        self, timestep: Tensor, r_timestep: Tensor, tokens_per_frame: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Embedding ``[B, N, dim]`` and modulation ``[B, N, 6, dim]``, float32; N is 1, or L for times ``[B, F]``.
+
+        ``tokens_per_frame`` is one number, or ``[F]`` int64 where frames differ.
+        """
         embedder = self.transformer.condition_embedder
         second = r_timestep if embedder.deltatime_type == "r" else timestep - r_timestep
         with torch.autocast(timestep.device.type, enabled=False):
@@ -101,7 +140,8 @@ class BidirectionalBackbone(FlowMapBackbone):
     def _rotary_table(self, grid: tuple[int, int, int], device: torch.device) -> RotaryTable:
         key = (grid, device)
         if key not in self._rotary_tables:
-            self._rotary_tables[key] = rotary_table(self.transformer.rope, grid, device)
+            layout = {"total_frames": grid[0], "full_frame_shape": grid[1:]}
+            self._rotary_tables[key] = rotary_table(self.transformer.rope, device, layout_cfg=layout)
         return self._rotary_tables[key]
 
     def _unpatchify(self, tokens: Tensor, frames: int, height: int, width: int) -> Tensor:
@@ -123,6 +163,15 @@ class BidirectionalBackbone(FlowMapBackbone):
             return moved
 
         return super()._apply(keep_float32, recurse)
+
+
+def check_times(latents: Tensor, timestep: Tensor, r_timestep: Tensor) -> None:
+    """Refuse times of another shape than the protocol's."""
+    if timestep.shape != r_timestep.shape or timestep.shape not in (latents.shape[:1], latents.shape[:2]):
+        raise ValueError(
+            f"timestep {tuple(timestep.shape)} and r_timestep {tuple(r_timestep.shape)} must both be [B] or [B, F] "
+            f"of latents {tuple(latents.shape)}"
+        )
 
 
 def _embed(sinusoids: Any, embedder: Any, time: Tensor) -> Tensor:

@@ -5,11 +5,16 @@ Shapes: B batch, F latent frames, C latent channels, S text tokens, D text width
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from anyflow.flowmap.sampling import Jump, follow, steps_of
+
+Ask = Callable[..., Tensor]
+"""Calls a network as its ``forward`` is called: the network itself, or one of its roles."""
 
 
 class Text(NamedTuple):
@@ -91,3 +96,36 @@ class FlowMapBackbone(nn.Module):
             ``[B, F, C, H, W]`` float32.
         """
         raise NotImplementedError
+
+    def generate(
+        self,
+        text: Text,
+        noise: Tensor,
+        jumps: Sequence[Jump],
+        *,
+        first_frames: Tensor | None = None,
+        ask: Ask | None = None,
+    ) -> Iterator[Tensor]:
+        """Follow the flow map from noise, and yield clean latents ``[B, f, C, H, W]`` part by part, as they are ready.
+
+        The parts joined along the frames are the video. This network makes it in one part; a causal one in chunks.
+        Gradients flow through the jumps of a part, unless the caller turns them off.
+
+        Args:
+            text: one prompt a sample.
+            noise: standard normal ``[B, F, C, H, W]``.
+            jumps: see :func:`anyflow.flowmap.sampling.steps_of` for a sampler's.
+            first_frames: given clean latents ``[B, k, C, H, W]``, which come back as they are (image- or
+                video-to-video).
+            ask: calls this network, in another role perhaps.
+        """
+        asked = ask or self
+        yield follow(lambda z, t, r: asked(z, t, r, text), noise, jumps, first_frames=first_frames)
+
+    @torch.no_grad()
+    def sample(
+        self, text: Text, noise: Tensor, num_steps: int, shift: float, first_frames: Tensor | None = None
+    ) -> Tensor:
+        """The clean latents of a ``num_steps``-step sampler (sec. 6); the arguments are :meth:`generate`'s."""
+        parts = self.generate(text, noise, steps_of(num_steps, shift), first_frames=first_frames)
+        return torch.cat(list(parts), dim=1)

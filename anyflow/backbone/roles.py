@@ -20,6 +20,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anyflow.backbone.lora import ADAPTER, LoraSettings, add_lora, has_lora, lora_settings
 from anyflow.backbone.protocol import FlowMapBackbone, Text
+from anyflow.flowmap.sampling import Jump
 
 Role = Literal["student", "critic", "teacher"]
 ROLES: tuple[Role, ...] = ("student", "critic", "teacher")
@@ -47,9 +49,25 @@ class Roles:
         self.others: dict[str, nn.Module] = {}
         self.frozen: nn.Module | None = None
 
-    def __call__(self, role: Role, latents: Tensor, timestep: Tensor, r_timestep: Tensor, text: Text) -> Tensor:
-        """The mean velocity in the eyes of a role; see :class:`~anyflow.backbone.protocol.FlowMapBackbone`."""
+    def __call__(
+        self, role: Role, latents: Tensor, timestep: Tensor, r_timestep: Tensor, text: Text, **view: Any
+    ) -> Tensor:
+        """The mean velocity in the eyes of a role; see :class:`~anyflow.backbone.protocol.FlowMapBackbone`.
+
+        ``view`` are what more the network can be asked for: see :class:`~anyflow.backbone.causal.CausalBackbone`.
+        """
         raise NotImplementedError
+
+    def generate(
+        self, role: Role, text: Text, noise: Tensor, jumps: Sequence[Jump], first_frames: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """What a role makes of noise, part by part; see :meth:`anyflow.backbone.protocol.FlowMapBackbone.generate`."""
+        network = self.network(role)
+        return network.generate(text, noise, jumps, first_frames=first_frames, ask=partial(self, role))
+
+    def network(self, role: Role) -> FlowMapBackbone:
+        """The network that answers for a role."""
+        return self.student
 
     def parameters(self, role: Role) -> list[tuple[str, nn.Parameter]]:
         """A role's trained weights by name; empty for a frozen teacher."""
@@ -86,8 +104,13 @@ class SeparateRoles(Roles):
         self.others = {"critic": critic, **({"teacher": teacher} if trains_teacher else {})}
         self.frozen = None if trains_teacher else teacher
 
-    def __call__(self, role: Role, latents: Tensor, timestep: Tensor, r_timestep: Tensor, text: Text) -> Tensor:
-        return self._networks[role](latents, timestep, r_timestep, text)
+    def __call__(
+        self, role: Role, latents: Tensor, timestep: Tensor, r_timestep: Tensor, text: Text, **view: Any
+    ) -> Tensor:
+        return self._networks[role](latents, timestep, r_timestep, text, **view)
+
+    def network(self, role: Role) -> FlowMapBackbone:
+        return self._networks[role]
 
     def parameters(self, role: Role) -> list[tuple[str, nn.Parameter]]:
         return [(name, weight) for name, weight in self._networks[role].named_parameters() if weight.requires_grad]
@@ -135,11 +158,13 @@ class AdapterRoles(Roles):
             backbone.transformer.enable_gradient_checkpointing(self._pinned_checkpoint)
         self.copy("teacher", "critic")
 
-    def __call__(self, role: Role, latents: Tensor, timestep: Tensor, r_timestep: Tensor, text: Text) -> Tensor:
+    def __call__(
+        self, role: Role, latents: Tensor, timestep: Tensor, r_timestep: Tensor, text: Text, **view: Any
+    ) -> Tensor:
         before, self._speaking = self._speaking, self._adapters[role]
         try:
             with _speaking(self._layers, self._speaking):
-                return self.student(latents, timestep, r_timestep, text)
+                return self.student(latents, timestep, r_timestep, text, **view)
         finally:
             self._speaking = before
 
@@ -172,11 +197,11 @@ class AdapterRoles(Roles):
         return checkpoint(run, *arguments, use_reentrant=False)
 
 
-def bind(roles: Roles, role: Role, text: Text) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The seam ``u(z, t, r, rows)`` of a role over a batch's texts."""
+def bind(roles: Roles, role: Role, text: Text, **view: Any) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The seam ``u(z, t, r, rows)`` of a role over a batch's texts, and a view of the network (its layout) if any."""
 
     def velocity(z: Tensor, t: Tensor, r: Tensor, rows: Tensor) -> Tensor:
-        return roles(role, z, t, r, text.select(rows))
+        return roles(role, z, t, r, text.select(rows), **view)
 
     return velocity
 

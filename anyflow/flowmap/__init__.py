@@ -21,6 +21,7 @@ path. Random draws and statistics over ranks come in as arguments; losses go out
 float32 or better whatever the network's precision.
 """
 
+from anyflow.flowmap.chunks import ChunkLayout, Lesson, draw_layout, layout_of, partition_frames, teach
 from anyflow.flowmap.intervals import Intervals, draw_intervals, keep_first_frame
 from anyflow.flowmap.matching import (
     MatchingGradient,
@@ -40,7 +41,7 @@ from anyflow.flowmap.objective import (
     rebalance,
 )
 from anyflow.flowmap.rollout import DEFAULT_BUDGETS, RELEASED_BUDGETS, BackwardSimulation, draw_simulation
-from anyflow.flowmap.sampling import BoundVelocity, follow, sample
+from anyflow.flowmap.sampling import BoundVelocity, follow, follow_chunks, sample
 from anyflow.flowmap.schedule import (
     TIMESTEPS,
     WeightKind,
@@ -59,31 +60,38 @@ __all__ = [
     "TIMESTEPS",
     "BackwardSimulation",
     "BoundVelocity",
+    "ChunkLayout",
     "FlowMapLoss",
     "FlowMapObjective",
     "Intervals",
+    "Lesson",
     "MatchingGradient",
     "Velocity",
     "WeightKind",
     "critic_loss",
     "diffusion_statistics",
     "draw_intervals",
+    "draw_layout",
     "draw_simulation",
     "flow_map_loss",
     "flow_matching_loss",
     "follow",
+    "follow_chunks",
     "inference_timesteps",
     "interpolate",
     "keep_first_frame",
+    "layout_of",
     "logit_normal_timestep",
     "matching_gradient",
     "matching_loss",
     "matching_timestep",
+    "partition_frames",
     "plain_flow_map_loss",
     "rebalance",
     "sample",
     "shift_sigma",
     "step",
+    "teach",
     "train_weight",
     "weight_table",
 ]

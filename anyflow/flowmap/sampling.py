@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -16,6 +16,10 @@ BoundVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 Jump = tuple[float, float]
 """From timestep ``t`` to timestep ``r < t``."""
+
+
+After = Callable[[Tensor, Sequence[int]], BoundVelocity]
+"""``after(clean, chunks)``: the velocity of the chunk that follows clean frames ``[B, f, ...]``, in these chunks."""
 
 
 @torch.no_grad()
@@ -66,3 +70,41 @@ def follow(
         if on_step is not None:
             on_step(done, latents)
     return latents
+
+
+def follow_chunks(
+    after: After,
+    noise: Tensor,
+    jumps: Sequence[Jump],
+    chunks: Sequence[int],
+    first_frames: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Go along the flow map chunk by chunk, and yield each chunk's clean latents as soon as they are there (sec. 5).
+
+    Each chunk takes all the jumps, from its own slice of the noise. Gradients flow through a chunk's jumps, and through
+    what ``after`` makes of the frames before no further back: those come to it detached.
+
+    Args:
+        after: the velocity of the next chunk.
+        noise: ``[B, F, ...]``, as :func:`follow`'s.
+        jumps: of every chunk.
+        chunks: frames of each, ``F`` in all.
+        first_frames: given clean latents ``[B, k, ...]`` that fill the first chunks, which are yielded as given.
+
+    Raises:
+        ValueError: the chunks are not as long as the noise, or the given frames end within one.
+    """
+    if sum(chunks) != noise.shape[1]:
+        raise ValueError(f"chunks {list(chunks)} have {sum(chunks)} frames, the noise has {noise.shape[1]}")
+    num_given = 0 if first_frames is None else first_frames.shape[1]
+    if num_given not in [sum(chunks[:done]) for done in range(len(chunks) + 1)]:
+        raise ValueError(f"{num_given} given frames end within a chunk of {list(chunks)}")
+    clean = noise[:, :0].detach()
+    for done, frames in enumerate(chunks):
+        own = slice(sum(chunks[:done]), sum(chunks[:done]) + frames)
+        if first_frames is not None and own.stop <= num_given:
+            chunk = at_least_float32(first_frames[:, own])
+        else:
+            chunk = follow(after(clean, chunks[:done]), noise[:, own], jumps)
+        clean = torch.cat([clean.to(chunk), chunk.detach()], dim=1)
+        yield chunk
