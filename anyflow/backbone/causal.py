@@ -120,8 +120,8 @@ class CausalBackbone(BidirectionalBackbone):
             raise ValueError(f"latents have {latents.shape[1]} frames, {layout} has {layout.num_frames}")
         net, context = self.transformer, layout.context_frames
         grid, far_grid = (
-            self._grid(latents, net.config.patch_size),
-            self._grid(latents, net.config.compressed_patch_size),
+            (latents.shape[3] // patch[1], latents.shape[4] // patch[2])
+            for patch in (net.config.patch_size, net.config.compressed_patch_size)
         )
         tokens, far_tokens = grid[0] * grid[1], far_grid[0] * far_grid[1]
         video = latents.to(self.dtype).transpose(1, 2)
