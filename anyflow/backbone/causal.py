@@ -25,7 +25,7 @@ from torch import Tensor
 
 from anyflow.backbone.attention import Memory, Recorder, RotaryTable, SelfAttentionProcessor, rotary_table
 from anyflow.backbone.bidirectional import BidirectionalBackbone, check_times
-from anyflow.backbone.far_attention import ExactFARAttnProcessor
+from anyflow.backbone.far_pipeline import ExactFARAttnProcessor
 from anyflow.backbone.protocol import Ask, Text
 from anyflow.backbone.segments import AttentionKind, segment_mask
 from anyflow.flowmap.chunks import ChunkLayout, layout_of, partition_frames
@@ -185,6 +185,9 @@ class CausalBackbone(BidirectionalBackbone):
             return lambda z, t, r: asked(z, t, r, text, window=window)
 
         yield from follow_chunks(after, noise, jumps, chunks, first_frames)
+
+    def fit_clip(self, num_frames: int) -> None:
+        self.transformer.register_to_config(chunk_partition=list(self.chunks_of(num_frames)))
 
     @torch.no_grad()
     def look_back(self, clean: Tensor, chunks: Sequence[int], text: Text, ask: Ask | None = None) -> Window | None:

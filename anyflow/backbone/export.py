@@ -1,4 +1,8 @@
-"""Any checkpoint out: a folder that diffusers' ``AnyFlowPipeline`` loads, or an adapter that it loads on top."""
+"""Any checkpoint out: a folder that diffusers' pipelines load, or an adapter that they load on top.
+
+``AnyFlowPipeline`` loads a bidirectional network, ``AnyFlowFARPipeline`` a causal one. The latter's cached attention is
+wrong in diffusers, so the corrected pipeline goes with the folder (see :mod:`anyflow.backbone.far_pipeline`).
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,17 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import AnyFlowPipeline, FlowMapEulerDiscreteScheduler
+from diffusers import AnyFlowFARTransformer3DModel, AnyFlowPipeline, FlowMapEulerDiscreteScheduler
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
+from anyflow.backbone import far_pipeline
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.lora import ADAPTER, LORA_FILE, lora_metadata, lora_state, merged_state
 from anyflow.backbone.model_card import ModelCard
@@ -65,8 +71,11 @@ def export_pipeline(
         _write_transformer(place / "transformer", transformer, merged_state(transformer, weights=weights), dtype)
         FlowMapEulerDiscreteScheduler(shift=shift).save_pretrained(place / "scheduler")
         _write_codec(place, codec, codec_dtype)
-        _write_index(place, codec)
-        (place / "README.md").write_text(card.render(), encoding="utf-8")
+        is_causal = isinstance(transformer, AnyFlowFARTransformer3DModel)
+        _write_index(place, codec, type(transformer).__name__, "AnyFlowFARPipeline" if is_causal else "AnyFlowPipeline")
+        if is_causal:
+            shutil.copyfile(far_pipeline.__file__, place / "pipeline.py")
+        (place / "README.md").write_text(replace(card, causal=is_causal).render(), encoding="utf-8")
     return target
 
 
@@ -104,14 +113,15 @@ def export_lora(
     )
     (target / partial).replace(target / LORA_FILE)
     if card is not None:
-        (target / "README.md").write_text(card.render(lora=True), encoding="utf-8")
+        is_causal = isinstance(backbone.transformer, AnyFlowFARTransformer3DModel)
+        (target / "README.md").write_text(replace(card, causal=is_causal).render(lora=True), encoding="utf-8")
     return target / LORA_FILE
 
 
 def _write_transformer(place: Path, transformer: Any, state: dict[str, Tensor], dtype: torch.dtype) -> None:
     place.mkdir()
     config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
-    header = {"_class_name": "AnyFlowTransformer3DModel", "_diffusers_version": diffusers.__version__}
+    header = {"_class_name": type(transformer).__name__, "_diffusers_version": diffusers.__version__}
     _write_json(place / "config.json", {**header, **config})
     _save_weights(place, state, dtype)
 
@@ -137,14 +147,14 @@ def _save_weights(place: Path, state: dict[str, Tensor], dtype: torch.dtype) -> 
     save_torch_state_dict(tensors, place, filename_pattern=_WEIGHTS_PATTERN, max_shard_size="10GB")
 
 
-def _write_index(place: Path, codec: Codec) -> None:
+def _write_index(place: Path, codec: Codec, transformer: str, pipeline: str) -> None:
     index = {
-        "_class_name": "AnyFlowPipeline",
+        "_class_name": pipeline,
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", "FlowMapEulerDiscreteScheduler"],
         "text_encoder": ["transformers", type(codec.text_encoder).__name__],
         "tokenizer": ["transformers", type(codec.tokenizer).__name__],
-        "transformer": ["diffusers", "AnyFlowTransformer3DModel"],
+        "transformer": ["diffusers", transformer],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
     _write_json(place / "model_index.json", index)

@@ -6,22 +6,31 @@ Weights are read from safetensors only, never from pickles, and every name and s
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AnyFlowTransformer3DModel, WanTransformer3DModel
+import torch.nn.functional as F
+from diffusers import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel, WanTransformer3DModel
 from torch import Tensor, nn
 
 from anyflow.backbone.bidirectional import FLOAT32_PARTS, BidirectionalBackbone
+from anyflow.backbone.causal import CausalBackbone
 from anyflow.backbone.files import read_json, read_weights, resolve_folder
 from anyflow.errors import UserError
 
-ARCHITECTURES: dict[str, type[BidirectionalBackbone]] = {"bidirectional": BidirectionalBackbone}
-"""The networks that can be built, by the name that a recipe gives."""
+ARCHITECTURES: dict[str, tuple[type[BidirectionalBackbone], type[nn.Module]]] = {
+    "bidirectional": (BidirectionalBackbone, AnyFlowTransformer3DModel),
+    "causal": (CausalBackbone, AnyFlowFARTransformer3DModel),
+}
+"""The networks that can be built, and what they wrap, by the name that a recipe gives."""
 
 GATE = 0.25
 """Share of the second time in the embedding, ``emb = (1 - GATE) * time(t) + GATE * delta(r)``, as released."""
+
+FAR_PATCH = (1, 4, 4)
+"""The patch of compressed frames, as released."""
 
 _KINDS = (
     "WanTransformer3DModel",
@@ -35,16 +44,16 @@ _TIME, _DELTA = "condition_embedder.time_embedder.", "condition_embedder.delta_e
 def load_backbone(
     path: str | Path,
     *,
-    architecture: str = "bidirectional",
+    architecture: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     gradient_checkpointing: bool = False,
 ) -> BidirectionalBackbone:
-    """Load a network, converting a plain Wan transformer on the way.
+    """Load a network, converting a plain Wan transformer or a bidirectional network on the way.
 
     Args:
         path: a pipeline folder, a transformer's folder, one of our runs, or a Hub name.
-        architecture: one of :data:`ARCHITECTURES`.
+        architecture: one of :data:`ARCHITECTURES`; None: what the folder holds.
         dtype: precision of the bulk of the weights (the parts that make times stay float32).
         device: where to put it.
         gradient_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
@@ -52,33 +61,35 @@ def load_backbone(
     Raises:
         UserError: the folder is missing or incomplete, holds another kind of network, or its weights do not fit.
     """
-    build = backbone_class(architecture)
-    return build(load_transformer(path, dtype), gradient_checkpointing).to(device)
+    transformer = load_transformer(path, dtype, architecture)
+    build = CausalBackbone if isinstance(transformer, AnyFlowFARTransformer3DModel) else BidirectionalBackbone
+    return build(transformer, gradient_checkpointing).to(device)
 
 
 def new_backbone(config: dict[str, Any], seed: int, architecture: str = "bidirectional") -> BidirectionalBackbone:
     """An untrained network of the given transformer configuration, with Wan's initialisation."""
+    backbone, kind = backbone_class(architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformer = AnyFlowTransformer3DModel.from_config(dict(config))
+        transformer = kind.from_config(dict(config))  # type: ignore[attr-defined]
         _initialise(transformer)
-    return backbone_class(architecture)(transformer)
+    return backbone(transformer)
 
 
-def backbone_class(architecture: str) -> type[BidirectionalBackbone]:
-    """The class behind a recipe's architecture.
+def backbone_class(architecture: str) -> tuple[type[BidirectionalBackbone], type[nn.Module]]:
+    """The classes behind a recipe's architecture: ours, and the diffusers module that it wraps.
 
     Raises:
         UserError: there is none of that name.
     """
     if architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        remedy = "is not available yet" if architecture == "causal" else "is not known"
-        raise UserError(f"architecture {architecture!r} {remedy}: choose {known}.")
+        raise UserError(f"architecture {architecture!r} is not known: choose {' or '.join(ARCHITECTURES)}.")
     return ARCHITECTURES[architecture]
 
 
-def load_transformer(path: str | Path, dtype: torch.dtype = torch.float32) -> AnyFlowTransformer3DModel:
+def load_transformer(
+    path: str | Path, dtype: torch.dtype = torch.float32, architecture: str | None = None
+) -> nn.Module:
     """diffusers' transformer of a checkpoint, on the CPU; see :func:`load_backbone`."""
     folder = resolve_folder(path)
     place = folder / "transformer" if (folder / "transformer").is_dir() else folder
@@ -90,21 +101,29 @@ def load_transformer(path: str | Path, dtype: torch.dtype = torch.float32) -> An
         if (folder / "transformer_2").is_dir():
             raise UserError(f"{folder} holds two transformers (Wan 2.2 A14B): take a model with one.")
         config = {**config, "gate_value": GATE, "deltatime_type": "r"}
-    arguments = _anyflow_config(config, place)
+    _refuse_unsupported(config, place)
     weights = read_weights(place, lambda name: _precision(name, dtype))
     # the old layout has one class for both networks, and the wrong one would load with a warning only
-    if kind == _KINDS[-1] or config.get("init_far_model") or any(name.startswith("far_") for name in weights):
-        raise UserError(f"{place} holds a causal (FAR) network, not available yet: take a bidirectional one.")
+    is_causal = kind == _KINDS[-1] or config.get("init_far_model") or any(name.startswith("far_") for name in weights)
+    wanted = architecture or ("causal" if is_causal else "bidirectional")
+    _, target = backbone_class(wanted)
+    if is_causal and wanted != "causal":
+        raise UserError(f"{place} holds a causal (FAR) network: set model.architecture to causal.")
     if kind == "WanTransformer3DModel":
         weights = _with_delta_embedder(weights)
-    return _assemble(arguments, weights, place)
+    if wanted == "causal" and not is_causal:
+        weights = _with_far_patch(weights, config.get("compressed_patch_size", FAR_PATCH))
+    return _assemble(target, config, weights, place)
 
 
-def from_wan(wan: WanTransformer3DModel) -> AnyFlowTransformer3DModel:
-    """The flow-map network that equals a Wan transformer wherever ``r = t`` (sec. 1)."""
-    config = _anyflow_config({**wan.config, "gate_value": GATE, "deltatime_type": "r"}, "the Wan transformer")
-    weights = {name: tensor.detach().clone() for name, tensor in wan.state_dict().items()}
-    return _assemble(config, _with_delta_embedder(weights), "the Wan transformer")
+def from_wan(wan: WanTransformer3DModel, architecture: str = "bidirectional") -> nn.Module:
+    """The flow-map network that equals a Wan transformer where ``r = t`` (sec. 1); a causal one, all frames at once."""
+    place, config = "the Wan transformer", {**wan.config, "gate_value": GATE, "deltatime_type": "r"}
+    _refuse_unsupported(config, place)
+    weights = _with_delta_embedder({name: tensor.detach().clone() for name, tensor in wan.state_dict().items()})
+    if architecture == "causal":
+        weights = _with_far_patch(weights, FAR_PATCH)
+    return _assemble(backbone_class(architecture)[1], config, weights, place)
 
 
 def read_shift(path: str | Path) -> float:
@@ -124,11 +143,20 @@ def _with_delta_embedder(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**weights, **copies}
 
 
-def _anyflow_config(config: dict[str, Any], place: Path | str) -> dict[str, Any]:
-    """The arguments of ``AnyFlowTransformer3DModel`` in a published configuration.
+def _with_far_patch(weights: dict[str, Tensor], patch: Sequence[int]) -> dict[str, Tensor]:
+    """Compressed frames start with the patch embedding's kernel, stretched over the larger patch."""
+    kernel = weights["patch_embedding.weight"]  # [dim, C, *patch]
+    stretched = F.interpolate(kernel.float().flatten(0, 1)[:, None], size=tuple(patch), mode="trilinear")
+    far = stretched.reshape(*kernel.shape[:2], *patch).to(kernel.dtype)
+    bias = weights["patch_embedding.bias"].clone()
+    return {**weights, "far_patch_embedding.weight": far, "far_patch_embedding.bias": bias}
+
+
+def _refuse_unsupported(config: dict[str, Any], place: Path | str) -> None:
+    """Refuse a published configuration whose network has parts that the flow-map network lacks.
 
     Raises:
-        UserError: the network has parts that the flow-map network lacks.
+        UserError: it has.
     """
     unsupported = {
         "image_dim": config.get("image_dim") is not None,
@@ -139,14 +167,14 @@ def _anyflow_config(config: dict[str, Any], place: Path | str) -> dict[str, Any]
     for name, refused in unsupported.items():
         if refused:
             raise UserError(f"{place} has {name} = {config[name]}: take a text-to-video Wan 2.1 or AnyFlow network.")
-    known = inspect.signature(AnyFlowTransformer3DModel.__init__).parameters
-    return {name: value for name, value in config.items() if name in known}
 
 
-def _assemble(config: dict[str, Any], weights: dict[str, Tensor], place: Path | str) -> AnyFlowTransformer3DModel:
+def _assemble(kind: Any, config: dict[str, Any], weights: dict[str, Tensor], place: Path | str) -> nn.Module:
     """Build without initialising (14 B random numbers take minutes), then put the weights in."""
+    known = inspect.signature(kind.__init__).parameters
+    config = {name: value for name, value in config.items() if name in known}
     with torch.device("meta"):
-        transformer = AnyFlowTransformer3DModel.from_config(config)
+        transformer = kind.from_config(config)
     _check_weights(transformer, weights, place)
     transformer.load_state_dict(weights, strict=True, assign=True)
     embedder = transformer.condition_embedder  # its gate is a constant which no checkpoint carries
@@ -176,7 +204,7 @@ def _some(names: set[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more weights"
 
 
-def _initialise(transformer: AnyFlowTransformer3DModel) -> None:
+def _initialise(transformer: Any) -> None:
     """Wan's start: Xavier, small embedders, and an output of zero. Both time embedders start equal."""
     for module in transformer.modules():
         if isinstance(module, nn.Linear):
@@ -189,3 +217,6 @@ def _initialise(transformer: AnyFlowTransformer3DModel) -> None:
             nn.init.normal_(linear.weight, std=0.02)
     embedder.delta_embedder.load_state_dict(embedder.time_embedder.state_dict())
     nn.init.zeros_(transformer.proj_out.weight)
+    if isinstance(transformer, AnyFlowFARTransformer3DModel):
+        start = _with_far_patch(transformer.state_dict(), transformer.config.compressed_patch_size)
+        transformer.load_state_dict(start)

@@ -27,6 +27,8 @@ class ModelCard:
     fps: float = 16.0
     limits: str = ""
     """What it cannot do."""
+    causal: bool = False
+    """Whether it makes a video chunk by chunk; the export knows."""
 
     def render(self, lora: bool = False) -> str:
         """The text of README.md, with the Hub's header."""
@@ -52,19 +54,32 @@ class ModelCard:
 
     def _usage(self, lora: bool) -> str:
         size = "num_frames={}, height={}, width={}".format(*self.size)
-        load = [f'pipe = AnyFlowPipeline.from_pretrained("{self.base_model if lora else "."}")']
+        place = self.base_model if lora else "."
+        kind = "DiffusionPipeline" if self.causal else "AnyFlowPipeline"
+        corrected = f', custom_pipeline="{place}", trust_remote_code=True' if self.causal else ""
+        load = [f'pipe = {kind}.from_pretrained("{place}"{corrected})']
         if lora:
             load.append('pipe.load_lora_weights(".")')
         code = [
-            "from diffusers import AnyFlowPipeline",
+            f"from diffusers import {kind}",
             "from diffusers.utils import export_to_video",
             "",
             *load,
             f'video = pipe("...", num_inference_steps=4, {size}).frames[0]',
             f'export_to_video(video, "video.mp4", fps={self.fps:g})',
         ]
-        hint = "Any number of steps works, from 1 up. Guidance is in the weights: keep `guidance_scale` at 1."
-        return "\n".join(["```python", *code, "```", "", hint])
+        hints = ["Any number of steps works, from 1 up. Guidance is in the weights: keep `guidance_scale` at 1."]
+        if self.causal:
+            hints.append(_CAUSAL_HINT)
+        return "\n".join(["```python", *code, "```", "", "\n\n".join(hints)])
+
+
+_CAUSAL_HINT = (
+    "This network makes a video chunk by chunk, and its first frames can be given: `pipe(..., video=frames)`. "
+    "`pipeline.py` is diffusers' `AnyFlowFARPipeline` with its cached attention corrected (the stock one attends to "
+    "padding); it is short, read it before you trust it. `AnyFlowFARPipeline.from_pretrained` loads this folder too, "
+    "with that defect: call `correct_attention(pipe.transformer)` of `pipeline.py` after it."
+)
 
 
 def _table(rows: Mapping[str, Mapping[str, float | str]]) -> str:

@@ -97,6 +97,9 @@ class FlowMapBackbone(nn.Module):
         """
         raise NotImplementedError
 
+    def fit_clip(self, num_frames: int) -> None:
+        """Note that clips of so many latent frames are trained on, where the network's configuration says that."""
+
     def generate(
         self,
         text: Text,

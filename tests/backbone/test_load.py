@@ -11,8 +11,9 @@ import torch
 from diffusers import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
+from anyflow.backbone.causal import CausalBackbone
 from anyflow.backbone.files import WEIGHTS_NAME
-from anyflow.backbone.load import backbone_class, from_wan, load_backbone, read_shift
+from anyflow.backbone.load import backbone_class, from_wan, load_backbone, new_backbone, read_shift
 from anyflow.errors import UserError
 
 
@@ -90,15 +91,68 @@ def test_loaded_weights_do_not_share_memory_with_the_file(stock, saved) -> None:
     assert torch.equal(backbone.transformer.proj_out.weight, before)
 
 
-def test_causal_networks_are_refused_in_both_layouts(tiny_config, saved, tmp_path) -> None:
-    AnyFlowFARTransformer3DModel(**tiny_config).save_pretrained(tmp_path / "causal")
-    with pytest.raises(UserError, match="causal"):
-        load_backbone(tmp_path / "causal")
-    change_config(saved, _class_name="FAR_Wan_Transformer3DModel", init_far_model=True)
-    with pytest.raises(UserError, match="causal"):
-        load_backbone(saved)
-    with pytest.raises(UserError, match="'causal' is not available yet: choose bidirectional"):
-        backbone_class("causal")
+@pytest.fixture
+def saved_far(tiny_config, tmp_path) -> Path:
+    """A causal pipeline folder's transformer, its second patch embedding trained."""
+    far = AnyFlowFARTransformer3DModel(**tiny_config, full_chunk_limit=2, chunk_partition=[1, 2])
+    torch.nn.init.normal_(far.far_patch_embedding.weight)
+    far.save_pretrained(tmp_path / "far" / "transformer")
+    return tmp_path / "far"
+
+
+@pytest.mark.parametrize("old_layout", [False, True])
+@pytest.mark.parametrize("architecture", [None, "causal"])
+def test_causal_networks_come_in_in_both_layouts(saved_far, old_layout, architecture) -> None:
+    if old_layout:
+        old = {"init_far_model": True, "qk_norm": "rms_norm_across_heads", "pos_embed_seq_len": None}
+        change_config(saved_far, _class_name="FAR_Wan_Transformer3DModel", **old)
+    backbone = load_backbone(saved_far, architecture=architecture)
+    assert isinstance(backbone, CausalBackbone)
+    assert backbone.transformer.config.full_chunk_limit == 2 and backbone.chunks_of(3) == (1, 2)
+    weights = load_file(saved_far / "transformer" / WEIGHTS_NAME)
+    for name, weight in backbone.transformer.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+
+
+def test_a_causal_network_is_no_bidirectional_one(saved_far) -> None:
+    with pytest.raises(UserError, match=r"holds a causal \(FAR\) network: set model.architecture to causal"):
+        load_backbone(saved_far, architecture="bidirectional")
+    with pytest.raises(UserError, match="'diagonal' is not known: choose bidirectional or causal"):
+        backbone_class("diagonal")
+
+
+@torch.no_grad()
+def test_wan_and_bidirectional_networks_become_causal(wan, stock, saved, tmp_path, make_text) -> None:
+    """All frames at once they are what they were; compressed frames start as diffusers starts them."""
+    text, full = make_text([3, 20])
+    latents, t = torch.randn(2, 3, 16, 8, 12), torch.tensor([981.0, 40.0])
+    wan.save_pretrained(tmp_path / "wan" / "transformer")
+    causal = load_backbone(tmp_path / "wan", architecture="causal")
+    expected = wan(latents.transpose(1, 2), t, full, return_dict=False)[0].transpose(1, 2)
+    torch.testing.assert_close(causal(latents, t, t, text), expected, atol=1e-5, rtol=1e-5)
+    for name, weight in from_wan(wan, "causal").state_dict().items():
+        assert torch.equal(weight, causal.transformer.state_dict()[name]), name
+
+    converted = load_backbone(saved, architecture="causal")
+    bidirectional = load_backbone(saved)
+    torch.testing.assert_close(converted(latents, t, t / 2, text), bidirectional(latents, t, t / 2, text))
+    fresh = AnyFlowFARTransformer3DModel(**{k: v for k, v in stock.config.items() if not k.startswith("_")})
+    fresh.patch_embedding.load_state_dict(stock.patch_embedding.state_dict())
+    kernel = fresh.patch_embedding.weight.view(-1, 1, 1, 2, 2)
+    stretched = torch.nn.functional.interpolate(kernel, size=(1, 4, 4), mode="trilinear", align_corners=False)
+    torch.testing.assert_close(converted.transformer.far_patch_embedding.weight, stretched.view(48, 16, 1, 4, 4))
+    assert torch.equal(converted.transformer.far_patch_embedding.bias, stock.patch_embedding.bias)
+
+
+def test_a_new_causal_network_starts_as_a_converted_one(tiny_config) -> None:
+    new, plain = new_backbone({**tiny_config, "chunk_partition": [1, 2]}, 3, "causal"), new_backbone(tiny_config, 3)
+    assert isinstance(new, CausalBackbone) and new.chunks_of(5) == (1, 2, 2)
+    far = new.transformer.far_patch_embedding.weight
+    torch.testing.assert_close(far.mean((2, 3, 4)), new.transformer.patch_embedding.weight.mean((2, 3, 4)))
+    assert not new.transformer.proj_out.weight.any()
+    new.fit_clip(8)
+    assert list(new.transformer.config.chunk_partition) == [1, 2, 2, 2, 1]
+    plain.fit_clip(8)  # a bidirectional network takes any length
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
-"""Right cached attention for diffusers' causal AnyFlow network; needs diffusers and torch alone.
+"""diffusers' causal AnyFlow pipeline with right cached attention. Needs diffusers and torch alone.
 
-diffusers' ``AnyFlowCausalAttnProcessor`` pads keys with zeros to a multiple of 128 and, where no mask excludes them,
-attends to the padding: every chunk of a video but its cache is then slightly wrong. After loading a pipeline::
+This file goes with every exported causal model, as ``pipeline.py``. diffusers' own ``AnyFlowCausalAttnProcessor`` pads
+keys with zeros to a multiple of 128 and, where no mask excludes them, attends to the padding, so every chunk of a video
+comes out slightly wrong. With this file it does not::
 
-    from far_attention import correct_attention
-    correct_attention(pipeline.transformer)
+    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
 
-docs/far-attention-padding.md of the anyflow project tells the whole story.
+or, for a pipeline loaded otherwise, ``correct_attention(pipe.transformer)``. The whole story is in anyflow's
+docs/far-attention-padding.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers import AnyFlowFARPipeline
 from diffusers.models.transformers.transformer_anyflow_far import AnyFlowCausalAttnProcessor
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -55,3 +57,10 @@ def correct_attention(transformer: Any) -> Any:
     for block in transformer.blocks:
         block.attn1.set_processor(ExactFARAttnProcessor())
     return transformer
+
+
+class ExactFARPipeline(AnyFlowFARPipeline):
+    """``AnyFlowFARPipeline`` whose transformer has its attention corrected."""
+
+    def __init__(self, tokenizer: Any, text_encoder: Any, transformer: Any, vae: Any, scheduler: Any) -> None:
+        super().__init__(tokenizer, text_encoder, correct_attention(transformer), vae, scheduler)
