@@ -51,7 +51,8 @@ def assemble(recipe: Recipe) -> Parts:
     """
     codec, backbone = load_model(recipe)
     if recipe.stage.name != "codec":
-        codec.check_video_shape(recipe.data.frames, recipe.data.height, recipe.data.width)
+        shape = codec.latent_shape(recipe.data.frames, recipe.data.height, recipe.data.width)
+        backbone.fit_clip(shape[0])
     if recipe.model.lora.enabled and recipe.stage.name != "codec":
         if recipe.model.lora.start:
             load_lora(backbone, recipe.model.lora.start)
@@ -72,7 +73,8 @@ def load_model(recipe: Recipe) -> tuple[Codec, FlowMapBackbone]:
     else:
         codec = Codec.from_folder(model.codec or model.weights, dtype=dtype)
     if model.init == "new":
-        backbone: FlowMapBackbone = new_backbone({**transformer_config(), **model.network}, recipe.run.seed)
+        network = {**transformer_config(), **model.network}
+        backbone: FlowMapBackbone = new_backbone(network, recipe.run.seed, model.architecture)
     else:
         backbone = load_backbone(model.weights, architecture=model.architecture, dtype=dtype)
     if recipe.hardware.gradient_checkpointing:
@@ -92,7 +94,9 @@ def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stag
     if stage.name == "codec":
         codec.vae.requires_grad_(True)
         return CodecStage(codec.vae, CodecObjective(**asdict(stage.codec)), **shared)
-    conditioning = Conditioning(recipe.model.negative_prompt, stage.text_drop, stage.i2v_prob)
+    conditioning = Conditioning(
+        recipe.model.negative_prompt, stage.text_drop, stage.i2v_prob, stage.long_context, stage.bidirectional_prob
+    )
     if stage.name == "teacher":
         return TeacherStage(backbone, codec, conditioning=conditioning, shift=shift, **shared)
     objective = FlowMapObjective(
@@ -130,8 +134,7 @@ def build_roles(recipe: Recipe, backbone: FlowMapBackbone) -> Roles:
             load_lora(backbone, teacher, adapter="teacher")
         return AdapterRoles(backbone, lora_settings(recipe), seed=recipe.run.seed)
     network = load_backbone(
-        teacher,
-        architecture=recipe.model.architecture,
+        teacher,  # of either architecture: teacher and critic see all frames at once
         dtype=backbone.dtype,
         gradient_checkpointing=recipe.hardware.gradient_checkpointing,
     )

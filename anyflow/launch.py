@@ -107,14 +107,16 @@ def fit(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | Non
         every = recipe.sampling.every_steps
         callbacks.insert(0, Sampling(measure_now, every_steps=every, total_steps=recipe.stage.steps))
     manual = not parts.stage.automatic_optimization  # such a stage has several optimisers and counts its own steps
+    # a turn of one role leaves the other's weights without gradient, a step without compressed frames their patches:
+    # plain ddp takes both for a mistake
+    resting = manual or recipe.model.architecture == "causal"
     turns = batches_of(recipe) // recipe.stage.steps if manual else 1
     trainer = lightning.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
         precision=hardware.precision,  # type: ignore[arg-type]
-        # a turn of one role leaves the other's weights without gradient, which plain ddp takes for a mistake
-        strategy="ddp_find_unused_parameters_true" if manual and hardware.strategy == "ddp" else hardware.strategy,
+        strategy="ddp_find_unused_parameters_true" if hardware.strategy == "ddp" and resting else hardware.strategy,
         accumulate_grad_batches=1 if manual else hardware.accumulate,
         max_steps=-1 if manual else recipe.stage.steps,  # else the declared length of the data ends the run
         max_epochs=1,  # one endless epoch of declared length: epoch boundaries are the stream's affair

@@ -28,7 +28,7 @@ from anyflow.backbone.bidirectional import BidirectionalBackbone, check_times
 from anyflow.backbone.far_pipeline import ExactFARAttnProcessor
 from anyflow.backbone.protocol import Ask, Text
 from anyflow.backbone.segments import AttentionKind, segment_mask
-from anyflow.flowmap.chunks import ChunkLayout, layout_of, partition_frames
+from anyflow.flowmap.chunks import ChunkLayout, draw_layout, layout_of, partition_frames
 from anyflow.flowmap.sampling import BoundVelocity, Jump, follow_chunks
 
 
@@ -62,6 +62,7 @@ class CausalBackbone(BidirectionalBackbone):
     """
 
     self_attention = CausalAttentionProcessor
+    is_causal = True
 
     def __init__(
         self,
@@ -185,6 +186,10 @@ class CausalBackbone(BidirectionalBackbone):
             return lambda z, t, r: asked(z, t, r, text, window=window)
 
         yield from follow_chunks(after, noise, jumps, chunks, first_frames)
+
+    def draw_layout(self, num_frames: int, uniforms: Tensor, long_context: float) -> ChunkLayout:
+        limit = self.transformer.config.full_chunk_limit
+        return draw_layout(uniforms, self.chunks_of(num_frames), limit, long_context)
 
     def fit_clip(self, num_frames: int) -> None:
         self.transformer.register_to_config(chunk_partition=list(self.chunks_of(num_frames)))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from anyflow.flowmap.chunks import ChunkLayout
 from anyflow.flowmap.sampling import Jump, follow, steps_of
 
 Ask = Callable[..., Tensor]
@@ -96,6 +97,16 @@ class FlowMapBackbone(nn.Module):
             ``[B, F, C, H, W]`` float32.
         """
         raise NotImplementedError
+
+    is_causal = False
+    """Whether it makes videos chunk by chunk."""
+
+    def draw_layout(self, num_frames: int, uniforms: Tensor, long_context: float) -> ChunkLayout | None:
+        """Which frames of a clip a training pass looks at and how, from two uniforms; None: all of them at once.
+
+        See :func:`anyflow.flowmap.chunks.draw_layout`; a pass with a layout is asked for with ``layout=``.
+        """
+        return None
 
     def fit_clip(self, num_frames: int) -> None:
         """Note that clips of so many latent frames are trained on, where the network's configuration says that."""

@@ -144,6 +144,12 @@ class StageRecipe:
     text_drop: float = _option(
         0.1, "share of the samples trained on the negative prompt instead of their text", low=0, high=1
     )
+    long_context: float = _option(
+        0.5, "causal networks: share of the steps that train chunks after compressed context", low=0, high=1
+    )
+    bidirectional_prob: float = _option(
+        0.1, "causal networks: share of the steps with an extra loss on all frames at once", low=0, high=1
+    )
     codec: CodecRecipe = field(default_factory=CodecRecipe)
     onpolicy: OnPolicyRecipe = field(default_factory=OnPolicyRecipe)
 

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.protocol import FlowMapBackbone, Text
+from anyflow.flowmap.chunks import ChunkLayout, Lesson, teach
+from anyflow.flowmap.intervals import keep_first_frame
 from anyflow.flowmap.objective import Velocity
+from anyflow.flowmap.schedule import logit_normal_timestep
 from anyflow.stages.base import Stage, world
 from anyflow.stages.ema import EmaSettings
 from anyflow.stages.optimizers import OptimizerSettings
@@ -24,11 +27,15 @@ class Conditioning:
         negative_prompt: The text that stands for "no text": of dropped samples and of the unconditional pass.
         text_drop: Probability that a sample's text is replaced by the negative prompt.
         i2v_prob: Probability that a step trains image-to-video: the first latent frame is given.
+        long_context: Of a causal network: probability that a step trains chunks after compressed context.
+        bidirectional_prob: Of a causal network: probability of an extra loss with all frames at once.
     """
 
     negative_prompt: str = ""
     text_drop: float = 0.1
     i2v_prob: float = 0.0
+    long_context: float = 0.5
+    bidirectional_prob: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -89,13 +96,40 @@ class FlowStage(Stage):
         text = self.codec.encode_text([*batch["caption"], self.conditioning.negative_prompt])
         return FlowBatch(clean, noise.to(clean), text, rows.to(self.device), given.expand(len(clean)).to(self.device))
 
-    def velocity(self, text: Text) -> Velocity:
-        """The seam ``u(z, t, r, rows)`` with this batch's texts bound."""
+    def velocity(self, text: Text, layout: ChunkLayout | None = None) -> Velocity:
+        """The seam ``u(z, t, r, rows)`` with this batch's texts bound, and the layout of a pass over chunks if any."""
+        view = {} if layout is None else {"layout": layout}
 
         def velocity(z: Tensor, t: Tensor, r: Tensor, rows: Tensor) -> Tensor:
-            return self.backbone(z, t, r, text.select(rows))
+            return self.backbone(z, t, r, text.select(rows), **view)
 
         return velocity
+
+    def draw_layout(self, data: FlowBatch) -> ChunkLayout | None:
+        """Which chunks of the clips this step trains, equal on all ranks; None: all frames at once."""
+        uniforms = torch.rand(2, generator=self.generator("chunks"))
+        return self.backbone.draw_layout(data.clean.shape[1], uniforms, self.conditioning.long_context)
+
+    def keeps_bidirectional(self) -> bool:
+        """Whether this step also trains a causal network with all frames at once; equal on all ranks."""
+        chance = float(torch.rand((), generator=self.generator("bidirectional")))
+        return self.backbone.is_causal and chance < self.conditioning.bidirectional_prob
+
+    def lesson(
+        self, data: FlowBatch, timestep: Tensor, r_timestep: Tensor, layout: ChunkLayout | None = None
+    ) -> Lesson:
+        """The batch at times ``[B]`` as the network is taught it: a first frame given or not, in chunks or not."""
+        lesson = Lesson(data.clean, data.noise, timestep, r_timestep)
+        if bool(data.first_frame_given.any()):
+            times = keep_first_frame(timestep, r_timestep, data.clean.shape[1], data.first_frame_given)
+            lesson = Lesson(data.clean, data.noise, *times)
+        return lesson if layout is None else teach(layout, lesson)
+
+    def draw_logit_normal(self, purpose: str, batch_size: int, shift: float) -> Tensor:
+        """Shifted logit-normal timesteps ``[B]`` of this rank's samples."""
+        own = self.global_indices(batch_size)
+        normals = torch.cat([torch.randn(1, generator=self.generator(purpose, i)) for i in own])
+        return logit_normal_timestep(normals, shift).to(self.device)
 
     def draw_all(self, purpose: str, *size: int) -> Tensor:
         """Uniforms for the whole global batch, the same on every rank."""

@@ -7,13 +7,14 @@ balance every interval's loss to the diffusion samples';  loss = mean
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from anyflow.flowmap.intervals import Intervals, draw_intervals, keep_first_frame
-from anyflow.flowmap.objective import FlowMapObjective, flow_map_loss, rebalance
+from anyflow.flowmap.chunks import ChunkLayout
+from anyflow.flowmap.intervals import Intervals, draw_intervals
+from anyflow.flowmap.objective import FlowMapLoss, FlowMapObjective, Velocity, flow_map_loss, rebalance
 from anyflow.stages.base import global_mean, world
 from anyflow.stages.flow import FlowBatch, FlowStage
 
@@ -44,34 +45,38 @@ class ForwardStage(FlowStage):
 
     def forward_loss(self, data: FlowBatch) -> Tensor:
         """Section 3, from the drawn intervals to the balanced mean over this rank's samples."""
-        intervals = self.draw_times(len(data.clean))
-        timestep, r_timestep, loss_frames = intervals.timestep, intervals.r_timestep, None
-        if bool(data.first_frame_given.any()):
-            timestep, r_timestep, loss_frames = keep_first_frame(
-                timestep, r_timestep, data.clean.shape[1], data.first_frame_given
-            )
-        result = flow_map_loss(
-            self.objective,
-            self.velocity(data.text),
-            data.clean,
-            data.noise,
-            timestep,
-            r_timestep,
-            data.rows,
-            loss_frames,
-            same_calls=world()[1] > 1,
-        )
+        layout = self.draw_layout(data)
+        result = self.flow_map(data, self.velocity(data.text, layout=layout), self.shares, layout)
         per_sample = result.per_sample
         diffusion_mean = global_mean(per_sample, result.is_diffusion)
         if diffusion_mean is not None:
             self.report(diffusion_loss=diffusion_mean)
         if self.objective.rebalance:
             per_sample = rebalance(per_sample, result.is_diffusion, diffusion_mean)
-        return per_sample.mean()
+        loss = per_sample.mean()
+        return loss + self.bidirectional_loss(data) if self.keeps_bidirectional() else loss
 
-    def draw_times(self, batch_size: int) -> Intervals:
+    def flow_map(
+        self, data: FlowBatch, velocity: Velocity, shares: IntervalShares, layout: ChunkLayout | None = None
+    ) -> FlowMapLoss:
+        """The objective of a velocity field on this rank's samples, each at the interval drawn for it."""
+        intervals = self.draw_times(len(data.clean), shares)
+        lesson = self.lesson(data, intervals.timestep, intervals.r_timestep, layout)
+        return flow_map_loss(self.objective, velocity, **vars(lesson), rows=data.rows, same_calls=world()[1] > 1)
+
+    def bidirectional_loss(self, data: FlowBatch) -> Tensor:
+        """Plain flow matching of all frames at once, guidance fused: what keeps a causal network's other mode alive."""
+        timestep = self.draw_logit_normal("bidirectional timestep", len(data.clean), self.objective.shift)
+        lesson = self.lesson(data, timestep, timestep)
+        unweighted = replace(self.objective, weight="uniform")
+        found = flow_map_loss(unweighted, self.velocity(data.text), **vars(lesson), rows=data.rows)
+        loss = found.per_sample.mean()
+        self.report(bidirectional_loss=loss.detach())
+        return loss
+
+    def draw_times(self, batch_size: int, shares: IntervalShares) -> Intervals:
         """This rank's part of the global batch's intervals."""
         rank, ranks = world()
         uniforms = self.draw_all("intervals", batch_size * ranks, 2)
-        intervals = draw_intervals(uniforms, self.shares.diffusion, self.shares.consistency, self.objective.shift)
+        intervals = draw_intervals(uniforms, shares.diffusion, shares.consistency, self.objective.shift)
         return intervals.for_rank(rank, ranks).to(self.device)

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from anyflow.backbone.roles import Role, Roles, bind
+from anyflow.flowmap.chunks import ChunkLayout
 from anyflow.flowmap.intervals import keep_first_frame
 from anyflow.flowmap.matching import critic_loss, matching_gradient, matching_loss, matching_timestep
 from anyflow.flowmap.objective import Velocity
@@ -152,10 +153,10 @@ class OnPolicyStage(ForwardStage):
         plan = draw_simulation(
             torch.rand(2, generator=self.generator("simulation")), self.settings.budgets, self.objective.shift
         )
-        rows = self.own_texts(data)
-        student = self.velocity(data.text)
+        text = data.text.select(self.own_texts(data))
         first_frames = data.clean[:, :1] if bool(data.first_frame_given.any()) else None
-        return plan.run(lambda z, t, r: student(z, t, r, rows), self.draw_noise("rollout", data.clean), first_frames)
+        noise = self.draw_noise("rollout", data.clean)
+        return torch.cat(list(self.roles.generate("student", text, noise, plan.jumps, first_frames)), dim=1)
 
     def update(self, role: Role) -> None:
         """One optimiser step of the student or the critic."""
@@ -173,9 +174,9 @@ class OnPolicyStage(ForwardStage):
         if is_students and self.ema is not None:
             self.ema.update(self.step + 1)
 
-    def velocity(self, text: Any, role: Role = "student") -> Velocity:
+    def velocity(self, text: Any, role: Role = "student", layout: ChunkLayout | None = None) -> Velocity:  # type: ignore[override]
         """The seam of a role with this batch's texts bound."""
-        return bind(self.roles, role, text)
+        return bind(self.roles, role, text, **({} if layout is None else {"layout": layout}))
 
     def own_texts(self, data: FlowBatch) -> Tensor:
         """Rows of the samples' own prompts: nothing is dropped from a rollout."""

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from anyflow.flowmap.intervals import keep_first_frame
+from anyflow.flowmap.chunks import ChunkLayout
 from anyflow.flowmap.objective import flow_matching_loss
-from anyflow.flowmap.schedule import logit_normal_timestep
-from anyflow.stages.flow import FlowStage
+from anyflow.stages.flow import FlowBatch, FlowStage
 
 
 class TeacherStage(FlowStage):
@@ -26,19 +24,18 @@ class TeacherStage(FlowStage):
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Regress the velocity of the path at one time."""
         data = self.prepare(batch)
-        timestep = self.draw_timestep(len(data.clean))
-        loss_frames = None
-        if bool(data.first_frame_given.any()):
-            timestep, _, loss_frames = keep_first_frame(timestep, timestep, data.clean.shape[1], data.first_frame_given)
-        per_sample = flow_matching_loss(
-            self.velocity(data.text), data.clean, data.noise, timestep, data.rows, loss_frames
-        )
-        loss = per_sample.mean()
+        loss = self.matching_loss(data, "timestep", self.draw_layout(data))
+        if self.keeps_bidirectional():
+            loss = loss + self.matching_loss(data, "bidirectional timestep")
         self.report(loss=loss)
         return loss
 
-    def draw_timestep(self, batch_size: int) -> Tensor:
-        """Logit-normal times ``[B]``, shifted."""
-        own = self.global_indices(batch_size)
-        normal = torch.cat([torch.randn(1, generator=self.generator("timestep", i)) for i in own])
-        return logit_normal_timestep(normal, self.shift).to(self.device)
+    def matching_loss(self, data: FlowBatch, purpose: str, layout: ChunkLayout | None = None) -> Tensor:
+        """Plain flow matching at times drawn for this purpose, over chunks or all frames at once."""
+        timestep = self.draw_logit_normal(purpose, len(data.clean), self.shift)
+        lesson = self.lesson(data, timestep, timestep, layout)
+        velocity = self.velocity(data.text, layout)
+        per_sample = flow_matching_loss(
+            velocity, lesson.clean, lesson.noise, lesson.timestep, data.rows, lesson.loss_frames
+        )
+        return per_sample.mean()

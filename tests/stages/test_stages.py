@@ -91,7 +91,7 @@ def test_the_forward_stage_is_the_plain_objective_balanced(codec: Codec) -> None
     loss = stage.training_step(batch(), 0)
 
     data = stage.prepare(batch())
-    times = stage.draw_times(4)
+    times = stage.draw_times(4, stage.shares)
     plain = plain_flow_map_loss(
         objective, stage.velocity(data.text), data.clean, data.noise, times.timestep, times.r_timestep, data.rows
     )
