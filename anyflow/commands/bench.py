@@ -47,7 +47,12 @@ def _measure(name: str, data: str, recipe: str, batch_size: int) -> dict[str, An
         return loader_benchmark(data)
     from anyflow.benchmark import start_benchmark, step_benchmark
 
-    return step_benchmark(batch_size=batch_size) if name == "step" else start_benchmark(recipe)
+    if name == "start":
+        return start_benchmark(recipe)
+    return {
+        "prompts padded to 512 tokens": step_benchmark(batch_size=batch_size),
+        "prompts without padding": step_benchmark(batch_size=batch_size, padded_length=0),
+    }
 
 
 def _told(name: str, result: dict[str, Any]) -> list[str]:
@@ -58,9 +63,16 @@ def _told(name: str, result: dict[str, Any]) -> list[str]:
     if name == "start":
         parts = [f"  {seconds:6.2f} s  {part}" for part, seconds in result.items() if part != "total"]
         return [f"start: {result['total']:.1f} s from the command to the end of the first training step", *parts]
+    return [line for terms, figures in result.items() for line in _told_step(terms, figures)]
+
+
+def _told_step(terms: str, result: dict[str, Any]) -> list[str]:
+    """A step's figure in words: which prompts, how much faster, each way's cost."""
     faster, smaller = f"{result['speedup']:.2f}", f"1/{result['memory_ratio']:.2f}"
-    terms = f"losses within {result['loss_difference']:.1e}, {result['batch_size']} clips, {result['device']}"
-    lines = [f"step: {faster} times as fast as the plain order of work, in {smaller} of its memory ({terms})"]
+    lines = [
+        f"step, {terms}: {faster} times as fast as the plain order of work, in {smaller} of its memory "
+        f"({result['batch_size']} clips, {result['device']}, losses within {result['loss_difference']:.1e})"
+    ]
     for way, facts in result["ways"].items():
         lines.append(
             f"  {way:<9} {facts['seconds']:7.3f} s  {facts['peak_bytes'] / 1e6:8.1f} MB  loss {facts['loss']:.6f}"
