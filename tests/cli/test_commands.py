@@ -140,7 +140,7 @@ def test_evaluate_measures_a_curve(small_model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_step_benchmark_agrees_with_the_plain_order() -> None:
-    from anyflow.benchmark import step_benchmark
+    from anyflow.benchmark.step import step_benchmark
 
     result = step_benchmark(batch_size=4, repeats=1)
     assert result["loss_difference"] < 1e-5

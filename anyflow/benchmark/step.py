@@ -1,18 +1,10 @@
-"""The project's figures, each against the thing it is to be compared with, both in one run.
-
-``step_benchmark``: a forward-training step against the plain order of work. ``start_benchmark``: the seconds from the
-command to the first training step, and where they go. The loader has its own in ``anyflow/data/bench.py``.
-"""
+"""A forward-training step against the plain order of work, both in one run."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +45,7 @@ def step_benchmark(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ways = _ways(batch_size, padded_length, size, seed, device)
     losses = {name: float(step().per_sample.detach().mean()) for name, step in ways.items()}
-    peaks = {name: _peak_bytes(step, device) for name, step in ways.items()}
+    peaks = {name: peak_bytes(step, device) for name, step in ways.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, step in ways.items():
@@ -148,7 +140,7 @@ def _texts(batch_size: int, padded_length: int, width: int, generator: Any, devi
     return Text(padded[:, :longest], lengths, padded_length).to(device), padded.to(device)
 
 
-def _peak_bytes(step: Callable[[], Any], device: str) -> int:
+def peak_bytes(step: Callable[[], Any], device: str) -> int:
     """Most bytes that a step holds at once beyond what it found."""
     import torch
 
@@ -167,63 +159,3 @@ def _peak_bytes(step: Callable[[], Any], device: str) -> int:
         held += change.nbytes()
         peak = max(peak, held)
     return peak
-
-
-def start_benchmark(recipe: str = "finetune/driving", overrides: tuple[str, ...] = ()) -> dict[str, float]:
-    """Seconds from the command to the first training step, by part, in a fresh process.
-
-    The samples before training are left out: they are part of the run's result, not of its start.
-
-    Raises:
-        UserError: the recipe cannot be run.
-    """
-    command = [sys.executable, "-m", "anyflow.benchmark", str(time.time()), recipe, *overrides]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        from anyflow.errors import UserError
-
-        raise UserError(f"the start of {recipe} cannot be measured: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def measure_start(began: float, recipe_name: str, overrides: list[str]) -> dict[str, float]:
-    """What ``anyflow train`` does up to its first step, timed from ``began`` (seconds since the epoch)."""
-    marks: dict[str, float] = {}
-    last = began
-
-    def mark(part: str) -> None:
-        nonlocal last
-        now = time.time()
-        marks[part], last = now - last, now
-
-    import anyflow.cli  # noqa: F401
-
-    mark("python and command line")
-    from anyflow.recipe import check_files, load_recipe
-
-    recipe = load_recipe(recipe_name, overrides=["stage.steps=1", "run.tracking_uri=", *overrides])
-    check_files(recipe)
-    mark("recipe")
-    from anyflow.launch import assemble, fit
-    from anyflow.runs import RunFolder
-
-    mark("libraries (torch, lightning, diffusers)")
-    parts = assemble(recipe)
-    mark("weights and data")
-    take_step = parts.stage.optimizer_step
-
-    def first_step(*arguments: Any, **options: Any) -> None:
-        take_step(*arguments, **options)
-        mark("trainer, first batch, first step")
-
-    parts.stage.optimizer_step = first_step  # type: ignore[method-assign]
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        fit(recipe, RunFolder(Path(folder)), parts, None)
-    marks["total"] = sum(marks.values())
-    return marks
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure_start(float(sys.argv[1]), sys.argv[2], sys.argv[3:])))
