@@ -6,7 +6,7 @@ Nothing here trains; ``--dry-run`` builds all of it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from anyflow.recipe import Recipe
 from anyflow.stages.base import Stage
 from anyflow.stages.codec import CodecObjective, CodecStage
 from anyflow.stages.ema import EmaSettings
-from anyflow.stages.finetune import FinetuneStage
+from anyflow.stages.finetune import FinetuneStage, FinetuneTailStage, TailPlan
 from anyflow.stages.flow import Conditioning
 from anyflow.stages.forward import ForwardStage, IntervalShares
 from anyflow.stages.onpolicy import OnPolicySettings, OnPolicyStage
@@ -109,36 +109,52 @@ def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stag
         rebalance=stage.rebalance,
     )
     shares = IntervalShares(stage.diffusion_share, stage.consistency_share)
-    if stage.name == "onpolicy":
-        options = asdict(stage.onpolicy)
-        taken = ("budgets", "extra_guidance", "forward_weight", "critic_turns")
-        return OnPolicyStage(
-            build_roles(recipe, backbone),
-            codec,
-            conditioning=conditioning,
-            objective=objective,
-            shares=shares,
-            settings=OnPolicySettings(accumulate=recipe.hardware.accumulate, **{key: options[key] for key in taken}),
-            critic_optimizer=optimizer_settings(asdict(stage.onpolicy.critic)),
-            **shared,
-        )
+    shared |= {"conditioning": conditioning, "objective": objective, "shares": shares}
+    if stage.name == "onpolicy" or recipe.has_tail:
+        return build_onpolicy(recipe, codec, backbone, shared)
     kind = {"forward": ForwardStage, "finetune": FinetuneStage}[stage.name]
-    return kind(backbone, codec, conditioning=conditioning, objective=objective, shares=shares, **shared)
+    return kind(backbone, codec, **shared)
+
+
+def build_onpolicy(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone, shared: dict[str, Any]) -> OnPolicyStage:
+    """The on-policy stage, or fine-tuning with an on-policy tail."""
+    stage = recipe.stage
+    options = asdict(stage.onpolicy)
+    taken = ("budgets", "extra_guidance", "forward_weight", "critic_turns", "watch")
+    settings = OnPolicySettings(accumulate=recipe.hardware.accumulate, **{key: options[key] for key in taken})
+    critic_optimizer = optimizer_settings(asdict(stage.onpolicy.critic))
+    roles = build_roles(recipe, backbone)
+    if not recipe.has_tail:
+        return OnPolicyStage(roles, codec, settings=settings, critic_optimizer=critic_optimizer, **shared)
+    del shared["total_steps"]
+    return FinetuneTailStage(
+        roles,
+        codec,
+        settings=replace(settings, extra_guidance=0.0),  # the adapted teacher has its guidance fused, as its base
+        critic_optimizer=critic_optimizer,
+        plan=TailPlan(stage.steps, stage.tail.teacher_steps, stage.tail.steps),
+        tail_optimizer=optimizer_settings(asdict(stage.tail.optimizer)),
+        **shared,
+    )
 
 
 def build_roles(recipe: Recipe, backbone: FlowMapBackbone) -> Roles:
-    """Student, critic and teacher: adapters on the student's base, or networks of their own."""
-    teacher = recipe.stage.onpolicy.teacher
+    """Student, critic and teacher: adapters on the student's base, or networks of their own.
+
+    Before an on-policy tail the teacher is the base, and is trained.
+    """
+    teacher = recipe.model.weights if recipe.has_tail else recipe.stage.onpolicy.teacher
     if recipe.model.lora.enabled:
-        if teacher:
+        if teacher and not recipe.has_tail:
             load_lora(backbone, teacher, adapter="teacher")
-        return AdapterRoles(backbone, lora_settings(recipe), seed=recipe.run.seed)
+        settings, seed = lora_settings(recipe), recipe.run.seed
+        return AdapterRoles(backbone, settings, trains_teacher=recipe.has_tail, seed=seed)
     network = load_backbone(
         teacher,  # of either architecture: teacher and critic see all frames at once
         dtype=backbone.dtype,
         gradient_checkpointing=recipe.hardware.gradient_checkpointing,
     )
-    return SeparateRoles(backbone, network)
+    return SeparateRoles(backbone, network, trains_teacher=recipe.has_tail)
 
 
 def lora_settings(recipe: Recipe) -> LoraSettings:
@@ -154,8 +170,9 @@ def optimizer_settings(fields: dict[str, Any]) -> OptimizerSettings:
 
 def batches_of(recipe: Recipe) -> int:
     """Batches that the whole run asks of its data, on each rank."""
-    turns = 1 + recipe.stage.onpolicy.critic_turns if recipe.stage.name == "onpolicy" else 1
-    return recipe.stage.steps * recipe.hardware.accumulate * turns
+    onpolicy_steps = {"onpolicy": recipe.stage.steps, "finetune": recipe.stage.tail.steps}.get(recipe.stage.name, 0)
+    critics = onpolicy_steps * recipe.stage.onpolicy.critic_turns
+    return (recipe.total_steps + critics) * recipe.hardware.accumulate
 
 
 def build_data(recipe: Recipe, codec: Codec) -> VideoDataModule:

@@ -96,7 +96,7 @@ class FlowStage(Stage):
         text = self.codec.encode_text([*batch["caption"], self.conditioning.negative_prompt])
         return FlowBatch(clean, noise.to(clean), text, rows.to(self.device), given.expand(len(clean)).to(self.device))
 
-    def velocity(self, text: Text, layout: ChunkLayout | None = None) -> Velocity:
+    def velocity(self, text: Text, *, layout: ChunkLayout | None = None) -> Velocity:
         """The seam ``u(z, t, r, rows)`` with this batch's texts bound, and the layout of a pass over chunks if any."""
         view = {} if layout is None else {"layout": layout}
 

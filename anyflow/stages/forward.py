@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from anyflow.flowmap.chunks import ChunkLayout
+from anyflow.flowmap.chunks import ChunkLayout, Lesson
 from anyflow.flowmap.intervals import Intervals, draw_intervals
 from anyflow.flowmap.objective import FlowMapLoss, FlowMapObjective, Velocity, flow_map_loss, rebalance
 from anyflow.stages.base import global_mean, world
@@ -62,17 +62,32 @@ class ForwardStage(FlowStage):
         """The objective of a velocity field on this rank's samples, each at the interval drawn for it."""
         intervals = self.draw_times(len(data.clean), shares)
         lesson = self.lesson(data, intervals.timestep, intervals.r_timestep, layout)
-        return flow_map_loss(self.objective, velocity, **vars(lesson), rows=data.rows, same_calls=world()[1] > 1)
+        return self.objective_of(self.objective, velocity, lesson, data.rows)
 
     def bidirectional_loss(self, data: FlowBatch) -> Tensor:
         """Plain flow matching of all frames at once, guidance fused: what keeps a causal network's other mode alive."""
         timestep = self.draw_logit_normal("bidirectional timestep", len(data.clean), self.objective.shift)
         lesson = self.lesson(data, timestep, timestep)
         unweighted = replace(self.objective, weight="uniform")
-        found = flow_map_loss(unweighted, self.velocity(data.text), **vars(lesson), rows=data.rows)
-        loss = found.per_sample.mean()
+        loss = self.objective_of(unweighted, self.velocity(data.text), lesson, data.rows).per_sample.mean()
         self.report(bidirectional_loss=loss.detach())
         return loss
+
+    def objective_of(
+        self, objective: FlowMapObjective, velocity: Velocity, lesson: Lesson, rows: Tensor
+    ) -> FlowMapLoss:
+        """An objective of a velocity field on what is taught."""
+        return flow_map_loss(
+            objective,
+            velocity,
+            lesson.clean,
+            lesson.noise,
+            lesson.timestep,
+            lesson.r_timestep,
+            rows,
+            lesson.loss_frames,
+            same_calls=world()[1] > 1,
+        )
 
     def draw_times(self, batch_size: int, shares: IntervalShares) -> Intervals:
         """This rank's part of the global batch's intervals."""

@@ -34,7 +34,7 @@ class TeacherStage(FlowStage):
         """Plain flow matching at times drawn for this purpose, over chunks or all frames at once."""
         timestep = self.draw_logit_normal(purpose, len(data.clean), self.shift)
         lesson = self.lesson(data, timestep, timestep, layout)
-        velocity = self.velocity(data.text, layout)
+        velocity = self.velocity(data.text, layout=layout)
         per_sample = flow_matching_loss(
             velocity, lesson.clean, lesson.noise, lesson.timestep, data.rows, lesson.loss_frames
         )
