@@ -16,7 +16,7 @@ from anyflow.data.plan import Plan
 from anyflow.data.reader import ShardReader, find_split
 from anyflow.data.stream import ClipDataset
 from anyflow.errors import UserError
-from anyflow.evaluation.curve import CurveResult, HeldOut, OnProgress, bind_text, measure_curve
+from anyflow.evaluation.curve import CurveResult, HeldOut, OnProgress, measure_curve, sampler_of
 
 
 def held_out(cards: Sequence[str], split: str, shape: ClipShape, count: int | None = None) -> list[HeldOut]:
@@ -55,10 +55,13 @@ def curve_of(
     seed: int = 0,
     label: str = "after",
     split: str = "heldout",
+    given_frames: int = 0,
     batch_size: int = 8,
     on_progress: OnProgress | None = None,
 ) -> CurveResult:
     """Measure a model on ``prompts`` held-out prompts, against the other held-out clips (topped up from training ones).
+
+    ``given_frames`` latent frames are given from each prompt's own clip: 1 is image-to-video.
 
     Raises:
         UserError: The data has too few clips.
@@ -70,7 +73,7 @@ def curve_of(
     if len(reference) < len(items):
         reference = [*reference, *held_out(cards, "train", shape, prompts - len(reference))]
     return measure_curve(
-        bind_text(backbone, codec),
+        sampler_of(backbone, codec),
         codec,
         items,
         reference,
@@ -78,6 +81,7 @@ def curve_of(
         steps=steps,
         shift=shift,
         seed=seed,
+        given_frames=given_frames,
         batch_size=batch_size,
         device=next(backbone.parameters()).device,
         on_progress=on_progress,

@@ -50,6 +50,7 @@ def measure(
             steps=recipe.sampling.steps,
             shift=recipe.model.shift,
             seed=recipe.sampling.seed,
+            given_frames=recipe.sampling.given_frames,
             label=label,
             split=recipe.data.heldout,
             on_progress=on_progress,

@@ -147,7 +147,6 @@ class CausalBackbone(BidirectionalBackbone):
     # Chunk by chunk ---------------------------------------------------------------------------------------------------
 
     def chunks_of(self, num_frames: int, num_given: int = 0) -> tuple[int, ...]:
-        """The chunks that this many latent frames are divided into."""
         return partition_frames(num_frames, self.transformer.config.chunk_partition, num_given)
 
     def generate(
@@ -163,7 +162,7 @@ class CausalBackbone(BidirectionalBackbone):
         """Chunk by chunk, each after the window behind it; see the protocol's.
 
         A video longer than those trained on moves its window: the oldest chunks drop out of it, and frames are
-        numbered from its start, so neither time nor memory of a chunk grow any further.
+        numbered from its start, so neither time nor memory of a chunk grow any further. The chunk before always stays.
 
         Args:
             text: as in the protocol.
@@ -180,7 +179,7 @@ class CausalBackbone(BidirectionalBackbone):
 
         def after(clean: Tensor, done: Sequence[int]) -> BoundVelocity:
             frames = chunks[len(done)]
-            while sum(done) + frames > longest:
+            while sum(done) + frames > longest and len(done) > 1:
                 done = done[1:]
             window = self.look_back(clean[:, clean.shape[1] - sum(done) :], done, text, ask)
             return lambda z, t, r: asked(z, t, r, text, window=window)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import re
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from anyflow.backbone.protocol import Text
-from anyflow.backbone.wan_vae import decode_latents, encode_moments
+from anyflow.backbone.wan_vae import StreamingDecoder, decode_latents, encode_moments
 from anyflow.errors import UserError
 
 MAX_TEXT_TOKENS = 512
@@ -155,6 +156,15 @@ class Codec(nn.Module):
             video = decode_latents(self.vae, clips) if one_pass else self.vae.decode(clips, return_dict=False)[0]
             videos.append(video.float().clamp(-1, 1))
         return torch.cat(videos)
+
+    @torch.no_grad()
+    def decode_parts(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Video uint8 ``[B, f, H, W, 3]`` of each part of a video's normalised latents, as it comes."""
+        decoder = StreamingDecoder(self.vae)
+        mean, std = self._statistics()
+        for part in parts:
+            stored = part.to(self.device).float().transpose(1, 2) * std + mean
+            yield bytes_from_pixels(decoder(stored.to(self.dtype)).float().clamp(-1, 1))
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Per-channel mean and standard deviation of stored latents, ``[1, C, 1, 1, 1]`` float32."""

@@ -108,6 +108,10 @@ class FlowMapBackbone(nn.Module):
         """
         return None
 
+    def chunks_of(self, num_frames: int, num_given: int = 0) -> tuple[int, ...]:
+        """Frames of each part that a video of so many latent frames, the first of them given, is made in."""
+        return (num_frames,)
+
     def fit_clip(self, num_frames: int) -> None:
         """Note that clips of so many latent frames are trained on, where the network's configuration says that."""
 

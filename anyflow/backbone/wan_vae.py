@@ -49,6 +49,29 @@ def decode_latents(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     return video if vae.config.patch_size is None else unpatchify(video, patch_size=vae.config.patch_size)
 
 
+class StreamingDecoder:
+    """Decodes the latents of one video part by part; the parts' pixels joined are those of the whole.
+
+    It walks frame by frame as diffusers does, and keeps the cache from part to part.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        self.vae = vae
+        self._features: list[Tensor | str | None] = [None] * vae._cached_conv_counts["decoder"]
+        self._is_first = True
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Pixels ``[B, 3, F, H, W]`` of the next unnormalised latents ``[B, z_dim, f, h, w]``; not clamped."""
+        frames = []
+        for latent in self.vae.post_quant_conv(latents).split(1, dim=2):
+            position = [0]
+            frames.append(self.vae.decoder(latent, self._features, position, first_chunk=self._is_first))
+            self._is_first = False
+        video = torch.cat(frames, dim=2)
+        patch = self.vae.config.patch_size
+        return video if patch is None else unpatchify(video, patch_size=patch)
+
+
 def _fast_layout(hidden: Tensor) -> Tensor:
     return hidden.contiguous(memory_format=torch.channels_last_3d)
 

@@ -21,6 +21,9 @@ def evaluate(
     prompts: Annotated[int, typer.Option(help="Prompts, from the card's split.", min=1)] = 16,
     split: Annotated[str, typer.Option(help="Split that prompts and real clips come from.")] = "heldout",
     seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0)] = 0,
+    given_frames: Annotated[
+        int, typer.Option(help="Latent frames given from each prompt's own clip: 1 is image-to-video.", min=0)
+    ] = 0,
     batch_size: Annotated[int, typer.Option(help="Clips a pass.", min=1)] = 8,
     out: Annotated[Path | None, typer.Option(help="A new folder; without it one under runs/evaluations.")] = None,
     as_json: Json = False,
@@ -31,6 +34,7 @@ def evaluate(
     Examples:
       anyflow evaluate --model data/models/tiny --data driving
       anyflow evaluate --model runs/finetune-driving-tiny-001 --against data/models/tiny --data driving --prompts 32
+      anyflow evaluate --model data/models/tiny --data driving --given-frames 1
       anyflow evaluate --model runs/tiny-forward --data games --steps 1,4,16 --out curves/games --json
     """
     counts = parse_steps(steps)
@@ -42,7 +46,14 @@ def evaluate(
         check_model(name)
     from anyflow.evaluation.report import write_report
 
-    settings = {"steps": counts, "prompts": prompts, "split": split, "seed": seed, "batch_size": batch_size}
+    settings = {
+        "steps": counts,
+        "prompts": prompts,
+        "split": split,
+        "seed": seed,
+        "given_frames": given_frames,
+        "batch_size": batch_size,
+    }
     before = _curve(against, data, "before", settings) if against else None
     after = _curve(model, data, "after" if against else "model", settings)
     with whole_folder(folder) as partial:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from anyflow.commands.common import Json, check_model, fresh_folder, parse_steps, print_json, whole_folder
 from anyflow.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from anyflow.data.decode import ClipShape
 
 
 def sample(
@@ -20,6 +25,9 @@ def sample(
     frames: Annotated[int | None, typer.Option(help="Frames (4n+1); else as trained.", min=1)] = None,
     height: Annotated[int | None, typer.Option(help="Pixel rows (multiple of 16); else as trained.", min=16)] = None,
     width: Annotated[int | None, typer.Option(help="Pixel columns (multiple of 16); else as trained.", min=16)] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to start from (image-to-video).")] = None,
+    video: Annotated[Path | None, typer.Option(help="A clip to go on from (video-to-video).")] = None,
+    given: Annotated[int, typer.Option(help="With --video: how many of its frames (4n+1) are taken.", min=1)] = 5,
     fps: Annotated[float | None, typer.Option(help="Frames a second of the mp4; else as trained.", min=0.1)] = None,
     out: Annotated[Path | None, typer.Option(help="A new folder; without it one under runs/samples.")] = None,
     as_json: Json = False,
@@ -30,6 +38,8 @@ def sample(
     Examples:
       anyflow sample "A green car drives slowly and changes left from the middle lane to the left lane."
       anyflow sample "The robot arm opens a drawer." "It closes it." --model runs/finetune-robotics-tiny-001
+      anyflow sample "A green car drives fast." --image start.png
+      anyflow sample "A green car drives fast." --model runs/tiny-causal --video start.mp4 --given 5 --frames 65
       anyflow sample "..." --model nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers --steps 4 --out samples --json
     """
     counts = parse_steps(steps)
@@ -37,12 +47,15 @@ def sample(
         raise UserError("PROMPT is empty: say what the clip shows")
     folder = fresh_folder(out, "runs/samples/sample")
     check_model(model)
+    given = _check_given(image, video, given)
     from anyflow.commands.models import load_model, native_shape
 
     shape = native_shape(model, frames=frames, height=height, width=width, fps=fps)
+    pixels = _given_pixels(image or video, given, shape)
     codec, backbone, shift = load_model(model)
     latent_shape = codec.latent_shape(shape.frames, shape.height, shape.width)
-    seconds, clips = _sample_all(codec, backbone, prompts, latent_shape, counts, shift, seed)
+    first_frames = None if pixels is None else codec.encode_video(pixels)
+    seconds, clips = _sample_all(codec, backbone, prompts, latent_shape, counts, shift, seed, first_frames)
     with whole_folder(folder) as partial:
         names = _write(partial, prompts, clips, shape.fps or 8.0)
     files = {kind: [folder / name for name in found] for kind, found in names.items()}
@@ -54,24 +67,69 @@ def sample(
     typer.echo(f"side by side: {' and '.join(map(str, files['all']))}")
 
 
+def _check_given(image: Path | None, video: Path | None, given: int) -> int:
+    """How many pixel frames are given: 1 with an image, ``--given`` with a video, else 0."""
+    if image is not None and video is not None:
+        raise UserError("--image and --video are both given: a clip has one beginning, give one of them")
+    for name, path in (("--image", image), ("--video", video)):
+        if path is not None and not path.is_file():
+            raise UserError(f"{name} {path}: there is no such file")
+    if given % 4 != 1:
+        raise UserError(f"--given {given} is not 4n+1, as the VAE needs: give {given - (given - 1) % 4}")
+    return given if video is not None else 1 if image is not None else 0
+
+
+def _given_pixels(path: Path | None, given: int, shape: ClipShape) -> Tensor | None:
+    """The given frames uint8 ``[1, F, H, W, 3]``, scaled and cropped to the clip's size; None without any."""
+    import dataclasses
+
+    import torch
+
+    from anyflow.data.decode import DecodeError, decode_clip
+
+    if path is None:
+        return None
+    if given >= shape.frames:
+        raise UserError(
+            f"--given {given} leaves nothing to sample of {shape.frames} frames: give less, or more --frames"
+        )
+    fps = shape.fps if given > 1 else None
+    try:
+        frames = decode_clip(path.read_bytes(), dataclasses.replace(shape, frames=given, fps=fps))
+    except DecodeError as error:
+        raise UserError(f"{path}: {error}") from error
+    return torch.from_numpy(frames)[None]
+
+
 def _sample_all(
-    codec: Any, backbone: Any, prompts: list[str], shape: tuple[int, ...], counts: list[int], shift: float, seed: int
+    codec: Any,
+    backbone: Any,
+    prompts: list[str],
+    shape: tuple[int, ...],
+    counts: list[int],
+    shift: float,
+    seed: int,
+    first_frames: Tensor | None,
 ) -> tuple[dict[int, float], dict[int, Any]]:
     """Seconds and clips (uint8 ``[n, F, H, W, 3]``) by step count; each prompt has its own noise, the same at all."""
     import torch
 
-    from anyflow.evaluation.curve import bind_text, prompt_noise
-    from anyflow.flowmap.sampling import sample as run_sampler
+    from anyflow.backbone.stream import stream_video
+    from anyflow.console import progress_line
+    from anyflow.evaluation.curve import prompt_noise
 
-    velocity = bind_text(backbone, codec)(prompts)
     noise = prompt_noise(shape, prompts, seed).to(codec.device)
+    known = None if first_frames is None else first_frames.expand(len(prompts), -1, -1, -1, -1)
+    chunks = len(backbone.chunks_of(shape[0], 0 if known is None else known.shape[1]))
     seconds, clips = {}, {}
-    for count in counts:
-        start = time.perf_counter()
-        with torch.no_grad():
-            latents = run_sampler(velocity, noise, count, shift)
-            clips[count] = codec.decode(latents).cpu()
-        seconds[count] = time.perf_counter() - start
+    with progress_line("sampling") as on_progress:
+        for index, count in enumerate(counts):
+            start, parts = time.perf_counter(), []
+            for part in stream_video(backbone, codec, prompts, noise, count, shift, known):
+                parts.append(part.cpu())
+                on_progress(index * chunks + len(parts), len(counts) * chunks, f"{count} steps, chunk {len(parts)}")
+            clips[count] = torch.cat(parts, dim=1)
+            seconds[count] = time.perf_counter() - start
     return seconds, clips
 
 

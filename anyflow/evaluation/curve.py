@@ -24,15 +24,14 @@ from torch import Tensor
 
 from anyflow.evaluation.distance import PROJECTIONS, frame_frechet, motion_energy, sliced_wasserstein
 from anyflow.evaluation.motion import motion_accuracy
-from anyflow.flowmap.sampling import sample
 
 STEPS = (1, 2, 4, 8, 16, 32)
 
-Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``u(z, t, r)``: the mean velocity from timestep t to r, the text already bound."""
+Sampler = Callable[[list[str], Tensor, int, float, Tensor | None], Tensor]
+"""``(captions, noise, num_steps, shift, first_frames)`` to clean latents: a model's own sampler, text encoder included.
 
-VelocityFor = Callable[[list[str]], Velocity]
-"""Binds captions: one velocity function for a batch whose rows have these captions."""
+``first_frames`` are given clean latents ``[B, k, C, H, W]``, or None.
+"""
 
 OnProgress = Callable[[int, int, str], None]
 """``(done, total, what)``: called after each batch."""
@@ -117,6 +116,7 @@ class Curve:
         rows: one a step count, ascending.
         real: the same measures of the prompts' own real clips: the floor and the ceiling.
         codec: the same of these clips after encoding and decoding.
+        given_frames: latent frames given from each prompt's own clip; 0 is text-to-video.
     """
 
     label: str
@@ -128,6 +128,7 @@ class Curve:
     rows: tuple[CurveRow, ...]
     real: Marks
     codec: Marks
+    given_frames: int = 0
 
     def row(self, num_steps: int) -> CurveRow:
         """Return the row of a step count; ``KeyError`` if it was not measured."""
@@ -181,23 +182,18 @@ def prompt_noise(shape: Sequence[int], keys: Sequence[str], seed: int) -> Tensor
     return torch.stack(rows)
 
 
-def bind_text(backbone: Any, codec: Any) -> VelocityFor:
-    """Make the velocity factory of a ``FlowMapBackbone`` and the ``Codec`` whose text encoder it was trained with."""
+def sampler_of(backbone: Any, codec: Any) -> Sampler:
+    """The sampler of a ``FlowMapBackbone`` with the ``Codec`` whose text encoder it was trained with."""
 
-    def velocity_for(captions: list[str]) -> Velocity:
-        text = codec.encode_text(captions)
+    def sample(captions: list[str], noise: Tensor, num_steps: int, shift: float, first_frames: Tensor | None) -> Tensor:
+        return backbone.sample(codec.encode_text(captions), noise, num_steps, shift, first_frames)
 
-        def velocity(latents: Tensor, timestep: Tensor, r_timestep: Tensor) -> Tensor:
-            return backbone(latents, timestep, r_timestep, text)
-
-        return velocity
-
-    return velocity_for
+    return sample
 
 
 @torch.no_grad()
 def measure_curve(
-    velocity_for: VelocityFor,
+    sampler: Sampler,
     codec: CurveCodec,
     items: Sequence[HeldOut],
     reference: Sequence[HeldOut],
@@ -206,6 +202,7 @@ def measure_curve(
     steps: Sequence[int] = STEPS,
     shift: float = 5.0,
     seed: int = 0,
+    given_frames: int = 0,
     batch_size: int = 8,
     device: torch.device | str = "cpu",
     show: int = 6,
@@ -215,7 +212,7 @@ def measure_curve(
     """Sample the same prompts from the same noise at each step count and measure what comes out.
 
     Args:
-        velocity_for: binds captions to the model's mean velocity (``bind_text``).
+        sampler: the model's (``sampler_of``).
         codec: encodes and decodes; frozen.
         items: the prompts, with their own real clips.
         reference: other real clips, to which distances are taken; at least as many as items (the first are used:
@@ -224,6 +221,7 @@ def measure_curve(
         steps: step counts.
         shift: of the inference schedule.
         seed: of the initial noise.
+        given_frames: latent frames that are given from each prompt's own clip: 1 is image-to-video.
         batch_size: clips a pass; changes speed and memory, not the draws.
         device: where the model runs.
         show: of how many prompts (the first) the samples are kept for the picture.
@@ -236,7 +234,11 @@ def measure_curve(
         raise ValueError(f"{len(items)} prompts need as many reference clips, got {len(reference)}")
     counts = sorted(set(steps))
     runner = _Runner(
-        codec, batch_size, device, _Progress((len(counts) + 2) * -(-len(items) // batch_size), on_progress)
+        codec,
+        batch_size,
+        device,
+        _Progress((len(counts) + 2) * -(-len(items) // batch_size), on_progress),
+        given_frames,
     )
     real_clips, other_clips = _stack(items), _stack(reference[: len(items)])
     real_latents, decoded = runner.encode_and_decode(real_clips)
@@ -245,7 +247,7 @@ def measure_curve(
 
     rows, kept = [], {}
     for num_steps in counts:
-        clips, latents, sampling, decoding = runner.sample(velocity_for, items, real_latents, num_steps, shift, seed)
+        clips, latents, sampling, decoding = runner.sample(sampler, items, real_latents, num_steps, shift, seed)
         cost = {"sampling_seconds": sampling / len(items), "decoding_seconds": decoding / len(items)}
         rows.append(CurveRow(**asdict(judge(clips, latents)), num_steps=num_steps, nfe=num_steps, **cost))
         kept[num_steps] = clips[:show].clone()
@@ -254,6 +256,7 @@ def measure_curve(
         domain="+".join(sorted({item.domain for item in items})),
         clips=len(items),
         seed=seed,
+        given_frames=given_frames,
         shift=shift,
         size=(real_clips.shape[1], real_clips.shape[2], real_clips.shape[3]),
         rows=tuple(rows),
@@ -305,6 +308,7 @@ class _Runner:
     batch_size: int
     device: torch.device | str
     progress: _Progress
+    given_frames: int = 0
 
     def encode_and_decode(self, clips: Tensor, decode: bool = True) -> tuple[Tensor, Tensor]:
         """Return the clips' latents, and the clips after the codec (as given, if they are not to be decoded)."""
@@ -318,22 +322,26 @@ class _Runner:
 
     def sample(
         self,
-        velocity_for: VelocityFor,
+        sampler: Sampler,
         items: Sequence[HeldOut],
         like: Tensor,
         num_steps: int,
         shift: float,
         seed: int,
     ) -> tuple[Tensor, Tensor, float, float]:
-        """Sample every prompt; return clips, latents (shaped as ``like``), and the seconds of sampling and decoding."""
+        """Sample every prompt; return clips, latents, and the seconds of sampling and decoding.
+
+        ``like`` are the prompts' real latents, which the samples are shaped as and begin with where frames are given.
+        """
         clips, all_latents = [], []
         sampling = decoding = 0.0
         for start in range(0, len(items), self.batch_size):
             batch = items[start : start + self.batch_size]
-            velocity = velocity_for([item.caption for item in batch])
+            given = like[start : start + self.batch_size, : self.given_frames].to(self.device)
+            first_frames = given if self.given_frames else None
             noise = prompt_noise(like.shape[1:], [item.key for item in batch], seed).to(self.device)
             begin = _now(self.device)
-            latents = sample(velocity, noise, num_steps, shift)
+            latents = sampler([item.caption for item in batch], noise, num_steps, shift, first_frames)
             middle = _now(self.device)
             clips.append(self.codec.decode(latents).cpu())
             sampling, decoding = sampling + middle - begin, decoding + _now(self.device) - middle

@@ -150,6 +150,12 @@ def _check_geometry(recipe: Recipe) -> None:
     data = recipe.data
     codec = recipe.stage.codec
     _check_frames("data.frames", data.frames)
+    latent_frames = (data.frames - 1) // 4 + 1
+    if recipe.sampling.given_frames >= latent_frames:
+        raise UserError(
+            f"sampling.given_frames={recipe.sampling.given_frames} leaves nothing to sample of the {latent_frames} "
+            f"latent frames of data.frames={data.frames}: give at most {latent_frames - 1}"
+        )
     for key, size in (("data.height", data.height), ("data.width", data.width)):
         if size % 16:
             raise UserError(f"{key}={size} is no multiple of 16 (VAE x patch): give {_nearest(size, 16)}")

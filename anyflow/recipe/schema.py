@@ -208,6 +208,11 @@ class SamplingRecipe:
     steps: list[int] = _option([1, 2, 4, 8, 16, 32], "step counts that each prompt is sampled at", low=1, high=1000)
     prompts: int = _option(4, "number of prompts, taken from the held-out split", low=0)
     seed: int = _option(0, "seed of the prompts' noise", low=0)
+    given_frames: int = _option(
+        0,
+        "latent frames given from each prompt's own clip: 0 text-to-video, 1 image-to-video, more: video",
+        low=0,
+    )
     every_steps: int = _option(0, "training steps between samplings; 0: only before and after", low=0)
 
 

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from anyflow.cli import app
@@ -39,6 +41,82 @@ def test_sample_shows_step_counts_side_by_side(small_model: Path, tmp_path: Path
     assert {path.name for path in out.iterdir()} == videos | {"samples.png", "samples.mp4"}
     with pytest.raises(UserError, match="is not empty"):
         call("sample", "again", "--model", str(small_model), "--out", str(out))
+
+
+@pytest.fixture
+def beginning(tmp_path: Path) -> dict[str, Path]:
+    """A picture and a short clip of another size and rate than the model's."""
+    from PIL import Image
+
+    from anyflow.evaluation.picture import write_mp4
+
+    frames = np.random.default_rng(0).integers(0, 255, (24, 100, 120, 3), dtype=np.uint8)
+    frames[:] = np.linspace(0, 255, 120, dtype=np.uint8)[None, None, :, None]
+    write_mp4(tmp_path / "start.mp4", list(frames), 16.0)
+    Image.fromarray(frames[0]).save(tmp_path / "start.png")
+    return {"--image": tmp_path / "start.png", "--video": tmp_path / "start.mp4"}
+
+
+@pytest.mark.parametrize("option", ["--image", "--video"])
+@pytest.mark.parametrize("architecture", ["bidirectional", "causal"])
+def test_sample_goes_on_from_a_picture_or_a_clip(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    beginning: dict[str, Path],
+    tmp_path: Path,
+    architecture: str,
+    option: str,
+) -> None:
+    """The result begins with the given frames, as the VAE shows them."""
+    from anyflow.backbone import stream
+    from anyflow.backbone.codec import Codec
+    from anyflow.data.decode import ClipShape, decode_clip
+
+    parts: list[torch.Tensor] = []
+    original = stream.stream_video
+
+    def spy(*arguments: Any) -> Any:
+        for part in original(*arguments):
+            parts.append(part)
+            yield part
+
+    monkeypatch.setattr(stream, "stream_video", spy)
+    model = request.getfixturevalue("small_model" if architecture == "bidirectional" else "small_causal_model")
+    size = ["--frames", "9", "--height", "32", "--width", "48", "--steps", "1", "--out", str(tmp_path / "out")]
+    call("sample", "a car", "--model", str(model), option, str(beginning[option]), *size)
+    assert len(parts) == (1 if architecture == "bidirectional" else 3 if option == "--video" else 2)
+    given = 5 if option == "--video" else 1
+    known = decode_clip(beginning[option].read_bytes(), ClipShape(given, 32, 48, 8.0 if given > 1 else None))
+    codec = Codec.from_folder(model)
+    expected = codec.decode(codec.encode_video(torch.from_numpy(known)[None]))
+    made = torch.cat(parts, dim=1)
+    assert made.shape == (1, 9, 32, 48, 3)
+    assert (made[:, :given].int() - expected.int()).abs().max() <= 1  # the last bit of a rounding
+
+
+def test_sample_refuses_a_beginning_that_cannot_be_one(
+    small_model: Path, beginning: dict[str, Path], tmp_path: Path
+) -> None:
+    words = ["sample", "a car", "--model", str(small_model), "--out", str(tmp_path / "out")]
+    image, video = (str(beginning[option]) for option in ("--image", "--video"))
+    for options, message in (
+        (["--image", image, "--video", video], "give one of them"),
+        (["--image", str(tmp_path / "none.png")], "no such file"),
+        (["--video", video, "--given", "4"], r"4n\+1, as the VAE needs: give 1"),
+        (["--video", video, "--given", "17"], "leaves nothing to sample"),
+        (["--image", __file__], "cannot be decoded"),
+        (["--video", video, "--given", "13", "--fps", "1"], "too few frames"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call(*words, *options)
+
+
+def test_a_causal_model_samples_more_frames_than_it_was_trained_on(small_causal_model: Path, tmp_path: Path) -> None:
+    size = ["--frames", "33", "--height", "32", "--width", "48", "--steps", "1"]
+    told = json.loads(
+        call("sample", "a car", "--model", str(small_causal_model), *size, "--out", str(tmp_path / "o"), "--json")
+    )
+    assert told["seconds"]["1"] > 0 and (tmp_path / "o" / "prompt-1-steps-01.mp4").is_file()
 
 
 def test_sample_refuses_a_size_that_the_model_cannot_take(small_model: Path, tmp_path: Path) -> None:

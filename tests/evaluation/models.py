@@ -9,7 +9,9 @@ from scenes import lane_change
 from torch import Tensor
 from torch.nn import functional
 
-from anyflow.evaluation.curve import HeldOut
+from anyflow.evaluation.curve import HeldOut, Sampler
+from anyflow.flowmap.sampling import sample
+from anyflow.flowmap.schedule import like_latents
 
 BLOCK = 16
 
@@ -38,8 +40,8 @@ def held_out(count: int, offset: int = 0) -> list[HeldOut]:
     return items
 
 
-def exact_velocity(items: list[HeldOut], error: float = 0.0) -> Callable[[list[str]], Callable[..., Tensor]]:
-    """The flow map of data with one clip a caption: ``u(z, t, r) = (z - x) / sigma``, exact at any number of steps.
+def exact_sampler(items: list[HeldOut], error: float = 0.0) -> Sampler:
+    """The sampler of data with one clip a caption: ``u(z, t, r) = (z - x) / sigma``, exact at any number of steps.
 
     ``error`` adds an error that is proportional to the jump ``t - r``: then more steps are better.
     """
@@ -49,9 +51,20 @@ def exact_velocity(items: list[HeldOut], error: float = 0.0) -> Callable[[list[s
         target = torch.stack([clean[caption] for caption in captions])
 
         def velocity(latents: Tensor, timestep: Tensor, r_timestep: Tensor) -> Tensor:
-            sigma, jump = ((value / 1000).view(-1, 1, 1, 1, 1) for value in (timestep, timestep - r_timestep))
-            return (latents - target) / sigma + error * jump * latents.sign()
+            sigma, jump = (like_latents(value / 1000, latents) for value in (timestep, timestep - r_timestep))
+            return (latents - target) / sigma.clamp(min=1e-6) + error * jump * latents.sign()
 
         return velocity
 
-    return velocity_for
+    return sampler_over(velocity_for)
+
+
+def sampler_over(velocity_for: Callable[[list[str]], Callable[..., Tensor]]) -> Sampler:
+    """The plain sampler over a velocity for each batch of captions."""
+
+    def sampler(
+        captions: list[str], noise: Tensor, num_steps: int, shift: float, first_frames: Tensor | None
+    ) -> Tensor:
+        return sample(velocity_for(captions), noise, num_steps, shift, first_frames=first_frames)
+
+    return sampler

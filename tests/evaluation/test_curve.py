@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from models import BlockCodec, exact_velocity, held_out
+from models import BlockCodec, exact_sampler, held_out, sampler_over
 from torch import Tensor
 
-from anyflow.evaluation.curve import Curve, CurveResult, bind_text, prompt_noise
+from anyflow.evaluation.curve import Curve, CurveResult, prompt_noise, sampler_of
 from anyflow.evaluation.curve import measure_curve as measure_with_all_directions
 
 # Few directions: the block codec's latents are as large as the pixels.
@@ -23,12 +23,12 @@ ITEMS, REFERENCE = held_out(6), held_out(6, offset=6)
 def faulty() -> CurveResult:
     """A model whose error grows with the jump."""
     return measure_curve(
-        exact_velocity(ITEMS, error=0.6), BlockCodec(), ITEMS, REFERENCE, label="before", steps=(8, 1, 2), show=2
+        exact_sampler(ITEMS, error=0.6), BlockCodec(), ITEMS, REFERENCE, label="before", steps=(8, 1, 2), show=2
     )
 
 
 def test_an_exact_flow_map_gives_the_real_clips_figures_at_any_number_of_steps() -> None:
-    result = measure_curve(exact_velocity(ITEMS), BlockCodec(), ITEMS, REFERENCE, steps=(1, 4), show=2)
+    result = measure_curve(exact_sampler(ITEMS), BlockCodec(), ITEMS, REFERENCE, steps=(1, 4), show=2)
     curve = result.curve
     assert curve.real == curve.codec and curve.real.motion_accuracy == 1.0 and curve.real.sliced_w1 > 0
     for row in curve.rows:
@@ -51,7 +51,7 @@ def test_an_error_that_grows_with_the_jump_gives_a_falling_curve(faulty: CurveRe
 
 def test_the_samples_do_not_depend_on_the_batch_size(faulty: CurveResult) -> None:
     small = measure_curve(
-        exact_velocity(ITEMS, error=0.6), BlockCodec(), ITEMS, REFERENCE, steps=(2,), batch_size=4, show=6
+        exact_sampler(ITEMS, error=0.6), BlockCodec(), ITEMS, REFERENCE, steps=(2,), batch_size=4, show=6
     )
     assert torch.equal(small.samples[2][:2], faulty.samples[2])
 
@@ -76,7 +76,7 @@ def test_every_step_count_starts_from_the_same_noise() -> None:
 
         return velocity
 
-    measure_curve(velocity_for, BlockCodec(), ITEMS[:2], REFERENCE, steps=(1, 2, 4), show=1)
+    measure_curve(sampler_over(velocity_for), BlockCodec(), ITEMS[:2], REFERENCE, steps=(1, 2, 4), show=1)
     assert len(seen[2]) == 3 and all(torch.equal(seen[2][0], noise) for noise in seen[2])
 
 
@@ -91,7 +91,7 @@ def test_a_curve_survives_json(faulty: CurveResult) -> None:
 def test_progress_reaches_its_total_and_too_few_reference_clips_are_refused() -> None:
     ticks: list[tuple[int, int, str]] = []
     measure_curve(
-        exact_velocity(ITEMS),
+        exact_sampler(ITEMS),
         BlockCodec(),
         ITEMS[:3],
         REFERENCE,
@@ -102,24 +102,42 @@ def test_progress_reaches_its_total_and_too_few_reference_clips_are_refused() ->
     assert [done for done, _, _ in ticks] == list(range(1, 9)) and {total for _, total, _ in ticks} == {8}
     assert ticks[-1][2] == "2 steps"
     with pytest.raises(ValueError, match="as many reference clips"):
-        measure_curve(exact_velocity(ITEMS), BlockCodec(), ITEMS, REFERENCE[:3])
+        measure_curve(exact_sampler(ITEMS), BlockCodec(), ITEMS, REFERENCE[:3])
 
 
 def test_a_domain_without_a_probe_has_no_accuracy() -> None:
     from dataclasses import replace
 
     items = [replace(item, domain="cooking") for item in ITEMS[:2]]
-    curve = measure_curve(exact_velocity(items), BlockCodec(), items, REFERENCE, steps=(1,)).curve
+    curve = measure_curve(exact_sampler(items), BlockCodec(), items, REFERENCE, steps=(1,)).curve
     assert curve.rows[0].motion_accuracy is None and curve.real.motion_accuracy is None
 
 
-def test_binding_text_hands_the_captions_embeddings_to_the_network() -> None:
+def test_given_frames_come_from_the_prompts_own_clips() -> None:
+    seen: list[Tensor | None] = []
+    exact = exact_sampler(ITEMS, error=0.6)
+
+    def sampler(captions: list[str], noise: Tensor, steps: int, shift: float, first_frames: Tensor | None) -> Tensor:
+        seen.append(first_frames)
+        return exact(captions, noise, steps, shift, first_frames)
+
+    given = measure_curve(sampler, BlockCodec(), ITEMS, REFERENCE, steps=(1,), batch_size=4, given_frames=1)
+    latents = BlockCodec().encode_video(torch.stack([item.frames for item in ITEMS]))
+    assert torch.equal(torch.cat(seen), latents[:, :1])  # type: ignore[arg-type]
+    assert given.curve.given_frames == 1
+    assert torch.equal(given.samples[1][:, 0], torch.stack([item.frames[0] for item in ITEMS]))
+    free = measure_curve(sampler, BlockCodec(), ITEMS[:2], REFERENCE, steps=(1,))
+    assert seen[-1] is None and not torch.equal(free.samples[1][:, 0], given.samples[1][:2, 0])
+
+
+def test_the_models_own_sampler_gets_the_captions_embeddings() -> None:
     class Codec:
         def encode_text(self, captions: list[str]) -> str:
             return "+".join(captions)
 
-    def backbone(latents: Tensor, timestep: Tensor, r_timestep: Tensor, text: str) -> tuple[Tensor, str]:
-        return latents, text
+    class Backbone:
+        def sample(self, *arguments: object) -> object:
+            return arguments
 
-    velocity = bind_text(backbone, Codec())(["a", "b"])
-    assert velocity(torch.ones(1), torch.ones(1), torch.zeros(1))[1] == "a+b"
+    noise = torch.ones(2)
+    assert sampler_of(Backbone(), Codec())(["a", "b"], noise, 4, 5.0, None) == ("a+b", noise, 4, 5.0, None)

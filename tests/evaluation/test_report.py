@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from models import BlockCodec, exact_velocity, held_out
+from models import BlockCodec, exact_sampler, held_out
 
 from anyflow.evaluation.curve import CurveResult, measure_curve
 from anyflow.evaluation.report import (
@@ -24,7 +24,7 @@ ITEMS, REFERENCE = held_out(3), held_out(3, offset=3)
 
 def _measure(label: str, error: float) -> CurveResult:
     return measure_curve(
-        exact_velocity(ITEMS, error), BlockCodec(), ITEMS, REFERENCE, label=label, steps=(1, 4), show=1, projections=16
+        exact_sampler(ITEMS, error), BlockCodec(), ITEMS, REFERENCE, label=label, steps=(1, 4), show=1, projections=16
     )
 
 
