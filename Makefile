@@ -54,7 +54,10 @@ base: $(VENV)/.installed-sim ## the embedded tiny model from nothing: render, co
 	for stage in codec teacher forward onpolicy; do \
 		$(ANYFLOW) train $$stage/tiny --out runs/tiny-$$stage --resume auto $(ARGS) || exit; \
 	done
-	@echo 'the model is in runs/tiny-onpolicy/model; copy it to data/models/tiny to ship it'
+	for stage in teacher forward onpolicy; do \
+		$(ANYFLOW) train $$stage/tiny --model tiny-causal --out runs/tiny-causal-$$stage --resume auto $(ARGS) || exit; \
+	done
+	@echo 'the models are in runs/tiny-onpolicy/model and runs/tiny-causal-onpolicy/model; copy them to data/models to ship them'
 
 # --- looking ----------------------------------------------------------------------------------------------------------
 

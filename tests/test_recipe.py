@@ -265,3 +265,27 @@ def test_an_impossible_onpolicy_recipe_gets_one_sentence(override: str, sentence
 def test_with_lora_the_base_may_teach() -> None:
     recipe = load_recipe("onpolicy/wan2.1-t2v-1.3b", overrides=["data.card=driving"])
     assert recipe.model.lora.enabled and recipe.stage.onpolicy.teacher == ""
+
+
+def test_one_stage_file_serves_several_models() -> None:
+    """The places that a model's runs name each other by."""
+    causal, plain = (load_recipe("onpolicy/tiny", model=model) for model in ("tiny-causal", "tiny"))
+    assert causal.model.architecture == "causal" and causal.run.name == "tiny-causal-onpolicy"
+    assert causal.model.weights == "runs/tiny-causal-forward/model"
+    assert causal.stage.onpolicy.teacher == "runs/tiny-causal-teacher/model"
+    assert plain.model.weights == "runs/tiny-forward/model" and plain.run.name == "tiny-onpolicy"
+    assert load_recipe("teacher/tiny", model="tiny-causal").model.network["chunk_partition"] == [1, 2, 2]
+
+
+def test_the_architecture_is_all_that_a_recipe_shows_of_a_causal_model() -> None:
+    causal, plain = (to_dict(load_recipe("finetune/driving", model=model)) for model in ("tiny-causal", "tiny"))
+    for tree in (causal, plain):
+        for key in ("name", "weights", "architecture", "network"):
+            del tree["model"][key]
+        del tree["run"]["name"]
+    assert causal == plain
+
+
+def test_given_frames_must_leave_something_to_sample() -> None:
+    with pytest.raises(UserError, match=r"sampling.given_frames=5 .* 5 latent frames .* give at most 4"):
+        load_recipe("finetune/driving", overrides=["sampling.given_frames=5"])

@@ -31,7 +31,7 @@ def export(
       anyflow export runs/finetune-driving-wan --to models/driving-lora --lora
       anyflow export Wan-AI/Wan2.1-T2V-1.3B-Diffusers --to models/wan-as-flow-map
     \b
-    Then, in Python: diffusers.AnyFlowPipeline.from_pretrained("models/driving")
+    Then, in Python: diffusers.AnyFlowPipeline.from_pretrained("models/driving"); for a causal model see its README.md
     """
     if precision not in PRECISIONS:
         raise UserError(f"--precision {precision!r} is not known: give one of {', '.join(PRECISIONS)}")
@@ -48,7 +48,9 @@ def export(
     if as_json:
         print_json({"source": source, "folder": target, "kind": "lora" if lora else "pipeline"})
     else:
-        loader = "pipe.load_lora_weights" if lora else "AnyFlowPipeline.from_pretrained"
+        is_causal = (target / "pipeline.py").is_file()
+        loader = "AnyFlowFARPipeline.from_pretrained" if is_causal else "AnyFlowPipeline.from_pretrained"
+        loader = "pipe.load_lora_weights" if lora else loader
         typer.echo(f"{target}   (load it by {loader}({str(target)!r}))")
 
 

@@ -17,6 +17,7 @@ from anyflow.recipe.schema import GROUPS, Recipe
 STAGE_FOLDERS = ("codec", "teacher", "forward", "onpolicy", "finetune")
 COMMAND_LINE = "command line"
 DERIVED = "derived"
+NAMES_THE_MODEL = ("model.weights", "stage.onpolicy.teacher", "run.name")
 _PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -112,6 +113,8 @@ def _merge(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Recipe:
             base = _field_of(key)
             sources[base] = source
             _assign(merged, key, value)
+    for key in NAMES_THE_MODEL:
+        _fill_in_model(merged, key)
     parts = {}
     for group, cls in GROUPS.items():
         try:
@@ -120,6 +123,16 @@ def _merge(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Recipe:
         except OmegaConfBaseException as error:
             raise _type_error(group, error, merged, sources) from None
     return Recipe(**parts, sources=sources)  # type: ignore[arg-type]
+
+
+def _fill_in_model(merged: dict[str, dict[str, Any]], key: str) -> None:
+    """``{model}`` in a text is the model's name, so that one stage file serves several models."""
+    *parents, last = key.split(".")
+    tree: Any = merged
+    for name in parents:
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    if isinstance(tree, dict) and isinstance(tree.get(last), str):
+        tree[last] = tree[last].replace("{model}", str(merged.get("model", {}).get("name", "tiny")))
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -54,7 +54,7 @@ class ModelRecipe:
     """Which network, which weights."""
 
     name: str = _option("tiny", "name of the model file, for the record")
-    weights: str = _option("", "folder or hub id (owner/name) that the network is loaded from")
+    weights: str = _option("", "folder or hub id (owner/name) of the network; {model} in it stands for model.name")
     codec: str = _option("", "folder or hub id of VAE, text encoder and tokenizer; empty: the same as model.weights")
     init: str = _option(
         "weights", "load the network from model.weights, or build a small one new", choices=("weights", "new")

@@ -188,11 +188,14 @@ def test_mlflow_lists_the_newest_runs(tmp_path: Path) -> None:
     assert "mine" in call("mlflow", "--uri", uri) and "make mlflow" in call("mlflow", "--uri", uri)
 
 
-def test_a_dry_run_builds_everything_and_writes_no_run(small_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["tiny", "tiny-causal"])
+def test_a_dry_run_builds_everything_and_writes_no_run(small_model: Path, tmp_path: Path, model: str) -> None:
     told = json.loads(
         call(
             "train",
             "finetune/driving",
+            "--model",
+            model,
             f"model.weights={small_model}",
             f"run.out={tmp_path}/runs",
             "data.precompute=false",
