@@ -289,3 +289,9 @@ def test_the_architecture_is_all_that_a_recipe_shows_of_a_causal_model() -> None
 def test_given_frames_must_leave_something_to_sample() -> None:
     with pytest.raises(UserError, match=r"sampling.given_frames=5 .* 5 latent frames .* give at most 4"):
         load_recipe("finetune/driving", overrides=["sampling.given_frames=5"])
+
+
+def test_a_causal_network_has_room_for_its_compressed_patches() -> None:
+    with pytest.raises(UserError, match=r"data.height=16 .* at least 32 pixels"):
+        load_recipe("finetune/driving", model="tiny-causal", overrides=["data.height=16"])
+    load_recipe("finetune/driving", overrides=["data.height=16"])

@@ -108,9 +108,10 @@ def _flex_attention(compiled: bool) -> Any:
 def _block_mask(mask: SegmentMask, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    run, table = mask.tables(device)
-    tokens = len(run)
-    return create_block_mask(lambda _b, _h, q, k: table[run[q], run[k]], None, None, tokens, tokens, device=str(device))
+    with torch.inference_mode(False):  # a mask first made while sampling must serve training too
+        run, table = mask.tables(device)
+        size = len(run)
+        return create_block_mask(lambda _b, _h, q, k: table[run[q], run[k]], None, None, size, size, device=str(device))
 
 
 _KINDS: dict[AttentionKind, Callable[[SegmentMask, Tensor, Tensor, Tensor], Tensor]] = {

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import AnyFlowFARTransformer3DModel
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anyflow.backbone.causal import CausalBackbone
 from anyflow.backbone.lora import LoraSettings, add_lora
@@ -255,6 +256,35 @@ def test_the_wrapped_transformer_still_serves_diffusers(far, make_text: MakeText
     wrapped = CausalBackbone(copy.deepcopy(stock)).transformer
     got = wrapped(latents, t, t, full, chunk_partition=[1, 2], return_dict=False)[0]
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_forward_mode_derivative_equals_the_finite_difference(far, make_text: MakeText) -> None:
+    """Along the path of a lesson: given frames stay where they are."""
+    backbone, (text, _) = CausalBackbone(far().double()), make_text([3, 7])
+    layout, lesson = lesson_of((1, 2, 2, 1), 2, (8, 8))
+    moving = (lesson.timestep > 0).double()
+    z, direction = lesson.noise.double(), torch.randn_like(lesson.noise).double() * moving[..., None, None, None]
+    t, r = lesson.timestep.double(), lesson.r_timestep.double()
+
+    def velocity(z: Tensor, t: Tensor) -> Tensor:
+        return backbone(z, t, r, text, layout=layout)
+
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        _, derivative = torch.func.jvp(velocity, (z, t), (direction / 1000, moving))
+        step = 0.1
+        ahead = velocity(z + direction * step / 1000, t + moving * step)
+        behind = velocity(z - direction * step / 1000, t - moving * step)
+    difference = (ahead - behind) / (2 * step)
+    assert (derivative - difference).norm() / difference.norm() < 0.05
+
+
+def test_tables_made_while_sampling_serve_training(far, make_text: MakeText) -> None:
+    backbone, (text, _) = CausalBackbone(far()), make_text([3, 7])
+    layout, lesson = lesson_of((1, 2, 2, 1), 3, (8, 8))
+    arguments = (lesson.noise, lesson.timestep, lesson.r_timestep, text)
+    with torch.inference_mode():
+        backbone(*arguments, layout=layout)
+    backbone(*arguments, layout=layout).sum().backward()
 
 
 def test_what_does_not_fit_is_refused(far, make_text: MakeText) -> None:
