@@ -57,7 +57,7 @@ def sample(
     first_frames = None if pixels is None else codec.encode_video(pixels)
     seconds, clips = _sample_all(codec, backbone, prompts, latent_shape, counts, shift, seed, first_frames)
     with whole_folder(folder) as partial:
-        names = _write(partial, prompts, clips, shape.fps or 8.0)
+        names = _write(partial, prompts, clips, shape.fps or 8.0, given)
     files = {kind: [folder / name for name in found] for kind, found in names.items()}
     if as_json:
         print_json({"model": model, "prompts": prompts, "seed": seed, "seconds": seconds, "files": files})
@@ -133,7 +133,7 @@ def _sample_all(
     return seconds, clips
 
 
-def _write(folder: Path, prompts: list[str], clips: dict[int, Any], fps: float) -> dict[str, list[str]]:
+def _write(folder: Path, prompts: list[str], clips: dict[int, Any], fps: float, given: int) -> dict[str, list[str]]:
     """One mp4 a prompt and step count, and ``all`` of them in one picture and one film; the names of the files."""
     from anyflow.evaluation.picture import Grid, Prompt, save_mp4, save_png, strips, write_mp4
 
@@ -144,6 +144,6 @@ def _write(folder: Path, prompts: list[str], clips: dict[int, Any], fps: float) 
             write_mp4(folder / name, list(clip.numpy()), fps)
     rows, samples = [Prompt(prompt) for prompt in prompts], {count: batch.numpy() for count, batch in clips.items()}
     names["all"] = ["samples.png", "samples.mp4"]
-    save_png(strips(rows, samples, fps=fps), folder / "samples.png")
-    save_mp4(Grid(rows, {"": samples}), folder / "samples.mp4", fps=fps)
+    save_png(strips(rows, samples, fps=fps, given=given), folder / "samples.png")
+    save_mp4(Grid(rows, {"": samples}, given=given), folder / "samples.mp4", fps=fps)
     return names

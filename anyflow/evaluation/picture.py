@@ -43,6 +43,7 @@ INK = (28, 32, 38)
 FAINT = (120, 126, 134)
 RULE = (222, 225, 229)
 RIGHT, WRONG = (22, 140, 70), (200, 45, 40)
+GIVEN = (235, 130, 20)
 VARIANT_COLOURS = ((176, 112, 16), (24, 90, 190), (120, 60, 160))
 
 
@@ -76,6 +77,7 @@ class Grid:
         real: the prompts' held-out clips, shown as the first column; ``None`` to leave it out.
         title: one line above the grid.
         headings: of the columns; by default the step counts.
+        given: frames at the clips' start that were given, not sampled; they are framed.
     """
 
     prompts: Sequence[Prompt]
@@ -83,6 +85,7 @@ class Grid:
     real: Clips | None = None
     title: str = ""
     headings: Mapping[int, str] | None = None
+    given: int = 0
 
     def __post_init__(self) -> None:
         for clips in self._all():
@@ -113,6 +116,7 @@ class _Cell:
     clip: Clips
     box: tuple[int, int, int, int]
     prompt: Prompt
+    is_real: bool = False
 
 
 class _Layout:
@@ -139,7 +143,7 @@ class _Layout:
             if self.grid.real is not None:
                 # Centred beside the variants' rows: it belongs to all of them.
                 centre = y + ((len(self.grid.variants) - 1) * (self.cell[1] + GAP)) // 2
-                yield _Cell(self.grid.real[index], (self.real_x, centre, *self.cell), prompt)
+                yield _Cell(self.grid.real[index], (self.real_x, centre, *self.cell), prompt, is_real=True)
             for row, samples in enumerate(self.grid.variants.values()):
                 for column, count in enumerate(self.grid.steps):
                     if count in samples:
@@ -147,7 +151,9 @@ class _Layout:
                         yield _Cell(samples[count][index], (x, y + row * (self.cell[1] + GAP), *self.cell), prompt)
 
 
-def strips(prompts: Sequence[Prompt], samples: Mapping[int, Clips], *, moments: int = 5, fps: float = 8.0) -> Grid:
+def strips(
+    prompts: Sequence[Prompt], samples: Mapping[int, Clips], *, moments: int = 5, fps: float = 8.0, given: int = 0
+) -> Grid:
     """Lay samples out in time for a still picture: a row for each step count, a column for each moment.
 
     Args:
@@ -155,6 +161,7 @@ def strips(prompts: Sequence[Prompt], samples: Mapping[int, Clips], *, moments: 
         samples: ``{step count: clips}``.
         moments: how many frames of each clip, evenly spread from the first to the last.
         fps: of the clips; the headings are seconds.
+        given: frames at the start that were given; their headings say so.
     """
     length = min(clips.shape[1] for clips in samples.values())
     times = sorted({round(index * (length - 1) / max(1, moments - 1)) for index in range(moments)})
@@ -164,7 +171,7 @@ def strips(prompts: Sequence[Prompt], samples: Mapping[int, Clips], *, moments: 
         variants={
             count_steps(count): {time: clips[:, time : time + 1] for time in times} for count, clips in samples.items()
         },
-        headings={time: f"{time / fps:.1f} s" for time in times},
+        headings={time: f"{time / fps:.1f} s" + ", given" * (time < given) for time in times},
     )
 
 
@@ -184,17 +191,23 @@ def still(grid: Grid) -> Image:
         if reading is not None:
             _draw_path(pen, reading, cell)
             _draw_mark(pen, reading, cell)
+        if grid.given and cell.is_real:
+            small = (x, y + height - height // 3, width // 3, height // 3)
+            page.paste(_scaled(cell.clip[grid.given - 1], small[2:]), small[:2])
+            _draw_given(pen, small)
     return page
 
 
 def moving(grid: Grid) -> Iterator[NDArray[np.uint8]]:
     """Yield the grid's frames, uint8 ``[height, width, 3]`` with even sizes; a shorter clip stays on its last frame."""
     layout = _Layout(grid)
-    page, _ = _background(layout)
+    page, pen = _background(layout)
     for time in range(grid.num_frames):
         for cell in layout.cells():
             frame = cell.clip[min(time, len(cell.clip) - 1)]
             page.paste(_scaled(frame, cell.box[2:]), cell.box[:2])
+            if time < grid.given:
+                _draw_given(pen, cell.box)
         yield np.asarray(page)
 
 
@@ -273,6 +286,8 @@ def _legend(grid: Grid) -> list[str]:
         lines.append("Line: the motion read from the pixels; ✓ it is what the prompt asks for, ✗ it is not.")
     if any(prompt.domain == "driving" for prompt in grid.prompts):
         lines[-1] += " (Seen from above, driving to the right: left is up.)"
+    if grid.given:
+        lines[0] += " Framed: what was given of the real clip."
     return lines
 
 
@@ -305,6 +320,12 @@ def _draw_mark(pen: ImageDraw, reading: Reading, cell: _Cell) -> None:
     box = (x + width - (right - left) - 12, y + 3, x + width - 3, y + 21)
     pen.rounded_rectangle(box, 4, colour)
     pen.text(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), text, PAPER, font, anchor="mm")
+
+
+def _draw_given(pen: ImageDraw, box: tuple[int, int, int, int]) -> None:
+    """Frame a picture that was given."""
+    x, y, width, height = box
+    pen.rectangle((x, y, x + width - 1, y + height - 1), outline=GIVEN, width=3)
 
 
 def _scaled(frame: Clips, size: Sequence[int]) -> Image:

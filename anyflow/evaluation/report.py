@@ -203,7 +203,13 @@ def sample_grid(results: Sequence[CurveResult], title: str = "") -> Grid:
         },
         real=np.stack([np.asarray(item.frames) for item in shown]),
         title=title,
+        given=pixel_frames(results[0].curve.given_frames),
     )
+
+
+def pixel_frames(latent_frames: int) -> int:
+    """Frames behind a video's first latent frames: 1, then 4 for each further one (Wan's codec)."""
+    return max(0, 4 * latent_frames - 3)
 
 
 def write_report(

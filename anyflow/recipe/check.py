@@ -161,8 +161,8 @@ def _check_geometry(recipe: Recipe) -> None:
             raise UserError(f"{key}={size} is no multiple of 16 (VAE x patch): give {_nearest(size, 16)}")
     if recipe.model.architecture == "causal" and min(data.height, data.width) < 32:
         raise UserError(
-            f"data.height={data.height} and data.width={data.width} are too small for a causal network, which compresses "
-            "patches of 4 x 4 latents: give at least 32 pixels a side"
+            f"data.height={data.height} and data.width={data.width} are too small for a causal network: it makes "
+            "tokens of 4 x 4 latents: give at least 32 pixels a side"
         )
     if recipe.stage.name != "codec":
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -12,6 +13,7 @@ from scenes import lane_change, road
 from anyflow.evaluation.picture import (
     CELL_WIDTH,
     GAP,
+    GIVEN,
     RIGHT,
     WRONG,
     Grid,
@@ -48,6 +50,14 @@ def test_a_second_model_adds_rows_and_more_steps_add_columns() -> None:
     assert wide.width > one.width
     for picture in (one, two, wide):
         assert picture.width % 2 == 0 and picture.height % 2 == 0
+
+
+def test_given_frames_are_framed() -> None:
+    given, free = replace(_grid("after"), given=1), _grid("after")
+    assert _has(np.asarray(still(given)), GIVEN) and not _has(np.asarray(still(free)), GIVEN)
+    framed = [_has(frame, GIVEN) for frame in moving(given)]
+    assert framed == [True, *[False] * (len(framed) - 1)]
+    assert strips(PROMPTS[:1], {1: LEFT[None]}, given=5).heading(0) == "0.0 s, given"
 
 
 def test_right_and_wrong_motions_are_marked() -> None:
