@@ -4,6 +4,7 @@ On-policy distillation trains a network on its own samples. Simulating the ``N``
 ``N`` calls with their gradients; the flow map reaches the same point in one jump. So of a drawn budget ``N`` and step
 ``g``, only step ``g`` is taken as it stands, and what comes before and after it is one jump each:
 ``tau_0 -> tau_g -> tau_{g+1} -> tau_N``. The gradient flows through all three, and what comes out is a clean latent.
+A network that goes chunk by chunk takes these jumps in every chunk (:func:`anyflow.flowmap.sampling.follow_chunks`).
 """
 
 from __future__ import annotations
