@@ -1,4 +1,4 @@
-"""``anyflow data``: render, show, check and encode footage."""
+"""``anyflow data``: render, import, show, check and encode footage."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from anyflow.commands.common import Json, check_model, print_json
+from anyflow.commands.data_import import import_footage
 from anyflow.errors import UserError
 
-app = typer.Typer(help="Render, show, check and encode footage.", rich_markup_mode=None, no_args_is_help=True)
+app = typer.Typer(help="Render, import, show, check and encode footage.", rich_markup_mode=None, no_args_is_help=True)
 
 Card = Annotated[str, typer.Argument(metavar="CARD", help="A dataset card: a name in data/, a file, or its folder.")]
 
@@ -40,6 +41,9 @@ def make(
         print_json({"card": card, "clips": clips, "heldout": heldout, "seed": seed})
     else:
         typer.echo(f"{card}   (see it by: anyflow data show {card.parent}; train on it by: data.card={card})")
+
+
+app.command("import")(import_footage)
 
 
 @app.command("show")

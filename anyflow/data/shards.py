@@ -71,18 +71,7 @@ class ShardIndex:
         """The index as the JSON file has it."""
         return {
             "version": INDEX_VERSION,
-            "shards": [
-                {
-                    "name": shard.name,
-                    "bytes": shard.bytes,
-                    "sha256": shard.sha256,
-                    "samples": [
-                        {"key": s.key, "parts": {name: list(span) for name, span in sorted(s.parts.items())}}
-                        for s in shard.samples
-                    ],
-                }
-                for shard in self.shards
-            ],
+            "shards": [shard_to_dict(shard) for shard in self.shards],
         }
 
 
@@ -112,12 +101,12 @@ def write_samples(
             if key in seen:
                 raise UserError(f"clip key {key!r} occurs twice: keys must differ within a data set")
             seen.add(key)
-        shards.append(_write_tar(batch, folder / f"{prefix}-{len(shards):06d}.tar"))
+        shards.append(write_tar(batch, folder / f"{prefix}-{len(shards):06d}.tar"))
     if not shards:
         raise UserError(f"folder {str(folder)!r}: no clip was given, so there is nothing to write")
     index = ShardIndex(tuple(shards))
     text = json.dumps(index.to_dict(), separators=(",", ":"))
-    _write_durably(folder / INDEX_NAME, text.encode())
+    write_durably(folder / INDEX_NAME, text.encode())
     return index
 
 
@@ -132,7 +121,7 @@ def load_index(folder: Path) -> ShardIndex:
         document = json.loads(path.read_text())
         if document["version"] != INDEX_VERSION:
             raise UserError(f"{path}: version {document['version']!r} is unknown; this release reads {INDEX_VERSION}")
-        return ShardIndex(tuple(_shard_from_dict(entry) for entry in document["shards"]))
+        return ShardIndex(tuple(shard_from_dict(entry) for entry in document["shards"]))
     except FileNotFoundError as error:
         raise UserError(f"no {INDEX_NAME} in {str(folder)!r}: render the data set, or correct the folder") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -202,7 +191,20 @@ def check_folder(folder: Path) -> list[str]:
     return problems
 
 
-def _shard_from_dict(entry: Mapping[str, Any]) -> Shard:
+def shard_to_dict(shard: Shard) -> dict[str, Any]:
+    """A shard's entry in the index."""
+    return {
+        "name": shard.name,
+        "bytes": shard.bytes,
+        "sha256": shard.sha256,
+        "samples": [
+            {"key": s.key, "parts": {name: list(span) for name, span in sorted(s.parts.items())}} for s in shard.samples
+        ],
+    }
+
+
+def shard_from_dict(entry: Mapping[str, Any]) -> Shard:
+    """The inverse of :func:`shard_to_dict`; raises KeyError, TypeError or ValueError where it cannot be."""
     samples = tuple(
         Sample(s["key"], {name: (int(span[0]), int(span[1])) for name, span in s["parts"].items()})
         for s in entry["samples"]
@@ -210,7 +212,7 @@ def _shard_from_dict(entry: Mapping[str, Any]) -> Shard:
     return Shard(entry["name"], int(entry["bytes"]), entry["sha256"], samples)
 
 
-def _write_tar(batch: list[tuple[str, Mapping[str, bytes]]], path: Path) -> Shard:
+def write_tar(batch: Iterable[tuple[str, Mapping[str, bytes]]], path: Path) -> Shard:
     """One tar, whole or not at all: written beside, synced, renamed. Fixed times and owners make it reproducible."""
     import webdataset
 
@@ -236,7 +238,8 @@ def _read_members(path: Path) -> tuple[Sample, ...]:
     return tuple(Sample(key, parts) for key, parts in samples.items())
 
 
-def _write_durably(path: Path, data: bytes) -> None:
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
     temporary = path.with_name(path.name + ".part")
     with temporary.open("wb") as file:
         file.write(data)
