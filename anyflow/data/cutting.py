@@ -91,10 +91,11 @@ def cut(
     Raises:
         DecodeError: while iterating, where the footage is damaged; the clips before it are good.
     """
-    number = 0
+    number, still = 0, 0
     for first, window, thumbs in _windows(recording, cutting, report):
         motion = float(np.abs(np.diff(thumbs, axis=0)).mean())
         if motion < cutting.min_motion:
+            still += 1
             report.dropped["still"] += 1
             continue
         clip = Clip(
@@ -111,7 +112,7 @@ def cut(
         number += 1
         if cutting.most and number == cutting.most:
             return
-    if number == 0 and not report.dropped:
+    if number + still == 0:
         report.dropped["too short"] += 1
 
 
@@ -127,12 +128,11 @@ def _windows(
         thumb = _thumbnail(frame)
         if thumbs and cutting.cut_threshold:
             change = float(np.abs(thumb - thumbs[-1]).mean())
-            usual = sum(changes) / len(changes) if changes else 0.0
+            usual = float(np.median(changes)) if changes else 0.0  # a median: an earlier cut among them says nothing
+            changes = [*changes[1 - CUT_MEMORY :], change]
             if change >= cutting.cut_threshold and change >= CUT_RATIO * usual:
                 report.scenes += 1
-                window, thumbs, changes, first = [], [], [], number
-            else:
-                changes = [*changes[1 - CUT_MEMORY :], change]
+                window, thumbs, first = [], [], number
         if number < first:  # the stride is longer than the clip: only what cuts are seen by is kept
             thumbs = [thumb]
             continue
