@@ -104,24 +104,29 @@ def _lines(facts: dict[str, Any]) -> list[str]:
 
 
 @app.command("check")
-def check(card: Card, as_json: Json = False) -> None:
-    """Check every shard against its index: there, whole, unaltered, and no clip in two splits.
+def check(
+    card: Card,
+    fast: Annotated[bool, typer.Option("--fast", help="Hashes and descriptions only; decode nothing.")] = False,
+    workers: Annotated[int, typer.Option(help="Processes; 0: this one.", min=0)] = 2,
+    as_json: Json = False,
+) -> None:
+    """Read a whole data set and tell every problem: shards against their index, clips against the card, every frame.
 
     \b
     Examples:
       anyflow data check driving
-      anyflow data check data/shards/driving/card.yaml --json
+      anyflow data check data/shards/driving/card.yaml --fast --json
     """
-    from anyflow.data.card import check_shards
+    from anyflow.data.check import check_card
 
-    problems = check_shards(card)
+    problems = check_card(card, decode=not fast, workers=workers, progress=_print_progress)
     if as_json:
         print_json({"card": card, "problems": problems})
     else:
         for problem in problems:
             typer.echo(problem)
     if problems:
-        raise UserError(f"{card} has {len(problems)} problems: make or fetch the shards named above again")
+        raise UserError(f"{card} has {len(problems)} problems: repair them, or make or fetch the shards again")
     if not as_json:
         typer.echo(f"{card} is whole")
 

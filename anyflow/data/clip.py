@@ -100,7 +100,7 @@ class Clip:
         try:
             metadata = json.loads(parts["json"])
             return cls(key=key, mp4=parts["mp4"], **metadata)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"sample {key!r}: its json member does not describe a clip ({error})") from error
 
 

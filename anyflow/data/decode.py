@@ -80,6 +80,8 @@ def open_stream(container: av.container.InputContainer) -> av.VideoStream:
     if not container.streams.video:
         raise DecodeError("the file holds no video")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise DecodeError("its codec is unknown")
     if (stream.average_rate or 0) > MAX_RATE:
         raise DecodeError(f"the video claims {float(stream.average_rate or 0):.0f} frames a second")
     stream.codec_context.thread_count = 1

@@ -23,6 +23,11 @@ from anyflow.data.safety import inside
 KEPT_GOP = 30
 """The longest distance between key frames with which a file is kept as it is: a clip is cut out of it at random."""
 
+MAX_GAP = 10
+"""Seconds that one picture may stay: two frames that are a year apart would be filled up with still ones."""
+PIXEL_BUDGET = 10**13
+"""Pixels of one recording: a hundred hours of 832x480 at 60 frames a second, or a bomb."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -87,11 +92,18 @@ def _resampled(
 ) -> Iterator[np.ndarray]:
     """Each frame as often as the times k / fps fall on it; ``shown`` are (frame, end of its time, pixel aspect)."""
     fitter: FrameFitter | None = None
-    written = 0
+    written, pixels = 0, 0
     for frame, until, aspect in shown:
         wanted = max(written, math.ceil(until * fps))
         if wanted == written:
             continue
+        if wanted - written > MAX_GAP * fps + 1:
+            raise DecodeError(
+                f"a picture stands still for {float((wanted - written) / fps):.0f} s: time stamps are off"
+            )
+        pixels += frame.width * frame.height
+        if pixels > PIXEL_BUDGET:
+            raise DecodeError("it decodes to more pixels than any recording has")
         fitter = fitter or FrameFitter(height, width, aspect)
         picture = np.empty((height, width, 3), dtype=np.uint8)
         fitter.write(frame, picture)

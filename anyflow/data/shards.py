@@ -21,11 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.data.clip import Clip
+from anyflow.data.safety import is_safe_name
 from anyflow.errors import UserError
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
 CLIPS_PER_SHARD = 100
+MAX_MEMBER = 2**31
+"""Bytes of one member of a sample; an index that claims more is not believed."""
 REQUIRED_PARTS = ({"mp4", "json"}, {"safetensors", "json"})
 """A sample is either footage or latents, with its description."""
 
@@ -124,8 +127,8 @@ def load_index(folder: Path) -> ShardIndex:
         return ShardIndex(tuple(shard_from_dict(entry) for entry in document["shards"]))
     except FileNotFoundError as error:
         raise UserError(f"no {INDEX_NAME} in {str(folder)!r}: render the data set, or correct the folder") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a shard index ({error!r}): write the shards again") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path} is not a shard index ({str(error)[:200]!r}): write the shards again") from error
 
 
 def read_parts(folder: Path, shard: Shard, sample: Sample, names: Collection[str] | None = None) -> dict[str, bytes]:
@@ -177,8 +180,8 @@ def check_folder(folder: Path) -> list[str]:
             problems.append(f"shard {str(path)!r} is {word}: {size} bytes, the index says {shard.bytes}")
         elif _sha256(path) != shard.sha256:
             problems.append(f"shard {str(path)!r} is damaged: its sha256 differs from the index")
-        elif _read_members(path) != shard.samples:
-            problems.append(f"shard {str(path)!r}: its members differ from the index")
+        else:
+            problems += _compare_members(path, shard)
         for sample in shard.samples:
             if sample.key in keys:
                 problems.append(f"shard {str(path)!r}: key {sample.key!r} occurs twice")
@@ -204,12 +207,24 @@ def shard_to_dict(shard: Shard) -> dict[str, Any]:
 
 
 def shard_from_dict(entry: Mapping[str, Any]) -> Shard:
-    """The inverse of :func:`shard_to_dict`; raises KeyError, TypeError or ValueError where it cannot be."""
+    """The inverse of :func:`shard_to_dict`.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, OverflowError: it is no such entry, names a file elsewhere, or
+            places a sample outside of its shard.
+    """
+    name, size = entry["name"], int(entry["bytes"])
+    if not isinstance(name, str) or not name or name.startswith(".") or any(c in name for c in "/\\\0"):
+        raise ValueError(f"{name!r} is no shard's name")
     samples = tuple(
-        Sample(s["key"], {name: (int(span[0]), int(span[1])) for name, span in s["parts"].items()})
+        Sample(str(s["key"]), {str(part): (int(span[0]), int(span[1])) for part, span in s["parts"].items()})
         for s in entry["samples"]
     )
-    return Shard(entry["name"], int(entry["bytes"]), entry["sha256"], samples)
+    for sample in samples:
+        for offset, length in sample.parts.values():
+            if offset < 0 or not 0 <= length <= MAX_MEMBER or offset + length > size:
+                raise ValueError(f"sample {sample.key!r} lies outside of {name!r}")
+    return Shard(name, size, str(entry["sha256"]), samples)
 
 
 def write_tar(batch: Iterable[tuple[str, Mapping[str, bytes]]], path: Path) -> Shard:
@@ -226,6 +241,20 @@ def write_tar(batch: Iterable[tuple[str, Mapping[str, bytes]]], path: Path) -> S
     shard = Shard(path.name, temporary.stat().st_size, _sha256(temporary), _read_members(temporary))
     temporary.rename(path)
     return shard
+
+
+def _compare_members(path: Path, shard: Shard) -> list[str]:
+    """What a tar's own members say against its index, in sentences."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            odd = [member.name for member in tar if not member.isreg() or not is_safe_name(member.name)]
+        members = _read_members(path)
+    except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError) as error:
+        return [f"shard {str(path)!r} is no tar that can be read to its end ({str(error)[:80]})"]
+    problems = [f"shard {str(path)!r}: member {name[:200]!r} is a link or leads out of the shard" for name in odd]
+    if members != shard.samples:
+        problems.append(f"shard {str(path)!r}: its members differ from the index")
+    return problems
 
 
 def _read_members(path: Path) -> tuple[Sample, ...]:
