@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from anyflow.data import remote
 from anyflow.data.card import DatasetCard, check_shards, load_card
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
 from anyflow.data.reader import ShardReader
@@ -37,7 +38,7 @@ def check_card(
             count = load_index(folder).count
         except UserError:
             continue  # told already
-        job = partial(_check_clips, str(loaded.path), split, decode)
+        job = partial(_check_clips, str(card), split, decode)
         runs = batches(count, CLIPS_PER_JOB)
         for run, found in zip(
             runs, run_jobs(job, runs, workers) if len(runs) > workers > 0 else map(job, runs), strict=True
@@ -56,7 +57,8 @@ def _check_clips(card: str, split: str, decode: bool, numbers: range) -> list[st
     problems = []
     for number in numbers:
         shard, sample = places[number]
-        if not reader.shards[shard][0].is_file():
+        path = reader.shards[shard][0]
+        if remote.url_of(path.parent) is None and not path.is_file():
             continue  # told once, of the shard
         for reason in _reasons(reader, shard, sample, loaded, decode):
             problems.append(f"{split}: clip {sample.key[:200]!r} in {reader.shards[shard][1].name!r}: {reason}")

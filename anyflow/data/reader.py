@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from anyflow.data import remote
 from anyflow.data.card import CARD_NAME, load_card
-from anyflow.data.decode import ClipShape, DecodeError
+from anyflow.data.decode import ClipShape, DecodeError, first_line
 from anyflow.data.plan import PlannedShard
 from anyflow.data.safety import clean_caption
 from anyflow.data.shards import INDEX_NAME, Sample, Shard, load_index
@@ -58,6 +59,8 @@ class ShardReader:
             self.shards += [(folder / shard.name, shard) for shard in shards]
             self._captions += [caption] * len(shards)
         for path, shard in () if tolerant else self.shards:
+            if remote.url_of(path.parent) is not None:
+                continue  # fetched, and compared with its hash, when its first sample is asked for
             if not path.is_file():
                 raise UserError(f"shard {str(path)!r} is missing: fetch or write it again")
             size = path.stat().st_size
@@ -68,6 +71,7 @@ class ShardReader:
             if verify and _sha256(path) != shard.sha256:
                 raise UserError(f"shard {str(path)!r} is damaged, its sha256 is not its index's: fetch it again")
         self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._damaged: dict[int, str] = {}
 
     def planned(self) -> tuple[PlannedShard, ...]:
         """The plan's view of the shards."""
@@ -87,9 +91,9 @@ class ShardReader:
             raise DecodeError(f"no {extension} member")
         offset, size = sample.parts[extension]
         try:
-            data = os.pread(self._descriptor(shard), TAR_BLOCK + size, offset - TAR_BLOCK)
+            data = self._bytes(shard, offset - TAR_BLOCK, TAR_BLOCK + size)
         except OSError as error:
-            raise DecodeError(f"the shard cannot be read ({error.strerror})") from error
+            raise DecodeError(f"the shard cannot be read ({error.strerror or first_line(error)})") from error
         if len(data) < TAR_BLOCK + size:
             raise DecodeError("the shard is truncated")
         name = f"{sample.key}.{extension}"
@@ -106,14 +110,38 @@ class ShardReader:
         """
         return parse_metadata(self.read(shard, sample, "json"), self._captions[shard])
 
-    def _descriptor(self, shard: int) -> int:
-        """An open file, the least recently used one closed when there are too many. Shared offsets are never used."""
+    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
+        """Part of a shard, wherever it lies."""
+        descriptor = self._descriptor(shard)
+        if descriptor is not None:
+            return os.pread(descriptor, size, offset)
+        path, _ = self.shards[shard]
+        return remote.read_range(path.parent, path.name, offset, size)
+
+    def _descriptor(self, shard: int) -> int | None:
+        """An open file, the least recently used one closed when there are too many. Shared offsets are never used.
+
+        None for a shard elsewhere that the cache cannot hold.
+
+        Raises:
+            DecodeError: the shard is not the one of its index.
+        """
         if shard in self._descriptors:
             self._descriptors.move_to_end(shard)
             return self._descriptors[shard]
+        if shard in self._damaged:
+            raise DecodeError(self._damaged[shard])
+        path, entry = self.shards[shard]
+        try:
+            local = remote.fetch_shard(path.parent, entry.name, entry.bytes, entry.sha256)
+        except remote.Damaged as error:
+            self._damaged[shard] = str(error)
+            raise DecodeError(str(error)) from error
+        if local is None:
+            return None
         if len(self._descriptors) >= OPEN_FILES:
             os.close(self._descriptors.popitem(last=False)[1])
-        self._descriptors[shard] = os.open(self.shards[shard][0], os.O_RDONLY)
+        self._descriptors[shard] = os.open(local, os.O_RDONLY)
         return self._descriptors[shard]
 
     def close(self) -> None:
@@ -200,7 +228,7 @@ def find_split(card: str | Path, split: str) -> Split:
         UserError: there is no such card or split.
     """
     given = Path(card)
-    for folder in (given, given / split):
+    for folder in () if remote.is_url(card) else (given, given / split):
         if (folder / INDEX_NAME).is_file() and not (given / CARD_NAME).is_file():
             return Split(given.name, folder, given)
     found = load_card(card)

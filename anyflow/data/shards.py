@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from anyflow.data import remote
 from anyflow.data.clip import Clip
 from anyflow.data.safety import is_safe_name
 from anyflow.errors import UserError
@@ -121,7 +122,7 @@ def load_index(folder: Path) -> ShardIndex:
     """
     path = folder / INDEX_NAME
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(remote.fetch_small(folder, INDEX_NAME).read_text())
         if document["version"] != INDEX_VERSION:
             raise UserError(f"{path}: version {document['version']!r} is unknown; this release reads {INDEX_VERSION}")
         return ShardIndex(tuple(shard_from_dict(entry) for entry in document["shards"]))
@@ -140,7 +141,7 @@ def read_parts(folder: Path, shard: Shard, sample: Sample, names: Collection[str
     path = folder / shard.name
     parts = {}
     try:
-        with path.open("rb") as file:
+        with (_fetched(folder, shard) or path).open("rb") as file:
             for name, (offset, size) in sample.parts.items():
                 if names is not None and name not in names:
                     continue
@@ -170,7 +171,11 @@ def check_folder(folder: Path) -> list[str]:
     problems: list[str] = []
     keys: set[str] = set()
     for shard in index.shards:
-        path = folder / shard.name
+        try:
+            path = _fetched(folder, shard) or folder / shard.name
+        except (UserError, OSError) as error:
+            problems.append(f"shard {shard.name!r}: {error}")
+            continue
         if not path.is_file():
             problems.append(f"shard {str(path)!r} is missing")
             continue
@@ -192,6 +197,18 @@ def check_folder(folder: Path) -> list[str]:
     strays = sorted(path.name for path in folder.glob("*.tar") if path.name not in names)
     problems += [f"shard {str(folder / name)!r} is not in the index" for name in strays]
     return problems
+
+
+def _fetched(folder: Path, shard: Shard) -> Path | None:
+    """A shard's file, fetched if it lies elsewhere; None if the cache cannot hold it.
+
+    Raises:
+        UserError: it is damaged or cannot be fetched.
+    """
+    try:
+        return remote.fetch_shard(folder, shard.name, shard.bytes, shard.sha256)
+    except remote.Damaged as error:
+        raise UserError(f"shard {shard.name!r}: {error}; write it again") from error
 
 
 def shard_to_dict(shard: Shard) -> dict[str, Any]:

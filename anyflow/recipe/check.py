@@ -44,7 +44,8 @@ def check_files(recipe: Recipe) -> None:
             "data.card is empty: name a dataset card, for example data.card=driving or data.card=path/to/card.yaml"
         )
     for card in recipe.data.card:
-        find_card(card)
+        if "://" not in card:  # one elsewhere is looked for when it is read
+            find_card(card)
     needed = [("model.codec", recipe.model.codec)]
     if recipe.model.init == "weights":
         needed.append(("model.weights", recipe.model.weights))

@@ -394,7 +394,7 @@ def test_spoilt_sources(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WRITERS)
 def test_spoilt_sources_at_length(name: str, tmp_path: Path) -> None:
-    fuzz_importer(name, range(6, 200), tmp_path)
+    fuzz_importer(name, range(6, 50), tmp_path)
 
 
 def fuzz_shards(folder: Path, seeds: range) -> None:
@@ -425,7 +425,7 @@ def test_spoilt_shards(shards: Path) -> None:
 
 @pytest.mark.slow
 def test_spoilt_shards_at_length(shards: Path) -> None:
-    fuzz_shards(shards, range(40, 1500))
+    fuzz_shards(shards, range(40, 300))
 
 
 def test_the_helpers_read_what_they_draw() -> None:
