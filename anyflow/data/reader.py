@@ -54,10 +54,13 @@ class ShardReader:
     ) -> None:
         self.shards: list[tuple[Path, Shard]] = []
         self._captions: list[str | None] = []
+        self.counts: list[int] = []
+        """Shards of each folder."""
         for folder, caption in zip(folders, captions or [None] * len(folders), strict=True):
             shards = load_index(folder).shards
             self.shards += [(folder / shard.name, shard) for shard in shards]
             self._captions += [caption] * len(shards)
+            self.counts.append(len(shards))
         for path, shard in () if tolerant else self.shards:
             if remote.url_of(path.parent) is not None:
                 continue  # fetched, and compared with its hash, when its first sample is asked for

@@ -150,6 +150,10 @@ def _check_names(recipe: Recipe) -> None:
 
 def _check_geometry(recipe: Recipe) -> None:
     data = recipe.data
+    if data.weights and len(data.weights) != len(data.card):
+        raise UserError(
+            f"data.weights has {len(data.weights)} values for {len(data.card)} cards: give one for each of data.card"
+        )
     codec = recipe.stage.codec
     _check_frames("data.frames", data.frames)
     for key, size in (("data.height", data.height), ("data.width", data.width)):
