@@ -176,17 +176,17 @@ def _widths(size: int) -> np.ndarray:
 def find_duplicates(prints: np.ndarray) -> list[tuple[int, int]]:
     """(clip, the earlier clip that it repeats), for every repeat among prints [N, D]: the earliest stays.
 
-    Two prints that differ by at most ``SAME_LEVELS`` in every cell have means that differ by no more, so only prints
-    of about the same mean are compared.
+    They are the same if no cell differs by more than ``SAME_LEVELS`` and the mean of all cells by no more than one:
+    recompression moves single cells. Only prints of about the same mean are compared, so few are.
     """
-    means = prints.astype(np.float32).mean(axis=1)
-    order = np.argsort(means, kind="stable")
-    sorted_means = means[order]
+    sums = prints.sum(axis=1, dtype=np.int64)
+    order = np.argsort(sums, kind="stable")
+    sorted_sums = sums[order]
     kept = np.ones(len(prints), dtype=bool)
     repeats = []
     for clip in range(len(prints)):
-        # Recompression moves single cells; their mean over hundreds of cells stays within a level.
-        low, high = np.searchsorted(sorted_means, [means[clip] - 1, means[clip] + 1])
+        low = np.searchsorted(sorted_sums, sums[clip] - prints.shape[1], side="left")
+        high = np.searchsorted(sorted_sums, sums[clip] + prints.shape[1], side="right")
         near = order[low:high]
         near = near[(near < clip) & kept[near]]
         if len(near):

@@ -25,6 +25,8 @@ from anyflow.data.sources.formats import source_of
 from anyflow.errors import UserError
 
 JOB_VERSION = 1
+STRANGERS_FAULTS = (OSError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError, RecursionError)
+"""What a library raises over bytes that a stranger wrote: the fault of that recording alone."""
 MOST_VALUES = 20
 """A label with more values than this is not listed on the card."""
 
@@ -156,8 +158,7 @@ class _Writer:
                 self._remember(made.clip.attributes, made.clip.controls)
                 clips += 1
                 yield made.clip.key, parts
-        # Footage and tables come from strangers: whatever a library says of them, it is this recording's fault alone.
-        except (DecodeError, UserError, OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+        except (DecodeError, UserError, *STRANGERS_FAULTS) as error:
             after = f" after {clips} good clips" if clips else ""
             self.unusable.append(Unusable(recording.name, first_line(error) + after))
 

@@ -7,23 +7,22 @@ goes on from the jobs that it had finished.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from anyflow.data.captions import DEFAULTS, Captions
 from anyflow.data.card import CARD_NAME
 from anyflow.data.cutting import Cutting
-from anyflow.data.decode import DecodeError
+from anyflow.data.decode import DecodeError, first_line
 from anyflow.data.footage import Facts, probe
 from anyflow.data.import_finish import REPORT_NAME, ImportReport, Plan, assemble, write_report
-from anyflow.data.import_jobs import Job, JobResult, load_result, run_job
+from anyflow.data.import_jobs import STRANGERS_FAULTS, Job, JobResult, load_result, run_job
+from anyflow.data.locks import locked
 from anyflow.data.recording import Found, Recording, Unusable
 from anyflow.data.sources import SPLITS, run_jobs
 from anyflow.data.sources.formats import detect_format, snapshot, source_of
@@ -117,21 +116,39 @@ def import_dataset(
         raise UserError(f"source {str(source)!r} is not in the format {name!r}, which has {module.LOOKS_FOR}")
     options = _with_domain(options, module.DOMAIN)
     options = replace(options, licence=options.licence or licence_of(folder))
-    with _working_folder(work):
-        try:
-            found = list(_limited(module.recordings(folder), options))
-        except DecodeError as error:
-            raise UserError(f"source {str(source)!r} cannot be read ({name}): {error}") from error
-        recordings, unusable = _choose(found, options)
-        total = len(recordings) + len(unusable)
-        enforce(unusable, total, options.error_budget, work)
-        if not recordings:
-            raise UserError(f"source {str(source)!r} holds no recordings ({name}: {module.LOOKS_FOR})")
-        cutting, facts = _cutting(recordings, options)
-        plan = Plan(source, name, out, work, cutting, options.domain or "", dict(module.CONTROLS), total)
-        jobs = list(_jobs(plan, folder, split_groups(recordings, options), options, facts))
-        results = _run(jobs, unusable, options, total, progress)
-        return assemble(plan, jobs, results, unusable, options)
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(work / "lock", wait=False):
+            return _import(source, folder, name, out, work, options, progress)
+    except BlockingIOError as error:
+        raise UserError(f"another import is writing {str(work)!r}: wait for it, or give another --to") from error
+
+
+def _import(
+    source: Path,
+    folder: Path,
+    format: str,
+    out: Path,
+    work: Path,
+    options: ImportOptions,
+    progress: Callable[[Progress], None] | None,
+) -> ImportReport:
+    """The import itself, in a working folder of this process's own."""
+    module = source_of(format)
+    try:
+        found = list(_limited(module.recordings(folder), options))
+    except (DecodeError, *STRANGERS_FAULTS) as error:
+        raise UserError(f"source {str(source)!r} cannot be read ({format}): {first_line(error)}") from error
+    recordings, unusable = _choose(found, options)
+    total = len(recordings) + len(unusable)
+    enforce(unusable, total, options.error_budget, work)
+    if not recordings:
+        raise UserError(f"source {str(source)!r} holds no recordings ({format}: {module.LOOKS_FOR})")
+    cutting, facts = _cutting(recordings, options)
+    plan = Plan(source, format, out, work, cutting, options.domain or "", dict(module.CONTROLS), total)
+    jobs = list(_jobs(plan, folder, split_groups(recordings, options), options, facts))
+    results = _run(jobs, unusable, options, total, progress)
+    return assemble(plan, jobs, results, unusable, options)
 
 
 def _check(options: ImportOptions) -> None:
@@ -154,18 +171,6 @@ def _with_domain(options: ImportOptions, usual: str) -> ImportOptions:
             raise UserError(f"--default-caption domain: {domain!r} has none, only {', '.join(DEFAULTS)}; write it out")
         captions = replace(captions, default=DEFAULTS[domain])
     return replace(options, domain=domain, captions=captions)
-
-
-@contextmanager
-def _working_folder(work: Path) -> Iterator[None]:
-    """The folder of an unfinished import, for one process at a time."""
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another import is writing {str(work)!r}: wait for it, or give another --to") from error
-        yield
 
 
 def _limited(found: Iterable[Found], options: ImportOptions) -> Iterator[Found]:

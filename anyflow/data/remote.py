@@ -10,18 +10,17 @@ Credentials come from the environment, by each provider's own rules; an address 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from anyflow.data.locks import locked
 from anyflow.errors import UserError
 
 CACHE_VARIABLE = "ANYFLOW_CACHE"
@@ -155,12 +154,12 @@ def fetch_shard(folder: Path, name: str, size: int, sha256: str) -> Path | None:
         return path
     if size > cache_limit():
         return None
-    with _lock(folder / f".{name}.lock"):
+    with locked(folder / f".{name}.lock"):
         if _touch(path, size):
             return path
         partial = folder / f"{name}.{size}.part"
         for _ in range(2):  # a proxy or a broken wire may spoil one copy; twice the same is what lies there
-            with _lock(cache_root() / ".lock"):
+            with locked(cache_root() / ".lock"):
                 _make_room(size, partial)
                 partial.touch()
             _download(join(url, name), partial, size)
@@ -282,14 +281,6 @@ def _touch(path: Path, size: int) -> bool:
         return True
     except OSError:
         return False
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """One process at a time; the lock ends with its holder."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _sha256(path: Path) -> str:

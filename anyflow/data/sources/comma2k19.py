@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
@@ -77,7 +78,8 @@ def _array(path: Path) -> np.ndarray:
     """A numpy file without a suffix, as numbers; mapped first, for a header may claim more than the file holds."""
     try:
         array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False), dtype=np.float64)
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError) as error:
+    # numpy reads a header as Python does, and fails as Python does.
+    except (OSError, ValueError, EOFError, SyntaxError, TypeError, TokenError, RecursionError, MemoryError) as error:
         raise DecodeError(f"{path.parent.name}/{path.name} cannot be read ({str(error)[:80]})") from error
     if not np.isfinite(array).all():
         raise DecodeError(f"{path.parent.name}/{path.name} holds values that are no numbers")

@@ -37,7 +37,7 @@ def recordings(folder: Path) -> Iterator[Found]:
                 if isinstance(row, DecodeError):
                     raise row
                 yield _recording(folder, part, row)
-            except (DecodeError, KeyError, TypeError, ValueError) as error:
+            except (DecodeError, KeyError, TypeError, ValueError, OverflowError) as error:
                 yield Unusable(
                     place, str(error)[:200] if isinstance(error, DecodeError) else f"a damaged row ({error!r})"
                 )

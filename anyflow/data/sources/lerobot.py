@@ -84,7 +84,7 @@ def recordings(folder: Path) -> Iterator[Found]:
                     fields={"task": task, **shared},
                     details={"table": str(table), "episode": index},
                 )
-            except (DecodeError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            except (DecodeError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
                 yield Unusable(f"{place}/{camera}", f"its description is damaged ({error!r})"[:300])
 
 
