@@ -153,12 +153,18 @@ def encode(
     import torch
 
     from anyflow.backbone.codec import Codec
-    from anyflow.data.cache import encode_dataset
+    from anyflow.data.cache import encode_dataset, estimate_cost
+    from anyflow.data.decode import ClipShape
 
     codec = Codec.from_folder(model, text=False, device="cuda" if torch.cuda.is_available() else "cpu")
     size: dict[str, Any] = {"frames": shape.frames, "height": shape.height, "width": shape.width, "fps": shape.fps}
     folders = {}
     for split in filter(None, (name.strip() for name in splits.split(","))):
+        cost = estimate_cost(card, split, codec, ClipShape(**size))
+        print(
+            f"{split}: {cost.clips} clips, about {cost.bytes / 1e6:.1f} MB and {cost.seconds / 60:.1f} min",
+            file=sys.stderr,
+        )
         report = lambda done, total, split=split: _print_progress(split, done, total)  # noqa: E731
         folders[split] = encode_dataset(card, split, codec, out, report, **size)
     if as_json:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
 from anyflow.data.locks import locked
-from anyflow.data.reader import ShardReader, check_length, find_split
+from anyflow.data.reader import TAR_BLOCK, ShardReader, check_length, find_split
 from anyflow.data.shards import (
     INDEX_NAME,
     Sample,
@@ -143,6 +144,34 @@ def encode_dataset(
     return folder
 
 
+@dataclass(frozen=True)
+class EncodingCost:
+    """What encoding a split takes, from one clip: clips, bytes on disk, seconds on this machine."""
+
+    clips: int
+    bytes: int
+    seconds: float
+
+
+def estimate_cost(card: str | Path, split: str, codec: VideoEncoder, shape: ClipShape) -> EncodingCost:
+    """Encode the first usable clip twice, once to warm up, and multiply.
+
+    Raises:
+        UserError: the data are missing, or none of the first clips can be used.
+    """
+    footage = find_split(card, split)
+    check_length(footage, shape)
+    encoder = _Encoder(ShardReader([footage.folder], [footage.caption]), codec, shape, [], None, 1.0)
+    for number in range(min(len(encoder.places), 20)):
+        for _, parts in encoder.samples(range(number, number + 1)):
+            started = time.perf_counter()
+            list(encoder.samples(range(number, number + 1)))
+            seconds = time.perf_counter() - started
+            size = sum(map(len, parts.values())) + 3 * TAR_BLOCK
+            return EncodingCost(len(encoder.places), len(encoder.places) * size, len(encoder.places) * seconds)
+    raise UserError(f"card {str(card)!r}: none of the first clips of its split {split!r} can be encoded")
+
+
 def load_cache(folder: str | Path, codec_hash: str | None = None) -> LatentCache:
     """Read what a cache was made from, and refuse it if another autoencoder made it.
 
@@ -211,7 +240,7 @@ class _Encoder:
                 enforce_budget(self.skipped, start + CLIPS_PER_SHARD, len(self.places), self.error_budget)
             else:
                 before = len(self.skipped)
-                shard = write_tar(self._samples(range(start, min(start + CLIPS_PER_SHARD, len(self.places)))), tar)
+                shard = write_tar(self.samples(range(start, min(start + CLIPS_PER_SHARD, len(self.places)))), tar)
                 facts = {"shard": shard_to_dict(shard), "skipped": [asdict(skip) for skip in self.skipped[before:]]}
                 write_durably(note, json.dumps(facts).encode())
             if shard.samples:
@@ -219,7 +248,7 @@ class _Encoder:
             else:
                 tar.unlink()
 
-    def _samples(self, numbers: range) -> Iterator[tuple[str, dict[str, bytes]]]:
+    def samples(self, numbers: range) -> Iterator[tuple[str, dict[str, bytes]]]:
         """(key, members) of every usable clip."""
         for number in numbers:
             shard, sample = self.places[number]

@@ -11,7 +11,7 @@ from tiny_shards import CLIPS, FRAMES, HEIGHT, WIDTH, MakeShards, clip_parts
 from torch import Tensor, nn
 
 from anyflow.data import cache
-from anyflow.data.cache import CACHE_FILE, codec_fingerprint, encode_dataset, load_cache
+from anyflow.data.cache import CACHE_FILE, codec_fingerprint, encode_dataset, estimate_cost, load_cache
 from anyflow.data.decode import ClipShape
 from anyflow.data.module import VideoDataModule
 from anyflow.data.shards import check_folder, load_index
@@ -70,6 +70,14 @@ def test_encoding_twice_gives_the_same_bytes_and_does_the_work_once(shards: Path
     assert first.name == second.name and load_index(first) == load_index(second)
     again = MeanCodec()
     assert encode(shards, again, out=tmp_path / "a") == first and not again.calls
+
+
+def test_the_cost_is_told_beforehand(shards: Path) -> None:
+    """Tar members are padded to blocks and a tar ends with some: the estimate is within a block or two a clip."""
+    cost = estimate_cost(shards, "train", MeanCodec(), ClipShape(FRAMES, HEIGHT, WIDTH))
+    made = load_index(encode(shards, MeanCodec()))
+    assert cost.clips == CLIPS and cost.seconds > 0
+    assert abs(cost.bytes - made.bytes) < CLIPS * 1024 + 10_240
 
 
 def test_other_facts_make_another_folder(shards: Path, make_shards: MakeShards) -> None:
