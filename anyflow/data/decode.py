@@ -213,10 +213,21 @@ class FrameFitter:
     def __init__(self, height: int, width: int, aspect: float) -> None:
         self.height, self.width, self.aspect = height, width, aspect
         self._reformat = functools.partial(reformatter().reformat, format="rgb24", threads=1)
+        self._turns: int | None = None
 
     def write(self, frame: av.VideoFrame, out: np.ndarray) -> None:
-        """Write ``frame`` into ``out``, uint8 [H, W, 3], contiguous."""
-        height, width = self.height, self.width
+        """Write ``frame`` into ``out``, uint8 [H, W, 3], contiguous; upright, as telephones note it beside a video."""
+        if self._turns is None:  # a video's frames are all turned alike
+            self._turns = round(frame.rotation / 90) % 4
+        if self._turns == 0:
+            self._write(frame, out, self.height, self.width)
+            return
+        height, width = (self.width, self.height) if self._turns % 2 else (self.height, self.width)
+        lying = np.empty((height, width, 3), dtype=np.uint8)
+        self._write(frame, lying, height, width)
+        out[:] = np.rot90(lying, self._turns)
+
+    def _write(self, frame: av.VideoFrame, out: np.ndarray, height: int, width: int) -> None:
         if (frame.height, frame.width) == (height, width) and self.aspect == 1:
             scaled, top, left = self._reformat(frame), 0, 0
         else:

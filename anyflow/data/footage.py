@@ -65,7 +65,11 @@ def probe(recording: Recording) -> Facts:
         if recording.end is not None:
             seconds = recording.end
         left = max(0.0, seconds - recording.start) if seconds is not None and not recording.fps else None
-        return Facts(float(rate), stream.height, round(stream.width * aspect), left)
+        height, width = stream.height, round(stream.width * aspect)
+        first = next(iter(container.decode(stream)), None)
+        if first is not None and round(first.rotation / 90) % 2:  # filmed with the telephone upright
+            height, width = width, height
+        return Facts(float(rate), height, width, left)
 
 
 def frames_at(recording: Recording, fps: float, height: int, width: int) -> Iterator[np.ndarray]:
