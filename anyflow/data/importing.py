@@ -119,7 +119,11 @@ def import_dataset(
     work.mkdir(parents=True, exist_ok=True)
     try:
         with locked(work / "lock", wait=False):
-            return _import(source, folder, name, out, work, options, progress)
+            try:
+                return _import(source, folder, name, out, work, options, progress)
+            finally:
+                if work.is_dir() and not any(path.name != "lock" for path in work.iterdir()):
+                    shutil.rmtree(work)  # nothing is done yet, so nothing is left
     except BlockingIOError as error:
         raise UserError(f"another import is writing {str(work)!r}: wait for it, or give another --to") from error
 

@@ -260,6 +260,7 @@ def test_options_are_checked(options: Any, message: str, tmp_path: Path) -> None
     with pytest.raises(UserError, match=message):
         import_dataset(films(tmp_path / "in", 2, 8), tmp_path / "out", small(**options))
     assert not (tmp_path / "out").exists()
+    assert (tmp_path / ".out.import").exists() == ("frames" in options)  # only work that was done is kept
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
