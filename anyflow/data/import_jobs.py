@@ -19,7 +19,7 @@ import numpy as np
 
 from anyflow.data.cutting import CutReport, Cutting, cut
 from anyflow.data.decode import DecodeError, first_line
-from anyflow.data.recording import Footage, ImageFiles, Recording, Unusable
+from anyflow.data.recording import ImageFiles, Recording, Unusable
 from anyflow.data.shards import Shard, shard_from_dict, shard_to_dict, write_durably, write_tar
 from anyflow.data.sources.formats import source_of
 from anyflow.errors import UserError
@@ -57,7 +57,7 @@ class Job:
         digest.update(json.dumps(dataclasses.asdict(self.cutting), sort_keys=True).encode())
         for recording in self.recordings:
             _add(digest, dataclasses.asdict(recording))
-            for path in _files(recording.footage):
+            for path in _files(recording):
                 try:
                     stat = path.stat()
                     _add(digest, [stat.st_size, stat.st_mtime_ns])
@@ -170,8 +170,12 @@ class _Writer:
                 values.add(str(value)[:100])
 
 
-def _files(footage: Footage) -> list[Path]:
-    return [Path(path) for path in footage.paths] if isinstance(footage, ImageFiles) else [Path(footage.path)]
+def _files(recording: Recording) -> list[Path]:
+    """The files that a recording's clips come from: the footage, and those that its details name."""
+    footage = recording.footage
+    paths = footage.paths if isinstance(footage, ImageFiles) else (footage.path,)
+    named = (value for value in recording.details.values() if isinstance(value, str))
+    return [Path(path) for path in (*paths, *named)]
 
 
 def _add(digest: Any, value: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drive_files import scenes
+from drive_files import scenes, vpt
 from footage_files import encode, lerobot_v2, picture, put, put_csv, read_frame, video
 from hypothesis import given
 from hypothesis import strategies as st
@@ -328,6 +328,19 @@ def test_what_has_changed_is_done_again(tmp_path: Path) -> None:
     put(tmp_path / "in/v1.mp4", video(1, 16, 8))
     report = import_dataset(tmp_path / "in", tmp_path / "out", small())
     assert report.clips == {"train": 6} and report.unusable == ()
+
+
+def test_changed_controls_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The videos are the same, one file of ticks is not: what was done with it is not taken over."""
+    folder = vpt(tmp_path / "in", 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(importing, "assemble", None)
+        with pytest.raises(TypeError):
+            import_dataset(folder, tmp_path / "out", small())
+    ticks = sorted(folder.glob("*.jsonl"))[0]
+    put(ticks, ticks.read_text().replace('"hotbar": 3', '"hotbar": 7'))
+    report = import_dataset(folder, tmp_path / "out", small())
+    assert {action["hotbar"] for clip in clips_of(report) for action in clip.controls["actions"]} == {3, 7}
 
 
 def test_going_on_after_sigkill(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def recordings(folder: Path) -> Iterator[Found]:
             footage=VideoFile(str(video)),
             fps=FPS,
             fields={"route": route.name},
+            details={"poses": str(segment / "global_pose" / "frame_positions")},
         )
 
 

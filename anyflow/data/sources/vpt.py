@@ -52,12 +52,18 @@ def recordings(folder: Path) -> Iterator[Found]:
             yield Unusable(relative, f"no {video.stem}.jsonl beside it")
             continue
         session = SESSION.sub("", relative)
-        yield Recording(relative, session, VideoFile(str(video)), fields={"session": Path(session).name})
+        yield Recording(
+            relative,
+            session,
+            VideoFile(str(video)),
+            fields={"session": Path(session).name},
+            details={"ticks": str(video.with_suffix(".jsonl"))},
+        )
 
 
 def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
     """Actions and pose of every tick; a tick is a frame."""
-    path = (folder / recording.name).with_name(Path(recording.name).name + ".jsonl")
+    path = Path(recording.details["ticks"])
     actions: list[dict[str, Any]] = []
     poses: list[list[float]] = []
     for _, tick in read_rows(path):
