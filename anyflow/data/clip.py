@@ -12,6 +12,7 @@ from typing import Any
 import av
 import numpy as np
 
+from anyflow.data.decode import reformatter
 from anyflow.errors import UserError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -128,6 +129,7 @@ def encode_mp4(frames: Array, fps: float, crf: int = DEFAULT_CRF, preset: str = 
         stream.codec_context.thread_count = 1
         for image in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            container.mux(stream.encode(frame.reformat(format="yuv420p", interpolation="AREA")))
+            scaled = reformatter().reformat(frame, format="yuv420p", interpolation="AREA", threads=1)
+            container.mux(stream.encode(scaled))
         container.mux(stream.encode())
     return file.getvalue()

@@ -281,5 +281,5 @@ def scenes(lengths: list[int], fps: float = 8.0) -> bytes:
     shots = []
     for length in lengths:
         backdrop = generator.integers(0, 255, (HEIGHT // 8, WIDTH // 8, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
-        shots += [np.roll(backdrop, 2 * t, axis=1) for t in range(length)]
+        shots += [np.roll(backdrop, t, axis=1) for t in range(length)]
     return encode(shots, fps)
