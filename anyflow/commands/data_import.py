@@ -35,7 +35,7 @@ def import_footage(
     fps: Annotated[float | None, typer.Option(help="Frames a second; without it those of the first recording.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT; without it that of the first recording.")] = None,
     stride: Annotated[float | None, typer.Option(help="Seconds from clip to clip; without it end to end.")] = None,
-    scene_cuts: Annotated[float, typer.Option(help="Change, in levels of 255, that is a scene cut; 0: none.")] = 20.0,
+    scene_cuts: Annotated[float, typer.Option(help="Change, in levels of 255, that is a scene cut; 0: none.")] = 30.0,
     min_motion: Annotated[float, typer.Option(help="Leave out clips that change less from frame to frame.")] = 0.0,
     clips: Annotated[int, typer.Option(help="Clips of one recording at most; 0: all.", min=0)] = 0,
     keep_duplicates: Annotated[bool, typer.Option("--keep-duplicates", help="Keep clips that show the same.")] = False,

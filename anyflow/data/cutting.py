@@ -44,7 +44,7 @@ class Cutting:
     height: int
     width: int
     stride: int
-    cut_threshold: float = 20.0
+    cut_threshold: float = 30.0
     min_motion: float = 0.0
     most: int = 0
 

@@ -64,7 +64,7 @@ class ImportOptions:
     fps: float | None = None
     size: tuple[int, int] | None = None
     stride: float | None = None
-    cut_threshold: float = 20.0
+    cut_threshold: float = 30.0
     min_motion: float = 0.0
     most: int = 0
     keep_duplicates: bool = False
