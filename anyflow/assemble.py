@@ -205,6 +205,7 @@ def build_data(recipe: Recipe, codec: Codec) -> VideoDataModule:
         seed=recipe.run.seed,
         num_workers=data.num_workers,
         error_budget=data.error_budget,
+        weights=data.weights,
         cache=caches,
         codec_hash=codec_hash,
     )

@@ -1,4 +1,4 @@
-"""``anyflow data``: render, show, check and encode footage."""
+"""``anyflow data``: render, import, show, check and encode footage."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from anyflow.commands.common import Json, check_model, print_json
+from anyflow.commands.data_import import import_footage
 from anyflow.errors import UserError
 
-app = typer.Typer(help="Render, show, check and encode footage.", rich_markup_mode=None, no_args_is_help=True)
+app = typer.Typer(help="Render, import, show, check and encode footage.", rich_markup_mode=None, no_args_is_help=True)
 
 Card = Annotated[str, typer.Argument(metavar="CARD", help="A dataset card: a name in data/, a file, or its folder.")]
 
@@ -40,6 +41,9 @@ def make(
         print_json({"card": card, "clips": clips, "heldout": heldout, "seed": seed})
     else:
         typer.echo(f"{card}   (see it by: anyflow data show {card.parent}; train on it by: data.card={card})")
+
+
+app.command("import")(import_footage)
 
 
 @app.command("show")
@@ -100,24 +104,29 @@ def _lines(facts: dict[str, Any]) -> list[str]:
 
 
 @app.command("check")
-def check(card: Card, as_json: Json = False) -> None:
-    """Check every shard against its index: there, whole, unaltered, and no clip in two splits.
+def check(
+    card: Card,
+    fast: Annotated[bool, typer.Option("--fast", help="Hashes and descriptions only; decode nothing.")] = False,
+    workers: Annotated[int, typer.Option(help="Processes; 0: this one.", min=0)] = 2,
+    as_json: Json = False,
+) -> None:
+    """Read a whole data set and tell every problem: shards against their index, clips against the card, every frame.
 
     \b
     Examples:
       anyflow data check driving
-      anyflow data check data/shards/driving/card.yaml --json
+      anyflow data check data/shards/driving/card.yaml --fast --json
     """
-    from anyflow.data.card import check_shards
+    from anyflow.data.check import check_card
 
-    problems = check_shards(card)
+    problems = check_card(card, decode=not fast, workers=workers, progress=_print_progress)
     if as_json:
         print_json({"card": card, "problems": problems})
     else:
         for problem in problems:
             typer.echo(problem)
     if problems:
-        raise UserError(f"{card} has {len(problems)} problems: make or fetch the shards named above again")
+        raise UserError(f"{card} has {len(problems)} problems: repair them, or make or fetch the shards again")
     if not as_json:
         typer.echo(f"{card} is whole")
 
@@ -144,12 +153,18 @@ def encode(
     import torch
 
     from anyflow.backbone.codec import Codec
-    from anyflow.data.cache import encode_dataset
+    from anyflow.data.cache import encode_dataset, estimate_cost
+    from anyflow.data.decode import ClipShape
 
     codec = Codec.from_folder(model, text=False, device="cuda" if torch.cuda.is_available() else "cpu")
     size: dict[str, Any] = {"frames": shape.frames, "height": shape.height, "width": shape.width, "fps": shape.fps}
     folders = {}
     for split in filter(None, (name.strip() for name in splits.split(","))):
+        cost = estimate_cost(card, split, codec, ClipShape(**size))
+        print(
+            f"{split}: {cost.clips} clips, about {cost.bytes / 1e6:.1f} MB and {cost.seconds / 60:.1f} min",
+            file=sys.stderr,
+        )
         report = lambda done, total, split=split: _print_progress(split, done, total)  # noqa: E731
         folders[split] = encode_dataset(card, split, codec, out, report, **size)
     if as_json:

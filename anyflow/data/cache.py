@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,14 +22,25 @@ import torch
 from torch import Tensor, nn
 
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
-from anyflow.data.reader import ShardReader, check_length, find_split
-from anyflow.data.shards import write_samples
+from anyflow.data.locks import locked
+from anyflow.data.reader import TAR_BLOCK, ShardReader, check_length, find_split
+from anyflow.data.shards import (
+    INDEX_NAME,
+    Sample,
+    Shard,
+    ShardIndex,
+    shard_from_dict,
+    shard_to_dict,
+    write_durably,
+    write_tar,
+)
 from anyflow.data.stream import Skip, enforce_budget
 from anyflow.errors import UserError
 
 CACHE_FILE = "cache.json"
 CACHE_VERSION = 1
-LATENTS_PER_SHARD = 1000
+CLIPS_PER_SHARD = 256
+"""Clips of the footage that one shard of latents is made from: what is lost when encoding is broken off."""
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +101,8 @@ def encode_dataset(
         error_budget: largest share of unusable clips that is tolerated.
 
     Returns:
-        The cache's folder; it appears whole or not at all.
+        The cache's folder; it appears whole or not at all. Broken off, encoding goes on after the last whole shard;
+        of several processes one encodes and the others wait for it.
 
     Raises:
         UserError: the data are missing, too many clips are bad, or the folder cannot be written.
@@ -107,21 +119,57 @@ def encode_dataset(
     skipped: list[Skip] = []
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=parent) as scratch:
-            partial = Path(scratch) / folder.name
-            samples = _encoded_samples(reader, codec, shape, skipped, progress, error_budget)
-            index = write_samples(samples, partial, "latents", LATENTS_PER_SHARD)
-            reading = ShardReader([partial])
-            first = _read_latents(reading, 0, 0)
+        with locked(parent / f".{folder.name}.lock"):
+            if _is_whole(folder, fingerprint):
+                return folder
+            partial = parent / f".{folder.name}.part"
+            partial.mkdir(exist_ok=True)
+            encoder = _Encoder(reader, codec, shape, skipped, progress, error_budget)
+            index = ShardIndex(tuple(encoder.shards(partial)))
+            if not index.shards:
+                raise UserError(f"card {str(card)!r}: no clip of its split {split!r} can be encoded")
+            write_durably(partial / INDEX_NAME, json.dumps(index.to_dict(), separators=(",", ":")).encode())
+            first = _read_latents(ShardReader([partial]), 0, 0)
             cache = LatentCache(fingerprint, source, shape, first.shape, tuple(skipped))
-            (partial / CACHE_FILE).write_text(json.dumps({"version": CACHE_VERSION, **asdict(cache)}))
-            _move_into_place(partial, folder, fingerprint)
+            write_durably(partial / CACHE_FILE, json.dumps({"version": CACHE_VERSION, **asdict(cache)}).encode())
+            for note in partial.glob("*.done"):
+                note.unlink()
+            partial.rename(folder)
+        (parent / f".{folder.name}.lock").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"the latent cache {str(folder)!r} cannot be written: {error.strerror or error}") from error
     for skip in skipped:
         log.warning("not encoded: %s", skip)
     log.info("encoded %d clips into %s, %d bytes", index.count, folder, index.bytes)
     return folder
+
+
+@dataclass(frozen=True)
+class EncodingCost:
+    """What encoding a split takes, from one clip: clips, bytes on disk, seconds on this machine."""
+
+    clips: int
+    bytes: int
+    seconds: float
+
+
+def estimate_cost(card: str | Path, split: str, codec: VideoEncoder, shape: ClipShape) -> EncodingCost:
+    """Encode the first usable clip twice, once to warm up, and multiply.
+
+    Raises:
+        UserError: the data are missing, or none of the first clips can be used.
+    """
+    footage = find_split(card, split)
+    check_length(footage, shape)
+    encoder = _Encoder(ShardReader([footage.folder], [footage.caption]), codec, shape, [], None, 1.0)
+    for number in range(min(len(encoder.places), 20)):
+        for _, parts in encoder.samples(range(number, number + 1)):
+            started = time.perf_counter()
+            list(encoder.samples(range(number, number + 1)))
+            seconds = time.perf_counter() - started
+            size = sum(map(len, parts.values())) + 3 * TAR_BLOCK
+            return EncodingCost(len(encoder.places), len(encoder.places) * size, len(encoder.places) * seconds)
+    raise UserError(f"card {str(card)!r}: none of the first clips of its split {split!r} can be encoded")
 
 
 def load_cache(folder: str | Path, codec_hash: str | None = None) -> LatentCache:
@@ -165,31 +213,73 @@ def codec_fingerprint(vae: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _encoded_samples(
-    reader: ShardReader,
-    codec: VideoEncoder,
-    shape: ClipShape,
-    skipped: list[Skip],
-    progress: Callable[[int, int], None] | None,
-    error_budget: float,
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield (key, members) of every usable clip, in the index's order."""
-    from safetensors.numpy import save
+class _Encoder:
+    """Encodes footage shard by shard; a shard that was whole when an earlier run broke off is taken over."""
 
-    places = [(number, sample) for number, (_, shard) in enumerate(reader.shards) for sample in shard.samples]
-    for done, (number, sample) in enumerate(places, start=1):
-        try:
-            description = reader.describe(number, sample)
-            frames = decode_clip(reader.read(number, sample, "mp4"), shape)
-        except DecodeError as error:
-            skipped.append(Skip(reader.shards[number][1].name, sample.key, str(error)))
-            enforce_budget(skipped, done, len(places), error_budget)
-            continue
-        latents = codec.encode_video(torch.from_numpy(frames)[None])[0].half().cpu().numpy()
+    def __init__(
+        self,
+        reader: ShardReader,
+        codec: VideoEncoder,
+        shape: ClipShape,
+        skipped: list[Skip],
+        progress: Callable[[int, int], None] | None,
+        error_budget: float,
+    ) -> None:
+        self.reader, self.codec, self.shape = reader, codec, shape
+        self.skipped, self.progress, self.error_budget = skipped, progress, error_budget
+        self.places = [(number, sample) for number, (_, shard) in enumerate(reader.shards) for sample in shard.samples]
+
+    def shards(self, partial: Path) -> Iterator[Shard]:
+        """Write the shards of latents in ``partial``, in the index's order; one without a usable clip is left out."""
+        for number, start in enumerate(range(0, len(self.places), CLIPS_PER_SHARD)):
+            tar, note = partial / f"latents-{number:06d}.tar", partial / f"latents-{number:06d}.done"
+            done = _taken_over(tar, note)
+            if done is not None:
+                shard, skipped = done
+                self.skipped += skipped
+                enforce_budget(self.skipped, start + CLIPS_PER_SHARD, len(self.places), self.error_budget)
+            else:
+                before = len(self.skipped)
+                shard = write_tar(self.samples(range(start, min(start + CLIPS_PER_SHARD, len(self.places)))), tar)
+                facts = {"shard": shard_to_dict(shard), "skipped": [asdict(skip) for skip in self.skipped[before:]]}
+                write_durably(note, json.dumps(facts).encode())
+            if shard.samples:
+                yield shard
+            else:
+                tar.unlink()
+
+    def samples(self, numbers: range) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """(key, members) of every usable clip."""
+        for number in numbers:
+            shard, sample = self.places[number]
+            try:
+                yield sample.key, self._encoded(shard, sample)
+            except DecodeError as error:
+                self.skipped.append(Skip(self.reader.shards[shard][1].name, sample.key, str(error)))
+                enforce_budget(self.skipped, number + 1, len(self.places), self.error_budget)
+                continue
+            if self.progress is not None:
+                self.progress(number + 1, len(self.places))
+
+    def _encoded(self, shard: int, sample: Sample) -> dict[str, bytes]:
+        from safetensors.numpy import save
+
+        description = self.reader.describe(shard, sample)
+        frames = decode_clip(self.reader.read(shard, sample, "mp4"), self.shape)
+        latents = self.codec.encode_video(torch.from_numpy(frames)[None])[0].half().cpu().numpy()
         text = json.dumps(description, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        yield sample.key, {"safetensors": save({"latents": latents}), "json": text.encode()}
-        if progress is not None:
-            progress(done, len(places))
+        return {"safetensors": save({"latents": latents}), "json": text.encode()}
+
+
+def _taken_over(tar: Path, note: Path) -> tuple[Shard, list[Skip]] | None:
+    """A shard that is whole, and the clips that it leaves out."""
+    try:
+        facts = json.loads(note.read_text())
+        shard = shard_from_dict(facts["shard"])
+        whole = not shard.samples or tar.stat().st_size == shard.bytes
+        return (shard, [Skip(**skip) for skip in facts["skipped"]]) if whole else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _read_latents(reader: ShardReader, shard: int, number: int) -> np.ndarray:
@@ -210,15 +300,6 @@ def _is_whole(folder: Path, fingerprint: str) -> bool:
         shutil.rmtree(folder)
         return False
     return True
-
-
-def _move_into_place(partial: Path, folder: Path, fingerprint: str) -> None:
-    """Rename; if another process was quicker its cache stays, for the two are equal."""
-    try:
-        partial.rename(folder)
-    except OSError:
-        if not _is_whole(folder, fingerprint):
-            raise
 
 
 def _cache_name(name: str, split: str, shape: ClipShape, source: str, fingerprint: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from anyflow.data import remote
 from anyflow.data.shards import INDEX_NAME, Sample, Shard, check_folder, load_index
 from anyflow.errors import UserError
 
@@ -31,7 +32,8 @@ class DatasetCard:
         name: as given on the command line.
         domain: "driving", "robotics", "games", ...
         description: one or two sentences for people and model cards.
-        splits: each split's folder of shards; in the YAML relative to the card's own folder.
+        splits: each split's folder of shards; in the YAML relative to the card's own folder, or an address. A folder
+            elsewhere (s3://..., https://...) is stood for by one in the cache; see :mod:`anyflow.data.remote`.
         frames, height, width, fps: what every clip has.
         caption: stands in for a clip's missing caption; None means that such a clip is refused.
         negative_prompt: what guidance steers away from.
@@ -64,7 +66,7 @@ def load_card(card: str | Path, require_shards: bool = True) -> DatasetCard:
     Raises:
         UserError: no such card; a key that is misspelt, missing or of the wrong type; a split without shards.
     """
-    path = find_card(card)
+    path = fetch_card(card) if isinstance(card, str) and remote.is_url(card) else find_card(card)
     try:
         document = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -73,17 +75,38 @@ def load_card(card: str | Path, require_shards: bool = True) -> DatasetCard:
     if not isinstance(document, dict):
         raise UserError(f"card {str(path)!r}: expected keys and values such as `name: driving`")
     values = _check_fields(document, path)
-    values["splits"] = {split: path.parent / folder for split, folder in values["splits"].items()}
+    values["splits"] = {split: _place(path.parent, folder) for split, folder in values["splits"].items()}
     loaded = DatasetCard(**values, path=path)
     if require_shards:
         for split, folder in loaded.splits.items():
-            if not (folder / INDEX_NAME).is_file():
+            if remote.url_of(folder) is None and not (folder / INDEX_NAME).is_file():
                 command = loaded.provenance.get("command", "correct the path")
                 raise UserError(
                     f"card {str(path)!r}: splits.{split} names {str(folder)!r}, which holds no shards "
                     f"(no {INDEX_NAME}); make them: {command}"
                 )
     return loaded
+
+
+def fetch_card(url: str) -> Path:
+    """The copy of a card that lies elsewhere, given by its own address or by that of its folder.
+
+    Raises:
+        UserError: there is none, or it cannot be fetched.
+    """
+    base, _, name = url.rpartition("/") if url.endswith((".yaml", ".yml")) else (url, "", CARD_NAME)
+    try:
+        return remote.fetch_small(remote.mirror(base), name)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {remote.join(base, name)}: check the address of the card") from error
+
+
+def _place(home: Path, folder: str) -> Path:
+    """A split's folder: an address of its own, beside the card elsewhere, or beside the card here."""
+    if remote.is_url(folder):
+        return remote.mirror(folder)
+    base = remote.url_of(home)
+    return home / folder if base is None else remote.mirror(remote.join(base, folder))
 
 
 def find_card(card: str | Path) -> Path:
@@ -123,7 +146,9 @@ def check_shards(card: DatasetCard | str | Path) -> list[str]:
     for split, folder in loaded.splits.items():
         found = check_folder(folder)
         problems += [f"{split}: {problem}" for problem in found]
-        if not (folder / INDEX_NAME).is_file() or any("not a shard index" in problem for problem in found):
+        if not remote.fetch_small(folder, INDEX_NAME).is_file() or any(
+            "not a shard index" in problem for problem in found
+        ):
             continue
         for _, sample in load_index(folder):
             other = home.setdefault(sample.key, split)
@@ -205,4 +230,7 @@ def _describe(hint: Any) -> str:
 
 def _relative(folder: Path, base: Path) -> str:
     """``folder`` as seen from ``base``."""
+    url = remote.url_of(folder)
+    if url is not None:
+        return url
     return Path(os.path.relpath(folder.resolve(), base.resolve())).as_posix()

@@ -12,6 +12,7 @@ from typing import Any
 import av
 import numpy as np
 
+from anyflow.data.decode import reformatter
 from anyflow.errors import UserError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -100,17 +101,18 @@ class Clip:
         try:
             metadata = json.loads(parts["json"])
             return cls(key=key, mp4=parts["mp4"], **metadata)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"sample {key!r}: its json member does not describe a clip ({error})") from error
 
 
-def encode_mp4(frames: Array, fps: float, crf: int = DEFAULT_CRF) -> bytes:
+def encode_mp4(frames: Array, fps: float, crf: int = DEFAULT_CRF, preset: str = "slow") -> bytes:
     """H.264 in mp4, yuv420p: one thread and no time stamps, hence the same bytes for the same frames.
 
     Args:
         frames: uint8 [F, H, W, 3], H and W even.
         fps: frames a second.
         crf: x264's constant rate factor; 0 is lossless, 18 is hard to tell from the source.
+        preset: x264's effort.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
         raise UserError(f"frames {frames.dtype} {list(frames.shape)}: give uint8 [F, H, W, 3]")
@@ -118,7 +120,7 @@ def encode_mp4(frames: Array, fps: float, crf: int = DEFAULT_CRF) -> bytes:
         raise UserError(f"frame size {frames.shape[2]}x{frames.shape[1]}: yuv420p needs an even width and height")
     rate = Fraction(fps).limit_denominator(1000)
     # With x264's look-ahead "mbtree", equal small frames were seen to give different files now and then.
-    options = {"crf": str(crf), "preset": "slow", "g": str(MAX_GOP), "threads": "1", "x264-params": "mbtree=0"}
+    options = {"crf": str(crf), "preset": preset, "g": str(MAX_GOP), "threads": "1", "x264-params": "mbtree=0"}
     file = BytesIO()
     with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("libx264", rate=rate, options=options)
@@ -127,6 +129,7 @@ def encode_mp4(frames: Array, fps: float, crf: int = DEFAULT_CRF) -> bytes:
         stream.codec_context.thread_count = 1
         for image in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            container.mux(stream.encode(frame.reformat(format="yuv420p", interpolation="AREA")))
+            scaled = reformatter().reformat(frame, format="yuv420p", interpolation="AREA", threads=1)
+            container.mux(stream.encode(scaled))
         container.mux(stream.encode())
     return file.getvalue()

@@ -15,6 +15,11 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+MAX_PIXELS = 2**26
+"""Of a frame (8192 x 8192): a small file that claims more is a bomb, not footage."""
+MAX_RATE = 1000
+"""Frames a second: a file that claims more would be decoded for ever to fill a clip."""
+
 
 class DecodeError(Exception):
     """A clip that cannot be used; the message is the reason, in words."""
@@ -58,18 +63,32 @@ def decode_clip(data: bytes, shape: ClipShape, seed: int | None = None, out: np.
         # Naming the format spares FFmpeg its guesses, a tenth of the time that a small clip takes.
         known = "mp4" if data[4:8] == b"ftyp" else None
         with av.open(io.BytesIO(data), "r", format=known) as container:
-            if not container.streams.video:
-                raise DecodeError("the file holds no video")
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1
-            stream.codec_context.thread_type = "NONE"
-            stream.codec_context.options = {"err_detect": "explode"}  # else damage is painted over in silence
-            written = _fill(container, stream, shape, seed, out)
+            written = _fill(container, open_stream(container), shape, seed, out)
     except (av.FFmpegError, ValueError, IndexError, OverflowError) as error:
-        raise DecodeError(f"the video cannot be decoded ({_first_line(error)})") from error
+        raise DecodeError(f"the video cannot be decoded ({first_line(error)})") from error
     if written < shape.frames:
         raise DecodeError(f"too few frames: {written} where {shape.frames} are needed")
     return out
+
+
+def open_stream(container: av.container.InputContainer) -> av.VideoStream:
+    """A container's video, to be decoded by one thread, with damage and bombs refused.
+
+    Raises:
+        DecodeError: there is none, or it claims a rate that no camera has.
+    """
+    if not container.streams.video:
+        raise DecodeError("the file holds no video")
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise DecodeError("its codec is unknown")
+    if (stream.average_rate or 0) > MAX_RATE:
+        raise DecodeError(f"the video claims {float(stream.average_rate or 0):.0f} frames a second")
+    stream.codec_context.thread_count = 1
+    stream.codec_context.thread_type = "NONE"
+    # Without "explode", damage is painted over in silence.
+    stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
+    return stream
 
 
 def _fill(
@@ -86,14 +105,14 @@ def _fill(
         spacing = None
     first = _first_frame(stream, rate, spacing, shape.frames, seed)
     frames = _frames_from(container, stream, rate, first)
-    fitter = _Fitter(shape.height, shape.width, float(stream.sample_aspect_ratio or 1))
+    fitter = FrameFitter(shape.height, shape.width, float(stream.sample_aspect_ratio or 1))
     written = 0
     if spacing is None or not rate:
         for frame, row in zip(frames, out, strict=False):
             fitter.write(frame, row)
             written += 1
         return written
-    for frame, until in _with_ends(frames, stream, rate, first):
+    for frame, until in with_ends(frames, stream, rate, Fraction(first) / rate):
         # Every time k * spacing before the frame's end shows it, unless an earlier frame served it.
         wanted = min(max(written, math.ceil(until / spacing)), shape.frames)
         if wanted > written:
@@ -105,15 +124,22 @@ def _fill(
     return written
 
 
-def _with_ends(
-    frames: Iterator[av.VideoFrame], stream: av.VideoStream, rate: Fraction, first: int
+def with_ends(
+    frames: Iterator[av.VideoFrame], stream: av.VideoStream, rate: Fraction, first: Fraction, stamped: bool = True
 ) -> Iterator[tuple[av.VideoFrame, Fraction]]:
     """Pair each frame with the time, in seconds after the clip's start, at which the next one takes its place.
 
     Times are those of the frames, so a variable rate is followed. A quarter of a frame is taken off: containers round.
+
+    Args:
+        frames: from the clip's start on.
+        stream: they come from it.
+        rate: frames a second, on average.
+        first: seconds from the stream's start to the clip's.
+        stamped: whether the frames carry times; else they are counted.
     """
-    tick = stream.time_base or Fraction(0)
-    start = (stream.start_time or 0) * tick + Fraction(first) / rate
+    tick = (stream.time_base or Fraction(0)) if stamped else Fraction(0)
+    start = (stream.start_time or 0) * tick + first
     previous, end = None, Fraction(0)
     for number, frame in enumerate(frames):
         time = frame.pts * tick - start if frame.pts is not None and tick else Fraction(number) / rate
@@ -166,7 +192,7 @@ def _frames_from(
 _threads = threading.local()
 
 
-def _reformatter() -> VideoReformatter:
+def reformatter() -> VideoReformatter:
     """This thread's scaler, kept from frame to frame and clip to clip.
 
     A frame's own one would be set up anew for every frame, which takes longer than decoding a small frame.
@@ -176,7 +202,7 @@ def _reformatter() -> VideoReformatter:
     return _threads.reformatter
 
 
-class _Fitter:
+class FrameFitter:
     """Scales a frame so that it covers the size asked for, then cuts its centre out.
 
     Args:
@@ -186,11 +212,22 @@ class _Fitter:
 
     def __init__(self, height: int, width: int, aspect: float) -> None:
         self.height, self.width, self.aspect = height, width, aspect
-        self._reformat = functools.partial(_reformatter().reformat, format="rgb24", threads=1)
+        self._reformat = functools.partial(reformatter().reformat, format="rgb24", threads=1)
+        self._turns: int | None = None
 
     def write(self, frame: av.VideoFrame, out: np.ndarray) -> None:
-        """Write ``frame`` into ``out``, uint8 [H, W, 3], contiguous."""
-        height, width = self.height, self.width
+        """Write ``frame`` into ``out``, uint8 [H, W, 3], contiguous; upright, as telephones note it beside a video."""
+        if self._turns is None:  # a video's frames are all turned alike
+            self._turns = round(frame.rotation / 90) % 4
+        if self._turns == 0:
+            self._write(frame, out, self.height, self.width)
+            return
+        height, width = (self.width, self.height) if self._turns % 2 else (self.height, self.width)
+        lying = np.empty((height, width, 3), dtype=np.uint8)
+        self._write(frame, lying, height, width)
+        out[:] = np.rot90(lying, self._turns)
+
+    def _write(self, frame: av.VideoFrame, out: np.ndarray, height: int, width: int) -> None:
         if (frame.height, frame.width) == (height, width) and self.aspect == 1:
             scaled, top, left = self._reformat(frame), 0, 0
         else:
@@ -205,5 +242,6 @@ class _Fitter:
         out.reshape(height, 3 * width)[:] = lines[top : top + height, 3 * left : 3 * (left + width)]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An exception's message without what follows its first line."""
     return (str(error).splitlines() or [type(error).__name__])[0]

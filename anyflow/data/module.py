@@ -11,7 +11,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from torch.utils.data import DataLoader
 
 from anyflow.data.decode import ClipShape
-from anyflow.data.plan import Plan
+from anyflow.data.mixture import plan_of
 from anyflow.data.reader import ShardReader, check_length, find_split
 from anyflow.data.stream import Batch, ClipDataset, ClipStream, Skip
 from anyflow.errors import UserError
@@ -30,6 +30,7 @@ class VideoDataModule(pl.LightningDataModule):
         seed: seed of the order and of the cuts.
         num_workers: processes that decode; 0 decodes in the training process. The batches are the same for any number.
         error_budget: largest share of unusable clips; they are replaced and recorded up to it, beyond it the run stops.
+        weights: each card's share of the clips that are seen; empty reads the cards as one, clip by clip.
         prefetch: batches that each worker prepares ahead.
         cache: folders of latents made by :func:`anyflow.data.cache.encode_dataset`; they replace the cards' footage.
         codec_hash: fingerprint of the autoencoder that the caches must carry, if it is given.
@@ -52,6 +53,7 @@ class VideoDataModule(pl.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         error_budget: float = 0.01,
+        weights: Sequence[float] = (),
         prefetch: int = 2,
         cache: str | Path | Sequence[str | Path] | None = None,
         codec_hash: str | None = None,
@@ -64,6 +66,7 @@ class VideoDataModule(pl.LightningDataModule):
         self.steps, self.seed = steps, seed
         self.num_workers, self.prefetch = num_workers, prefetch
         self.error_budget = error_budget
+        self.weights = tuple(weights)
         self.caches = [Path(folder) for folder in _as_list(cache or [])]
         self.codec_hash = codec_hash
         self.stream: ClipStream | None = None
@@ -88,7 +91,7 @@ class VideoDataModule(pl.LightningDataModule):
             for split in splits:
                 check_length(split, self.shape)
             reader = ShardReader([split.folder for split in splits], [split.caption for split in splits])
-        plan = Plan(reader.planned(), self.seed, self.batch_size * world_size)
+        plan = plan_of(reader.planned(), reader.counts, self.weights, self.seed, self.batch_size * world_size)
         dataset = ClipDataset(reader, plan, self.shape, rank, world_size, shape)
         self.stream = ClipStream(dataset, self.steps, self.error_budget, skipped)
         if self._pending is not None:

@@ -45,11 +45,15 @@ class PlanIdentity:
     samples: int
     content: str
     window: int
+    shares: str = ""
 
     @property
     def hash(self) -> str:
         """Hexadecimal digest of all inputs: two plans with the same hash give the same order."""
-        return _digest(json.dumps(asdict(self), sort_keys=True))
+        inputs = asdict(self)
+        if not self.shares:  # as before there were any: older checkpoints still fit
+            del inputs["shares"]
+        return digest(json.dumps(inputs, sort_keys=True))
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Plan:
     @cached_property
     def identity(self) -> PlanIdentity:
         """The plan's inputs, for the checkpoint."""
-        content = _digest("\n".join(f"{shard.name} {shard.digest} {shard.samples}" for shard in self.shards))
+        content = digest("\n".join(f"{shard.name} {shard.digest} {shard.samples}" for shard in self.shards))
         return PlanIdentity(
             PLAN_VERSION, self.seed, self.global_batch, len(self.shards), self.num_samples, content, self.window
         )
@@ -116,6 +120,10 @@ class Plan:
                 return int(shard), within
             within -= self.shards[shard].samples
         raise AssertionError("a window holds as many clips as its shards")
+
+    def occurrence(self, epoch: int, position: int) -> tuple[int, int, int]:
+        """Return (epoch, shard, sample within the shard) of a position: which reading of which clip it is."""
+        return epoch, *self.sample_at(epoch, position)
 
     def batch_positions(self, index: int, rank: int = 0, world_size: int = 1) -> tuple[int, range]:
         """Return (epoch, positions within the epoch) of global batch ``index`` that fall to ``rank``.
@@ -167,7 +175,7 @@ class Plan:
 
 def sample_seed(seed: int, epoch: int, key: str) -> int:
     """Seed of everything random about one clip in one epoch, the same whoever reads it: 63 bits."""
-    return int(_digest(f"{seed}/{epoch}/{key}")[:16], 16) >> 1
+    return int(digest(f"{seed}/{epoch}/{key}")[:16], 16) >> 1
 
 
 def describe_difference(saved: PlanIdentity, current: PlanIdentity) -> str:
@@ -180,6 +188,7 @@ def describe_difference(saved: PlanIdentity, current: PlanIdentity) -> str:
         "samples": "number of clips",
         "content": "contents of the shards",
         "window": "shuffle window",
+        "shares": "shares of the cards",
     }
     differences: list[str] = []
     for name, words in names.items():
@@ -196,9 +205,14 @@ def planned_shards(shards: Sequence[tuple[str, str, int]]) -> tuple[PlannedShard
 
 def _shuffled(size: int, entropy: tuple[int, ...]) -> np.ndarray:
     """A permutation of ``size`` from a raw bit stream: sort by random 64-bit keys."""
-    raw = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(size)
-    return np.argsort(np.atleast_1d(raw), kind="stable").astype(np.int64)
+    return np.argsort(raw_bits(size, entropy), kind="stable").astype(np.int64)
 
 
-def _digest(text: str) -> str:
+def raw_bits(size: int, entropy: tuple[int, ...]) -> np.ndarray:
+    """uint64 [size] of a raw bit stream."""
+    return np.atleast_1d(np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(size))
+
+
+def digest(text: str) -> str:
+    """A short digest of a text."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

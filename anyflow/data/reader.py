@@ -14,15 +14,19 @@ from typing import Any
 
 import numpy as np
 
+from anyflow.data import remote
 from anyflow.data.card import CARD_NAME, load_card
-from anyflow.data.decode import ClipShape, DecodeError
+from anyflow.data.decode import ClipShape, DecodeError, first_line
 from anyflow.data.plan import PlannedShard
+from anyflow.data.safety import clean_caption
 from anyflow.data.shards import INDEX_NAME, Sample, Shard, load_index
 from anyflow.errors import UserError
 
 TAR_BLOCK = 512
 TAR_NAME_LENGTH = 100
 OPEN_FILES = 64
+MAX_METADATA = 2**24
+"""Bytes of a json member: controls of some thousand frames take less than a tenth of it."""
 
 
 class ShardReader:
@@ -33,6 +37,7 @@ class ShardReader:
         captions: for each folder, what stands in for a missing caption; none by default.
         strict: refuse a shard that is shorter than its index says, too; else its lost samples are bad clips.
         verify: compare every shard's sha256 with the index (reads everything once).
+        tolerant: take shards as they are, missing ones too; their samples are bad clips.
 
     Raises:
         UserError: an index or a shard is missing, or a shard is not the one of its index.
@@ -45,14 +50,20 @@ class ShardReader:
         *,
         strict: bool = False,
         verify: bool = False,
+        tolerant: bool = False,
     ) -> None:
         self.shards: list[tuple[Path, Shard]] = []
         self._captions: list[str | None] = []
+        self.counts: list[int] = []
+        """Shards of each folder."""
         for folder, caption in zip(folders, captions or [None] * len(folders), strict=True):
             shards = load_index(folder).shards
             self.shards += [(folder / shard.name, shard) for shard in shards]
             self._captions += [caption] * len(shards)
-        for path, shard in self.shards:
+            self.counts.append(len(shards))
+        for path, shard in () if tolerant else self.shards:
+            if remote.url_of(path.parent) is not None:
+                continue  # fetched, and compared with its hash, when its first sample is asked for
             if not path.is_file():
                 raise UserError(f"shard {str(path)!r} is missing: fetch or write it again")
             size = path.stat().st_size
@@ -63,6 +74,7 @@ class ShardReader:
             if verify and _sha256(path) != shard.sha256:
                 raise UserError(f"shard {str(path)!r} is damaged, its sha256 is not its index's: fetch it again")
         self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._damaged: dict[int, str] = {}
 
     def planned(self) -> tuple[PlannedShard, ...]:
         """The plan's view of the shards."""
@@ -82,9 +94,9 @@ class ShardReader:
             raise DecodeError(f"no {extension} member")
         offset, size = sample.parts[extension]
         try:
-            data = os.pread(self._descriptor(shard), TAR_BLOCK + size, offset - TAR_BLOCK)
+            data = self._bytes(shard, offset - TAR_BLOCK, TAR_BLOCK + size)
         except OSError as error:
-            raise DecodeError(f"the shard cannot be read ({error.strerror})") from error
+            raise DecodeError(f"the shard cannot be read ({error.strerror or first_line(error)})") from error
         if len(data) < TAR_BLOCK + size:
             raise DecodeError("the shard is truncated")
         name = f"{sample.key}.{extension}"
@@ -101,14 +113,38 @@ class ShardReader:
         """
         return parse_metadata(self.read(shard, sample, "json"), self._captions[shard])
 
-    def _descriptor(self, shard: int) -> int:
-        """An open file, the least recently used one closed when there are too many. Shared offsets are never used."""
+    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
+        """Part of a shard, wherever it lies."""
+        descriptor = self._descriptor(shard)
+        if descriptor is not None:
+            return os.pread(descriptor, size, offset)
+        path, _ = self.shards[shard]
+        return remote.read_range(path.parent, path.name, offset, size)
+
+    def _descriptor(self, shard: int) -> int | None:
+        """An open file, the least recently used one closed when there are too many. Shared offsets are never used.
+
+        None for a shard elsewhere that the cache cannot hold.
+
+        Raises:
+            DecodeError: the shard is not the one of its index.
+        """
         if shard in self._descriptors:
             self._descriptors.move_to_end(shard)
             return self._descriptors[shard]
+        if shard in self._damaged:
+            raise DecodeError(self._damaged[shard])
+        path, entry = self.shards[shard]
+        try:
+            local = remote.fetch_shard(path.parent, entry.name, entry.bytes, entry.sha256)
+        except remote.Damaged as error:
+            self._damaged[shard] = str(error)
+            raise DecodeError(str(error)) from error
+        if local is None:
+            return None
         if len(self._descriptors) >= OPEN_FILES:
             os.close(self._descriptors.popitem(last=False)[1])
-        self._descriptors[shard] = os.open(self.shards[shard][0], os.O_RDONLY)
+        self._descriptors[shard] = os.open(local, os.O_RDONLY)
         return self._descriptors[shard]
 
     def close(self) -> None:
@@ -130,6 +166,8 @@ def parse_metadata(data: bytes, default_caption: str | None = None) -> dict[str,
     Raises:
         DecodeError: it is not a JSON object, or has no caption and there is no default.
     """
+    if len(data) > MAX_METADATA:
+        raise DecodeError(f"its json member has {len(data)} bytes, more than {MAX_METADATA}")
     try:
         metadata = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -141,6 +179,8 @@ def parse_metadata(data: bytes, default_caption: str | None = None) -> dict[str,
         if default_caption is None:
             raise DecodeError("no caption")
         metadata["caption"] = default_caption
+    else:
+        clean_caption(caption)  # bounds and encoding; the text itself stays as it is
     if not isinstance(metadata.setdefault("attributes", {}), dict):
         raise DecodeError("its attributes are malformed")
     return metadata
@@ -157,7 +197,7 @@ def load_latents(data: bytes, out: np.ndarray) -> None:
 
     try:
         latents = load(data)["latents"]
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise DecodeError("its latents cannot be read") from error
     if latents.shape != out.shape:
         raise DecodeError(f"latents of shape {list(latents.shape)} where {list(out.shape)} is needed")
@@ -191,7 +231,7 @@ def find_split(card: str | Path, split: str) -> Split:
         UserError: there is no such card or split.
     """
     given = Path(card)
-    for folder in (given, given / split):
+    for folder in () if remote.is_url(card) else (given, given / split):
         if (folder / INDEX_NAME).is_file() and not (given / CARD_NAME).is_file():
             return Split(given.name, folder, given)
     found = load_card(card)

@@ -20,12 +20,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from anyflow.data import remote
 from anyflow.data.clip import Clip
+from anyflow.data.safety import is_safe_name
 from anyflow.errors import UserError
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
 CLIPS_PER_SHARD = 100
+MAX_MEMBER = 2**31
+"""Bytes of one member of a sample; an index that claims more is not believed."""
 REQUIRED_PARTS = ({"mp4", "json"}, {"safetensors", "json"})
 """A sample is either footage or latents, with its description."""
 
@@ -71,18 +75,7 @@ class ShardIndex:
         """The index as the JSON file has it."""
         return {
             "version": INDEX_VERSION,
-            "shards": [
-                {
-                    "name": shard.name,
-                    "bytes": shard.bytes,
-                    "sha256": shard.sha256,
-                    "samples": [
-                        {"key": s.key, "parts": {name: list(span) for name, span in sorted(s.parts.items())}}
-                        for s in shard.samples
-                    ],
-                }
-                for shard in self.shards
-            ],
+            "shards": [shard_to_dict(shard) for shard in self.shards],
         }
 
 
@@ -112,12 +105,12 @@ def write_samples(
             if key in seen:
                 raise UserError(f"clip key {key!r} occurs twice: keys must differ within a data set")
             seen.add(key)
-        shards.append(_write_tar(batch, folder / f"{prefix}-{len(shards):06d}.tar"))
+        shards.append(write_tar(batch, folder / f"{prefix}-{len(shards):06d}.tar"))
     if not shards:
         raise UserError(f"folder {str(folder)!r}: no clip was given, so there is nothing to write")
     index = ShardIndex(tuple(shards))
     text = json.dumps(index.to_dict(), separators=(",", ":"))
-    _write_durably(folder / INDEX_NAME, text.encode())
+    write_durably(folder / INDEX_NAME, text.encode())
     return index
 
 
@@ -129,14 +122,14 @@ def load_index(folder: Path) -> ShardIndex:
     """
     path = folder / INDEX_NAME
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(remote.fetch_small(folder, INDEX_NAME).read_text())
         if document["version"] != INDEX_VERSION:
             raise UserError(f"{path}: version {document['version']!r} is unknown; this release reads {INDEX_VERSION}")
-        return ShardIndex(tuple(_shard_from_dict(entry) for entry in document["shards"]))
+        return ShardIndex(tuple(shard_from_dict(entry) for entry in document["shards"]))
     except FileNotFoundError as error:
         raise UserError(f"no {INDEX_NAME} in {str(folder)!r}: render the data set, or correct the folder") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a shard index ({error!r}): write the shards again") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path} is not a shard index ({str(error)[:200]!r}): write the shards again") from error
 
 
 def read_parts(folder: Path, shard: Shard, sample: Sample, names: Collection[str] | None = None) -> dict[str, bytes]:
@@ -148,7 +141,7 @@ def read_parts(folder: Path, shard: Shard, sample: Sample, names: Collection[str
     path = folder / shard.name
     parts = {}
     try:
-        with path.open("rb") as file:
+        with (_fetched(folder, shard) or path).open("rb") as file:
             for name, (offset, size) in sample.parts.items():
                 if names is not None and name not in names:
                     continue
@@ -178,7 +171,11 @@ def check_folder(folder: Path) -> list[str]:
     problems: list[str] = []
     keys: set[str] = set()
     for shard in index.shards:
-        path = folder / shard.name
+        try:
+            path = _fetched(folder, shard) or folder / shard.name
+        except (UserError, OSError) as error:
+            problems.append(f"shard {shard.name!r}: {error}")
+            continue
         if not path.is_file():
             problems.append(f"shard {str(path)!r} is missing")
             continue
@@ -188,8 +185,8 @@ def check_folder(folder: Path) -> list[str]:
             problems.append(f"shard {str(path)!r} is {word}: {size} bytes, the index says {shard.bytes}")
         elif _sha256(path) != shard.sha256:
             problems.append(f"shard {str(path)!r} is damaged: its sha256 differs from the index")
-        elif _read_members(path) != shard.samples:
-            problems.append(f"shard {str(path)!r}: its members differ from the index")
+        else:
+            problems += _compare_members(path, shard)
         for sample in shard.samples:
             if sample.key in keys:
                 problems.append(f"shard {str(path)!r}: key {sample.key!r} occurs twice")
@@ -202,15 +199,52 @@ def check_folder(folder: Path) -> list[str]:
     return problems
 
 
-def _shard_from_dict(entry: Mapping[str, Any]) -> Shard:
+def _fetched(folder: Path, shard: Shard) -> Path | None:
+    """A shard's file, fetched if it lies elsewhere; None if the cache cannot hold it.
+
+    Raises:
+        UserError: it is damaged or cannot be fetched.
+    """
+    try:
+        return remote.fetch_shard(folder, shard.name, shard.bytes, shard.sha256)
+    except remote.Damaged as error:
+        raise UserError(f"shard {shard.name!r}: {error}; write it again") from error
+
+
+def shard_to_dict(shard: Shard) -> dict[str, Any]:
+    """A shard's entry in the index."""
+    return {
+        "name": shard.name,
+        "bytes": shard.bytes,
+        "sha256": shard.sha256,
+        "samples": [
+            {"key": s.key, "parts": {name: list(span) for name, span in sorted(s.parts.items())}} for s in shard.samples
+        ],
+    }
+
+
+def shard_from_dict(entry: Mapping[str, Any]) -> Shard:
+    """The inverse of :func:`shard_to_dict`.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, OverflowError: it is no such entry, names a file elsewhere, or
+            places a sample outside of its shard.
+    """
+    name, size = entry["name"], int(entry["bytes"])
+    if not isinstance(name, str) or not name or name.startswith(".") or any(c in name for c in "/\\\0"):
+        raise ValueError(f"{name!r} is no shard's name")
     samples = tuple(
-        Sample(s["key"], {name: (int(span[0]), int(span[1])) for name, span in s["parts"].items()})
+        Sample(str(s["key"]), {str(part): (int(span[0]), int(span[1])) for part, span in s["parts"].items()})
         for s in entry["samples"]
     )
-    return Shard(entry["name"], int(entry["bytes"]), entry["sha256"], samples)
+    for sample in samples:
+        for offset, length in sample.parts.values():
+            if offset < 0 or not 0 <= length <= MAX_MEMBER or offset + length > size:
+                raise ValueError(f"sample {sample.key!r} lies outside of {name!r}")
+    return Shard(name, size, str(entry["sha256"]), samples)
 
 
-def _write_tar(batch: list[tuple[str, Mapping[str, bytes]]], path: Path) -> Shard:
+def write_tar(batch: Iterable[tuple[str, Mapping[str, bytes]]], path: Path) -> Shard:
     """One tar, whole or not at all: written beside, synced, renamed. Fixed times and owners make it reproducible."""
     import webdataset
 
@@ -226,6 +260,20 @@ def _write_tar(batch: list[tuple[str, Mapping[str, bytes]]], path: Path) -> Shar
     return shard
 
 
+def _compare_members(path: Path, shard: Shard) -> list[str]:
+    """What a tar's own members say against its index, in sentences."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            odd = [member.name for member in tar if not member.isreg() or not is_safe_name(member.name)]
+        members = _read_members(path)
+    except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError) as error:
+        return [f"shard {str(path)!r} is no tar that can be read to its end ({str(error)[:80]})"]
+    problems = [f"shard {str(path)!r}: member {name[:200]!r} is a link or leads out of the shard" for name in odd]
+    if members != shard.samples:
+        problems.append(f"shard {str(path)!r}: its members differ from the index")
+    return problems
+
+
 def _read_members(path: Path) -> tuple[Sample, ...]:
     """The samples as the tar itself tells them."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
@@ -236,7 +284,8 @@ def _read_members(path: Path) -> tuple[Sample, ...]:
     return tuple(Sample(key, parts) for key, parts in samples.items())
 
 
-def _write_durably(path: Path, data: bytes) -> None:
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
     temporary = path.with_name(path.name + ".part")
     with temporary.open("wb") as file:
         file.write(data)

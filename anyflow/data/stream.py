@@ -16,6 +16,7 @@ import torch.distributed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
+from anyflow.data.mixture import MixedPlan
 from anyflow.data.plan import Plan, PlanIdentity, describe_difference, sample_seed
 from anyflow.data.reader import ShardReader, load_latents
 from anyflow.data.shards import Sample
@@ -61,7 +62,7 @@ class ClipDataset(Dataset[Batch]):
     def __init__(
         self,
         reader: ShardReader,
-        plan: Plan,
+        plan: Plan | MixedPlan,
         shape: ClipShape,
         rank: int = 0,
         world_size: int = 1,
@@ -96,12 +97,12 @@ class ClipDataset(Dataset[Batch]):
     def _fill(self, epoch: int, position: int, out: np.ndarray, bad: dict[tuple[int, int], Skip]) -> dict[str, Any]:
         """Write the clip at ``position``, or the first good one of its replacements, into ``out``."""
         for candidate in (position, *self.plan.replacements(position)[:MAX_TRIES]):
-            shard, number = self.plan.sample_at(epoch, candidate)
+            own_epoch, shard, number = self.plan.occurrence(epoch, candidate)
             if (shard, number) in bad:
                 continue
             sample = self.reader.sample(shard, number)
             try:
-                return self.load(epoch, shard, sample, out)
+                return self.load(own_epoch, shard, sample, out)
             except DecodeError as error:
                 bad[shard, number] = Skip(self.reader.shards[shard][1].name, sample.key, str(error))
         named = _name_offenders(list(bad.values()))

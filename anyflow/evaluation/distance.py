@@ -16,6 +16,7 @@ Shapes: N clips, F frames, H height, W width, C channels. All arithmetic in floa
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,8 +106,30 @@ def frame_frechet(first: Tensor, second: Tensor) -> float:
             raise ValueError(f"at least two pairs of frames are needed, got clips of shape {tuple(clips.shape)}")
         for pairs in _frame_pairs(clips):
             metric.update(pairs, real=real)
+    try:
+        distance = float(metric.compute())
+    except torch.linalg.LinAlgError:  # few or still clips: eigenvalues of a product of singular matrices were not found
+        distance = _symmetric_frechet(metric)
     # Rounding can leave a tiny negative number where the two sets are one and the same.
-    return max(0.0, float(metric.compute()))
+    return max(0.0, distance)
+
+
+def _symmetric_frechet(metric: Any) -> float:
+    """The same distance by symmetric matrices alone, whose eigenvalues are always found.
+
+    The trace of the root of S1 S2 is the sum of the singular values of root(S1) root(S2).
+    """
+    means, roots, traces = [], [], 0.0
+    for kind in ("real", "fake"):
+        count = getattr(metric, f"{kind}_features_num_samples")
+        mean = getattr(metric, f"{kind}_features_sum") / count
+        spread = (getattr(metric, f"{kind}_features_cov_sum") - count * torch.outer(mean, mean)) / (count - 1)
+        values, vectors = torch.linalg.eigh((spread + spread.T) / 2)
+        means.append(mean)
+        roots.append(vectors * values.clamp(min=0).sqrt() @ vectors.T)
+        traces += float(spread.trace())
+    overlap = torch.linalg.svdvals(roots[0] @ roots[1]).sum()
+    return float((means[0] - means[1]).square().sum() - 2 * overlap) + traces
 
 
 def _frame_pairs(clips: Tensor) -> Iterator[Tensor]:

@@ -44,7 +44,8 @@ def check_files(recipe: Recipe) -> None:
             "data.card is empty: name a dataset card, for example data.card=driving or data.card=path/to/card.yaml"
         )
     for card in recipe.data.card:
-        find_card(card)
+        if "://" not in card:  # one elsewhere is looked for when it is read
+            find_card(card)
     needed = [("model.codec", recipe.model.codec)]
     if recipe.model.init == "weights":
         needed.append(("model.weights", recipe.model.weights))
@@ -148,6 +149,10 @@ def _check_names(recipe: Recipe) -> None:
 
 def _check_geometry(recipe: Recipe) -> None:
     data = recipe.data
+    if data.weights and len(data.weights) != len(data.card):
+        raise UserError(
+            f"data.weights has {len(data.weights)} values for {len(data.card)} cards: give one for each of data.card"
+        )
     codec = recipe.stage.codec
     _check_frames("data.frames", data.frames)
     latent_frames = (data.frames - 1) // 4 + 1

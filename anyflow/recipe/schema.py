@@ -181,7 +181,10 @@ class EmaRecipe:
 class DataRecipe:
     """Which clips, in which shape."""
 
-    card: list[str] = _option([], "dataset cards: names in data/, or paths; several are mixed by their size")
+    card: list[str] = _option([], "dataset cards: names in data/, paths, or addresses (s3://..., https://...)")
+    weights: list[float] = _option(
+        [], "share of each card among the clips that are seen; empty: by their size", above=0
+    )
     split: str = _option("train", "split that is trained on")
     heldout: str = _option("heldout", "split that prompts and the quality curve come from; never trained on")
     frames: int = _option(17, "frames of a clip (4n+1, as the VAE takes them)", low=1)

@@ -10,7 +10,8 @@ import torch
 from tiny_shards import CLIPS, FRAMES, HEIGHT, WIDTH, MakeShards, clip_parts
 from torch import Tensor, nn
 
-from anyflow.data.cache import CACHE_FILE, codec_fingerprint, encode_dataset, load_cache
+from anyflow.data import cache
+from anyflow.data.cache import CACHE_FILE, codec_fingerprint, encode_dataset, estimate_cost, load_cache
 from anyflow.data.decode import ClipShape
 from anyflow.data.module import VideoDataModule
 from anyflow.data.shards import check_folder, load_index
@@ -71,6 +72,14 @@ def test_encoding_twice_gives_the_same_bytes_and_does_the_work_once(shards: Path
     assert encode(shards, again, out=tmp_path / "a") == first and not again.calls
 
 
+def test_the_cost_is_told_beforehand(shards: Path) -> None:
+    """Tar members are padded to blocks and a tar ends with some: the estimate is within a block or two a clip."""
+    cost = estimate_cost(shards, "train", MeanCodec(), ClipShape(FRAMES, HEIGHT, WIDTH))
+    made = load_index(encode(shards, MeanCodec()))
+    assert cost.clips == CLIPS and cost.seconds > 0
+    assert abs(cost.bytes - made.bytes) < CLIPS * 1024 + 10_240
+
+
 def test_other_facts_make_another_folder(shards: Path, make_shards: MakeShards) -> None:
     other = make_shards({0: clip_parts(1)}, name="other")
     out = shards / "cache"
@@ -106,16 +115,28 @@ def test_a_damaged_cache_is_rebuilt(shards: Path) -> None:
     assert encode(shards, codec) == folder and len(codec.calls) == CLIPS and load_index(folder) == before
 
 
-def test_an_interrupted_encoding_leaves_nothing(shards: Path, tmp_path: Path) -> None:
+def test_a_broken_encoding_shows_nothing_and_goes_on(
+    make_shards: MakeShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards of 5 clips, the 4th bad; broken off at the 12th call: two shards are whole, and are not made again."""
+
     class Interrupted(MeanCodec):
         def encode_video(self, video: Tensor) -> Tensor:
-            if len(self.calls) == 9:
+            if len(self.calls) == 12:
                 raise KeyboardInterrupt
             return super().encode_video(video)
 
+    monkeypatch.setattr(cache, "CLIPS_PER_SHARD", 5)
+    folder = make_shards({3: clip_parts(3, caption="")})
+    whole = encode(folder, MeanCodec(), out=tmp_path / "whole", error_budget=0.1)
     with pytest.raises(KeyboardInterrupt):
-        encode(shards, Interrupted(), out=tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+        encode(folder, Interrupted(), out=tmp_path / "out", error_budget=0.1)
+    assert all(path.name.startswith(".") for path in (tmp_path / "out").iterdir())
+    codec = MeanCodec()
+    made = encode(folder, codec, out=tmp_path / "out", error_budget=0.1)
+    assert len(codec.calls) == CLIPS - 10
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [made.name]
+    assert {p.name: p.read_bytes() for p in made.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(shards: Path, tmp_path: Path) -> None:
@@ -128,9 +149,9 @@ def test_bad_clips_are_left_out_named_and_budgeted(make_shards: MakeShards) -> N
     folder = make_shards({3: clip_parts(3, caption=""), 5: {**clip_parts(5), "mp4": b"x"}})
     with pytest.raises(UserError, match=r"1 of 23 clips cannot be used.*clip-003 \(no caption\)"):
         encode(folder, MeanCodec())
-    cache = encode(folder, MeanCodec(), error_budget=0.1)
-    assert [skip.key for skip in load_cache(cache).skipped] == ["clip-003", "clip-005"]
-    data = module(folder, cache=cache, error_budget=0.1)
+    made = encode(folder, MeanCodec(), error_budget=0.1)
+    assert [skip.key for skip in load_cache(made).skipped] == ["clip-003", "clip-005"]
+    data = module(folder, cache=made, error_budget=0.1)
     keys = [key for batch in data.train_dataloader() for key in batch["key"]]
     assert "clip-003" not in keys and len(data.state_dict()["skipped"]) == 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from fractions import Fraction
 
 import av
@@ -46,6 +47,25 @@ def irregular_video(times: list[int], container: str = "matroska") -> bytes:
             output.mux(stream.encode(frame))
         output.mux(stream.encode())
     return file.getvalue()
+
+
+def turned(video: bytes, matrix: tuple[int, int, int, int]) -> bytes:
+    """An mp4 with another display matrix (a, b, c, d of a rotation) in its track's header."""
+    place = video.index(b"tkhd") + 44
+    a, b, c, d = (value << 16 for value in matrix)
+    return video[:place] + struct.pack(">iiiiiiiii", a, b, 0, c, d, 0, 0, 0, 1 << 30) + video[place + 36 :]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "turns"), [((1, 0, 0, 1), 0), ((0, 1, -1, 0), 3), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)]
+)
+def test_telephones_videos_stand_upright(matrix: tuple[int, int, int, int], turns: int) -> None:
+    """(0, 1, -1, 0) is what a telephone writes that was held upright: a quarter clockwise, so three against it."""
+    lying = np.zeros((4, 32, 48, 3), dtype=np.uint8)
+    lying[:, :16, :24] = 200  # one corner is bright
+    upright = np.rot90(lying, turns, axes=(1, 2))
+    frames = decode_clip(turned(encode_mp4(lying, 8), matrix), ClipShape(4, *upright.shape[1:3]))
+    assert np.abs(frames.astype(int) - upright).mean() < 3
 
 
 def test_the_first_frames_as_they_are(long_video: bytes) -> None:

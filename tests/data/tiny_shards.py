@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from anyflow.data.card import DatasetCard, write_card
 from anyflow.data.clip import encode_mp4
 
 CLIPS, FRAMES, HEIGHT, WIDTH = 23, 5, 32, 48
@@ -22,3 +24,11 @@ def clip_parts(number: int, **changes: object) -> dict[str, bytes]:
     frames[:] = (10 * number + np.arange(FRAMES))[:, None, None, None]
     metadata = {"caption": f"clip {number}", "fps": 8, "domain": "driving", "attributes": {"number": number}, **changes}
     return {"mp4": encode_mp4(frames, 8), "json": json.dumps(metadata).encode()}
+
+
+def card_of(folder: Path, **changes: Any) -> Path:
+    """Write a card beside a folder of these clips."""
+    facts = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH, "fps": 8.0, "licence": "MIT"}
+    card = DatasetCard("tiny", "driving", "Tiny.", {"train": folder}, **{**facts, **changes})
+    write_card(card, folder.parent / "card.yaml")
+    return folder.parent / "card.yaml"

@@ -99,6 +99,21 @@ def test_the_frechet_distance_grows_with_blur_noise_and_frozen_time() -> None:
         assert frame_frechet(real, damaged) > floor
 
 
+def test_the_frechet_distance_is_found_where_eigenvalues_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By symmetric matrices it is the same number, of ordinary clips and of still ones."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    def fails(self: FrechetInceptionDistance) -> Tensor:
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    real, other = _clips(6, 0), _clips(6, 1)
+    expected, still = frame_frechet(real, other), torch.full_like(other, 77)
+    monkeypatch.setattr(FrechetInceptionDistance, "compute", fails)
+    assert frame_frechet(real, other) == pytest.approx(expected, rel=1e-3)
+    assert frame_frechet(still, still) == pytest.approx(0, abs=1e-9)
+    assert frame_frechet(still, still + 51) == pytest.approx(72 * 0.04, rel=1e-6)
+
+
 def test_too_little_to_fit_a_gaussian_is_refused() -> None:
     with pytest.raises(ValueError, match="two pairs"):
         frame_frechet(_clips(1)[:, :2], _clips(1))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
@@ -80,12 +82,26 @@ def run_jobs(
         raise UserError(f"workers {workers}: give at least 1")
     context = multiprocessing.get_context("spawn")
     remaining = iter(jobs)
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=jobs_per_process) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_end_with_parent, max_tasks_per_child=jobs_per_process
+    ) as pool:
         pending: list[Future[Result]] = [pool.submit(function, job) for job in islice(remaining, 2 * workers)]
         while pending:
             result = pending.pop(0).result()
             pending += [pool.submit(function, job) for job in islice(remaining, 1)]
             yield result
+
+
+def _end_with_parent() -> None:
+    """End this worker when the process that started it is killed: nobody else would ever tell it to."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def batches(count: int, size: int) -> list[range]:

@@ -1,0 +1,84 @@
+"""Reading a whole data set before anybody trains on it: every shard, every description, every frame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from anyflow.data import remote
+from anyflow.data.card import DatasetCard, check_shards, load_card
+from anyflow.data.decode import ClipShape, DecodeError, decode_clip
+from anyflow.data.reader import ShardReader
+from anyflow.data.shards import Sample, load_index
+from anyflow.data.sources import batches, run_jobs
+from anyflow.errors import UserError
+
+CLIPS_PER_JOB = 50
+
+
+def check_card(
+    card: str | Path, *, decode: bool = True, workers: int = 0, progress: Callable[[str, int, int], None] | None = None
+) -> list[str]:
+    """Verify the shards against their index, and every clip against the card.
+
+    Args:
+        card: name or path.
+        decode: decode every frame as well, which finds what no hash can: clips that were bad before they were written.
+        workers: processes that decode; 0 decodes in this one.
+        progress: called with (split, clips done, clips in all).
+
+    Returns:
+        One sentence a problem, all of them; an empty list if all is well.
+    """
+    loaded = load_card(card, require_shards=False)
+    problems = check_shards(loaded)
+    for split, folder in loaded.splits.items():
+        try:
+            count = load_index(folder).count
+        except UserError:
+            continue  # told already
+        job = partial(_check_clips, str(card), split, decode)
+        runs = batches(count, CLIPS_PER_JOB)
+        for run, found in zip(
+            runs, run_jobs(job, runs, workers) if len(runs) > workers > 0 else map(job, runs), strict=True
+        ):
+            problems += found
+            if progress is not None:
+                progress(split, run.stop, count)
+    return problems
+
+
+def _check_clips(card: str, split: str, decode: bool, numbers: range) -> list[str]:
+    """The problems of some of a split's clips, given by number."""
+    loaded = load_card(card, require_shards=False)
+    reader = ShardReader([loaded.splits[split]], [loaded.caption], tolerant=True)
+    places = [(number, sample) for number, (_, shard) in enumerate(reader.shards) for sample in shard.samples]
+    problems = []
+    for number in numbers:
+        shard, sample = places[number]
+        path = reader.shards[shard][0]
+        if remote.url_of(path.parent) is None and not path.is_file():
+            continue  # told once, of the shard
+        for reason in _reasons(reader, shard, sample, loaded, decode):
+            problems.append(f"{split}: clip {sample.key[:200]!r} in {reader.shards[shard][1].name!r}: {reason}")
+    return problems
+
+
+def _reasons(reader: ShardReader, shard: int, sample: Sample, card: DatasetCard, decode: bool) -> Iterator[str]:
+    """Why a clip does not hold what its card says."""
+    try:
+        description = reader.describe(shard, sample)
+        fps, controls = description.get("fps"), description.get("controls") or {}
+        if not isinstance(fps, int | float) or abs(fps - card.fps) > 1e-3 * card.fps:
+            yield f"its rate is {fps!r}, the card says {card.fps:g}"
+        for name, values in controls.items() if isinstance(controls, dict) else ():
+            if isinstance(values, list) and len(values) < card.frames:
+                yield f"its {name} have {len(values)} values, fewer than its {card.frames} frames"
+    except DecodeError as error:
+        yield str(error)
+    if decode and "mp4" in sample.parts:
+        try:
+            decode_clip(reader.read(shard, sample, "mp4"), ClipShape(card.frames, card.height, card.width))
+        except DecodeError as error:
+            yield str(error)
