@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,15 @@ from anyflow.backbone.codec import Codec
 from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build_vae, transformer_config
 from anyflow.backbone.load import load_backbone, new_backbone
 from anyflow.backbone.lora import LoraSettings, add_lora, load_lora
+from anyflow.backbone.parallelize import (
+    ParallelSettings,
+    checkpoint_activations,
+    compile_blocks,
+    join_ranks,
+    parallelize,
+    rank_and_size,
+    rank_zero_first,
+)
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.backbone.roles import AdapterRoles, Roles, SeparateRoles
 from anyflow.console import progress_line
@@ -62,22 +72,54 @@ def assemble(recipe: Recipe) -> Parts:
 
 def load_model(recipe: Recipe) -> tuple[Codec, FlowMapBackbone]:
     """Codec and network, loaded or, for the first stages of an embedded model, built new."""
-    model = recipe.model
-    dtype = torch.bfloat16 if recipe.hardware.precision == "bf16-true" else torch.float32
+    model, hardware = recipe.model, recipe.hardware
+    dtype = weights_dtype(recipe)
     if recipe.stage.name == "codec":
         tokenizer = build_tokenizer(captions(recipe))
         codec = Codec(
             build_vae(recipe.run.seed), tokenizer, build_text_encoder(len(tokenizer), recipe.run.seed), source=None
         )
     else:
-        codec = Codec.from_folder(model.codec or model.weights, dtype=dtype)
+        text_dtype = torch.float32 if hardware.precision == "32-true" else torch.bfloat16
+        codec_dtype = torch.bfloat16 if hardware.precision == "bf16-true" else torch.float32
+        codec = Codec.from_folder(model.codec or model.weights, dtype=codec_dtype, text_dtype=text_dtype)
     if model.init == "new":
         backbone: FlowMapBackbone = new_backbone({**transformer_config(), **model.network}, recipe.run.seed)
     else:
-        backbone = load_backbone(model.weights, architecture=model.architecture, dtype=dtype)
-    if recipe.hardware.gradient_checkpointing:
-        backbone.transformer.enable_gradient_checkpointing()
+        backbone = load_backbone(
+            model.weights, architecture=model.architecture, dtype=dtype, leave_stored=is_sharded(recipe)
+        )
+    if hardware.gradient_checkpointing:
+        checkpoint_activations(backbone, hardware.keep_attention)
     return codec, backbone
+
+
+def is_sharded(recipe: Recipe) -> bool:
+    """Whether the weights are spread over ranks."""
+    return recipe.hardware.strategy == "fsdp" and rank_and_size()[1] > 1
+
+
+def weights_dtype(recipe: Recipe) -> torch.dtype:
+    """Precision that the network's weights are kept in: float32 if they are trained, by default."""
+    hardware = recipe.hardware
+    frozen_base = hardware.strategy == "fsdp" and recipe.model.lora.enabled and hardware.precision == "bf16-mixed"
+    return torch.bfloat16 if frozen_base or hardware.precision == "bf16-true" else torch.float32
+
+
+def spread(recipe: Recipe, *networks: FlowMapBackbone) -> None:
+    """Compile, and spread over the ranks, as the recipe's hardware says; the last step before a stage is built."""
+    hardware = recipe.hardware
+    settings = ParallelSettings(
+        compute=torch.bfloat16 if hardware.precision.startswith("bf16") else None,
+        compile=hardware.compile,
+        offload=hardware.offload,
+        nodes=hardware.num_nodes if hardware.shard_within == "node" else 1,
+    )
+    for network in networks:
+        if is_sharded(recipe):
+            parallelize(network, settings, join_ranks(hardware.accelerator))
+        elif settings.compile:
+            compile_blocks(network)
 
 
 def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stage:
@@ -92,6 +134,8 @@ def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stag
     if stage.name == "codec":
         codec.vae.requires_grad_(True)
         return CodecStage(codec.vae, CodecObjective(**asdict(stage.codec)), **shared)
+    roles = build_roles(recipe, backbone) if stage.name == "onpolicy" else None
+    spread(recipe, *(roles.networks if roles is not None else [backbone]))
     conditioning = Conditioning(recipe.model.negative_prompt, stage.text_drop, stage.i2v_prob)
     if stage.name == "teacher":
         return TeacherStage(backbone, codec, conditioning=conditioning, shift=shift, **shared)
@@ -105,11 +149,11 @@ def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stag
         rebalance=stage.rebalance,
     )
     shares = IntervalShares(stage.diffusion_share, stage.consistency_share)
-    if stage.name == "onpolicy":
+    if roles is not None:
         options = asdict(stage.onpolicy)
         taken = ("budgets", "extra_guidance", "forward_weight", "critic_turns")
         return OnPolicyStage(
-            build_roles(recipe, backbone),
+            roles,
             codec,
             conditioning=conditioning,
             objective=objective,
@@ -132,9 +176,11 @@ def build_roles(recipe: Recipe, backbone: FlowMapBackbone) -> Roles:
     network = load_backbone(
         teacher,
         architecture=recipe.model.architecture,
-        dtype=backbone.dtype,
-        gradient_checkpointing=recipe.hardware.gradient_checkpointing,
+        dtype=weights_dtype(recipe),
+        leave_stored=is_sharded(recipe),
     )
+    if recipe.hardware.gradient_checkpointing:
+        checkpoint_activations(network, recipe.hardware.keep_attention)
     return SeparateRoles(backbone, network)
 
 
@@ -172,7 +218,8 @@ def build_data(recipe: Recipe, codec: Codec) -> VideoDataModule:
         caches = []
         for card in data.card:
             with progress_line(f"encoding {card}") as on_progress:
-                caches.append(encode_dataset(card, data.split, codec, progress=on_progress, **shape))
+                encode = partial(encode_dataset, card, data.split, codec, progress=on_progress, **shape)
+                caches.append(rank_zero_first(encode, card))
     return VideoDataModule(
         data.card,
         split=data.split,

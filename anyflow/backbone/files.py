@@ -66,8 +66,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_weights(place: Path, precision: Callable[[str], torch.dtype]) -> dict[str, Tensor]:
+def read_weights(place: Path, precision: Callable[[str], torch.dtype] | None) -> dict[str, Tensor]:
     """All tensors of a model's safetensors file or files, each in the precision asked for by its name.
+
+    Without ``precision`` they stay in their files, as stored: memory is taken page by page where it is read, and shared
+    by all processes of a machine.
 
     Raises:
         UserError: there are none, only pickles, or a file is missing or damaged.
@@ -78,10 +81,10 @@ def read_weights(place: Path, precision: Callable[[str], torch.dtype]) -> dict[s
             with safe_open(file, framework="pt", device="cpu") as stored:
                 for name in stored.keys():  # noqa: SIM118 (the reader is no mapping)
                     tensor = stored.get_tensor(name)
-                    # a copy: the reader's memory is the file's, which may be replaced while we train
-                    weights[name] = tensor.to(
-                        precision(name) if tensor.is_floating_point() else tensor.dtype, copy=True
-                    )
+                    if precision is not None:
+                        # a copy: the reader's memory is the file's, which may be replaced while we train
+                        tensor = tensor.to(precision(name) if tensor.is_floating_point() else tensor.dtype, copy=True)
+                    weights[name] = tensor
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{file} is missing or damaged ({_first_line(error)}): download or export it again."

@@ -6,6 +6,7 @@ Weights are read from safetensors only, never from pickles, and every name and s
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     gradient_checkpointing: bool = False,
+    leave_stored: bool = False,
 ) -> BidirectionalBackbone:
     """Load a network, converting a plain Wan transformer on the way.
 
@@ -48,12 +50,35 @@ def load_backbone(
         dtype: precision of the bulk of the weights (the parts that make times stay float32).
         device: where to put it.
         gradient_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
+        leave_stored: build on ``meta`` and leave the weights in their files until
+            :func:`anyflow.backbone.parallelize.parallelize` lets every rank read its part.
 
     Raises:
         UserError: the folder is missing or incomplete, holds another kind of network, or its weights do not fit.
     """
     build = backbone_class(architecture)
-    return build(load_transformer(path, dtype), gradient_checkpointing).to(device)
+    if not leave_stored:
+        return build(load_transformer(path, dtype), gradient_checkpointing).to(device)
+    arguments, weights, place = read_transformer(path, None)
+    backbone = build(_assemble(arguments, weights, place, assign=False), gradient_checkpointing)
+    backbone.stored = StoredWeights(weights, lambda name: _precision(name, dtype))
+    return backbone
+
+
+class StoredWeights:
+    """Checked weights that still lie in their files, by the transformer's names."""
+
+    def __init__(self, weights: dict[str, Tensor], precision: Callable[[str], torch.dtype]) -> None:
+        self._weights = weights
+        self._precision = precision
+
+    def read(self, name: str, window: tuple[slice, ...] = ()) -> Tensor:
+        """A copy of a weight, or of a window of it, in its precision."""
+        tensor = self._weights[name][window] if window else self._weights[name]
+        return tensor.to(self._precision(name) if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+    def __deepcopy__(self, memo: Any) -> StoredWeights:
+        return self  # files are shared: a copy of the network reads the same
 
 
 def new_backbone(config: dict[str, Any], seed: int, architecture: str = "bidirectional") -> BidirectionalBackbone:
@@ -80,6 +105,13 @@ def backbone_class(architecture: str) -> type[BidirectionalBackbone]:
 
 def load_transformer(path: str | Path, dtype: torch.dtype = torch.float32) -> AnyFlowTransformer3DModel:
     """diffusers' transformer of a checkpoint, on the CPU; see :func:`load_backbone`."""
+    return _assemble(*read_transformer(path, lambda name: _precision(name, dtype)))
+
+
+def read_transformer(
+    path: str | Path, precision: Callable[[str], torch.dtype] | None
+) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
+    """Arguments, weights and folder of a checkpoint's transformer; see :func:`load_backbone` and ``read_weights``."""
     folder = resolve_folder(path)
     place = folder / "transformer" if (folder / "transformer").is_dir() else folder
     config = read_json(place / "config.json")
@@ -91,13 +123,13 @@ def load_transformer(path: str | Path, dtype: torch.dtype = torch.float32) -> An
             raise UserError(f"{folder} holds two transformers (Wan 2.2 A14B): take a model with one.")
         config = {**config, "gate_value": GATE, "deltatime_type": "r"}
     arguments = _anyflow_config(config, place)
-    weights = read_weights(place, lambda name: _precision(name, dtype))
+    weights = read_weights(place, precision)
     # the old layout has one class for both networks, and the wrong one would load with a warning only
     if kind == _KINDS[-1] or config.get("init_far_model") or any(name.startswith("far_") for name in weights):
         raise UserError(f"{place} holds a causal (FAR) network, not available yet: take a bidirectional one.")
     if kind == "WanTransformer3DModel":
         weights = _with_delta_embedder(weights)
-    return _assemble(arguments, weights, place)
+    return arguments, weights, place
 
 
 def from_wan(wan: WanTransformer3DModel) -> AnyFlowTransformer3DModel:
@@ -143,12 +175,15 @@ def _anyflow_config(config: dict[str, Any], place: Path | str) -> dict[str, Any]
     return {name: value for name, value in config.items() if name in known}
 
 
-def _assemble(config: dict[str, Any], weights: dict[str, Tensor], place: Path | str) -> AnyFlowTransformer3DModel:
+def _assemble(
+    config: dict[str, Any], weights: dict[str, Tensor], place: Path | str, assign: bool = True
+) -> AnyFlowTransformer3DModel:
     """Build without initialising (14 B random numbers take minutes), then put the weights in."""
     with torch.device("meta"):
         transformer = AnyFlowTransformer3DModel.from_config(config)
     _check_weights(transformer, weights, place)
-    transformer.load_state_dict(weights, strict=True, assign=True)
+    if assign:
+        transformer.load_state_dict(weights, strict=True, assign=True)
     embedder = transformer.condition_embedder  # its gate is a constant which no checkpoint carries
     embedder.register_buffer("delta_emb_gate", torch.tensor([config.get("gate_value", GATE)]), persistent=False)
     return transformer

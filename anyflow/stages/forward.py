@@ -62,6 +62,7 @@ class ForwardStage(FlowStage):
             same_calls=world()[1] > 1,
         )
         per_sample = result.per_sample
+        self.note_losses(per_sample)
         diffusion_mean = global_mean(per_sample, result.is_diffusion)
         if diffusion_mean is not None:
             self.report(diffusion_loss=diffusion_mean)

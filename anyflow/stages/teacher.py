@@ -33,6 +33,7 @@ class TeacherStage(FlowStage):
         per_sample = flow_matching_loss(
             self.velocity(data.text), data.clean, data.noise, timestep, data.rows, loss_frames
         )
+        self.note_losses(per_sample)
         loss = per_sample.mean()
         self.report(loss=loss)
         return loss
