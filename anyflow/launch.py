@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,23 @@ from anyflow.recipe.fields import flatten
 from anyflow.runs import RunFolder, open_run
 from anyflow.tracking import EXPERIMENT, close_tracking, log_artifact, open_tracking
 
-FREE_ON_RESUME = ("run.", "hardware.", "checkpoint.", "sampling.", "data.num_workers", "data.error_budget")
-"""Fields that may change when a run goes on: they do not touch what is computed."""
+FREE_ON_RESUME = (
+    *("run.", "hardware.", "checkpoint.", "sampling."),
+    *("data.num_workers", "data.error_budget", "data.batch_size"),
+)
+"""Fields that may change when a run goes on: they do not touch what is computed. (A rank's batch may change with the
+number of ranks; that the batch over all ranks does not, the data's plan sees to.)"""
 
 
-def train(recipe: Recipe, *, resume: str | None = None, dry_run: bool = False, out: Path | None = None) -> int:
-    """Run a recipe to its end; returns the process's exit code.
+def train(
+    recipe: Recipe,
+    *,
+    resume: str | None = None,
+    dry_run: bool = False,
+    out: Path | None = None,
+    on_open: Callable[[RunFolder], None] | None = None,
+) -> int:
+    """Run a recipe to its end; returns the process's exit code. ``on_open`` is told the run's folder.
 
     Raises:
         UserError: Recipe, data, weights or folders are at fault.
@@ -60,6 +72,8 @@ def train(recipe: Recipe, *, resume: str | None = None, dry_run: bool = False, o
     join_ranks(recipe.hardware.accelerator)
     rank = rank_and_size()[0]
     run = from_rank_zero(open_run(Path(recipe.run.out), recipe.run.name, out=out, resume=resume) if rank == 0 else None)
+    if on_open is not None:
+        on_open(run)
     _refuse_another_recipe(run, recipe)
     if run.status.get("state") == "finished":
         print(f"{run.path} is finished already: nothing to resume.\n")
