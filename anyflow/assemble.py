@@ -106,15 +106,20 @@ def weights_dtype(recipe: Recipe) -> torch.dtype:
     return torch.bfloat16 if frozen_base or hardware.precision == "bf16-true" else torch.float32
 
 
-def spread(recipe: Recipe, *networks: FlowMapBackbone) -> None:
-    """Compile, and spread over the ranks, as the recipe's hardware says; the last step before a stage is built."""
+def parallel_settings(recipe: Recipe, *, compiled: bool = True) -> ParallelSettings:
+    """How the recipe's hardware spreads a network; ``compiled`` False leaves compiling out."""
     hardware = recipe.hardware
-    settings = ParallelSettings(
+    return ParallelSettings(
         compute=torch.bfloat16 if hardware.precision.startswith("bf16") else None,
-        compile=hardware.compile,
+        compile=hardware.compile and compiled,
         offload=hardware.offload,
         nodes=hardware.num_nodes if hardware.shard_within == "node" else 1,
     )
+
+
+def spread(recipe: Recipe, *networks: FlowMapBackbone) -> None:
+    """Compile, and spread over the ranks, as the recipe's hardware says; the last step before a stage is built."""
+    hardware, settings = recipe.hardware, parallel_settings(recipe)
     for network in networks:
         if is_sharded(recipe):
             parallelize(network, settings, join_ranks(hardware.accelerator))

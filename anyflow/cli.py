@@ -9,7 +9,7 @@ import sys
 import typer
 
 from anyflow import __version__
-from anyflow.commands import bench, data, evaluate, export, recipes, sample, tracking, train
+from anyflow.commands import bench, data, evaluate, export, plan, recipes, sample, tracking, train
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
 from anyflow.ranks import leave_report
 
@@ -43,6 +43,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
+app.command("plan")(plan.plan)
 app.command("bench")(bench.bench)
 app.command("mlflow")(tracking.mlflow)
 

@@ -99,10 +99,9 @@ def _start_adapter(transformer: torch.nn.Module, adapter: str, seed: int) -> Non
         if not name.endswith((f".lora_A.{adapter}", f".lora_B.{adapter}")):
             continue
         start = torch.zeros(module.weight.shape)
-        if ".lora_A." in name:
+        if ".lora_A." in name and not start.is_meta:
             torch.nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
-        device = "cpu" if module.weight.is_meta else module.weight.device
-        module.weight = torch.nn.Parameter(start.to(device))
+        module.weight = torch.nn.Parameter(start if module.weight.is_meta else start.to(module.weight.device))
 
 
 def has_lora(backbone: FlowMapBackbone) -> bool:

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from anyflow.backbone.load import StoredWeights
@@ -59,15 +58,17 @@ class ParallelSettings:
     nodes: int = 1
 
 
-def parallelize(backbone: FlowMapBackbone, settings: ParallelSettings, device: torch.device) -> None:
+def parallelize(
+    backbone: FlowMapBackbone, settings: ParallelSettings, device: torch.device, mesh: DeviceMesh | None = None
+) -> None:
     """Spread a network over all ranks, in place; adapters are on it already, activations already checkpointed.
 
-    The ranks must have met (:func:`join_ranks`).
+    The ranks must have met (:func:`join_ranks`); ``mesh`` is the order they stand in, made here if it is not given.
     """
     transformer = backbone.transformer
     if settings.compile:
         compile_blocks(backbone)
-    mesh = device_mesh(device.type, settings.nodes)
+    mesh = mesh or device_mesh(device.type, settings.nodes)
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if settings.offload else OffloadPolicy()
     shard = partial(fully_shard, mesh=mesh, reshard_after_forward=True, offload_policy=offload)
     for name in _FLOAT32_UNITS:
@@ -155,9 +156,12 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _window(spread: DTensor) -> tuple[slice, ...]:
-    """Where this rank's part lies in the whole."""
-    shape, offset = compute_local_shape_and_global_offset(spread.shape, spread.device_mesh, spread.placements)
-    return tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))
+    """Where this rank's part lies in the whole: FSDP2 deals out rows, rounded up, along one dimension of the mesh."""
+    along = next(place for place, kind in enumerate(spread.placements) if kind.is_shard(0))
+    rows, mesh = spread.shape[0], spread.device_mesh
+    each = -(-rows // mesh.size(along))
+    first = min(each * mesh.get_local_rank(along), rows)
+    return (slice(first, min(first + each, rows)), *(slice(0, size) for size in spread.shape[1:]))
 
 
 def _spread(part: Tensor, like: DTensor) -> DTensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 
 from anyflow.commands.common import Json, print_json
 from anyflow.commands.recipes import Hardware, Model, Overrides
+from anyflow.plan import warn_in_background
 from anyflow.ranks import end_with_watcher, needs_watcher, watch
 from anyflow.recipe import Recipe, check_files, load_recipe, to_dict
 
@@ -50,6 +52,8 @@ def train(
     resolved = load_recipe(recipe, model=model, hardware=hardware, overrides=overrides or ())
     check_files(resolved)
     _check_cards(resolved)
+    if "RANK" not in os.environ and not dry_run:
+        warn_in_background(resolved)
     if needs_watcher(resolved.world_size) and not dry_run:
         raise typer.Exit(watch(resolved.hardware.devices, resolved.hardware.num_nodes))
     end_with_watcher()
