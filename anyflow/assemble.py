@@ -53,13 +53,13 @@ class Parts:
     data: VideoDataModule
 
 
-def assemble(recipe: Recipe) -> Parts:
-    """Build everything that the recipe names.
+def assemble(recipe: Recipe, *, leave_stored: bool = False) -> Parts:
+    """Build everything that the recipe names; with ``leave_stored`` the networks' weights stay in their files.
 
     Raises:
         UserError: A checkpoint, card or clip does not fit the recipe.
     """
-    codec, backbone = load_model(recipe)
+    codec, backbone = load_model(recipe, leave_stored=leave_stored or is_sharded(recipe))
     if recipe.stage.name != "codec":
         codec.check_video_shape(recipe.data.frames, recipe.data.height, recipe.data.width)
     if recipe.model.lora.enabled and recipe.stage.name != "codec":
@@ -70,7 +70,7 @@ def assemble(recipe: Recipe) -> Parts:
     return Parts(codec, backbone, build_stage(recipe, codec, backbone), build_data(recipe, codec))
 
 
-def load_model(recipe: Recipe) -> tuple[Codec, FlowMapBackbone]:
+def load_model(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, FlowMapBackbone]:
     """Codec and network, loaded or, for the first stages of an embedded model, built new."""
     model, hardware = recipe.model, recipe.hardware
     dtype = weights_dtype(recipe)
@@ -86,9 +86,7 @@ def load_model(recipe: Recipe) -> tuple[Codec, FlowMapBackbone]:
     if model.init == "new":
         backbone: FlowMapBackbone = new_backbone({**transformer_config(), **model.network}, recipe.run.seed)
     else:
-        backbone = load_backbone(
-            model.weights, architecture=model.architecture, dtype=dtype, leave_stored=is_sharded(recipe)
-        )
+        backbone = load_backbone(model.weights, architecture=model.architecture, dtype=dtype, leave_stored=leave_stored)
     if hardware.gradient_checkpointing:
         checkpoint_activations(backbone, hardware.keep_attention)
     return codec, backbone
@@ -182,7 +180,7 @@ def build_roles(recipe: Recipe, backbone: FlowMapBackbone) -> Roles:
         teacher,
         architecture=recipe.model.architecture,
         dtype=weights_dtype(recipe),
-        leave_stored=is_sharded(recipe),
+        leave_stored=backbone.stored is not None,
     )
     if recipe.hardware.gradient_checkpointing:
         checkpoint_activations(network, recipe.hardware.keep_attention)

@@ -35,6 +35,7 @@ from anyflow.callbacks.sharded import AnyCheckpoint, ShardedStrategy
 from anyflow.console import quiet_libraries
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
 from anyflow.finish import describe_parts, finish_codec, finish_flow, measure, summary
+from anyflow.plan import memory_here, plan
 from anyflow.recipe import Recipe, check_files, load_recipe, save_recipe, to_dict
 from anyflow.recipe.fields import flatten
 from anyflow.runs import RunFolder, open_run
@@ -66,8 +67,10 @@ def train(
         torch.set_num_threads(recipe.hardware.threads)
     check_files(recipe)
     if dry_run:
-        for line in describe_parts(recipe, assemble(recipe)):
+        for line in describe_parts(recipe, assemble(recipe, leave_stored=True)):
             print(line)
+        if recipe.hardware.accelerator != "cpu":
+            print("\n".join(plan(recipe, gpu_memory=memory_here() or 80.0).lines()))
         return 0
     join_ranks(recipe.hardware.accelerator)
     rank = rank_and_size()[0]

@@ -14,7 +14,7 @@ from anyflow.errors import UserError
 from anyflow.recipe.fields import FieldInfo, all_fields, value_of
 from anyflow.recipe.schema import Recipe
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?")
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 
 
@@ -81,7 +81,7 @@ def find_card(name: str) -> Path:
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a text can be a model of the hub: ``owner/name``, the owner being no folder here."""
+    """Whether a text can be a model of the hub: ``owner/name`` or ``owner/name@revision``, the owner no folder here."""
     return bool(_HUB_ID.fullmatch(text)) and not Path(text.partition("/")[0]).is_dir()
 
 
