@@ -83,6 +83,7 @@ def load_model(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, Fl
         text_dtype = torch.float32 if hardware.precision == "32-true" else torch.bfloat16
         codec_dtype = torch.bfloat16 if hardware.precision == "bf16-true" else torch.float32
         codec = Codec.from_folder(model.codec or model.weights, dtype=codec_dtype, text_dtype=text_dtype)
+        codec.is_parked = hardware.park_codec
     if model.init == "new":
         backbone: FlowMapBackbone = new_backbone({**transformer_config(), **model.network}, recipe.run.seed)
     else:

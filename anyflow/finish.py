@@ -41,7 +41,8 @@ def measure(
     kept = from_rank_zero(load_curve(run.path / "curves", label))
     if kept is not None:
         return kept
-    with averaged(parts), progress_line(f"sampling {label}") as on_progress:
+    device = next(parts.backbone.parameters()).device
+    with averaged(parts), parts.codec.lent(device), progress_line(f"sampling {label}") as on_progress:
         result = curve_of(
             parts.backbone,
             parts.codec,

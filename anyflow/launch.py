@@ -186,7 +186,8 @@ def _strategy(recipe: Recipe, manual: bool) -> dict[str, Any]:
 
 def _place(parts: Parts, device: torch.device) -> None:
     """Put what is sampled from on this rank's device; sharded weights are there."""
-    parts.codec.to(device)
+    if not parts.codec.is_parked:
+        parts.codec.to(device)
     if not is_sharded_module(parts.backbone):
         parts.backbone.to(device)
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ from torch import nn
 
 from anyflow import plan as planning
 from anyflow.benchmark import _peak_bytes
-from anyflow.errors import UserError
+from anyflow.errors import EXIT_PREEMPTED, UserError
 from anyflow.plan import GIB, changes, latent_shape, plan, transformer_config_of, warning, with_gpus
 from anyflow.plan_simulate import Memory, _networks, simulate
 from anyflow.recipe import list_recipes, load_recipe
@@ -176,3 +179,31 @@ def test_the_command(anyflow: Run) -> None:
     done = anyflow("plan", "finetune/driving", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["fits"]
+
+
+def test_the_commands_of_the_page_hold(project: Path) -> None:
+    """Every ``anyflow train`` and ``anyflow plan`` of docs/large.md names a recipe that resolves."""
+    text = (project / "docs" / "large.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith((".venv/", "sbatch"))]
+    seen = 0
+    for words in commands:
+        if "export" in words:
+            continue
+        rest = words[words.index("train" if "train" in words else "plan" if "plan" in words else words[2]) + 1 :]
+        named: dict[str, str | None] = {"--model": None, "--hardware": None, "--gpus": None}
+        for option in list(named):
+            if option in rest:
+                at = rest.index(option)
+                named[option] = rest[at + 1]
+                del rest[at : at + 2]
+        recipe, *overrides = [word for word in rest if not word.startswith("--")]
+        load_recipe(recipe, model=named["--model"], hardware=named["--hardware"], overrides=overrides)
+        seen += 1
+    assert seen >= 6
+
+
+def test_the_slurm_script_is_sound(project: Path) -> None:
+    script = project / "recipes" / "hardware" / "slurm.sh"
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    text = script.read_text(encoding="utf-8")
+    assert f"-eq {EXIT_PREEMPTED}" in text and "--signal=TERM" in text and "--resume auto" in text

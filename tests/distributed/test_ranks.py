@@ -192,3 +192,22 @@ def test_a_loss_that_is_no_number_names_its_rank(bad: list[bool], words: str, mo
     torch.nn.Module.__init__(stage)
     stage._has_bad_loss = False
     assert words in stage._where_it_began()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks_too(small_model: Path, tmp_path: Path) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "anyflow.cli",
+    ]
+    done = subprocess.run(
+        [*words, *training(small_model, tmp_path / "run")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path / "run")
