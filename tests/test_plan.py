@@ -184,7 +184,7 @@ def test_the_command(anyflow: Run) -> None:
 def test_the_commands_of_the_page_hold(project: Path) -> None:
     """Every ``anyflow train`` and ``anyflow plan`` of docs/large.md names a recipe that resolves."""
     text = (project / "docs" / "large.md").read_text(encoding="utf-8")
-    commands = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith((".venv/", "sbatch"))]
+    commands = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith((".venv/", "sbatch", "torchrun"))]
     seen = 0
     for words in commands:
         if "export" in words:
