@@ -47,14 +47,14 @@ teacher: $(VENV)/.installed ## plain flow matching, before the forward stage: RE
 codec: $(VENV)/.installed ## a small VAE from nothing: RECIPE=tiny
 	$(call train,codec)
 
-base: $(VENV)/.installed-sim ## the embedded tiny model from nothing: render, codec, teacher, forward (hours)
+base: $(VENV)/.installed-sim ## the embedded tiny model from nothing: render, codec, teacher, forward, on-policy (hours)
 	test -d data/shards/driving || $(ANYFLOW) data make driving --clips 1500
 	test -d data/shards/robotics || $(ANYFLOW) data make robotics --clips 600
 	test -d data/shards/games || $(ANYFLOW) data make games --clips 600
-	$(ANYFLOW) train codec/tiny --out runs/tiny-codec --resume auto
-	$(ANYFLOW) train teacher/tiny --out runs/tiny-teacher --resume auto
-	$(ANYFLOW) train forward/tiny --out runs/tiny-forward --resume auto
-	@echo 'the model is in runs/tiny-forward/model; copy it to data/models/tiny to ship it'
+	for stage in codec teacher forward onpolicy; do \
+		$(ANYFLOW) train $$stage/tiny --out runs/tiny-$$stage --resume auto $(ARGS) || exit; \
+	done
+	@echo 'the model is in runs/tiny-onpolicy/model; copy it to data/models/tiny to ship it'
 
 # --- looking ----------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ Nothing here trains; ``--dry-run`` builds all of it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ from anyflow.recipe import Recipe
 from anyflow.stages.base import Stage
 from anyflow.stages.codec import CodecObjective, CodecStage
 from anyflow.stages.ema import EmaSettings
-from anyflow.stages.finetune import FinetuneStage
+from anyflow.stages.finetune import FinetuneStage, FinetuneTailStage, TailPlan
 from anyflow.stages.flow import Conditioning
 from anyflow.stages.forward import ForwardStage, IntervalShares
 from anyflow.stages.onpolicy import OnPolicySettings, OnPolicyStage
@@ -138,7 +138,7 @@ def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stag
     if stage.name == "codec":
         codec.vae.requires_grad_(True)
         return CodecStage(codec.vae, CodecObjective(**asdict(stage.codec)), **shared)
-    roles = build_roles(recipe, backbone) if stage.name == "onpolicy" else None
+    roles = build_roles(recipe, backbone) if stage.name == "onpolicy" or recipe.has_tail else None
     spread(recipe, *(roles.networks if roles is not None else [backbone]))
     conditioning = Conditioning(recipe.model.negative_prompt, stage.text_drop, stage.i2v_prob)
     if stage.name == "teacher":
@@ -153,30 +153,45 @@ def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stag
         rebalance=stage.rebalance,
     )
     shares = IntervalShares(stage.diffusion_share, stage.consistency_share)
+    shared |= {"conditioning": conditioning, "objective": objective, "shares": shares}
     if roles is not None:
-        options = asdict(stage.onpolicy)
-        taken = ("budgets", "extra_guidance", "forward_weight", "critic_turns")
-        return OnPolicyStage(
-            roles,
-            codec,
-            conditioning=conditioning,
-            objective=objective,
-            shares=shares,
-            settings=OnPolicySettings(accumulate=recipe.hardware.accumulate, **{key: options[key] for key in taken}),
-            critic_optimizer=optimizer_settings(asdict(stage.onpolicy.critic)),
-            **shared,
-        )
+        return build_onpolicy(recipe, codec, roles, shared)
     kind = {"forward": ForwardStage, "finetune": FinetuneStage}[stage.name]
-    return kind(backbone, codec, conditioning=conditioning, objective=objective, shares=shares, **shared)
+    return kind(backbone, codec, **shared)
+
+
+def build_onpolicy(recipe: Recipe, codec: Codec, roles: Roles, shared: dict[str, Any]) -> OnPolicyStage:
+    """The on-policy stage, or fine-tuning with an on-policy tail."""
+    stage = recipe.stage
+    options = asdict(stage.onpolicy)
+    taken = ("budgets", "extra_guidance", "forward_weight", "critic_turns", "watch")
+    settings = OnPolicySettings(accumulate=recipe.hardware.accumulate, **{key: options[key] for key in taken})
+    critic_optimizer = optimizer_settings(asdict(stage.onpolicy.critic))
+    if not recipe.has_tail:
+        return OnPolicyStage(roles, codec, settings=settings, critic_optimizer=critic_optimizer, **shared)
+    del shared["total_steps"]
+    return FinetuneTailStage(
+        roles,
+        codec,
+        settings=replace(settings, extra_guidance=0.0),  # the adapted teacher has its guidance fused, as its base
+        critic_optimizer=critic_optimizer,
+        plan=TailPlan(stage.steps, stage.tail.teacher_steps, stage.tail.steps),
+        tail_optimizer=optimizer_settings(asdict(stage.tail.optimizer)),
+        **shared,
+    )
 
 
 def build_roles(recipe: Recipe, backbone: FlowMapBackbone) -> Roles:
-    """Student, critic and teacher: adapters on the student's base, or networks of their own."""
-    teacher = recipe.stage.onpolicy.teacher
+    """Student, critic and teacher: adapters on the student's base, or networks of their own.
+
+    Before an on-policy tail the teacher is the base, and is trained.
+    """
+    teacher = recipe.model.weights if recipe.has_tail else recipe.stage.onpolicy.teacher
     if recipe.model.lora.enabled:
-        if teacher:
+        if teacher and not recipe.has_tail:
             load_lora(backbone, teacher, adapter="teacher")
-        return AdapterRoles(backbone, lora_settings(recipe), seed=recipe.run.seed)
+        settings, seed = lora_settings(recipe), recipe.run.seed
+        return AdapterRoles(backbone, settings, trains_teacher=recipe.has_tail, seed=seed)
     network = load_backbone(
         teacher,
         architecture=recipe.model.architecture,
@@ -185,7 +200,7 @@ def build_roles(recipe: Recipe, backbone: FlowMapBackbone) -> Roles:
     )
     if recipe.hardware.gradient_checkpointing:
         checkpoint_activations(network, recipe.hardware.keep_attention)
-    return SeparateRoles(backbone, network)
+    return SeparateRoles(backbone, network, trains_teacher=recipe.has_tail)
 
 
 def lora_settings(recipe: Recipe) -> LoraSettings:
@@ -201,8 +216,9 @@ def optimizer_settings(fields: dict[str, Any]) -> OptimizerSettings:
 
 def batches_of(recipe: Recipe) -> int:
     """Batches that the whole run asks of its data, on each rank."""
-    turns = 1 + recipe.stage.onpolicy.critic_turns if recipe.stage.name == "onpolicy" else 1
-    return recipe.stage.steps * recipe.hardware.accumulate * turns
+    onpolicy_steps = {"onpolicy": recipe.stage.steps, "finetune": recipe.stage.tail.steps}.get(recipe.stage.name, 0)
+    critics = onpolicy_steps * recipe.stage.onpolicy.critic_turns
+    return (recipe.total_steps + critics) * recipe.hardware.accumulate
 
 
 def build_data(recipe: Recipe, codec: Codec) -> VideoDataModule:

@@ -135,7 +135,7 @@ def model_card(recipe: Recipe, figures: Any) -> ModelCard:
     return ModelCard(
         title=recipe.run.name,
         base_model=recipe.model.weights,
-        summary=f"Trained with anyflow, stage `{recipe.stage.name}`, {recipe.stage.steps} steps.",
+        summary=f"Trained with anyflow, stage `{recipe.stage.name}`, {recipe.total_steps} steps.",
         data={name: f"{card.licence}. {card.description}" for name, card in cards.items()},
         recipe=yaml.safe_dump(to_dict(recipe), sort_keys=False),
         figures=figures,
@@ -150,7 +150,7 @@ def describe_parts(recipe: Recipe, parts: Parts) -> Iterator[str]:
     batch = next(iter(parts.data.train_dataloader()))
     trainable = sum(p.numel() for p in parts.stage.parameters() if p.requires_grad)
     total = sum(p.numel() for p in parts.stage.parameters())
-    yield f"recipe      {recipe.run.name}: {recipe.stage.steps} steps of {recipe.global_batch} clips"
+    yield f"recipe      {recipe.run.name}: {recipe.total_steps} steps of {recipe.global_batch} clips"
     yield f"network     {total:,} parameters, {trainable:,} trained"
     yield f"codec       {sum(p.numel() for p in parts.codec.parameters()):,} parameters, frozen"
     for name, value in batch.items():

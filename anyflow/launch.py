@@ -142,13 +142,13 @@ def fit(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | Non
     hardware = recipe.hardware
     checkpoints = Checkpoints(run.checkpoints, every_steps=recipe.checkpoint.every_steps, keep=recipe.checkpoint.keep)
     preemption = Preemption(checkpoints)
-    callbacks: list[Any] = [checkpoints, TrainingProgress(recipe.stage.name, recipe.stage.steps), preemption]
+    callbacks: list[Any] = [checkpoints, TrainingProgress(recipe.stage.name, recipe.total_steps), preemption]
     if recipe.sampling.every_steps and recipe.stage.name != "codec":
         measure_now = partial(_measure_now, recipe, run, parts, logger)
         every = recipe.sampling.every_steps
-        callbacks.insert(0, Sampling(measure_now, every_steps=every, total_steps=recipe.stage.steps))
+        callbacks.insert(0, Sampling(measure_now, every_steps=every, total_steps=recipe.total_steps))
     manual = not parts.stage.automatic_optimization  # such a stage has several optimisers and counts its own steps
-    turns = batches_of(recipe) // recipe.stage.steps if manual else 1
+    turns = batches_of(recipe) // recipe.total_steps if manual else 1
     trainer = lightning.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
@@ -159,7 +159,7 @@ def fit(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | Non
         max_epochs=1,  # one endless epoch of declared length: epoch boundaries are the stream's affair
         callbacks=callbacks,
         logger=logger or False,
-        log_every_n_steps=min(10, recipe.stage.steps) * turns,
+        log_every_n_steps=min(10, recipe.total_steps) * turns,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -108,8 +108,10 @@ def _simulate(recipe: Recipe, config: dict[str, Any], latents: tuple[int, int, i
 def _measure(recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], sharded: bool) -> _Run:
     """Run a step with everything in place; both roles' turns in on-policy distillation."""
     trained: dict[Role, list[nn.Parameter]] = {"student": [p for _, p in roles.parameters("student")]}
-    if recipe.stage.name == "onpolicy":
+    if _has_roles(recipe):
         trained["critic"] = [p for _, p in roles.parameters("critic")]
+    if recipe.has_tail:
+        trained["teacher"] = [p for _, p in roles.parameters("teacher")]
     optimizers = {role: _optimizer(weights) for role, weights in trained.items()}
     average = [weight.detach().clone() for weight in trained["student"]] if recipe.ema.decay > 0 else []
     weights = {id(w): w for network in roles.networks for w in network.parameters()}
@@ -193,7 +195,7 @@ def _turns(
         next_phase()
         learn("critic")
 
-    if stage.name == "onpolicy":
+    if _has_roles(recipe):
         return {"student": generator, "critic": critic}
     return {"student": teacher if stage.name == "teacher" else forward}
 
@@ -214,9 +216,15 @@ def _networks(recipe: Recipe, config: dict[str, Any]) -> Roles:
         student = build()
         if recipe.model.lora.enabled:
             add_lora(student, lora_settings(recipe))
-            if recipe.stage.name == "onpolicy":
-                return AdapterRoles(student, lora_settings(recipe))
-        return SeparateRoles(student, build()) if recipe.stage.name == "onpolicy" else _Alone(student)
+            if _has_roles(recipe):
+                return AdapterRoles(student, lora_settings(recipe), trains_teacher=recipe.has_tail)
+        if _has_roles(recipe):
+            return SeparateRoles(student, build(), trains_teacher=recipe.has_tail)
+        return _Alone(student)
+
+
+def _has_roles(recipe: Recipe) -> bool:
+    return recipe.stage.name == "onpolicy" or recipe.has_tail
 
 
 class _Alone(Roles):

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run
 from torch import nn
 
 from anyflow import plan as planning
-from anyflow.benchmark import _peak_bytes
+from anyflow.benchmark.step import peak_bytes as peak_bytes
 from anyflow.errors import EXIT_PREEMPTED, UserError
 from anyflow.plan import GIB, changes, latent_shape, plan, transformer_config_of, warning, with_gpus
 from anyflow.plan_simulate import Memory, _networks, simulate
 from anyflow.recipe import list_recipes, load_recipe
 
+Run = Callable[..., subprocess.CompletedProcess[str]]
 FULL = ("model.lora.enabled=false", "ema.decay=0")
 SIZE = (5, 16, 16, 24)
 NETWORK = {
@@ -96,7 +96,7 @@ def test_the_simulation_agrees_with_a_real_step(checkpointing: bool) -> None:
     step()
     state = sum(v.nbytes for fields in optimizer.state.values() for v in fields.values())
     lying = state + sum(tensor.nbytes for tensor in (*weights, *average))
-    real = lying + _peak_bytes(step, "cpu")
+    real = lying + peak_bytes(step, "cpu")
     options = ["data.global_batch=4", "data.batch_size=4", f"hardware.gradient_checkpointing={checkpointing}"]
     simulated = simulate(load_recipe("finetune/driving", overrides=options), NETWORK, SIZE)
     assert simulated.peak == pytest.approx(real, rel=0.15)
@@ -184,7 +184,8 @@ def test_the_command(anyflow: Run) -> None:
 def test_the_commands_of_the_page_hold(project: Path) -> None:
     """Every ``anyflow train`` and ``anyflow plan`` of docs/large.md names a recipe that resolves."""
     text = (project / "docs" / "large.md").read_text(encoding="utf-8")
-    commands = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith((".venv/", "sbatch", "torchrun"))]
+    lines = [line for line in text.splitlines() if line.startswith((".venv/", "sbatch", "torchrun"))]
+    commands = [shlex.split(line, comments=True) for line in lines]
     seen = 0
     for words in commands:
         if "export" in words:

@@ -135,6 +135,8 @@ MISTAKES = [
     ("run.name=a/b", "cannot be a folder's name"),
     ("model.weights=", "model.weights is empty"),
     ("model.init=new", "name their folder in model.codec"),
+    ("stage.tail.optimizer.betas=[1]", "stage.tail.optimizer.betas=[1.0] (command line) is too large"),
+    ("stage.onpolicy.critic.betas=[0]", "stage.onpolicy.critic.betas=[0.0] is no pair"),
     ("hardware.devices=3", "data.global_batch=8 does not divide over 3 ranks: give data.global_batch=9"),
     ("hardware.devices=16", "does not divide over 16 ranks: give data.global_batch=16"),
     ("stage.name=codec", "trains a small VAE from nothing"),
@@ -149,6 +151,30 @@ def test_a_mistake_gets_one_sentence(override: str, sentence: str) -> None:
         load(override)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+TAIL_MISTAKES = [
+    ("stage.tail.teacher_steps=0", "knows nothing of this domain and would pull the model back"),
+    ("stage.onpolicy.budgets=[]", "stage.onpolicy.budgets is empty"),
+    ("model.lora.start=runs/forward/lora", "name the merged model"),
+]
+
+
+@pytest.mark.parametrize(("override", "sentence"), TAIL_MISTAKES, ids=[override for override, _ in TAIL_MISTAKES])
+def test_a_mistake_with_a_tail_gets_one_sentence(override: str, sentence: str) -> None:
+    load(override)  # without the tail it does not matter
+    with pytest.raises(UserError) as caught:
+        load(override, "stage.tail.steps=10")
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tail_adds_its_teacher_and_itself() -> None:
+    recipe = load("stage.steps=7", "stage.tail.steps=3", "stage.tail.teacher_steps=5")
+    assert recipe.has_tail and recipe.total_steps == 15
+    assert load("stage.steps=7").total_steps == 7
+    rows = {row.key: row for row in describe(recipe)}
+    assert rows["stage.tail.optimizer.lr"].value < rows["optimizer.lr"].value
 
 
 NAMES = [

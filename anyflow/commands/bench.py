@@ -9,7 +9,7 @@ import typer
 from anyflow.commands.common import Json, print_json
 from anyflow.errors import UserError
 
-FIGURES = ("step", "loader", "start")
+FIGURES = ("step", "onpolicy", "loader", "start")
 
 
 def bench(
@@ -19,7 +19,7 @@ def bench(
     batch_size: Annotated[int, typer.Option(help="Clips of a step.", min=2)] = 16,
     as_json: Json = False,
 ) -> None:
-    """Measure a training step against the plain order of work, the loader against bare decoding, and the start.
+    """Measure training steps against plainer ways of work, the loader against bare decoding, and the start.
 
     \b
     Examples:
@@ -31,6 +31,9 @@ def bench(
     for name in wanted:
         if name not in FIGURES:
             raise UserError(f"--only {name!r} is not known: give some of {', '.join(FIGURES)}")
+    from anyflow.console import quiet_libraries
+
+    quiet_libraries()
     results: dict[str, Any] = {}
     for name in wanted:
         results[name] = _measure(name, data, recipe, batch_size)
@@ -45,9 +48,20 @@ def _measure(name: str, data: str, recipe: str, batch_size: int) -> dict[str, An
         from anyflow.data.bench import loader_benchmark
 
         return loader_benchmark(data)
-    from anyflow.benchmark import start_benchmark, step_benchmark
+    if name == "start":
+        from anyflow.benchmark.start import start_benchmark
 
-    return step_benchmark(batch_size=batch_size) if name == "step" else start_benchmark(recipe)
+        return start_benchmark(recipe)
+    if name == "onpolicy":
+        from anyflow.benchmark.onpolicy import onpolicy_benchmark, role_weights
+
+        return {"step": onpolicy_benchmark(), "weights": role_weights()}
+    from anyflow.benchmark.step import step_benchmark
+
+    return {
+        "prompts padded to 512 tokens": step_benchmark(batch_size=batch_size),
+        "prompts without padding": step_benchmark(batch_size=batch_size, padded_length=0),
+    }
 
 
 def _told(name: str, result: dict[str, Any]) -> list[str]:
@@ -58,11 +72,36 @@ def _told(name: str, result: dict[str, Any]) -> list[str]:
     if name == "start":
         parts = [f"  {seconds:6.2f} s  {part}" for part, seconds in result.items() if part != "total"]
         return [f"start: {result['total']:.1f} s from the command to the end of the first training step", *parts]
+    if name == "onpolicy":
+        return _told_onpolicy(result["step"], result["weights"])
+    return [line for terms, figures in result.items() for line in _told_step(terms, figures)]
+
+
+def _told_step(terms: str, result: dict[str, Any]) -> list[str]:
+    """A step's figure in words: which prompts, how much faster, each way's cost."""
     faster, smaller = f"{result['speedup']:.2f}", f"1/{result['memory_ratio']:.2f}"
-    terms = f"losses within {result['loss_difference']:.1e}, {result['batch_size']} clips, {result['device']}"
-    lines = [f"step: {faster} times as fast as the plain order of work, in {smaller} of its memory ({terms})"]
+    lines = [
+        f"step, {terms}: {faster} times as fast as the plain order of work, in {smaller} of its memory "
+        f"({result['batch_size']} clips, {result['device']}, losses within {result['loss_difference']:.1e})"
+    ]
     for way, facts in result["ways"].items():
         lines.append(
             f"  {way:<9} {facts['seconds']:7.3f} s  {facts['peak_bytes'] / 1e6:8.1f} MB  loss {facts['loss']:.6f}"
         )
+    return lines
+
+
+def _told_onpolicy(step: dict[str, Any], weights: list[dict[str, Any]]) -> list[str]:
+    """The on-policy figures in words."""
+    faster, smaller = f"{step['speedup']:.2f}", f"1/{step['memory_ratio']:.2f}"
+    lines = [
+        f"on-policy step: {faster} times as fast by backward simulation as by whole rollouts, in {smaller} of their "
+        f"memory ({step['batch_size']} clips, {step['device']})"
+    ]
+    for way, facts in step["ways"].items():
+        lines.append(f"  {way:<20} {facts['seconds']:7.3f} s  {facts['peak_bytes'] / 1e6:8.1f} MB")
+    lines.append("weights of three roles on one base, beside three networks:")
+    for held in weights:
+        sizes = f"{held['one_base_bytes'] / 1e9:.3f} GB of {held['three_copies_bytes'] / 1e9:.3f} GB"
+        lines.append(f"  {held['network']:<16} rank {held['rank']:<4} {held['ratio']:.3f} ({sizes})")
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,18 +72,24 @@ def fresh_folder(out: Path | None, default: str) -> Path:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write in that takes its place on success and vanishes on failure: nothing is left half-written."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    """A folder to write in that takes its place on success and vanishes on failure: nothing is left half-written.
+
+    Raises:
+        UserError: another process took the place meanwhile; what was written stays beside it.
+    """
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
         yield partial
-        if folder.is_dir():
-            folder.rmdir()  # empty: fresh_folder has seen to that
-        partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    if _is_used(folder):
+        kept = partial.rename(folder.with_name(f"{folder.name}-{os.getpid()}"))
+        raise UserError(f"{folder} was taken by another process meanwhile: the results are in {kept}")
+    if folder.is_dir():
+        folder.rmdir()
+    partial.rename(folder)
 
 
 def _is_used(folder: Path) -> bool:

@@ -142,10 +142,9 @@ def _check_names(recipe: Recipe) -> None:
             f"data.heldout={recipe.data.heldout!r} is the training split: "
             "name another one, so that quality is measured on unseen clips"
         )
-    if len(recipe.optimizer.betas) != 2:
-        raise UserError(
-            f"optimizer.betas={recipe.optimizer.betas} is no pair: give two numbers, for example [0.9, 0.95]"
-        )
+    for key in ("optimizer.betas", "stage.onpolicy.critic.betas", "stage.tail.optimizer.betas"):
+        if len(value_of(recipe, key)) != 2:
+            raise UserError(f"{key}={value_of(recipe, key)} is no pair: give two numbers, for example [0.9, 0.95]")
 
 
 def _check_geometry(recipe: Recipe) -> None:
@@ -195,12 +194,20 @@ def _check_objective(recipe: Recipe) -> None:
 
 def _check_onpolicy(recipe: Recipe) -> None:
     stage, onpolicy = recipe.stage, recipe.stage.onpolicy
-    if len(onpolicy.critic.betas) != 2:
-        raise UserError(f"stage.onpolicy.critic.betas={onpolicy.critic.betas} is no pair: give two numbers")
+    if recipe.has_tail and not stage.tail.teacher_steps:
+        raise UserError(
+            "stage.tail.teacher_steps=0 leaves the base itself as the teacher, which knows nothing of this domain and "
+            "would pull the model back to the old one: give a few hundred steps, or stage.tail.steps=0 for no tail"
+        )
+    if recipe.has_tail and recipe.model.lora.start:
+        raise UserError(
+            f"model.lora.start={recipe.model.lora.start!r} leaves an on-policy tail without an any-step base to make "
+            "its teacher from: name the merged model (that run's folder 'model') in model.weights instead"
+        )
+    if (recipe.has_tail or stage.name == "onpolicy") and not onpolicy.budgets:
+        raise UserError("stage.onpolicy.budgets is empty: give the step counts to simulate, for example [1, 2, 4, 8]")
     if stage.name != "onpolicy":
         return
-    if not onpolicy.budgets:
-        raise UserError("stage.onpolicy.budgets is empty: give the step counts to simulate, for example [1, 2, 4, 8]")
     if not recipe.model.lora.enabled and not onpolicy.teacher:
         raise UserError(
             "stage.onpolicy.teacher is empty: without LoRA there is no frozen base to teach, "

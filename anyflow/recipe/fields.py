@@ -41,20 +41,19 @@ class FieldInfo:
 @cache
 def all_fields() -> dict[str, FieldInfo]:
     """Every settable field by its dotted key, in the schema's order."""
-    return {info.key: info for group, cls in schema.GROUPS.items() for info in _walk(group, cls)}
+    return {info.key: info for group, cls in schema.GROUPS.items() for info in _walk(group, cls())}
 
 
-def _walk(prefix: str, cls: type) -> Iterator[FieldInfo]:
-    hints = typing.get_type_hints(cls)
-    for item in dataclasses.fields(cls):
-        key, kind = f"{prefix}.{item.name}", hints[item.name]
-        if dataclasses.is_dataclass(kind):
-            yield from _walk(key, typing.cast(type, kind))
+def _walk(prefix: str, default: Any) -> Iterator[FieldInfo]:
+    """The fields of a group, whose defaults are those of ``default``: a group used twice may differ in them."""
+    hints = typing.get_type_hints(type(default))
+    for item in dataclasses.fields(default):
+        key, value = f"{prefix}.{item.name}", getattr(default, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from _walk(key, value)
             continue
-        factory = item.default_factory
-        default = item.default if factory is dataclasses.MISSING else factory()
-        limits = {name: value for name, value in item.metadata.items() if name != "help"}
-        yield FieldInfo(key, kind, item.metadata["help"], limits, default)
+        limits = {name: limit for name, limit in item.metadata.items() if name != "help"}
+        yield FieldInfo(key, hints[item.name], item.metadata["help"], limits, value)
 
 
 def group_keys() -> set[str]:

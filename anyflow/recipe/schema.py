@@ -111,7 +111,21 @@ class OnPolicyRecipe:
     )
     forward_weight: float = _option(1.0, "weight of the forward loss on data in the same step; 0 leaves it out", low=0)
     critic_turns: int = _option(1, "updates of the critic for each of the student's", low=1)
-    critic: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    watch: bool = _option(
+        True, "warn when the student's samples drift (collapse, still video, burnt colours) and say why"
+    )
+    critic: OptimizerRecipe = field(default_factory=lambda: OptimizerRecipe(lr=2e-6, betas=[0.0, 0.999]))
+
+
+@dataclass(frozen=True)
+class TailRecipe:
+    """The finetune stage alone: a short on-policy correction after it, against a teacher adapted to the domain."""
+
+    steps: int = _option(0, "on-policy steps after fine-tuning (stage.onpolicy says how); 0: no tail", low=0)
+    teacher_steps: int = _option(
+        300, "flow-matching steps on the domain that make the teacher from the base, before the on-policy steps", low=0
+    )
+    optimizer: OptimizerRecipe = field(default_factory=lambda: OptimizerRecipe(lr=2e-6, betas=[0.0, 0.999]))
 
 
 @dataclass(frozen=True)
@@ -146,6 +160,7 @@ class StageRecipe:
     )
     codec: CodecRecipe = field(default_factory=CodecRecipe)
     onpolicy: OnPolicyRecipe = field(default_factory=OnPolicyRecipe)
+    tail: TailRecipe = field(default_factory=TailRecipe)
 
 
 @dataclass(frozen=True)
@@ -259,6 +274,17 @@ class Recipe:
     hardware: HardwareRecipe = field(default_factory=HardwareRecipe)
     run: RunRecipe = field(default_factory=RunRecipe)
     sources: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run, an on-policy tail and its teacher included."""
+        tail = self.stage.tail
+        return self.stage.steps + (tail.steps + tail.teacher_steps if self.has_tail else 0)
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether an on-policy tail follows the fine-tuning."""
+        return self.stage.name == "finetune" and self.stage.tail.steps > 0
 
     @property
     def world_size(self) -> int:

@@ -47,6 +47,10 @@ class Ema(nn.Module):
         decay = self.settings.decay if step > self.settings.start_step else 0.0
         torch._foreach_lerp_(self.shadows, [p.detach() for p in self._sources], 1.0 - decay)
 
+    def adopt(self) -> None:
+        """Go on training from the averaged weights."""
+        self._assign(self.shadows)
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the block the module computes with the averaged weights."""

@@ -1,13 +1,96 @@
 """Fine-tune an any-step model on domain video without losing the few-step ability (section 5b).
 
 Plain flow matching on new data teaches the velocity and lets the long jumps rot. The forward objective on the domain's
-clips teaches both at once: it is the same mathematics as forward training, started from any-step weights.
+clips teaches both at once: it is the same mathematics as forward training, started from any-step weights. A short
+on-policy tail may follow:
+
+forward steps:    the student learns the domain by the forward objective
+teacher steps:    a teacher, beginning as the base, learns the domain's velocities (the objective's r = t part alone)
+on-policy steps:  the student, from its average, is corrected on its own samples against that teacher
+
+The base will not do as a teacher: it knows the old data, and would pull the student back to it.
 """
 
 from __future__ import annotations
 
-from anyflow.stages.forward import ForwardStage
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from anyflow.stages.flow import FlowBatch
+from anyflow.stages.forward import ForwardStage, IntervalShares
+from anyflow.stages.onpolicy import Mover, OnPolicyStage
+from anyflow.stages.optimizers import OptimizerSettings
 
 
 class FinetuneStage(ForwardStage):
     """The forward objective on domain data, over all weights or LoRA adapters: what is trainable is the backbone's."""
+
+
+@dataclass(frozen=True)
+class TailPlan:
+    """Steps of each part of a run with a tail."""
+
+    forward_steps: int
+    teacher_steps: int
+    onpolicy_steps: int
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return self.forward_steps + self.teacher_steps + self.onpolicy_steps
+
+
+class FinetuneTailStage(OnPolicyStage):
+    """Fine-tuning with the on-policy tail.
+
+    The base has guidance fused, and the teacher's objective keeps it so: in the tail it needs no guidance on top.
+    """
+
+    def __init__(
+        self, *args: Any, plan: TailPlan, optimizer: OptimizerSettings, tail_optimizer: OptimizerSettings, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, optimizer=tail_optimizer, total_steps=plan.onpolicy_steps, **kwargs)
+        self.plan = plan
+        self.total_steps = plan.total
+        student = self.movers.pop("student")
+        self.movers = {
+            "forward": Mover("student", optimizer, plan.forward_steps, "optimizer"),
+            "teacher": Mover("teacher", optimizer, plan.teacher_steps, "optimizer"),
+            "student": Mover("student", tail_optimizer, student.updates, "stage.tail.optimizer"),
+            **self.movers,
+        }
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        """One batch of the part that is due."""
+        data = self.prepare(batch)
+        plan = self.plan
+        if self.step < plan.forward_steps:
+            loss = self.data_turn("forward", data)
+            if self.step == plan.forward_steps and self.ema is not None:
+                self.ema.adopt()
+        elif self.step < plan.forward_steps + plan.teacher_steps:
+            loss = self.data_turn("teacher", data)
+            if self.step == plan.forward_steps + plan.teacher_steps:
+                self.roles.copy("teacher", "critic")
+        else:
+            loss = self.onpolicy_turn(data)
+        return loss
+
+    def data_turn(self, name: str, data: FlowBatch) -> Tensor:
+        """Accumulate the gradient of the student's or the teacher's loss on data; update when it is complete."""
+        loss = self.forward_loss(data) if name == "forward" else self.teacher_loss(data)
+        self.manual_backward(loss / self.settings.accumulate)
+        loss = loss.detach()
+        self.report(**({"loss": loss} if name == "forward" else {"loss": loss, "teacher_loss": loss}))
+        self.turn += 1
+        if self.turn == self.settings.accumulate:
+            self.update(name)
+            self.turn = 0
+            self.step += 1
+        return loss
+
+    def teacher_loss(self, data: FlowBatch) -> Tensor:
+        """The teacher's velocities on the domain: the forward objective with r = t for every sample."""
+        return self.flow_map(data, self.velocity(data.text, "teacher"), IntervalShares(1.0, 0.0)).per_sample.mean()

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from anyflow.flowmap.intervals import Intervals, draw_intervals, keep_first_frame
-from anyflow.flowmap.objective import FlowMapObjective, flow_map_loss, rebalance
+from anyflow.flowmap.objective import FlowMapLoss, FlowMapObjective, Velocity, flow_map_loss, rebalance
 from anyflow.stages.base import global_mean, world
 from anyflow.stages.flow import FlowBatch, FlowStage
 
@@ -44,23 +44,7 @@ class ForwardStage(FlowStage):
 
     def forward_loss(self, data: FlowBatch) -> Tensor:
         """Section 3, from the drawn intervals to the balanced mean over this rank's samples."""
-        intervals = self.draw_times(len(data.clean))
-        timestep, r_timestep, loss_frames = intervals.timestep, intervals.r_timestep, None
-        if bool(data.first_frame_given.any()):
-            timestep, r_timestep, loss_frames = keep_first_frame(
-                timestep, r_timestep, data.clean.shape[1], data.first_frame_given
-            )
-        result = flow_map_loss(
-            self.objective,
-            self.velocity(data.text),
-            data.clean,
-            data.noise,
-            timestep,
-            r_timestep,
-            data.rows,
-            loss_frames,
-            same_calls=world()[1] > 1,
-        )
+        result = self.flow_map(data, self.velocity(data.text), self.shares)
         per_sample = result.per_sample
         self.note_losses(per_sample)
         diffusion_mean = global_mean(per_sample, result.is_diffusion)
@@ -70,9 +54,29 @@ class ForwardStage(FlowStage):
             per_sample = rebalance(per_sample, result.is_diffusion, diffusion_mean)
         return per_sample.mean()
 
-    def draw_times(self, batch_size: int) -> Intervals:
+    def flow_map(self, data: FlowBatch, velocity: Velocity, shares: IntervalShares) -> FlowMapLoss:
+        """The objective of a velocity field on this rank's samples, each at the interval drawn for it."""
+        intervals = self.draw_times(len(data.clean), shares)
+        timestep, r_timestep, loss_frames = intervals.timestep, intervals.r_timestep, None
+        if bool(data.first_frame_given.any()):
+            timestep, r_timestep, loss_frames = keep_first_frame(
+                timestep, r_timestep, data.clean.shape[1], data.first_frame_given
+            )
+        return flow_map_loss(
+            self.objective,
+            velocity,
+            data.clean,
+            data.noise,
+            timestep,
+            r_timestep,
+            data.rows,
+            loss_frames,
+            same_calls=world()[1] > 1,
+        )
+
+    def draw_times(self, batch_size: int, shares: IntervalShares) -> Intervals:
         """This rank's part of the global batch's intervals."""
         rank, ranks = world()
         uniforms = self.draw_all("intervals", batch_size * ranks, 2)
-        intervals = draw_intervals(uniforms, self.shares.diffusion, self.shares.consistency, self.objective.shift)
+        intervals = draw_intervals(uniforms, shares.diffusion, shares.consistency, self.objective.shift)
         return intervals.for_rank(rank, ranks).to(self.device)

@@ -11,6 +11,7 @@ own, and a run killed between the two updates goes on with the one that is due.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +26,12 @@ from anyflow.flowmap.matching import critic_loss, matching_gradient, matching_lo
 from anyflow.flowmap.objective import Velocity
 from anyflow.flowmap.rollout import DEFAULT_BUDGETS, draw_simulation
 from anyflow.flowmap.schedule import logit_normal_timestep
+from anyflow.stages.base import world
 from anyflow.stages.ema import Ema, EmaSettings
 from anyflow.stages.flow import FlowBatch
 from anyflow.stages.forward import ForwardStage
 from anyflow.stages.optimizers import OptimizerSettings, build_optimizer, build_schedule
+from anyflow.stages.watch import DriftWatch, rollout_figures
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class OnPolicySettings:
         forward_weight: Of the forward loss in the student's step; without it long rollouts decay. 0 leaves it out.
         critic_turns: Critic updates for each of the student's.
         accumulate: Batches whose gradients make one update.
+        watch: Warn when the student's samples drift, and name the likely cause.
     """
 
     budgets: Sequence[int] = DEFAULT_BUDGETS
@@ -48,6 +52,7 @@ class OnPolicySettings:
     forward_weight: float = 1.0
     critic_turns: int = 1
     accumulate: int = 1
+    watch: bool = True
 
     @property
     def turns(self) -> int:
@@ -55,11 +60,29 @@ class OnPolicySettings:
         return self.accumulate * (1 + self.critic_turns)
 
 
+@dataclass(frozen=True)
+class Mover:
+    """One optimiser of the stage: whose weights it moves, how, and how often in a whole run.
+
+    Attributes:
+        role: Whose weights.
+        settings: How they move.
+        updates: How many updates its schedule is for.
+        field: Where the recipe has the settings.
+    """
+
+    role: Role
+    settings: OptimizerSettings
+    updates: int
+    field: str
+
+
 class OnPolicyStage(ForwardStage):
     """Distribution matching on the student's own samples, with forward co-training.
 
     Attributes:
         turn: Batches done of the step that is under way.
+        movers: The optimisers, by name.
     """
 
     def __init__(
@@ -74,16 +97,24 @@ class OnPolicyStage(ForwardStage):
         super().__init__(roles.student, *args, ema=EmaSettings(decay=0.0), **kwargs)
         self.automatic_optimization = False
         self.settings = settings
-        self.critic_optimizer_settings = critic_optimizer
         self.roles = roles
         self.others = torch.nn.ModuleDict(roles.others)
         self.turn = 0
+        self.drift = DriftWatch()
+        critic_updates = self.total_steps * settings.critic_turns
+        self.movers = {
+            "student": Mover("student", self.optimizer_settings, self.total_steps, "optimizer"),
+            "critic": Mover("critic", critic_optimizer, critic_updates, "stage.onpolicy.critic"),
+        }
         if ema.decay > 0:
             self.ema = Ema([weight for _, weight in roles.parameters("student")], ema)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """One turn: part of the student's update or of the critic's."""
-        data = self.prepare(batch)
+        return self.onpolicy_turn(self.prepare(batch))
+
+    def onpolicy_turn(self, data: FlowBatch) -> Tensor:
+        """Do the turn that is due, and the update that it completes."""
         is_students = self.turn < self.settings.accumulate
         self.turn += 1
         loss = self.generator_turn(data) if is_students else self.critic_turn(data)
@@ -121,9 +152,9 @@ class OnPolicyStage(ForwardStage):
             self.manual_backward(forward / self.settings.accumulate)
             self.report(forward_loss=forward.detach())
             total = total + forward.detach()
-        self.report(
-            loss=total, matching_loss=matching.detach(), normaliser=found.normaliser.mean(), **watch(samples, data)
-        )
+        figures = {"normaliser": found.normaliser.mean(), **rollout_figures(samples.detach(), data.clean)}
+        self.report(loss=total, matching_loss=matching.detach(), **figures)
+        self.warn_of_drift(figures)
         return total
 
     def critic_turn(self, data: FlowBatch) -> Tensor:
@@ -148,6 +179,7 @@ class OnPolicyStage(ForwardStage):
         loss = per_sample.mean()
         self.manual_backward(loss / self.settings.accumulate)
         self.report(critic_loss=loss.detach())
+        self.warn_of_drift({"critic_loss": loss.detach()})
         return loss.detach()
 
     def simulate(self, data: FlowBatch) -> Tensor:
@@ -160,21 +192,26 @@ class OnPolicyStage(ForwardStage):
         first_frames = data.clean[:, :1] if bool(data.first_frame_given.any()) else None
         return plan.run(lambda z, t, r: student(z, t, r, rows), self.draw_noise("rollout", data.clean), first_frames)
 
-    def update(self, role: Role) -> None:
-        """One optimiser step of the student or the critic."""
-        is_students = role == "student"
-        which = 0 if is_students else 1
+    def update(self, name: str) -> None:
+        """One optimiser step of a mover."""
+        mover, which = self.movers[name], list(self.movers).index(name)
         optimizer: Any = self.optimizers()[which]  # type: ignore[index]
         schedule: Any = self.lr_schedulers()[which]  # type: ignore[index]
-        settings = self.optimizer_settings if is_students else self.critic_optimizer_settings
-        field = "optimizer" if is_students else "stage.onpolicy.critic"
-        norm = self.clip_norm(optimizer, settings, field)
+        norm = self.clip_norm(optimizer, mover.settings, mover.field)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        self.report(**{"grad_norm" if is_students else "critic_grad_norm": norm})
-        if is_students and self.ema is not None:
+        self.report(**{"grad_norm" if mover.role == "student" else f"{mover.role}_grad_norm": norm})
+        if mover.role == "student" and self.ema is not None:
             self.ema.update(self.step + 1)
+
+    def warn_of_drift(self, figures: dict[str, Tensor]) -> None:
+        """Say on rank 0 what the figures of the student's samples have come to, and why that may be."""
+        if not self.settings.watch:
+            return
+        for sentence in self.drift.see({name: float(value) for name, value in figures.items()}):
+            if world()[0] == 0:
+                print(f"warning, step {self.step}: {sentence}", file=sys.stderr, flush=True)
 
     def velocity(self, text: Any, role: Role = "student") -> Velocity:
         """The seam of a role with this batch's texts bound."""
@@ -204,15 +241,10 @@ class OnPolicyStage(ForwardStage):
         return torch.stack(noise).to(like)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        pairs: list[tuple[Role, OptimizerSettings, int]] = [
-            ("student", self.optimizer_settings, 1),
-            ("critic", self.critic_optimizer_settings, self.settings.critic_turns),
-        ]
-        optimizers = [build_optimizer(settings, self.roles.parameters(role)) for role, settings, _ in pairs]
-        schedules = [
-            build_schedule(settings, optimizer, self.total_steps * updates)
-            for (_, settings, updates), optimizer in zip(pairs, optimizers, strict=True)
-        ]
+        optimizers, schedules = [], []
+        for mover in self.movers.values():
+            optimizers.append(build_optimizer(mover.settings, self.roles.parameters(mover.role)))
+            schedules.append(build_schedule(mover.settings, optimizers[-1], mover.updates))
         return optimizers, schedules  # type: ignore[return-value]
 
     def on_fit_start(self) -> None:
@@ -222,25 +254,9 @@ class OnPolicyStage(ForwardStage):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["anyflow"]["turn"] = self.turn
+        checkpoint["anyflow"] |= {"turn": self.turn, "drift": self.drift.state}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.turn = checkpoint["anyflow"]["turn"]
-
-
-@torch.no_grad()
-def watch(samples: Tensor, data: FlowBatch) -> dict[str, Tensor]:
-    """What goes wrong first: the samples' level, spread and motion, each over the data's (1 is healthy).
-
-    Spread that falls is collapse; that rises, oversaturation. Motion is the mean difference of neighbouring frames: a
-    falling one is the static video that distribution matching is known for.
-    """
-
-    def motion(latents: Tensor) -> Tensor:
-        return latents.diff(dim=1).abs().mean()
-
-    figures = {"sample_mean": samples.mean(), "spread_ratio": samples.std() / data.clean.std()}
-    if samples.shape[1] > 1:
-        figures["motion_ratio"] = motion(samples) / motion(data.clean).clamp(min=1e-6)
-    return figures
+        self.drift.state = checkpoint["anyflow"]["drift"]

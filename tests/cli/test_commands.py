@@ -140,8 +140,21 @@ def test_evaluate_measures_a_curve(small_model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_step_benchmark_agrees_with_the_plain_order() -> None:
-    from anyflow.benchmark import step_benchmark
+    from anyflow.benchmark.step import step_benchmark
 
     result = step_benchmark(batch_size=4, repeats=1)
     assert result["loss_difference"] < 1e-5
     assert result["memory_ratio"] > 1
+
+
+def test_two_processes_that_want_one_folder_lose_nothing(tmp_path: Path) -> None:
+    from anyflow.commands.common import whole_folder
+
+    wanted = tmp_path / "games"
+    with pytest.raises(UserError, match="taken by another process") as caught, whole_folder(wanted) as partial:
+        (partial / "mine").touch()
+        wanted.mkdir()
+        (wanted / "theirs").touch()
+    kept = Path(str(caught.value).rpartition(" ")[2])
+    assert (kept / "mine").exists() and [path.name for path in wanted.iterdir()] == ["theirs"]
+    assert len(list(tmp_path.iterdir())) == 2

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -93,17 +95,56 @@ def test_a_stopped_run_goes_on_bitwise(
     assert not different
 
 
+KILLED_BEFORE_THE_CRITIC = """
+import os, signal
+from anyflow.callbacks.checkpoints import Checkpoints
+from anyflow.cli import main
+from anyflow.stages.onpolicy import OnPolicyStage
+
+update, saved = OnPolicyStage.update, Checkpoints.on_train_batch_end
+
+def save_now(self, trainer, stage, *rest):
+    (self.save(trainer, stage) if stage.turn else saved(self, trainer, stage, *rest))
+
+def update_once(self, name):
+    if name == "critic" and self.step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    update(self, name)
+
+Checkpoints.on_train_batch_end, OnPolicyStage.update = save_now, update_once
+main()
+"""
+"""The command line, saving after every batch, and killed by itself when a critic's update is due."""
+
+
+def tail_training(model: Path, out: Path, *more: str) -> list[str]:
+    """Fine-tuning of a few seconds with an on-policy tail, over adapters: its three parts make up the steps."""
+    parts = ["stage.steps=3", "stage.tail.teacher_steps=3", f"stage.tail.steps={STEPS - 6}"]
+    lora = ["model.lora.enabled=true", "model.lora.rank=4"]
+    return training(model, out, *parts, *lora, "checkpoint.every_steps=1", *more)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_onpolicy_run_goes_on_bitwise(number: signal.Signals, small_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [onpolicy_training, tail_training])
+def test_a_run_stopped_between_student_and_critic_goes_on_bitwise(
+    words: Callable[..., list[str]], number: signal.Signals, small_model: Path, tmp_path: Path
+) -> None:
     whole, out = tmp_path / "whole", tmp_path / "cut"
-    finished = run(*onpolicy_training(small_model, whole))
+    finished = run(*words(small_model, whole))
     assert finished.returncode == 0, finished.stderr
-    start_and_stop(onpolicy_training(small_model, out), out, number)
-    finished = run(*onpolicy_training(small_model, out, "--resume", "auto"))
+    if number == signal.SIGKILL:
+        script = KILLED_BEFORE_THE_CRITIC.format(step=STEPS - 2)
+        killed = subprocess.run([sys.executable, "-c", script, *words(small_model, out)], env=environment())
+        assert killed.returncode == -signal.SIGKILL
+        newest = latest_checkpoint(out / "checkpoints")
+        assert newest is not None and newest.parent.name == f"step_{STEPS - 2:08d}_turn_1"
+    else:
+        assert start_and_stop(words(small_model, out), out, number) == EXIT_PREEMPTED
+    finished = run(*words(small_model, out, "--resume", "auto"))
     assert finished.returncode == 0, finished.stderr
     expected, found = state(whole), state(out)
-    assert expected.keys() == found.keys() and any("others.critic" in name for name in found)
+    assert expected.keys() == found.keys() and any("critic" in name for name in found)
     assert not [name for name in expected if not torch.equal(expected[name], found[name])]
 
 

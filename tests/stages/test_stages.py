@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_stage import NETWORK, batch, quiet, settings, stage_of
 
 from anyflow.backbone.codec import Codec
-from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build_vae
+from anyflow.backbone.embedded import build_vae
 from anyflow.backbone.load import new_backbone
-from anyflow.backbone.roles import SeparateRoles
 from anyflow.errors import UserError
 from anyflow.flowmap.objective import FlowMapObjective, plain_flow_map_loss, rebalance
 from anyflow.stages.base import global_mean
@@ -19,57 +19,8 @@ from anyflow.stages.codec import CodecObjective, CodecStage, motion_mask
 from anyflow.stages.ema import EmaSettings
 from anyflow.stages.flow import Conditioning
 from anyflow.stages.forward import ForwardStage, IntervalShares
-from anyflow.stages.onpolicy import OnPolicySettings, OnPolicyStage
 from anyflow.stages.optimizers import OptimizerSettings
 from anyflow.stages.teacher import TeacherStage
-
-CAPTIONS = ["a red car turns left", "a blue car turns right", "a robot moves", "a hall"]
-NETWORK = {
-    "patch_size": [1, 2, 2],
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 64,
-    "freq_dim": 16,
-    "ffn_dim": 32,
-    "num_layers": 1,
-}
-
-
-@pytest.fixture(scope="module")
-def codec() -> Codec:
-    tokenizer = build_tokenizer(CAPTIONS)
-    return Codec(build_vae(0), tokenizer, build_text_encoder(len(tokenizer), 0))
-
-
-def settings(**changes: Any) -> dict[str, Any]:
-    plain = {
-        "conditioning": Conditioning(),
-        "optimizer": OptimizerSettings("adamw", lr=1e-2),
-        "ema": EmaSettings(0.0),
-        "total_steps": 10,
-        "seed": 0,
-    }
-    return {**plain, **changes}
-
-
-def quiet(stage: Any) -> Any:
-    """A stage outside a Trainer: figures go nowhere."""
-    stage.report = lambda **metrics: None
-    return stage
-
-
-def batch(size: int = 4) -> dict[str, Any]:
-    latents = torch.randn(size, 2, 16, 4, 4, generator=torch.Generator().manual_seed(1))
-    return {"latents": latents, "caption": CAPTIONS[:size], "key": [str(i) for i in range(size)]}
-
-
-def stage_of(kind: Any, codec: Codec, **changes: Any) -> Any:
-    backbone = new_backbone(NETWORK, 0)
-    torch.manual_seed(3)
-    torch.nn.init.normal_(backbone.transformer.proj_out.weight, std=0.1)
-    return quiet(kind(backbone, codec, **settings(**changes)))
 
 
 @pytest.mark.parametrize("kind", [TeacherStage, ForwardStage])
@@ -91,7 +42,7 @@ def test_the_forward_stage_is_the_plain_objective_balanced(codec: Codec) -> None
     loss = stage.training_step(batch(), 0)
 
     data = stage.prepare(batch())
-    times = stage.draw_times(4)
+    times = stage.draw_times(4, stage.shares)
     plain = plain_flow_map_loss(
         objective, stage.velocity(data.text), data.clean, data.noise, times.timestep, times.r_timestep, data.rows
     )
@@ -202,109 +153,3 @@ def test_generators_differ_by_purpose_and_position() -> None:
 
     assert draw("noise", 0) == draw("noise", 0)
     assert len({draw("noise", 0), draw("noise", 1), draw("drop"), draw("drop", 0)}) == 4
-
-
-# On-policy distillation -----------------------------------------------------------------------------------------------
-
-
-def onpolicy_stage(codec: Codec, **changes: Any) -> OnPolicyStage:
-    """A stage over three small networks, with optimisers at hand but without a Trainer."""
-    student, teacher = new_backbone(NETWORK, 0), new_backbone(NETWORK, 1)
-    torch.manual_seed(3)
-    for net in (student, teacher):
-        torch.nn.init.normal_(net.transformer.proj_out.weight, std=0.1)
-    options = {"settings": OnPolicySettings(), "ema": EmaSettings(0.9), **changes}
-    stage = OnPolicyStage(
-        SeparateRoles(student, teacher),
-        codec,
-        objective=FlowMapObjective(),
-        critic_optimizer=OptimizerSettings("adamw", lr=1e-3, betas=(0.0, 0.999)),
-        **settings(**options),
-    )
-    optimizers, schedules = stage.configure_optimizers()
-    stage.optimizers = lambda: optimizers  # type: ignore[method-assign]
-    stage.lr_schedulers = lambda: schedules  # type: ignore[method-assign]
-    stage.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign]
-    return quiet(stage)
-
-
-def weights_of(stage: OnPolicyStage, role: Any) -> list[torch.Tensor]:
-    return [weight.detach().clone() for _, weight in stage.roles.parameters(role)]
-
-
-def turn(stage: OnPolicyStage, position: int) -> None:
-    stage.position = position
-    stage.training_step(batch(), 0)
-
-
-def moved(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
-    return not all(map(torch.equal, before, after))
-
-
-def test_student_and_critic_take_turns_and_the_teacher_rests(codec: Codec) -> None:
-    stage = onpolicy_stage(codec)
-    assert stage.roles.frozen is not None
-    teacher = [weight.clone() for weight in stage.roles.frozen.parameters()]
-    for position, (mover, rester, step) in enumerate([("student", "critic", 0), ("critic", "student", 1)], start=1):
-        moving, resting = weights_of(stage, mover), weights_of(stage, rester)
-        turn(stage, position)
-        assert moved(moving, weights_of(stage, mover)) and not moved(resting, weights_of(stage, rester))
-        assert stage.step == step
-    assert not moved(teacher, list(stage.roles.frozen.parameters()))
-    assert not any("teacher" in name or "roles" in name for name in stage.state_dict()), "a frozen teacher is not saved"
-
-
-def test_accumulated_turns_move_once(codec: Codec) -> None:
-    stage = onpolicy_stage(codec, settings=OnPolicySettings(accumulate=2, critic_turns=2))
-    changes = []
-    for position in range(1, 7):
-        before = {role: weights_of(stage, role) for role in ("student", "critic")}
-        turn(stage, position)
-        changes.append([role for role in before if moved(before[role], weights_of(stage, role))])
-    assert changes == [[], ["student"], [], ["critic"], [], ["critic"]]
-    assert stage.step == 1 and stage.turn == 0
-
-
-def test_a_run_cut_between_the_updates_goes_on_with_the_critics(codec: Codec) -> None:
-    whole = onpolicy_stage(codec)
-    for position in (1, 2, 3):
-        turn(whole, position)
-    first = onpolicy_stage(codec)
-    turn(first, 1)
-    saved: dict[str, Any] = {}
-    first.on_save_checkpoint(saved)
-    second = onpolicy_stage(codec)
-    second.load_state_dict(first.state_dict())
-    second.on_load_checkpoint(saved)
-    for new, old in zip(second.optimizers(), first.optimizers(), strict=True):  # type: ignore[arg-type]
-        new.load_state_dict(old.state_dict())
-    for position in (2, 3):
-        turn(second, position)
-    for role in ("student", "critic"):
-        assert not moved(weights_of(whole, role), weights_of(second, role))
-    assert whole.ema is not None and second.ema is not None
-    assert all(map(torch.equal, whole.ema.shadows, second.ema.shadows))
-
-
-def test_a_perfect_student_without_co_training_is_left_alone(codec: Codec) -> None:
-    """Critic and teacher agree, guidance is off: nothing pulls. Co-training alone then moves the student."""
-    alone = onpolicy_stage(codec, settings=OnPolicySettings(extra_guidance=0.0, forward_weight=0.0))
-    before = weights_of(alone, "student")
-    alone.position = 1
-    alone.generator_turn(alone.prepare(batch()))
-    assert all(weight.grad is None or not weight.grad.any() for _, weight in alone.roles.parameters("student"))
-    assert not moved(before, weights_of(alone, "student"))
-    co_trained = onpolicy_stage(codec, settings=OnPolicySettings(extra_guidance=0.0))
-    co_trained.position = 1
-    co_trained.generator_turn(co_trained.prepare(batch()))
-    assert any(weight.grad is not None and weight.grad.any() for _, weight in co_trained.roles.parameters("student"))
-
-
-def test_given_frames_come_back_and_carry_nothing(codec: Codec) -> None:
-    stage = onpolicy_stage(codec, conditioning=Conditioning(i2v_prob=1.0))
-    stage.position = 1
-    data = stage.prepare(batch())
-    assert torch.equal(stage.simulate(data)[:, 0], data.clean[:, 0])
-    turn(stage, 1)
-    turn(stage, 2)
-    assert stage.step == 1

@@ -1,18 +1,10 @@
-"""The project's figures, each against the thing it is to be compared with, both in one run.
-
-``step_benchmark``: a forward-training step against the plain order of work. ``start_benchmark``: the seconds from the
-command to the first training step, and where they go. The loader has its own in ``anyflow/data/bench.py``.
-"""
+"""A forward-training step against the plain order of work, both in one run."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +15,23 @@ if TYPE_CHECKING:
 
 
 def step_benchmark(
-    *, batch_size: int = 16, size: tuple[int, int, int] = (5, 8, 12), repeats: int = 7, seed: int = 0
+    *,
+    batch_size: int = 16,
+    padded_length: int = 512,
+    size: tuple[int, int, int] = (5, 8, 12),
+    repeats: int = 7,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """A training step of the embedded network, three ways, at the same weights, draws and texts.
+    """A training step of the embedded network, two ways, at the same weights, draws and texts.
 
     - ``plain``: the published order of work: every pass for every sample, one after another, the modulation repeated to
-      every token, prompts padded to 512 tokens, through diffusers' own forward.
-    - ``folded``: the same order through our forward, which folds the padding: what the order alone costs.
+      every token, through diffusers' own forward.
     - ``anyflow``: what the stages do.
 
     Args:
         batch_size: clips.
+        padded_length: tokens that prompts are padded to: 512 in the published pipelines. 0 leaves padding out of the
+            comparison: prompts of one length, so what is left is the order of work and the modulation.
         size: frames, rows and columns of the latents.
         repeats: timed steps of each way, taken in turn so that a slow spell of the machine hits all; medians count.
         seed: of weights and draws.
@@ -45,9 +43,9 @@ def step_benchmark(
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ways = _ways(batch_size, size, seed, device)
+    ways = _ways(batch_size, padded_length, size, seed, device)
     losses = {name: float(step().per_sample.detach().mean()) for name, step in ways.items()}
-    peaks = {name: _peak_bytes(step, device) for name, step in ways.items()}
+    peaks = {name: peak_bytes(step, device) for name, step in ways.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, step in ways.items():
@@ -64,12 +62,15 @@ def step_benchmark(
         "speedup": times["plain"] / times["anyflow"],
         "memory_ratio": peaks["plain"] / peaks["anyflow"],
         "batch_size": batch_size,
+        "padded_length": padded_length,
         "device": device,
     }
 
 
-def _ways(batch_size: int, size: tuple[int, int, int], seed: int, device: str) -> dict[str, Callable[[], FlowMapLoss]]:
-    """The three steps: loss, balance, gradients."""
+def _ways(
+    batch_size: int, padded_length: int, size: tuple[int, int, int], seed: int, device: str
+) -> dict[str, Callable[[], FlowMapLoss]]:
+    """The two steps: loss, balance, gradients."""
     import torch
     from diffusers import AnyFlowTransformer3DModel
 
@@ -92,14 +93,10 @@ def _ways(batch_size: int, size: tuple[int, int, int], seed: int, device: str) -
     drawn = draw_intervals(torch.rand(batch_size, 2, generator=generator), 0.5, 0.25, SHIFT).to(device)
     dropped = torch.rand(batch_size, generator=generator) < 0.1
     rows = torch.arange(batch_size).masked_fill(dropped, batch_size).to(device)
-    text, padded = _texts(batch_size, stock.config.text_dim, generator, device)
+    text, padded = _texts(batch_size, padded_length, stock.config.text_dim, generator, device)
 
     def ours(z: Tensor, t: Tensor, r: Tensor, which: Tensor) -> Tensor:
         return backbone(z, t, r, text.select(which))
-
-    def repeated(z: Tensor, t: Tensor, r: Tensor, which: Tensor) -> Tensor:
-        times = (time[:, None].expand(-1, frames) for time in (t, r))
-        return backbone(z, *times, text.select(which))
 
     def published(z: Tensor, t: Tensor, r: Tensor, which: Tensor) -> Tensor:
         times = (time[:, None].expand(-1, frames) for time in (t, r))
@@ -119,26 +116,31 @@ def _ways(batch_size: int, size: tuple[int, int, int], seed: int, device: str) -
 
     return {
         "plain": way(stock, plain_flow_map_loss, published),
-        "folded": way(backbone, plain_flow_map_loss, repeated),
         "anyflow": way(backbone, flow_map_loss, ours),
     }
 
 
-def _texts(batch_size: int, width: int, generator: Any, device: str) -> tuple[Any, Tensor]:
-    """Random embeddings of short prompts (and an empty one, the negative), folded and padded to 512 tokens."""
+def _texts(batch_size: int, padded_length: int, width: int, generator: Any, device: str) -> tuple[Any, Tensor]:
+    """Random embeddings of short prompts (and an empty one, the negative): folded for us, padded for the stock forward.
+
+    Without padding all have 28 tokens, and both are the same.
+    """
     import torch
 
     from anyflow.backbone.protocol import Text
 
+    if not padded_length:
+        whole = torch.randn(batch_size + 1, 28, width, generator=generator)
+        return Text(whole, None, 28).to(device), whole.to(device)
     lengths = torch.randint(12, 28, (batch_size + 1,), generator=generator)
     lengths[-1] = 1
-    padded = torch.randn(batch_size + 1, 512, width, generator=generator)
-    padded *= (torch.arange(512) < lengths[:, None])[..., None]
+    padded = torch.randn(batch_size + 1, padded_length, width, generator=generator)
+    padded *= (torch.arange(padded_length) < lengths[:, None])[..., None]
     longest = int(lengths.max()) + 1
-    return Text(padded[:, :longest], lengths, 512).to(device), padded.to(device)
+    return Text(padded[:, :longest], lengths, padded_length).to(device), padded.to(device)
 
 
-def _peak_bytes(step: Callable[[], Any], device: str) -> int:
+def peak_bytes(step: Callable[[], Any], device: str) -> int:
     """Most bytes that a step holds at once beyond what it found."""
     import torch
 
@@ -157,63 +159,3 @@ def _peak_bytes(step: Callable[[], Any], device: str) -> int:
         held += change.nbytes()
         peak = max(peak, held)
     return peak
-
-
-def start_benchmark(recipe: str = "finetune/driving", overrides: tuple[str, ...] = ()) -> dict[str, float]:
-    """Seconds from the command to the first training step, by part, in a fresh process.
-
-    The samples before training are left out: they are part of the run's result, not of its start.
-
-    Raises:
-        UserError: the recipe cannot be run.
-    """
-    command = [sys.executable, "-m", "anyflow.benchmark", str(time.time()), recipe, *overrides]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        from anyflow.errors import UserError
-
-        raise UserError(f"the start of {recipe} cannot be measured: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def measure_start(began: float, recipe_name: str, overrides: list[str]) -> dict[str, float]:
-    """What ``anyflow train`` does up to its first step, timed from ``began`` (seconds since the epoch)."""
-    marks: dict[str, float] = {}
-    last = began
-
-    def mark(part: str) -> None:
-        nonlocal last
-        now = time.time()
-        marks[part], last = now - last, now
-
-    import anyflow.cli  # noqa: F401
-
-    mark("python and command line")
-    from anyflow.recipe import check_files, load_recipe
-
-    recipe = load_recipe(recipe_name, overrides=["stage.steps=1", "run.tracking_uri=", *overrides])
-    check_files(recipe)
-    mark("recipe")
-    from anyflow.launch import assemble, fit
-    from anyflow.runs import RunFolder
-
-    mark("libraries (torch, lightning, diffusers)")
-    parts = assemble(recipe)
-    mark("weights and data")
-    take_step = parts.stage.optimizer_step
-
-    def first_step(*arguments: Any, **options: Any) -> None:
-        take_step(*arguments, **options)
-        mark("trainer, first batch, first step")
-
-    parts.stage.optimizer_step = first_step  # type: ignore[method-assign]
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        fit(recipe, RunFolder(Path(folder)), parts, None)
-    marks["total"] = sum(marks.values())
-    return marks
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure_start(float(sys.argv[1]), sys.argv[2], sys.argv[3:])))

@@ -1,0 +1,81 @@
+"""The on-policy stage: whose turn it is, what moves, and that nothing of it is lost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tiny_stage import batch, moved, onpolicy_stage, turn, weights_of
+
+from anyflow.backbone.codec import Codec
+from anyflow.stages.flow import Conditioning
+from anyflow.stages.onpolicy import OnPolicySettings
+
+
+def test_student_and_critic_take_turns_and_the_teacher_rests(codec: Codec) -> None:
+    stage = onpolicy_stage(codec)
+    assert stage.roles.frozen is not None
+    teacher = [weight.clone() for weight in stage.roles.frozen.parameters()]
+    for position, (mover, rester, step) in enumerate([("student", "critic", 0), ("critic", "student", 1)], start=1):
+        moving, resting = weights_of(stage, mover), weights_of(stage, rester)
+        turn(stage, position)
+        assert moved(moving, weights_of(stage, mover)) and not moved(resting, weights_of(stage, rester))
+        assert stage.step == step
+    assert not moved(teacher, list(stage.roles.frozen.parameters()))
+    assert not any("teacher" in name or "roles" in name for name in stage.state_dict()), "a frozen teacher is not saved"
+
+
+def test_accumulated_turns_move_once(codec: Codec) -> None:
+    stage = onpolicy_stage(codec, settings=OnPolicySettings(accumulate=2, critic_turns=2))
+    changes = []
+    for position in range(1, 7):
+        before = {role: weights_of(stage, role) for role in ("student", "critic")}
+        turn(stage, position)
+        changes.append([role for role in before if moved(before[role], weights_of(stage, role))])
+    assert changes == [[], ["student"], [], ["critic"], [], ["critic"]]
+    assert stage.step == 1 and stage.turn == 0
+
+
+def test_a_run_cut_between_the_updates_goes_on_with_the_critics(codec: Codec) -> None:
+    whole = onpolicy_stage(codec)
+    for position in (1, 2, 3):
+        turn(whole, position)
+    first = onpolicy_stage(codec)
+    turn(first, 1)
+    saved: dict[str, Any] = {}
+    first.on_save_checkpoint(saved)
+    second = onpolicy_stage(codec)
+    second.load_state_dict(first.state_dict())
+    second.on_load_checkpoint(saved)
+    for new, old in zip(second.optimizers(), first.optimizers(), strict=True):  # type: ignore[arg-type]
+        new.load_state_dict(old.state_dict())
+    for position in (2, 3):
+        turn(second, position)
+    for role in ("student", "critic"):
+        assert not moved(weights_of(whole, role), weights_of(second, role))
+    assert whole.ema is not None and second.ema is not None
+    assert all(map(torch.equal, whole.ema.shadows, second.ema.shadows))
+
+
+def test_a_perfect_student_without_co_training_is_left_alone(codec: Codec) -> None:
+    """Critic and teacher agree, guidance is off: nothing pulls. Co-training alone then moves the student."""
+    alone = onpolicy_stage(codec, settings=OnPolicySettings(extra_guidance=0.0, forward_weight=0.0))
+    before = weights_of(alone, "student")
+    alone.position = 1
+    alone.generator_turn(alone.prepare(batch()))
+    assert all(weight.grad is None or not weight.grad.any() for _, weight in alone.roles.parameters("student"))
+    assert not moved(before, weights_of(alone, "student"))
+    co_trained = onpolicy_stage(codec, settings=OnPolicySettings(extra_guidance=0.0))
+    co_trained.position = 1
+    co_trained.generator_turn(co_trained.prepare(batch()))
+    assert any(weight.grad is not None and weight.grad.any() for _, weight in co_trained.roles.parameters("student"))
+
+
+def test_given_frames_come_back_and_carry_nothing(codec: Codec) -> None:
+    stage = onpolicy_stage(codec, conditioning=Conditioning(i2v_prob=1.0))
+    stage.position = 1
+    data = stage.prepare(batch())
+    assert torch.equal(stage.simulate(data)[:, 0], data.clean[:, 0])
+    turn(stage, 1)
+    turn(stage, 2)
+    assert stage.step == 1

@@ -1,0 +1,97 @@
+"""What the pages tell a user to type exists: targets, commands, options, recipes, fields, imports and links."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from anyflow.cli import app
+from anyflow.recipe import load_recipe
+
+PROJECT = Path(__file__).resolve().parents[1]
+PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
+RECIPE_HEADS = sorted((PROJECT / "recipes").glob("*/*.yaml"))
+TARGETS = set(re.findall(r"^([a-z-]+):", (PROJECT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+VARIABLES = {"RECIPE", "MODEL", "HARDWARE", "ARGS", "DOMAIN", "CLIPS", "PROMPT", "STEPS", "PYTHON"}
+PLACEHOLDER = re.compile(r"path/to/|my-data/|/FORWARD/")
+"""What stands for the user's own files: such a value is not looked up."""
+
+
+def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
+    """``(line, text)`` of a page's code blocks in a language."""
+    text = page.read_text(encoding="utf-8")
+    for match in re.finditer(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        yield text.count("\n", 0, match.start()) + 2, match[1]
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Each command of a page's shell blocks, and of the first comment of a recipe."""
+    for _, block in blocks(page, "sh"):
+        yield from filter(None, (line.strip() for line in block.splitlines()))
+
+
+COMMANDS = [(page, command) for page in PAGES for command in commands(page)] + [
+    (path, re.sub(r"\s{2,}\(.*", "", path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")))
+    for path in RECIPE_HEADS
+    if path.read_text(encoding="utf-8").startswith("# make ")
+]
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page.name}: {command}" for page, command in COMMANDS])
+def test_a_command_can_be_typed(page: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT)
+    program, *words = shlex.split(command, comments=True)
+    if program == "make":
+        check_make(words)
+    elif program.endswith("anyflow"):
+        check_anyflow(words)
+    else:
+        assert program in ("bash", "pip", "sudo", "apt-get", "sbatch", "torchrun", "srun"), command
+
+
+def check_make(words: list[str]) -> None:
+    target, *settings = words
+    given = dict(word.split("=", 1) for word in settings)
+    assert target in TARGETS
+    assert given.keys() <= VARIABLES
+    if "RECIPE" in given:
+        options = [f"--{name.lower()}={given[name]}" for name in ("MODEL", "HARDWARE") if name in given]
+        check_anyflow(["train", f"{target}/{given['RECIPE']}", *options, *shlex.split(given.get("ARGS", ""))])
+
+
+def check_anyflow(words: list[str]) -> None:
+    command: Any = typer.main.get_command(app)
+    while words and hasattr(command, "commands"):
+        assert words[0] in command.commands, f"there is no command {words[0]}"
+        command, words = command.commands[words[0]], words[1:]
+    parsed = command.make_context(command.name, list(words)).params
+    if command.name == "train":
+        overrides = [text for text in parsed["overrides"] or () if not PLACEHOLDER.search(text)]
+        card = ["data.card=driving"] if len(overrides) < len(parsed["overrides"] or ()) else []
+        load_recipe(parsed["recipe"], model=parsed["model"], hardware=parsed["hardware"], overrides=[*overrides, *card])
+
+
+PYTHON_BLOCKS = [(page, line, block) for page in PAGES for line, block in blocks(page, "python")]
+
+
+@pytest.mark.parametrize(("page", "line", "block"), PYTHON_BLOCKS, ids=[f"{p.name}:{n}" for p, n, _ in PYTHON_BLOCKS])
+def test_an_example_imports_what_exists(page: Path, line: int, block: str) -> None:
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            module = importlib.import_module(node.module)
+            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            assert not missing, f"{page.name}:{line}: {node.module} has no {missing}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
