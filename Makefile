@@ -17,7 +17,7 @@ CLIPS ?= 1000
 export PROMPT ?= A green car drives slowly and changes left from the middle lane to the left lane.
 
 .DEFAULT_GOAL := help
-.PHONY: help install finetune teacher forward onpolicy codec base sample data mlflow bench test test-slow lint
+.PHONY: help install finetune teacher forward onpolicy codec base sample plan data mlflow bench test test-slow lint
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -63,6 +63,9 @@ base: $(VENV)/.installed-sim ## the embedded tiny model from nothing: render, co
 
 sample: $(VENV)/.installed ## clips of a prompt at several step counts: PROMPT="..." [MODEL=folder] [STEPS=1,4,16]
 	$(ANYFLOW) sample "$$PROMPT" --model $(or $(MODEL),data/models/tiny) --steps $(or $(STEPS),1,4,16) $(ARGS)
+
+plan: $(VENV)/.installed ## the memory that a recipe needs on GPUs: RECIPE=forward/wan2.1-t2v-14b [MODEL=...] [HARDWARE=...]
+	$(ANYFLOW) plan $(or $(RECIPE),forward/wan2.1-t2v-14b) $(if $(MODEL),--model $(MODEL)) $(if $(HARDWARE),--hardware $(HARDWARE)) $(ARGS)
 
 mlflow: $(VENV)/.installed ## the runs in a browser, on this machine only (127.0.0.1)
 	$(ANYFLOW) mlflow --serve $(ARGS)

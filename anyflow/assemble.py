@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,15 @@ from anyflow.backbone.codec import Codec
 from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build_vae, transformer_config
 from anyflow.backbone.load import load_backbone, new_backbone
 from anyflow.backbone.lora import LoraSettings, add_lora, load_lora
+from anyflow.backbone.parallelize import (
+    ParallelSettings,
+    checkpoint_activations,
+    compile_blocks,
+    join_ranks,
+    parallelize,
+    rank_and_size,
+    rank_zero_first,
+)
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.backbone.roles import AdapterRoles, Roles, SeparateRoles
 from anyflow.console import progress_line
@@ -43,13 +53,13 @@ class Parts:
     data: VideoDataModule
 
 
-def assemble(recipe: Recipe) -> Parts:
-    """Build everything that the recipe names.
+def assemble(recipe: Recipe, *, leave_stored: bool = False) -> Parts:
+    """Build everything that the recipe names; with ``leave_stored`` the networks' weights stay in their files.
 
     Raises:
         UserError: A checkpoint, card or clip does not fit the recipe.
     """
-    codec, backbone = load_model(recipe)
+    codec, backbone = load_model(recipe, leave_stored=leave_stored or is_sharded(recipe))
     if recipe.stage.name != "codec":
         shape = codec.latent_shape(recipe.data.frames, recipe.data.height, recipe.data.width)
         backbone.fit_clip(shape[0])
@@ -61,25 +71,61 @@ def assemble(recipe: Recipe) -> Parts:
     return Parts(codec, backbone, build_stage(recipe, codec, backbone), build_data(recipe, codec))
 
 
-def load_model(recipe: Recipe) -> tuple[Codec, FlowMapBackbone]:
+def load_model(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, FlowMapBackbone]:
     """Codec and network, loaded or, for the first stages of an embedded model, built new."""
-    model = recipe.model
-    dtype = torch.bfloat16 if recipe.hardware.precision == "bf16-true" else torch.float32
+    model, hardware = recipe.model, recipe.hardware
+    dtype = weights_dtype(recipe)
     if recipe.stage.name == "codec":
         tokenizer = build_tokenizer(captions(recipe))
         codec = Codec(
             build_vae(recipe.run.seed), tokenizer, build_text_encoder(len(tokenizer), recipe.run.seed), source=None
         )
     else:
-        codec = Codec.from_folder(model.codec or model.weights, dtype=dtype)
+        text_dtype = torch.float32 if hardware.precision == "32-true" else torch.bfloat16
+        codec_dtype = torch.bfloat16 if hardware.precision == "bf16-true" else torch.float32
+        codec = Codec.from_folder(model.codec or model.weights, dtype=codec_dtype, text_dtype=text_dtype)
+        codec.is_parked = hardware.park_codec
     if model.init == "new":
         network = {**transformer_config(), **model.network}
         backbone: FlowMapBackbone = new_backbone(network, recipe.run.seed, model.architecture)
     else:
-        backbone = load_backbone(model.weights, architecture=model.architecture, dtype=dtype)
-    if recipe.hardware.gradient_checkpointing:
-        backbone.transformer.enable_gradient_checkpointing()
+        backbone = load_backbone(model.weights, architecture=model.architecture, dtype=dtype, leave_stored=leave_stored)
+    if hardware.gradient_checkpointing:
+        checkpoint_activations(backbone, hardware.keep_attention)
     return codec, backbone
+
+
+def is_sharded(recipe: Recipe) -> bool:
+    """Whether the weights are spread over ranks."""
+    return recipe.hardware.strategy == "fsdp" and rank_and_size()[1] > 1
+
+
+def weights_dtype(recipe: Recipe) -> torch.dtype:
+    """Precision that the network's weights are kept in: float32 if they are trained, by default."""
+    hardware = recipe.hardware
+    frozen_base = hardware.strategy == "fsdp" and recipe.model.lora.enabled and hardware.precision == "bf16-mixed"
+    return torch.bfloat16 if frozen_base or hardware.precision == "bf16-true" else torch.float32
+
+
+def parallel_settings(recipe: Recipe, *, compiled: bool = True) -> ParallelSettings:
+    """How the recipe's hardware spreads a network; ``compiled`` False leaves compiling out."""
+    hardware = recipe.hardware
+    return ParallelSettings(
+        compute=torch.bfloat16 if hardware.precision.startswith("bf16") else None,
+        compile=hardware.compile and compiled,
+        offload=hardware.offload,
+        nodes=hardware.num_nodes if hardware.shard_within == "node" else 1,
+    )
+
+
+def spread(recipe: Recipe, *networks: FlowMapBackbone) -> None:
+    """Compile, and spread over the ranks, as the recipe's hardware says; the last step before a stage is built."""
+    hardware, settings = recipe.hardware, parallel_settings(recipe)
+    for network in networks:
+        if is_sharded(recipe):
+            parallelize(network, settings, join_ranks(hardware.accelerator))
+        elif settings.compile:
+            compile_blocks(network)
 
 
 def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stage:
@@ -94,6 +140,8 @@ def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stag
     if stage.name == "codec":
         codec.vae.requires_grad_(True)
         return CodecStage(codec.vae, CodecObjective(**asdict(stage.codec)), **shared)
+    roles = build_roles(recipe, backbone) if stage.name == "onpolicy" or recipe.has_tail else None
+    spread(recipe, *(roles.networks if roles is not None else [backbone]))
     conditioning = Conditioning(
         recipe.model.negative_prompt, stage.text_drop, stage.i2v_prob, stage.long_context, stage.bidirectional_prob
     )
@@ -110,20 +158,19 @@ def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stag
     )
     shares = IntervalShares(stage.diffusion_share, stage.consistency_share)
     shared |= {"conditioning": conditioning, "objective": objective, "shares": shares}
-    if stage.name == "onpolicy" or recipe.has_tail:
-        return build_onpolicy(recipe, codec, backbone, shared)
+    if roles is not None:
+        return build_onpolicy(recipe, codec, roles, shared)
     kind = {"forward": ForwardStage, "finetune": FinetuneStage}[stage.name]
     return kind(backbone, codec, **shared)
 
 
-def build_onpolicy(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone, shared: dict[str, Any]) -> OnPolicyStage:
+def build_onpolicy(recipe: Recipe, codec: Codec, roles: Roles, shared: dict[str, Any]) -> OnPolicyStage:
     """The on-policy stage, or fine-tuning with an on-policy tail."""
     stage = recipe.stage
     options = asdict(stage.onpolicy)
     taken = ("budgets", "extra_guidance", "forward_weight", "critic_turns", "watch")
     settings = OnPolicySettings(accumulate=recipe.hardware.accumulate, **{key: options[key] for key in taken})
     critic_optimizer = optimizer_settings(asdict(stage.onpolicy.critic))
-    roles = build_roles(recipe, backbone)
     if not recipe.has_tail:
         return OnPolicyStage(roles, codec, settings=settings, critic_optimizer=critic_optimizer, **shared)
     del shared["total_steps"]
@@ -151,9 +198,11 @@ def build_roles(recipe: Recipe, backbone: FlowMapBackbone) -> Roles:
         return AdapterRoles(backbone, settings, trains_teacher=recipe.has_tail, seed=seed)
     network = load_backbone(
         teacher,  # of either architecture: teacher and critic see all frames at once
-        dtype=backbone.dtype,
-        gradient_checkpointing=recipe.hardware.gradient_checkpointing,
+        dtype=weights_dtype(recipe),
+        leave_stored=backbone.stored is not None,
     )
+    if recipe.hardware.gradient_checkpointing:
+        checkpoint_activations(network, recipe.hardware.keep_attention)
     return SeparateRoles(backbone, network, trains_teacher=recipe.has_tail)
 
 
@@ -192,7 +241,8 @@ def build_data(recipe: Recipe, codec: Codec) -> VideoDataModule:
         caches = []
         for card in data.card:
             with progress_line(f"encoding {card}") as on_progress:
-                caches.append(encode_dataset(card, data.split, codec, progress=on_progress, **shape))
+                encode = partial(encode_dataset, card, data.split, codec, progress=on_progress, **shape)
+                caches.append(rank_zero_first(encode, card))
     return VideoDataModule(
         data.card,
         split=data.split,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 
 import typer
 
 from anyflow import __version__
-from anyflow.commands import bench, data, evaluate, export, recipes, sample, tracking, train
+from anyflow.commands import bench, data, evaluate, export, plan, recipes, sample, tracking, train
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
+from anyflow.ranks import leave_report
 
 app = typer.Typer(
     name="anyflow",
@@ -41,6 +43,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
+app.command("plan")(plan.plan)
 app.command("bench")(bench.bench)
 app.command("mlflow")(tracking.mlflow)
 
@@ -55,6 +58,8 @@ def main() -> None:
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         if not _disk_is_full(error):
+            if leave_report():  # one rank of several: its watcher speaks for all
+                os._exit(1)  # without waiting for collectives that will never end
             raise
         place = getattr(error, "filename", None)
         full = f"the disk is full ({place})" if place else "the disk is full"
@@ -76,7 +81,10 @@ def _disk_is_full(error: BaseException) -> bool:
 
 
 def _fail(sentence: str) -> None:
-    print(f"anyflow: {' '.join(sentence.split())}", file=sys.stderr)
+    text = f"anyflow: {' '.join(sentence.split())}"
+    if leave_report(text):
+        os._exit(EXIT_USER)
+    print(text, file=sys.stderr)
     sys.exit(EXIT_USER)
 
 

@@ -13,6 +13,7 @@ from anyflow.assemble import Parts
 from anyflow.backbone.codec import Codec, pixels_from_bytes
 from anyflow.backbone.export import export_lora, export_pipeline
 from anyflow.backbone.model_card import ModelCard
+from anyflow.backbone.parallelize import from_rank_zero, gather_state, rank_and_size
 from anyflow.backbone.wan_vae import encode_moments
 from anyflow.console import progress_line
 from anyflow.curves import curve_of, held_out, load_curve, save_curve
@@ -37,10 +38,11 @@ def measure(
     """The any-step curve at this moment, with the averaged weights; measured once for each label and then kept."""
     if not recipe.sampling.prompts:
         return None
-    kept = load_curve(run.path / "curves", label)
+    kept = from_rank_zero(load_curve(run.path / "curves", label))
     if kept is not None:
         return kept
-    with averaged(parts), progress_line(f"sampling {label}") as on_progress:
+    device = next(parts.backbone.parameters()).device
+    with averaged(parts), parts.codec.lent(device), progress_line(f"sampling {label}") as on_progress:
         result = curve_of(
             parts.backbone,
             parts.codec,
@@ -55,7 +57,8 @@ def measure(
             split=recipe.data.heldout,
             on_progress=on_progress,
         )
-    save_curve(run.path / "curves", result)
+    if rank_and_size()[0] == 0:
+        save_curve(run.path / "curves", result)
     log_curve(logger, label, list(result.curve.to_json()["rows"]))
     return result
 
@@ -66,10 +69,14 @@ def finish_flow(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogg
     before = load_curve(run.path / "curves", "before")
     figures = {f"{row.num_steps} steps": _figures(row) for row in after.curve.rows} if after else {}
     with averaged(parts):
+        weights = gather_state(parts.backbone.transformer, torch.bfloat16)
+    if rank_and_size()[0] > 0:
+        return
+    with averaged(parts) if weights is None else nullcontext():
         card = model_card(recipe, figures)
-        export_pipeline(run.model, parts.backbone.transformer, parts.codec, recipe.model.shift, card)
+        export_pipeline(run.model, parts.backbone.transformer, parts.codec, recipe.model.shift, card, weights=weights)
         if recipe.model.lora.enabled:
-            export_lora(run.path / "lora", parts.backbone, card)
+            export_lora(run.path / "lora", parts.backbone, card, weights=weights)
     if after is not None:
         write_report(run.report, before, after, title=recipe.run.name, fps=recipe.data.fps or 8.0)
         log_artifacts(logger, run.report, "report")
@@ -77,6 +84,8 @@ def finish_flow(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogg
 
 def finish_codec(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | None) -> None:
     """Fix the latents' statistics, measure the reconstruction of held-out clips, export with an untrained network."""
+    if rank_and_size()[0] > 0:
+        return
     with averaged(parts):
         vae = parts.codec.vae.requires_grad_(False)
         clips = held_out(recipe.data.card, recipe.data.split, clip_shape(recipe), 512)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,26 +16,48 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
 from anyflow.assemble import Parts, assemble, batches_of
+from anyflow.backbone.parallelize import (
+    from_rank_zero,
+    is_sharded_module,
+    join_ranks,
+    leave_ranks,
+    rank_and_size,
+    wait_for_all,
+)
 from anyflow.callbacks.checkpoints import Checkpoints
 from anyflow.callbacks.preemption import Preemption
 from anyflow.callbacks.progress import TrainingProgress
 from anyflow.callbacks.sampling import Sampling
+from anyflow.callbacks.sharded import AnyCheckpoint, ShardedStrategy
 from anyflow.console import quiet_libraries
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
 from anyflow.finish import describe_parts, finish_codec, finish_flow, measure, summary
+from anyflow.plan import memory_here, plan
 from anyflow.recipe import Recipe, check_files, load_recipe, save_recipe, to_dict
 from anyflow.recipe.fields import flatten
 from anyflow.runs import RunFolder, open_run
 from anyflow.tracking import EXPERIMENT, close_tracking, log_artifact, open_tracking
 
-FREE_ON_RESUME = ("run.", "hardware.", "checkpoint.", "sampling.", "data.num_workers", "data.error_budget")
-"""Fields that may change when a run goes on: they do not touch what is computed."""
+FREE_ON_RESUME = (
+    *("run.", "hardware.", "checkpoint.", "sampling."),
+    *("data.num_workers", "data.error_budget", "data.batch_size"),
+)
+"""Fields that may change when a run goes on: they do not touch what is computed. (A rank's batch may change with the
+number of ranks; that the batch over all ranks does not, the data's plan sees to.)"""
 
 
-def train(recipe: Recipe, *, resume: str | None = None, dry_run: bool = False, out: Path | None = None) -> int:
-    """Run a recipe to its end; returns the process's exit code.
+def train(
+    recipe: Recipe,
+    *,
+    resume: str | None = None,
+    dry_run: bool = False,
+    out: Path | None = None,
+    on_open: Callable[[RunFolder], None] | None = None,
+) -> int:
+    """Run a recipe to its end; returns the process's exit code. ``on_open`` is told the run's folder.
 
     Raises:
         UserError: Recipe, data, weights or folders are at fault.
@@ -44,15 +67,22 @@ def train(recipe: Recipe, *, resume: str | None = None, dry_run: bool = False, o
         torch.set_num_threads(recipe.hardware.threads)
     check_files(recipe)
     if dry_run:
-        for line in describe_parts(recipe, assemble(recipe)):
+        for line in describe_parts(recipe, assemble(recipe, leave_stored=True)):
             print(line)
+        if recipe.hardware.accelerator != "cpu":
+            print("\n".join(plan(recipe, gpu_memory=memory_here() or 80.0).lines()))
         return 0
-    run = open_run(Path(recipe.run.out), recipe.run.name, out=out, resume=resume)
+    join_ranks(recipe.hardware.accelerator)
+    rank = rank_and_size()[0]
+    run = from_rank_zero(open_run(Path(recipe.run.out), recipe.run.name, out=out, resume=resume) if rank == 0 else None)
+    if on_open is not None:
+        on_open(run)
     _refuse_another_recipe(run, recipe)
     if run.status.get("state") == "finished":
         print(f"{run.path} is finished already: nothing to resume.\n")
         print(summary(run))
         return 0
+    wait_for_all()  # nobody writes before all have read
     previous = signal.signal(signal.SIGTERM, _terminate)  # outside of the training loop; the loop has its own
     try:
         return _train(recipe, run)
@@ -66,6 +96,33 @@ def train(recipe: Recipe, *, resume: str | None = None, dry_run: bool = False, o
 
 def _train(recipe: Recipe, run: RunFolder) -> int:
     parts = assemble(recipe)
+    is_first = rank_and_size()[0] == 0
+    logger = _open_records(recipe, run) if is_first else None
+    is_codec = recipe.stage.name == "codec"
+    try:
+        _place(parts, join_ranks(recipe.hardware.accelerator))
+        if not is_codec:
+            measure(recipe, run, parts, logger, label="before")
+        received = fit(recipe, run, parts, logger)
+        if received is not None:
+            close_tracking(logger, "KILLED")
+            return _stopped(run, received)
+        (finish_codec if is_codec else finish_flow)(recipe, run, parts, logger)
+    except UserError:
+        if is_first:
+            run.note(state="failed")
+            close_tracking(logger, "FAILED")
+        raise
+    if is_first:
+        run.note(state="finished")
+        close_tracking(logger, "FINISHED")
+        print(summary(run))
+    leave_ranks()
+    return 0
+
+
+def _open_records(recipe: Recipe, run: RunFolder) -> MLFlowLogger | None:
+    """The run's folder with its recipe, and the tracker."""
     run.path.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, run.recipe)
     run.note(state="running")
@@ -77,23 +134,7 @@ def _train(recipe: Recipe, run: RunFolder) -> int:
         tags={"stage": recipe.stage.name, "model": recipe.model.name, "recipe": recipe.run.recipe},
     )
     log_artifact(logger, run.recipe)
-    is_codec = recipe.stage.name == "codec"
-    try:
-        if not is_codec:
-            measure(recipe, run, parts, logger, label="before")
-        received = fit(recipe, run, parts, logger)
-        if received is not None:
-            close_tracking(logger, "KILLED")
-            return _stopped(run, received)
-        (finish_codec if is_codec else finish_flow)(recipe, run, parts, logger)
-    except UserError:
-        run.note(state="failed")
-        close_tracking(logger, "FAILED")
-        raise
-    run.note(state="finished")
-    close_tracking(logger, "FINISHED")
-    print(summary(run))
-    return 0
+    return logger
 
 
 def fit(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | None) -> signal.Signals | None:
@@ -107,16 +148,12 @@ def fit(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | Non
         every = recipe.sampling.every_steps
         callbacks.insert(0, Sampling(measure_now, every_steps=every, total_steps=recipe.total_steps))
     manual = not parts.stage.automatic_optimization  # such a stage has several optimisers and counts its own steps
-    # a turn of one role leaves the other's weights without gradient, a step without compressed frames their patches:
-    # plain ddp takes both for a mistake
-    resting = manual or recipe.model.architecture == "causal"
     turns = batches_of(recipe) // recipe.total_steps if manual else 1
     trainer = lightning.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
-        precision=hardware.precision,  # type: ignore[arg-type]
-        strategy="ddp_find_unused_parameters_true" if hardware.strategy == "ddp" and resting else hardware.strategy,
+        **_strategy(recipe, manual),
         accumulate_grad_batches=1 if manual else hardware.accumulate,
         max_steps=-1 if manual else recipe.stage.steps,  # else the declared length of the data ends the run
         max_epochs=1,  # one endless epoch of declared length: epoch boundaries are the stream's affair
@@ -133,6 +170,29 @@ def fit(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | Non
     return preemption.received
 
 
+def _strategy(recipe: Recipe, manual: bool) -> dict[str, Any]:
+    """How Lightning is told of ranks, precision and checkpoints; the ranks have met before it comes."""
+    hardware, ranks = recipe.hardware, recipe.world_size
+    if ranks > 1 and hardware.strategy == "fsdp":  # precision is the policy's, see parallelize.py
+        return {"strategy": ShardedStrategy(ranks), "precision": "32-true", "plugins": [TorchElasticEnvironment()]}
+    # a turn of one role leaves the other's weights without gradient, a step without compressed frames their patches:
+    # plain ddp takes both for a mistake
+    copies = "ddp_find_unused_parameters_true" if manual or recipe.model.architecture == "causal" else "ddp"
+    return {
+        "strategy": copies if ranks > 1 else "auto",
+        "precision": hardware.precision,
+        "plugins": [AnyCheckpoint(), *([TorchElasticEnvironment()] if ranks > 1 else [])],
+    }
+
+
+def _place(parts: Parts, device: torch.device) -> None:
+    """Put what is sampled from on this rank's device; sharded weights are there."""
+    if not parts.codec.is_parked:
+        parts.codec.to(device)
+    if not is_sharded_module(parts.backbone):
+        parts.backbone.to(device)
+
+
 def _measure_now(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | None, label: str) -> None:
     measure(recipe, run, parts, logger, label=label)
 
@@ -147,6 +207,8 @@ def _terminate(number: int, frame: Any) -> None:
 
 def _stopped(run: RunFolder, received: signal.Signals) -> int:
     """Say how to go on."""
+    if rank_and_size()[0] > 0:
+        return EXIT_INTERRUPTED if received == signal.SIGINT else EXIT_PREEMPTED
     if not run.path.exists():
         return EXIT_INTERRUPTED if received == signal.SIGINT else EXIT_PREEMPTED
     run.note(state="preempted" if received == signal.SIGTERM else "interrupted")

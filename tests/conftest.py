@@ -37,3 +37,39 @@ def anyflow(project: Path) -> Run:
         )
 
     return run
+
+
+CAPTIONS = ["A green car drives slowly and keeps the middle lane.", "A blue car is ahead in the left lane."]
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small untrained pipeline folder that loads in a moment: the embedded layout, two layers, random weights."""
+    return make_model(tmp_path_factory.mktemp("models") / "small", "bidirectional")
+
+
+@pytest.fixture(scope="session")
+def small_causal_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, chunk by chunk."""
+    return make_model(tmp_path_factory.mktemp("models") / "small-causal", "causal", chunk_partition=[1, 2, 2])
+
+
+def make_model(folder: Path, architecture: str, **changes: object) -> Path:
+    """A pipeline folder with two layers and random weights."""
+    import torch
+
+    from anyflow.backbone.codec import Codec
+    from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build_vae, transformer_config
+    from anyflow.backbone.export import export_pipeline
+    from anyflow.backbone.load import new_backbone
+    from anyflow.backbone.model_card import ModelCard
+
+    tokenizer = build_tokenizer(CAPTIONS)
+    codec = Codec(build_vae(0), tokenizer, build_text_encoder(len(tokenizer), 0))
+    network = new_backbone({**transformer_config(), "num_layers": 2, **changes}, 0, architecture)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():  # a new network answers zero, whatever goes wrong inside
+        torch.manual_seed(1)
+        torch.nn.init.normal_(network.transformer.proj_out.weight, std=0.1)
+    card = ModelCard("small", size=(17, 64, 96), fps=8.0)
+    export_pipeline(folder, network.transformer, codec, 3.0, card, codec_dtype=None, dtype=torch.float32)
+    return folder

@@ -234,7 +234,7 @@ def test_missing_files_are_named_before_anything_is_loaded(tmp_path: Path, monke
 
 
 def test_hub_ids() -> None:
-    assert is_hub_id("nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers")
+    assert is_hub_id("nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers") and is_hub_id("owner/model@v1.0")
     assert not any(is_hub_id(text) for text in ("plain", "./a/b", "/a/b", "a/b/c", "recipes/nothing", "../x"))
 
 

@@ -10,6 +10,7 @@ import html
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ class Codec(nn.Module):
         self.text_encoder = text_encoder
         self.source = source
         """The folder that the parts came from; an export copies them from there."""
+        self.is_parked = False
+        """Whether it lies in host memory and comes to the GPU only while it works (:meth:`lent`)."""
         self._text_cache: OrderedDict[str, Tensor] = OrderedDict()
         self._text_cache_bytes = 0
         self.requires_grad_(False)
@@ -82,6 +85,20 @@ class Codec(nn.Module):
         parts = ("vae", "tokenizer", "text_encoder") if text else ("vae",)
         folder = resolve_folder(path, parts)
         return cls(*load_codec_parts(folder, text, dtype, text_dtype or dtype), source=folder).to(device)
+
+    @contextmanager
+    def lent(self, device: torch.device | str) -> Iterator[None]:
+        """Within the block the codec is on a device; afterwards back in host memory if it is parked there."""
+        self.to(device)
+        try:
+            yield
+        finally:
+            if self.is_parked:
+                self.to("cpu")
+
+    def remembers(self, captions: Iterable[str]) -> bool:
+        """Whether all these prompts are encoded already."""
+        return all(caption in self._text_cache for caption in captions)
 
     def train(self, mode: bool = True) -> Codec:
         """Stays in evaluation mode."""

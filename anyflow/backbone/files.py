@@ -20,6 +20,9 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 def resolve_folder(path: str | Path, parts: Sequence[str] = ("transformer",)) -> Path:
     """The local folder of a path, of one of our runs (its ``model`` folder), or of a Hub name (downloaded, no pickles).
 
+    A Hub name may pin a revision (commit, tag or branch): ``owner/model@revision``. With ``HF_HUB_OFFLINE=1`` only what
+    was downloaded before is found.
+
     Raises:
         UserError: there is nothing of that name.
     """
@@ -32,7 +35,7 @@ def resolve_folder(path: str | Path, parts: Sequence[str] = ("transformer",)) ->
 
 
 def _download(name: str, parts: Sequence[str]) -> Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) or name.startswith("."):
         raise UserError(
             f"No folder {name}: give a model folder in diffusers' layout, or a Hub name such as owner/model."
         )
@@ -40,8 +43,10 @@ def _download(name: str, parts: Sequence[str]) -> Path:
 
     folders = {*parts, "scheduler"}
     patterns = [f"{part}/{kind}" for part in folders for kind in ("*.json", "*.safetensors", "*.model", "*.txt")]
+    repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(name, allow_patterns=["model_index.json", *patterns]))
+        wanted = ["model_index.json", *patterns]
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
     except Exception as error:  # the client raises a dozen kinds: no such repository, gated, no network, disk full
         raise UserError(
             f"No folder {name}, and the Hugging Face Hub did not give it either ({_first_line(error)}): "
@@ -66,8 +71,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_weights(place: Path, precision: Callable[[str], torch.dtype]) -> dict[str, Tensor]:
+def read_weights(place: Path, precision: Callable[[str], torch.dtype] | None) -> dict[str, Tensor]:
     """All tensors of a model's safetensors file or files, each in the precision asked for by its name.
+
+    Without ``precision`` they stay in their files, as stored: memory is taken page by page where it is read, and shared
+    by all processes of a machine.
 
     Raises:
         UserError: there are none, only pickles, or a file is missing or damaged.
@@ -78,10 +86,10 @@ def read_weights(place: Path, precision: Callable[[str], torch.dtype]) -> dict[s
             with safe_open(file, framework="pt", device="cpu") as stored:
                 for name in stored.keys():  # noqa: SIM118 (the reader is no mapping)
                     tensor = stored.get_tensor(name)
-                    # a copy: the reader's memory is the file's, which may be replaced while we train
-                    weights[name] = tensor.to(
-                        precision(name) if tensor.is_floating_point() else tensor.dtype, copy=True
-                    )
+                    if precision is not None:
+                        # a copy: the reader's memory is the file's, which may be replaced while we train
+                        tensor = tensor.to(precision(name) if tensor.is_floating_point() else tensor.dtype, copy=True)
+                    weights[name] = tensor
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{file} is missing or damaged ({_first_line(error)}): download or export it again."

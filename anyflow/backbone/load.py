@@ -6,9 +6,9 @@ Weights are read from safetensors only, never from pickles, and every name and s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,7 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     gradient_checkpointing: bool = False,
+    leave_stored: bool = False,
 ) -> BidirectionalBackbone:
     """Load a network, converting a plain Wan transformer or a bidirectional network on the way.
 
@@ -57,13 +58,41 @@ def load_backbone(
         dtype: precision of the bulk of the weights (the parts that make times stay float32).
         device: where to put it.
         gradient_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
+        leave_stored: build on ``meta`` and leave the weights in their files until
+            :func:`anyflow.backbone.parallelize.parallelize` lets every rank read its part.
 
     Raises:
         UserError: the folder is missing or incomplete, holds another kind of network, or its weights do not fit.
     """
-    transformer = load_transformer(path, dtype, architecture)
+    if not leave_stored:
+        transformer = load_transformer(path, dtype, architecture)
+        return wrap(transformer, gradient_checkpointing).to(device)
+    found = read_transformer(path, None, architecture)
+    backbone = wrap(_assemble(*found, assign=False), gradient_checkpointing)
+    backbone.stored = StoredWeights(found.weights, lambda name: _precision(name, dtype))
+    return backbone
+
+
+def wrap(transformer: nn.Module, gradient_checkpointing: bool = False) -> BidirectionalBackbone:
+    """The backbone that goes with a diffusers module."""
     build = CausalBackbone if isinstance(transformer, AnyFlowFARTransformer3DModel) else BidirectionalBackbone
-    return build(transformer, gradient_checkpointing).to(device)
+    return build(transformer, gradient_checkpointing)
+
+
+class StoredWeights:
+    """Checked weights that still lie in their files, by the transformer's names."""
+
+    def __init__(self, weights: dict[str, Tensor], precision: Callable[[str], torch.dtype]) -> None:
+        self._weights = weights
+        self._precision = precision
+
+    def read(self, name: str, window: tuple[slice, ...] = ()) -> Tensor:
+        """A copy of a weight, or of a window of it, in its precision."""
+        tensor = self._weights[name][window] if window else self._weights[name]
+        return tensor.to(self._precision(name) if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+    def __deepcopy__(self, memo: Any) -> StoredWeights:
+        return self  # files are shared: a copy of the network reads the same
 
 
 def new_backbone(config: dict[str, Any], seed: int, architecture: str = "bidirectional") -> BidirectionalBackbone:
@@ -91,6 +120,24 @@ def load_transformer(
     path: str | Path, dtype: torch.dtype = torch.float32, architecture: str | None = None
 ) -> nn.Module:
     """diffusers' transformer of a checkpoint, on the CPU; see :func:`load_backbone`."""
+    return _assemble(*read_transformer(path, lambda name: _precision(name, dtype), architecture))
+
+
+class Found(NamedTuple):
+    """A checkpoint's transformer, read and not yet built."""
+
+    kind: type[nn.Module]
+    """The diffusers class to build."""
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    place: Path | str
+    """Where it was found, for error sentences."""
+
+
+def read_transformer(
+    path: str | Path, precision: Callable[[str], torch.dtype] | None, architecture: str | None = None
+) -> Found:
+    """What a checkpoint's folder holds, converted; see :func:`load_backbone` and ``read_weights``."""
     folder = resolve_folder(path)
     place = folder / "transformer" if (folder / "transformer").is_dir() else folder
     config = read_json(place / "config.json")
@@ -102,7 +149,7 @@ def load_transformer(
             raise UserError(f"{folder} holds two transformers (Wan 2.2 A14B): take a model with one.")
         config = {**config, "gate_value": GATE, "deltatime_type": "r"}
     _refuse_unsupported(config, place)
-    weights = read_weights(place, lambda name: _precision(name, dtype))
+    weights = read_weights(place, precision)
     # the old layout has one class for both networks, and the wrong one would load with a warning only
     is_causal = kind == _KINDS[-1] or config.get("init_far_model") or any(name.startswith("far_") for name in weights)
     wanted = architecture or ("causal" if is_causal else "bidirectional")
@@ -113,7 +160,7 @@ def load_transformer(
         weights = _with_delta_embedder(weights)
     if wanted == "causal" and not is_causal:
         weights = _with_far_patch(weights, config.get("compressed_patch_size", FAR_PATCH))
-    return _assemble(target, config, weights, place)
+    return Found(target, config, weights, place)
 
 
 def from_wan(wan: WanTransformer3DModel, architecture: str = "bidirectional") -> nn.Module:
@@ -169,14 +216,17 @@ def _refuse_unsupported(config: dict[str, Any], place: Path | str) -> None:
             raise UserError(f"{place} has {name} = {config[name]}: take a text-to-video Wan 2.1 or AnyFlow network.")
 
 
-def _assemble(kind: Any, config: dict[str, Any], weights: dict[str, Tensor], place: Path | str) -> nn.Module:
+def _assemble(
+    kind: Any, config: dict[str, Any], weights: dict[str, Tensor], place: Path | str, assign: bool = True
+) -> nn.Module:
     """Build without initialising (14 B random numbers take minutes), then put the weights in."""
     known = inspect.signature(kind.__init__).parameters
     config = {name: value for name, value in config.items() if name in known}
     with torch.device("meta"):
         transformer = kind.from_config(config)
     _check_weights(transformer, weights, place)
-    transformer.load_state_dict(weights, strict=True, assign=True)
+    if assign:
+        transformer.load_state_dict(weights, strict=True, assign=True)
     embedder = transformer.condition_embedder  # its gate is a constant which no checkpoint carries
     embedder.register_buffer("delta_emb_gate", torch.tensor([config.get("gate_value", GATE)]), persistent=False)
     return transformer

@@ -87,12 +87,21 @@ def add_lora(backbone: FlowMapBackbone, settings: LoraSettings, seed: int = 0, a
         warnings.filterwarnings(
             "ignore", "Already found a `peft_config`"
         )  # several adapters are what roles are made of
-        torch.manual_seed(seed)
         transformer.add_adapter(config, adapter)
-    for name, parameter in transformer.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.float()
+    _start_adapter(transformer, adapter, seed)
     return sum(parameter.numel() for parameter in backbone.parameters() if parameter.requires_grad)
+
+
+def _start_adapter(transformer: torch.nn.Module, adapter: str, seed: int) -> None:
+    """PEFT's usual start, drawn here: its own draw is lost where the network is still on ``meta``."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, module in transformer.named_modules():
+        if not name.endswith((f".lora_A.{adapter}", f".lora_B.{adapter}")):
+            continue
+        start = torch.zeros(module.weight.shape)
+        if ".lora_A." in name and not start.is_meta:
+            torch.nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+        module.weight = torch.nn.Parameter(start if module.weight.is_meta else start.to(module.weight.device))
 
 
 def has_lora(backbone: FlowMapBackbone) -> bool:
@@ -148,6 +157,7 @@ def load_lora(backbone: FlowMapBackbone, path: str | Path, adapter: str = ADAPTE
         raise UserError(f"No LoRA at {path}: give a folder with {LORA_FILE}, or the safetensors file itself.")
     transformer = backbone.transformer
     source = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
+    source["low_cpu_mem_usage"] = backbone.stored is not None  # else its weights would vanish on meta, as the network's
     try:
         with safe_open(file, framework="pt") as stored:
             expected = {name.removeprefix("transformer.") for name in stored.keys()}  # noqa: SIM118 (no mapping)

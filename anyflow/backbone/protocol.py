@@ -74,6 +74,9 @@ class FlowMapBackbone(nn.Module):
     transformer: Any
     """The diffusers module: what is trained, sharded, saved and exported."""
 
+    stored: Any = None
+    """Weights still in their files (:class:`anyflow.backbone.load.StoredWeights`) while the network is on ``meta``."""
+
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the bulk of the weights; times are float32 whatever it is."""

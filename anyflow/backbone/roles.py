@@ -25,7 +25,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from anyflow.backbone.lora import ADAPTER, LoraSettings, add_lora, has_lora, lora_settings
 from anyflow.backbone.protocol import FlowMapBackbone, Text
@@ -79,6 +78,11 @@ class Roles:
         raise NotImplementedError
 
     @property
+    def networks(self) -> list[FlowMapBackbone]:
+        """Every network once."""
+        return [self.student]
+
+    @property
     def weight_bytes(self) -> int:
         """Memory of all roles' weights; what they share counts once."""
         modules = [self.student, *self.others.values(), *([self.frozen] if self.frozen is not None else [])]
@@ -111,6 +115,10 @@ class SeparateRoles(Roles):
 
     def network(self, role: Role) -> FlowMapBackbone:
         return self._networks[role]
+
+    @property
+    def networks(self) -> list[FlowMapBackbone]:
+        return list(self._networks.values())
 
     def parameters(self, role: Role) -> list[tuple[str, nn.Parameter]]:
         return [(name, weight) for name, weight in self._networks[role].named_parameters() if weight.requires_grad]
@@ -155,6 +163,7 @@ class AdapterRoles(Roles):
         for layer in self._layers:
             layer._active_adapter = [ADAPTER]
         if backbone.transformer.gradient_checkpointing:
+            self._checkpoint = backbone.transformer._gradient_checkpointing_func
             backbone.transformer.enable_gradient_checkpointing(self._pinned_checkpoint)
         self.copy("teacher", "critic")
 
@@ -194,7 +203,7 @@ class AdapterRoles(Roles):
             with _speaking(layers, adapter):
                 return block(*inputs)
 
-        return checkpoint(run, *arguments, use_reentrant=False)
+        return self._checkpoint(run, *arguments)
 
 
 def bind(roles: Roles, role: Role, text: Text, **view: Any) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

@@ -20,7 +20,7 @@ class Sampling(Callback):
 
     def on_train_batch_end(self, trainer: lightning.Trainer, stage: Any, *_: Any) -> None:
         due = stage.step > 0 and stage.step % self.every_steps == 0 and stage.step < self.total_steps
-        if due and stage.step != self._measured and trainer.is_global_zero:
+        if due and stage.step != self._measured:  # on all ranks: sampling from sharded weights takes all of them
             self._measured = stage.step
             stage.eval()
             with torch.no_grad():

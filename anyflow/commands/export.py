@@ -85,11 +85,13 @@ def _export_run(run: Path, target: Path, lora: bool, precision: str) -> None:
 
 
 def _load_weights(parts: Any, checkpoint: Path) -> None:
-    """The stage's weights and their average, from a checkpoint of the same recipe."""
-    import torch
+    """The stage's trained weights and their average, from a checkpoint of the same recipe, sharded or not."""
+    from anyflow.callbacks.sharded import read_checkpoint
+    from anyflow.stages.base import check_complete
 
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    parts.stage.load_state_dict(state["state_dict"])
+    weights = read_checkpoint(checkpoint)["state_dict"]
+    check_complete(parts.stage, weights)
+    parts.stage.load_state_dict(weights, strict=False)
 
 
 def _export_model(source: str, target: Path, precision: str) -> None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from anyflow.commands.common import Json, print_json
 from anyflow.commands.recipes import Hardware, Model, Overrides
+from anyflow.plan import warn_in_background
+from anyflow.ranks import end_with_watcher, needs_watcher, watch
 from anyflow.recipe import Recipe, check_files, load_recipe, to_dict
+
+if TYPE_CHECKING:
+    from anyflow.runs import RunFolder
 
 
 def train(
@@ -45,6 +52,11 @@ def train(
     resolved = load_recipe(recipe, model=model, hardware=hardware, overrides=overrides or ())
     check_files(resolved)
     _check_cards(resolved)
+    if "RANK" not in os.environ and not dry_run:
+        warn_in_background(resolved)
+    if needs_watcher(resolved.world_size) and not dry_run:
+        raise typer.Exit(watch(resolved.hardware.devices, resolved.hardware.num_nodes))
+    end_with_watcher()
     code = _train_json(resolved, resume, dry_run, out) if as_json else _train(resolved, resume, dry_run, out)
     raise typer.Exit(code)
 
@@ -57,24 +69,23 @@ def _check_cards(recipe: Recipe) -> None:
         load_card(card)
 
 
-def _train(recipe: Recipe, resume: str | None, dry_run: bool, out: Path | None) -> int:
+def _train(
+    recipe: Recipe,
+    resume: str | None,
+    dry_run: bool,
+    out: Path | None,
+    on_open: Callable[[RunFolder], None] | None = None,
+) -> int:
     from anyflow.launch import train as launch
 
-    return launch(recipe, resume=resume, dry_run=dry_run, out=out)
+    return launch(recipe, resume=resume, dry_run=dry_run, out=out, on_open=on_open)
 
 
 def _train_json(recipe: Recipe, resume: str | None, dry_run: bool, out: Path | None) -> int:
     """The same with everything for people on stderr, and one document about the run on stdout."""
-    from anyflow.runs import open_run
-
-    if dry_run:
-        with contextlib.redirect_stdout(sys.stderr):
-            code = _train(recipe, resume, True, out)
-        print_json({"exit_code": code, "recipe": to_dict(recipe)})
-        return code
-    run = open_run(Path(recipe.run.out), recipe.run.name, out=out, resume=resume)
-    goes_on = run.recipe.exists()
+    opened: list[RunFolder] = []
     with contextlib.redirect_stdout(sys.stderr):
-        code = _train(recipe, str(run.path) if goes_on else None, False, None if goes_on else run.path)
-    print_json({"exit_code": code, "run": run.path, **run.status, "recipe": to_dict(recipe)})
+        code = _train(recipe, resume, dry_run, out, opened.append)
+    found = {"run": opened[0].path, **opened[0].status} if opened else {}
+    print_json({"exit_code": code, **found, "recipe": to_dict(recipe)})
     return code

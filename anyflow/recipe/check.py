@@ -14,7 +14,7 @@ from anyflow.errors import UserError
 from anyflow.recipe.fields import FieldInfo, all_fields, value_of
 from anyflow.recipe.schema import Recipe
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?")
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 
 
@@ -31,6 +31,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_model(recipe)
     _check_objective(recipe)
     _check_onpolicy(recipe)
+    _check_hardware(recipe)
 
 
 def check_files(recipe: Recipe) -> None:
@@ -81,7 +82,7 @@ def find_card(name: str) -> Path:
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a text can be a model of the hub: ``owner/name``, the owner being no folder here."""
+    """Whether a text can be a model of the hub: ``owner/name`` or ``owner/name@revision``, the owner no folder here."""
     return bool(_HUB_ID.fullmatch(text)) and not Path(text.partition("/")[0]).is_dir()
 
 
@@ -231,6 +232,42 @@ def _check_onpolicy(recipe: Recipe) -> None:
     if recipe.model.init == "new":
         raise UserError(
             "stage onpolicy corrects an any-step model, and model.init='new' has none: set model.init=weights"
+        )
+
+
+def fit_strategy(recipe: Recipe) -> Recipe:
+    """``ddp`` in place of a hardware file's ``fsdp`` where weights must stay whole: under muon, and for the codec.
+
+    Raises:
+        UserError: the command line or the stage file asks for ``fsdp`` itself.
+    """
+    hardware = recipe.hardware
+    whole = "optimizer.name=muon" if recipe.optimizer.name == "muon" else "stage.name=codec"
+    if hardware.strategy != "fsdp" or (recipe.optimizer.name != "muon" and recipe.stage.name != "codec"):
+        return recipe
+    if Path(recipe.sources.get("hardware.strategy", "")).parent.name != "hardware":
+        raise UserError(
+            f"hardware.strategy=fsdp spreads weights over ranks and {whole} needs them whole: "
+            "set hardware.strategy=ddp, or optimizer.name=adamw"
+        )
+    return dataclasses.replace(recipe, hardware=dataclasses.replace(hardware, strategy="ddp"))
+
+
+def _check_hardware(recipe: Recipe) -> None:
+    hardware = recipe.hardware
+    if hardware.strategy != "fsdp" and (hardware.offload or hardware.shard_within == "node"):
+        field = "offload=true" if hardware.offload else "shard_within='node'"
+        raise UserError(f"hardware.{field} is an option of fsdp: set hardware.strategy=fsdp with it")
+    if hardware.strategy == "fsdp" and hardware.precision == "bf16-true" and not recipe.model.lora.enabled:
+        raise UserError(
+            "hardware.precision='bf16-true' with fsdp would train weights in bfloat16, which swallows small updates: "
+            "set hardware.precision=bf16-mixed"
+        )
+    if hardware.keep_attention and not hardware.gradient_checkpointing:
+        raise UserError("hardware.keep_attention=true is part of hardware.gradient_checkpointing=true: set that too")
+    if hardware.keep_attention and hardware.compile:
+        raise UserError(
+            "hardware.keep_attention=true cannot look into compiled blocks: set hardware.compile=false, or it to false"
         )
 
 

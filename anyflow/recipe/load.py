@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.errors import UserError
-from anyflow.recipe.check import check_recipe, fit_batch
+from anyflow.recipe.check import check_recipe, fit_batch, fit_strategy
 from anyflow.recipe.fields import all_fields, flatten, group_keys
 from anyflow.recipe.schema import GROUPS, Recipe
 
@@ -85,14 +85,14 @@ def merge_recipe(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Recipe:
 
 def _finish(recipe: Recipe) -> Recipe:
     check_recipe(recipe)
-    fitted = fit_batch(recipe)
+    fitted = fit_strategy(fit_batch(recipe))
     sources = dict(recipe.sources)
     if not fitted.run.name:
         label = fitted.run.recipe.replace("/", "-") or fitted.stage.name
         named = label if label.endswith(fitted.model.name) else f"{label}-{fitted.model.name}"
         fitted = dataclasses.replace(fitted, run=dataclasses.replace(fitted.run, name=named))
         sources["run.name"] = DERIVED
-    for key in ("data.batch_size", "hardware.accumulate"):
+    for key in ("data.batch_size", "hardware.accumulate", "hardware.strategy"):
         group, name = key.split(".")
         if getattr(getattr(fitted, group), name) != getattr(getattr(recipe, group), name):
             sources[key] = DERIVED

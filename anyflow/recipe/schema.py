@@ -241,13 +241,26 @@ class HardwareRecipe:
         choices=("32-true", "bf16-mixed", "bf16-true"),
     )
     strategy: str = _option(
-        "auto", "one device, copies (ddp), or weights spread over the ranks (fsdp)", choices=("auto", "ddp", "fsdp")
+        "auto",
+        "one device or copies (auto, ddp), or weights spread over the ranks (fsdp)",
+        choices=("auto", "ddp", "fsdp"),
     )
     accumulate: int = _option(
         1, "passes whose gradients make one optimiser step; set by itself from data.global_batch", low=1
     )
     threads: int = _option(0, "CPU threads of a rank; 0: all of its cores", low=0)
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass: less memory, slower")
+    keep_attention: bool = _option(
+        False, "with gradient_checkpointing: keep attention's results instead of recomputing them: faster, more memory"
+    )
+    compile: bool = _option(False, "compile the network's blocks: faster steps after a slow start")
+    park_codec: bool = _option(
+        False, "text encoder and autoencoder in host memory between batches: 11 GiB less for Wan, seconds more a batch"
+    )
+    offload: bool = _option(False, "fsdp: keep weights and optimiser in host memory: the least GPU memory, slow")
+    shard_within: str = _option(
+        "all", "fsdp: spread weights over all ranks, or within a node and repeat them (hsdp)", choices=("all", "node")
+    )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ resume, for every number of workers.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import lightning
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from anyflow.backbone.parallelize import whole
 from anyflow.errors import UserError
 from anyflow.stages.ema import Ema, EmaSettings
 from anyflow.stages.optimizers import OptimizerSettings, build_optimizer, build_schedule
@@ -38,6 +40,8 @@ class Stage(lightning.LightningModule):
         self.seed = seed
         self.step = 0
         self.position = 0
+        self.strict_loading = False  # frozen weights are not saved; what is missing is looked for in on_load_checkpoint
+        self._has_bad_loss: Tensor | bool = False
         self.ema = Ema(trained.parameters(), ema) if ema.decay > 0 else None
 
     def generator(self, purpose: str, *position: int) -> torch.Generator:
@@ -50,6 +54,9 @@ class Stage(lightning.LightningModule):
         """Log one step's figures; ``loss`` also goes to the progress bar."""
         for name, value in metrics.items():
             self.log(name, value, prog_bar=name == "loss", batch_size=1)
+
+    def configure_model(self) -> None:
+        """Nothing to do: networks come spread over the ranks, if they are (``backbone/parallelize.py``)."""
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.optimizer_settings, self.named_parameters())
@@ -66,13 +73,26 @@ class Stage(lightning.LightningModule):
             UserError: the norm is not finite; ``field`` is where the recipe has the settings.
         """
         trainable = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(trainable, settings.clip if settings.clip > 0 else float("inf"))
+        norm = whole(nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None]))
         if not torch.isfinite(norm):
             raise UserError(
-                f"{field}.lr={settings.lr:g}: the gradient norm became {float(norm)} at step "
-                f"{self.step}; lower the learning rate or lengthen {field}.warmup_steps, then resume"
+                f"{field}.lr={settings.lr:g}: the gradient norm became {float(norm)} at step {self.step}"
+                f"{self._where_it_began()}; lower the learning rate or lengthen {field}.warmup_steps, then resume"
             )
+        if settings.clip > 0:
+            nn.utils.clip_grads_with_norm_(trainable, settings.clip, norm)
         return norm
+
+    def note_losses(self, per_sample: Tensor) -> None:
+        """Remember whether this rank's own losses are numbers, before ranks are mixed."""
+        self._has_bad_loss = self._has_bad_loss | ~torch.isfinite(per_sample.detach()).all()
+
+    def _where_it_began(self) -> str:
+        """The ranks whose own losses were no numbers, in words (a collective: all ranks see the same norm)."""
+        bad = [str(rank) for rank, is_bad in enumerate(gather(bool(self._has_bad_loss))) if is_bad]
+        if len(bad) in (0, world()[1]) and world()[1] > 1:
+            return " on all ranks" if bad else ", though all losses were finite"
+        return f" (it began on rank {', '.join(bad)} of {world()[1]})" if world()[1] > 1 else ""
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -85,10 +105,33 @@ class Stage(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["anyflow"] = {"step": self.step, "position": self.position}
+        frozen = {name for name, weight in self.named_parameters() if not weight.requires_grad}
+        for name in frozen & checkpoint.get("state_dict", {}).keys():
+            del checkpoint["state_dict"][name]  # a frozen base is loaded from where it came from
+
+    def saved_names(self) -> set[str]:
+        """The entries of the state dict that a checkpoint must hold: trained weights, their average, buffers."""
+        return self.state_dict().keys() - {name for name, p in self.named_parameters() if not p.requires_grad}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "state_dict" in checkpoint:
+            check_complete(self, checkpoint["state_dict"])
         self.step = checkpoint["anyflow"]["step"]
         self.position = checkpoint["anyflow"]["position"]
+
+
+def check_complete(stage: Stage, names: Iterable[str]) -> None:
+    """That a checkpoint has every weight that the stage trains.
+
+    Raises:
+        UserError: one is missing.
+    """
+    missing = stage.saved_names() - set(names)
+    if missing:
+        raise UserError(
+            f"the checkpoint lacks {min(missing)} ({len(missing)} weights in all): it is of another stage or model; "
+            "resume it with its own recipe"
+        )
 
 
 def world() -> tuple[int, int]:

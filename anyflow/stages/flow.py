@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,18 +83,22 @@ class FlowStage(Stage):
         return self._codec[0]
 
     def on_fit_start(self) -> None:
-        self.codec.to(self.device)
+        if not self.codec.is_parked:
+            self.codec.to(self.device)
 
     def prepare(self, batch: dict[str, Any]) -> FlowBatch:
         """Encode what is not yet encoded, and draw noise and dropped texts."""
-        clean = batch["latents"] if "latents" in batch else self.codec.encode_video(batch["frames"])
+        captions = [*batch["caption"], self.conditioning.negative_prompt]
+        is_ready = "latents" in batch and self.codec.remembers(captions)
+        with nullcontext() if is_ready else self.codec.lent(self.device):
+            clean = batch["latents"] if "latents" in batch else self.codec.encode_video(batch["frames"])
+            text = self.codec.encode_text(captions).to(self.device)
         clean = clean.to(self.device, torch.float32)
         own = self.global_indices(len(clean))
         noise = torch.stack([torch.randn(clean.shape[1:], generator=self.generator("noise", i)) for i in own])
         drop = self.draw_all("drop", len(clean) * world()[1])[own] < self.conditioning.text_drop
         rows = torch.arange(len(clean)).masked_fill(drop, len(clean))
         given = torch.rand((), generator=self.generator("i2v")) < self.conditioning.i2v_prob
-        text = self.codec.encode_text([*batch["caption"], self.conditioning.negative_prompt])
         return FlowBatch(clean, noise.to(clean), text, rows.to(self.device), given.expand(len(clean)).to(self.device))
 
     def velocity(self, text: Text, *, layout: ChunkLayout | None = None) -> Velocity:

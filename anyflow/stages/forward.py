@@ -48,6 +48,7 @@ class ForwardStage(FlowStage):
         layout = self.draw_layout(data)
         result = self.flow_map(data, self.velocity(data.text, layout=layout), self.shares, layout)
         per_sample = result.per_sample
+        self.note_losses(per_sample)
         diffusion_mean = global_mean(per_sample, result.is_diffusion)
         if diffusion_mean is not None:
             self.report(diffusion_loss=diffusion_mean)

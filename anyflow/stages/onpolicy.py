@@ -144,7 +144,9 @@ class OnPolicyStage(ForwardStage):
             extra_guidance=self.settings.extra_guidance,
             given_frames=given,
         )
-        matching = matching_loss(samples, found.gradient).mean()
+        per_sample = matching_loss(samples, found.gradient)
+        self.note_losses(per_sample)
+        matching = per_sample.mean()
         self.manual_backward(matching / self.settings.accumulate)
         total = matching.detach()
         if self.settings.forward_weight > 0:
@@ -175,6 +177,7 @@ class OnPolicyStage(ForwardStage):
             self.own_texts(data),
             loss_frames,
         )
+        self.note_losses(per_sample)
         loss = per_sample.mean()
         self.manual_backward(loss / self.settings.accumulate)
         self.report(critic_loss=loss.detach())

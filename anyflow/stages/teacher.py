@@ -38,4 +38,5 @@ class TeacherStage(FlowStage):
         per_sample = flow_matching_loss(
             velocity, lesson.clean, lesson.noise, lesson.timestep, data.rows, lesson.loss_frames
         )
+        self.note_losses(per_sample)
         return per_sample.mean()

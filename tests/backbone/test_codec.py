@@ -138,3 +138,15 @@ def test_unfit_sizes_are_refused_with_the_nearest_that_fit(shape, message) -> No
 def test_no_text_encoder_is_said(codec) -> None:
     with pytest.raises(UserError, match="no text encoder"):
         Codec(codec.vae).encode_text(["a"])
+
+
+def test_a_parked_codec_is_lent_and_comes_back(codec: Codec) -> None:
+    captions = ["a prompt that nobody encoded"]
+    assert not codec.remembers(captions)
+    codec.is_parked = True
+    try:
+        with codec.lent("cpu"):
+            codec.encode_text(captions)
+        assert codec.device.type == "cpu" and codec.remembers(captions)
+    finally:
+        codec.is_parked = False

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -220,3 +222,31 @@ def test_wrong_config_of_wan_is_found_before_its_weights_are_read(tiny_config, t
 
 def test_anyflow_type(stock, saved) -> None:
     assert type(load_backbone(saved).transformer) is AnyFlowTransformer3DModel
+
+
+def test_a_revision_of_a_hub_model_is_pinned(saved, monkeypatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(saved)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    load_backbone("owner/model@0123abc")
+    assert (asked["name"], asked["revision"]) == ("owner/model", "0123abc")
+    assert not any(pattern.endswith((".bin", ".pt", ".py")) for pattern in asked["allow_patterns"])
+    load_backbone("owner/model")
+    assert asked["revision"] is None
+
+
+def test_weights_left_in_their_files_are_read_by_the_window(wan, tmp_path) -> None:
+    wan.save_pretrained(tmp_path)
+    whole = load_backbone(tmp_path, dtype=torch.bfloat16).transformer.state_dict()
+    left = load_backbone(tmp_path, dtype=torch.bfloat16, leave_stored=True)
+    assert all(weight.is_meta for weight in left.parameters())
+    assert copy.deepcopy(left).stored is left.stored
+    for name, weight in whole.items():
+        assert torch.equal(left.stored.read(name), weight), name
+        window = (slice(0, 1), *(slice(0, size) for size in weight.shape[1:]))
+        part = left.stored.read(name, window)
+        assert torch.equal(part, weight[:1]) and part.dtype == weight.dtype

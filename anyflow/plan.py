@@ -1,0 +1,327 @@
+"""Memory known before hardware is rented: what a recipe needs of a GPU, and what to change where that is too much.
+
+The figures come from :mod:`anyflow.plan_simulate`. What lies beside the training step is added from sizes: the codec's
+text encoder and autoencoder, and a reserve for the CUDA context, NCCL and fragmentation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from anyflow.errors import UserError
+from anyflow.recipe import Recipe, load_recipe, save_recipe
+
+GIB, GB = 2**30, 10**9
+"""GPUs are sold in the second, and hold the first."""
+
+RESERVE_GIB = 3.0
+"""CUDA context, NCCL's buffers and fragmentation of one GPU."""
+
+_SHARED = {
+    "patch_size": [1, 2, 2],
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "cross_attn_norm": True,
+}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "1.3b": {**_SHARED, "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    "14b": {**_SHARED, "num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
+}
+"""Dimensions of the Wan2.1 networks, by what their hub names end in: nothing is downloaded to plan."""
+
+UMT5_XXL_WEIGHTS, WAN_VAE_WEIGHTS = 5_680_910_336, 126_892_531
+
+Simulate = Callable[[Recipe, dict[str, Any], tuple[int, int, int, int]], Any]
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change to a recipe, and the peak that comes of it."""
+
+    change: str
+    needed: float
+    cost: str
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a recipe needs.
+
+    Attributes:
+        recipe: its name.
+        gpus: ranks.
+        memory: of one GPU, bytes.
+        parts: bytes of one GPU by what they are for.
+        tokens: of one clip.
+        checkpoint: bytes of one checkpoint on disk.
+        disk: of all that are kept, one being written beside them.
+        host: bytes of one machine's memory while weights load and checkpoints are written.
+        remedies: changes that make it fit, the cheapest first.
+    """
+
+    recipe: str
+    gpus: int
+    memory: float
+    parts: dict[str, float]
+    tokens: int
+    checkpoint: float
+    disk: float
+    host: float
+    remedies: list[Remedy] = field(default_factory=list)
+
+    @property
+    def needed(self) -> float:
+        """Bytes of one GPU, all parts."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether a GPU holds it."""
+        return self.needed <= self.memory
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**dataclasses.asdict(self), "needed": self.needed, "fits": self.fits}
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        yield f"{self.recipe} on {self.gpus} x {self.memory / GB:.0f} GB, {self.tokens:,} tokens a clip"
+        for name, size in self.parts.items():
+            yield f"  {name:<34}{size / GIB:8.1f} GiB"
+        verdict = "fits" if self.fits else "does not fit"
+        yield f"  {'together':<34}{self.needed / GIB:8.1f} GiB of {self.memory / GIB:.1f}: it {verdict}"
+        yield f"disk        {self.checkpoint / GIB:.1f} GiB a checkpoint, {self.disk / GIB:.1f} for those that are kept"
+        yield f"host        {self.host / GIB:.1f} GiB of memory on each machine"
+        if not self.fits:
+            yield "what makes it fit:" if self.remedies else "no single change makes it fit"
+        for remedy in self.remedies:
+            yield f"  {remedy.change:<48}{remedy.needed / GIB:8.1f} GiB   {remedy.cost}"
+
+
+def plan(recipe: Recipe, *, gpus: int | None = None, gpu_memory: float = 80.0, remedies: bool = True) -> Need:
+    """What a recipe needs of each GPU, and the changes that make it fit.
+
+    Args:
+        recipe: as it would be trained.
+        gpus: ranks, instead of the recipe's own; more than 8 are taken as nodes of 8.
+        gpu_memory: of one GPU, in GB as it is sold.
+        remedies: whether to try changes where it does not fit.
+
+    Raises:
+        UserError: the network's dimensions are not known, or there is nothing to simulate.
+    """
+    from anyflow.plan_simulate import simulate
+
+    recipe = with_gpus(recipe, gpus) if gpus is not None else recipe
+    need = _need(recipe, gpu_memory, simulate)
+    if need.fits or not remedies:
+        return need
+    tried = [(_need(changed, gpu_memory, simulate), change, cost) for change, changed, cost in changes(recipe)]
+    fitting = [Remedy(change, found.needed, cost) for found, change, cost in tried if found.fits]
+    return dataclasses.replace(need, remedies=fitting)
+
+
+def _need(recipe: Recipe, gpu_memory: float, simulate: Simulate) -> Need:
+    config, latents = transformer_config_of(recipe), latent_shape(recipe)
+    if recipe.model.architecture != "bidirectional":
+        raise UserError(
+            f"model.architecture={recipe.model.architecture!r}: plan simulates bidirectional networks alone"
+        )
+    memory = simulate(recipe, config, latents)
+    hardware = recipe.hardware
+    on_host = memory.states if hardware.offload else 0.0
+    parts = {
+        "weights": memory.weights,
+        "gradients between passes": memory.gradients,
+        "optimiser": memory.optimizer,
+        "moving average": memory.ema,
+        "activations, gathered blocks": memory.activations,
+        "text encoder and autoencoder": 0.0 if hardware.park_codec else codec_bytes(recipe),
+        "context, NCCL, fragmentation": RESERVE_GIB * GIB if hardware.accelerator != "cpu" else 0.0,
+    }
+    if hardware.offload:
+        parts |= dict.fromkeys(("weights", "gradients between passes", "optimiser", "moving average"), 0.0)
+    ranks = recipe.world_size if hardware.strategy == "fsdp" else 1
+    if hardware.shard_within == "node":
+        ranks = hardware.devices
+    # trained weights, their average and two optimiser states; a frozen base is not saved
+    checkpoint = ranks * (1.5 * memory.optimizer + memory.ema)
+    loading = hardware.devices * codec_bytes(recipe)
+    return Need(
+        recipe=recipe.run.name,
+        gpus=recipe.world_size,
+        memory=gpu_memory * GB,
+        parts=parts,
+        tokens=latents[0] * latents[2] * latents[3] // 4,
+        checkpoint=checkpoint,
+        disk=(recipe.checkpoint.keep + 1) * checkpoint,
+        host=hardware.devices * (checkpoint / max(ranks, 1) + on_host) + loading,
+    )
+
+
+def changes(recipe: Recipe) -> Iterator[tuple[str, Recipe, str]]:
+    """Single changes that lower the peak, the cheapest first: ``(what to write, the changed recipe, its cost)``."""
+    hardware, data = recipe.hardware, recipe.data
+
+    def on(group: str, **fields: Any) -> Recipe:
+        return dataclasses.replace(recipe, **{group: dataclasses.replace(getattr(recipe, group), **fields)})
+
+    if not hardware.gradient_checkpointing:
+        yield "hardware.gradient_checkpointing=true", on("hardware", gradient_checkpointing=True), "a third more time"
+    elif hardware.keep_attention:
+        yield "hardware.keep_attention=false", on("hardware", keep_attention=False), "more recomputation"
+    if data.batch_size > 1:
+        smaller = on("data", batch_size=1)
+        accumulate = hardware.accumulate * data.batch_size
+        smaller = dataclasses.replace(smaller, hardware=dataclasses.replace(hardware, accumulate=accumulate))
+        yield "data.batch_size=1", smaller, "more passes a step"
+    if not hardware.park_codec:
+        yield "hardware.park_codec=true", on("hardware", park_codec=True), "seconds more a batch"
+    if hardware.strategy != "fsdp" and recipe.world_size > 1:
+        yield "hardware.strategy=fsdp", on("hardware", strategy="fsdp"), "weights travel"
+    if not recipe.model.lora.enabled and recipe.model.init == "weights":
+        lora = dataclasses.replace(recipe.model.lora, enabled=True)
+        words = "one base for all roles" if recipe.stage.name == "onpolicy" else "adapters instead of all weights"
+        yield f"model.lora.enabled=true ({words})", on("model", lora=lora), "less capacity"
+    if hardware.strategy == "fsdp":
+        for count in (2, 4, 8):
+            more = recipe.world_size * count
+            if more <= 64:
+                yield f"{more} GPUs", with_gpus(recipe, more), f"{count} times the GPUs"
+        yield "hardware.offload=true", on("hardware", offload=True), "several times slower"
+    for frames in (49, 33, 17):
+        if frames < data.frames:
+            yield f"data.frames={frames}", on("data", frames=frames), "shorter clips"
+
+
+def with_gpus(recipe: Recipe, gpus: int) -> Recipe:
+    """The recipe on another number of GPUs: one node up to 8, nodes of 8 above.
+
+    Raises:
+        UserError: they are not whole nodes.
+    """
+    if gpus > 8 and gpus % 8:
+        raise UserError(f"--gpus {gpus} is no multiple of 8: nodes have 8 GPUs, so give 16, 24, ... or at most 8")
+    nodes = max(1, gpus // 8)
+    hardware, data = recipe.hardware, recipe.data
+    share = max(1, data.global_batch // gpus) if data.global_batch else data.batch_size * hardware.accumulate
+    batch = max(size for size in range(1, min(share, data.batch_size) + 1) if share % size == 0)
+    fsdp = "fsdp" if gpus > 1 and recipe.optimizer.name != "muon" else "auto"
+    changed = dataclasses.replace(
+        hardware,
+        devices=min(gpus, 8),
+        num_nodes=nodes,
+        accumulate=share // batch,
+        strategy=hardware.strategy if gpus > 1 and hardware.strategy != "auto" else fsdp,
+    )
+    return dataclasses.replace(recipe, hardware=changed, data=dataclasses.replace(data, batch_size=batch))
+
+
+def transformer_config_of(recipe: Recipe) -> dict[str, Any]:
+    """Dimensions of the recipe's network: from its folder, or known for the published ones.
+
+    Raises:
+        UserError: neither is at hand, or the stage trains no such network.
+    """
+    model = recipe.model
+    if recipe.stage.name == "codec":
+        raise UserError("stage codec trains a small autoencoder on one device: there is nothing to plan")
+    if model.init == "new":
+        from anyflow.backbone.embedded import transformer_config
+
+        return {**transformer_config(), **model.network}
+    for place in (Path(model.weights) / "model", Path(model.weights)):
+        file = place / "transformer" / "config.json"
+        if file.is_file():
+            return {name: value for name, value in json.loads(file.read_text()).items() if name in _NEEDED}
+    size = next((size for size in PUBLISHED if f"-{size}-" in f"{model.weights.lower()}-"), None)
+    if size is None and model.name == "tiny":
+        from anyflow.backbone.embedded import transformer_config
+
+        return transformer_config()
+    if size is None:
+        raise UserError(
+            f"model.weights={model.weights!r}: its dimensions are not known before it is there; give the folder of a "
+            "model, or one of the published Wan2.1 and AnyFlow models"
+        )
+    return PUBLISHED[size]
+
+
+_NEEDED = {*_SHARED, "num_attention_heads", "ffn_dim", "num_layers", "eps"}
+
+
+def latent_shape(recipe: Recipe) -> tuple[int, int, int, int]:
+    """``(F, C, H, W)`` of a clip's latents: Wan's factors of 4 in time and 8 in space."""
+    data = recipe.data
+    return (data.frames - 1) // 4 + 1, 16, data.height // 8, data.width // 8
+
+
+def codec_bytes(recipe: Recipe) -> float:
+    """The frozen text encoder and autoencoder on a rank: from the files, or as published."""
+    half = recipe.hardware.precision != "32-true"
+    place = Path(recipe.model.codec or recipe.model.weights)
+    files = [file for part in ("vae", "text_encoder") for file in (place / part).glob("*.safetensors")]
+    if files:
+        return float(sum(file.stat().st_size for file in files))
+    if recipe.model.name == "tiny":
+        return 20e6
+    return UMT5_XXL_WEIGHTS * (2 if half else 4) + WAN_VAE_WEIGHTS * 4
+
+
+def memory_here() -> float | None:
+    """GB of the smallest GPU of this machine, None if there is none; no GPU is touched."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=20)
+        return min(float(line) for line in done.stdout.split()) * 2**20 / GB
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
+
+
+def warn_in_background(recipe: Recipe) -> None:
+    """Simulate beside a starting run, in a process of its own that speaks on stderr if the GPUs are too small."""
+    memory = memory_here() if recipe.hardware.accelerator != "cpu" else None
+    if memory is None:
+        return
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
+        path = Path(file.name)
+    save_recipe(recipe, path)
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    subprocess.Popen([sys.executable, "-m", "anyflow.plan", str(path), str(memory)], env=hidden)
+
+
+def warning(need: Need) -> str | None:
+    """One sentence if a recipe does not fit."""
+    if need.fits:
+        return None
+    return (
+        f"warning: this run needs about {need.needed / GIB:.0f} GiB of each GPU, which has {need.memory / GIB:.0f}: "
+        "it will probably run out of memory; 'anyflow plan' lists what makes it fit"
+    )
+
+
+def _warn(path: Path, memory: float) -> None:
+    recipe = load_recipe(str(path))
+    path.unlink()
+    try:
+        sentence = warning(plan(recipe, gpu_memory=memory, remedies=False))
+    except UserError:
+        return  # a kind of network that cannot be simulated
+    if sentence is not None:
+        print(sentence, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    _warn(Path(sys.argv[1]), float(sys.argv[2]))

@@ -1,0 +1,378 @@
+"""The memory of a training step without the devices: the real network, wrapped as in training, on fake tensors.
+
+Fake tensors have shapes and no storage, and the "fake" process group plays any number of ranks. Every operation of the
+step is dispatched as it would be, with FSDP2 gathering and freeing, checkpointed blocks run twice, and optimisers that
+have their state; what is alive is summed. The peak of each phase (a pass without gradient, forward, backward, update)
+grows exactly linearly in the layers, so two small depths are enough.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from anyflow.assemble import lora_settings, parallel_settings, weights_dtype
+from anyflow.backbone.load import _precision, backbone_class, wrap
+from anyflow.backbone.lora import add_lora
+from anyflow.backbone.parallelize import checkpoint_activations, device_mesh, load_parts, parallelize
+from anyflow.backbone.protocol import FlowMapBackbone, Text
+from anyflow.backbone.roles import AdapterRoles, Role, Roles, SeparateRoles
+from anyflow.recipe import Recipe
+
+DEPTHS = (4, 6)
+"""Layers that are simulated; a network of no more than the second is simulated whole."""
+
+TEXT_TOKENS = 513
+"""A prompt of full length, and the spare token of its padding."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU, the peak divided among what it is made of.
+
+    Attributes:
+        weights: of all networks, this rank's part.
+        gradients: those that wait for their update while the next pass runs (none without accumulation).
+        optimizer: AdamW's two averages.
+        ema: the averaged weights.
+        activations: everything else: activations, gathered blocks, gradients on their way.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    ema: float
+    activations: float
+
+    @property
+    def peak(self) -> float:
+        """All of it."""
+        return sum(astuple(self))
+
+    @property
+    def states(self) -> float:
+        """What lies there from step to step; with offloading it lies in host memory."""
+        return self.peak - self.activations
+
+
+def simulate(recipe: Recipe, config: dict[str, Any], latents: tuple[int, int, int, int]) -> Memory:
+    """The peak of one training step of a recipe on one of its ranks.
+
+    Args:
+        recipe: its hardware says how many ranks, and how they share.
+        config: the transformer's.
+        latents: ``(F, C, H, W)`` of a clip.
+    """
+    depth = int(config["num_layers"])
+    depths = DEPTHS if depth > DEPTHS[1] else (depth, depth)
+    low, high = (_simulate(recipe, {**config, "num_layers": layers}, latents) for layers in depths)
+    steps = (depth - depths[0]) / max(1, depths[1] - depths[0])
+    grown = {name: value + (high.sizes[name] - value) * steps for name, value in low.sizes.items()}
+    peak = max(a + (b - a) * steps for a, b in zip(low.peaks, high.peaks, strict=True))
+    return Memory(**grown, activations=max(0.0, peak - sum(grown.values())))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a simulated depth gave: sizes of what lies there, and the peak of each phase."""
+
+    sizes: dict[str, float]
+    peaks: list[float]
+
+
+def _simulate(recipe: Recipe, config: dict[str, Any], latents: tuple[int, int, int, int]) -> _Run:
+    sharded = recipe.hardware.strategy == "fsdp" and recipe.world_size > 1
+    roles = _networks(recipe, config)
+    with _fake_ranks(recipe.world_size if sharded else 1):
+        nodes = recipe.hardware.num_nodes if recipe.hardware.shard_within == "node" else 1
+        mesh = device_mesh("cpu", nodes) if sharded else None
+        with FakeTensorMode():
+            for network in roles.networks:
+                _materialise(recipe, network, mesh)
+            return _measure(recipe, roles, latents, sharded)
+
+
+def _measure(recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], sharded: bool) -> _Run:
+    """Run a step with everything in place; both roles' turns in on-policy distillation."""
+    trained: dict[Role, list[nn.Parameter]] = {"student": [p for _, p in roles.parameters("student")]}
+    if _has_roles(recipe):
+        trained["critic"] = [p for _, p in roles.parameters("critic")]
+    if recipe.has_tail:
+        trained["teacher"] = [p for _, p in roles.parameters("teacher")]
+    optimizers = {role: _optimizer(weights) for role, weights in trained.items()}
+    average = [weight.detach().clone() for weight in trained["student"]] if recipe.ema.decay > 0 else []
+    weights = {id(w): w for network in roles.networks for w in network.parameters()}
+    everything = [weight for group in trained.values() for weight in group]
+    if recipe.hardware.accumulate > 1:
+        for weight in everything:
+            weight.grad = torch.zeros_like(weight)
+    # plain ddp sums gradients in buckets of its own
+    buckets = [torch.empty_like(w) for w in everything] if recipe.world_size > 1 and not sharded else []
+    waiting = [weight.grad for weight in everything if weight.grad is not None] + buckets
+    sizes: dict[str, float] = {
+        "weights": _bytes(weights.values()),
+        "gradients": _bytes(waiting),
+        "optimizer": 2 * _bytes(everything),
+        "ema": _bytes(average),
+    }
+    mixed = recipe.hardware.precision == "bf16-mixed" and not sharded
+    tracker = _Peak()
+    for tensor in (*weights.values(), *average, *waiting, *(t for o in optimizers.values() for t in _state(o))):
+        tracker.count(tensor)
+    with tracker, torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext():
+        for role, turn in _turns(recipe, roles, latents, tracker.next_phase).items():
+            turn()
+            tracker.next_phase()
+            nn.utils.get_total_norm([weight.grad for weight in trained[role] if weight.grad is not None])
+            optimizers[role].step()
+            optimizers[role].zero_grad()
+            tracker.next_phase()
+    return _Run(sizes, tracker.peaks)
+
+
+def _turns(
+    recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], next_phase: Callable[[], None]
+) -> dict[Role, Callable[[], None]]:
+    """What a step asks of the networks, at its heaviest: every sample moves, is guided, and takes all three jumps."""
+    batch, stage = recipe.data.batch_size, recipe.stage
+
+    def ask(role: Role, clips: int, z: Tensor | None = None) -> Tensor:
+        z = torch.empty(clips, *latents) if z is None else z
+        times = torch.empty(clips)
+        text = Text(torch.empty(clips, TEXT_TOKENS, roles.student.transformer.config.text_dim), None, TEXT_TOKENS)
+        return roles(role, z, times, times, text)
+
+    def rollout() -> Tensor:
+        z = torch.empty(batch, *latents)
+        for _ in range(3 if max(stage.onpolicy.budgets) > 2 else 2):
+            z = z - 0.5 * ask("student", batch, z)
+        return z
+
+    def learn(role: Role) -> None:
+        loss = ask(role, batch).square().mean()
+        next_phase()
+        loss.backward()
+        next_phase()
+
+    def forward() -> None:
+        with torch.no_grad():
+            fused = stage.guidance_scale != 1
+            ask("student", (3 if fused else 2) * batch)
+        next_phase()
+        learn("student")
+
+    def teacher() -> None:
+        learn("student")
+
+    def generator() -> None:
+        samples = rollout()
+        next_phase()
+        with torch.no_grad():
+            judged = [ask(role, batch) for role in ("critic", "teacher", "teacher")]
+        next_phase()
+        ((samples - judged[0]) * samples.double()).mean().backward()
+        next_phase()
+        del samples, judged
+        if stage.onpolicy.forward_weight > 0:
+            forward()
+
+    def critic() -> None:
+        with torch.no_grad():
+            rollout()
+        next_phase()
+        learn("critic")
+
+    if _has_roles(recipe):
+        return {"student": generator, "critic": critic}
+    return {"student": teacher if stage.name == "teacher" else forward}
+
+
+def _networks(recipe: Recipe, config: dict[str, Any]) -> Roles:
+    """The recipe's networks on ``meta``, with adapters and roles as in training."""
+
+    _, kind = backbone_class(recipe.model.architecture)
+
+    def build() -> FlowMapBackbone:
+        transformer: Any = kind.from_config(config)  # type: ignore[attr-defined]
+        gate = torch.tensor([0.25], device="cpu")
+        transformer.condition_embedder.register_buffer("delta_emb_gate", gate, persistent=False)
+        backbone = wrap(transformer)
+        if recipe.hardware.gradient_checkpointing:
+            checkpoint_activations(backbone, recipe.hardware.keep_attention)
+        return backbone
+
+    with torch.device("meta"):
+        student = build()
+        if recipe.model.lora.enabled:
+            add_lora(student, lora_settings(recipe))
+            if _has_roles(recipe):
+                return AdapterRoles(student, lora_settings(recipe), trains_teacher=recipe.has_tail)
+        if _has_roles(recipe):
+            return SeparateRoles(student, build(), trains_teacher=recipe.has_tail)
+        return _Alone(student)
+
+
+def _has_roles(recipe: Recipe) -> bool:
+    return recipe.stage.name == "onpolicy" or recipe.has_tail
+
+
+class _Alone(Roles):
+    """One network, for the stages without roles."""
+
+    def __call__(
+        self, role: Role, latents: Tensor, timestep: Tensor, r_timestep: Tensor, text: Text, **view: Any
+    ) -> Tensor:
+        return self.student(latents, timestep, r_timestep, text, **view)
+
+    def parameters(self, role: Role) -> list[tuple[str, nn.Parameter]]:
+        return [(name, weight) for name, weight in self.student.named_parameters() if weight.requires_grad]
+
+
+class _BlankWeights:
+    """Stands for the files: parts of the right shape and precision, without contents."""
+
+    def __init__(self, transformer: nn.Module, dtype: torch.dtype) -> None:
+        named = transformer.named_parameters()
+        self._shapes = {name.replace(".base_layer.", "."): weight.shape for name, weight in named}
+        self._dtype = dtype
+
+    def read(self, name: str, window: tuple[slice, ...] = ()) -> Tensor:
+        shape = [part.stop - part.start for part in window] if window else self._shapes[name]
+        return torch.empty(shape, dtype=_precision(name, self._dtype))
+
+
+def _materialise(recipe: Recipe, network: FlowMapBackbone, mesh: Any) -> None:
+    for module in network.modules():  # built on meta outside of the fake mode, which takes its own tensors alone
+        for name, weight in module.named_parameters(recurse=False):
+            blank = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+            setattr(module, name, nn.Parameter(blank, weight.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype), persistent=False)
+    network.stored = _BlankWeights(network.transformer, weights_dtype(recipe))
+    if mesh is not None:
+        parallelize(network, parallel_settings(recipe, compiled=False), torch.device("cpu"), mesh)
+    else:
+        load_parts(network, torch.device("cpu"))
+
+
+def _optimizer(weights: list[nn.Parameter]) -> torch.optim.AdamW:
+    """AdamW with its state in place, as it is after the first step; several weights at once, as on a GPU."""
+    optimizer = torch.optim.AdamW(weights, foreach=True)
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    for fields in optimizer.state.values():
+        yield from (value for value in fields.values() if isinstance(value, Tensor) and value.ndim)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(_local(tensor).numel() * tensor.element_size() for tensor in tensors)
+
+
+class _Peak(TorchDispatchMode):
+    """Sums the storages that are alive, whoever made them, and remembers the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.peaks: list[float] = []
+        self._sizes: dict[int, int] = {}
+        self._is_working_out_shapes = False
+
+    def next_phase(self) -> None:
+        """Note the peak of the phase that ends here."""
+        self.peaks.append(self.peak)
+        self.peak = self.live
+
+    def count(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, once, until it is freed."""
+        storage = _local(tensor).untyped_storage()
+        key = id(storage)
+        if key in self._sizes:
+            return
+        self._sizes[key] = 0
+        self._resized(key, storage.nbytes())
+        weakref.finalize(storage, self._freed, key)
+
+    def _resized(self, key: int, size: int) -> None:
+        self.live += size - self._sizes[key]
+        self._sizes[key] = size
+        self.peak = max(self.peak, self.live)
+
+    def _freed(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+    def __enter__(self) -> Any:
+        original, propagate = self._originals = (
+            torch.UntypedStorage.resize_,
+            ShardingPropagator._propagate_tensor_meta_non_cached,
+        )
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:  # how FSDP2 frees what it has gathered
+            result = original(storage, size)
+            if id(storage) in self._sizes:
+                self._resized(id(storage), size)
+            return result
+
+        def work_out_shapes(*arguments: Any) -> Any:  # DTensor tries the operation on the whole: no real memory
+            self._is_working_out_shapes = True
+            try:
+                return propagate(*arguments)
+            finally:
+                self._is_working_out_shapes = False
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
+        ShardingPropagator._propagate_tensor_meta_non_cached = work_out_shapes  # type: ignore[method-assign,assignment]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._originals[0]  # type: ignore[method-assign]
+        ShardingPropagator._propagate_tensor_meta_non_cached = self._originals[1]  # type: ignore[method-assign]
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if any(kind is DTensor for kind in types):
+            return NotImplemented  # it comes again with each rank's own part
+        result = function(*arguments, **(options or {}))
+        if self._is_working_out_shapes:
+            return result
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor):
+                self.count(tensor)
+        return result
+
+
+@contextmanager
+def _fake_ranks(size: int) -> Iterator[None]:
+    """A process group of any size in which nothing is sent."""
+    if size == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

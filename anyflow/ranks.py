@@ -1,0 +1,173 @@
+"""Several ranks from one command: start them, watch them, and end all of them when one fails.
+
+``anyflow train`` with a recipe of several devices becomes this watcher, which starts itself once for each device with
+torchrun's variables. A rank that is under torchrun already trains at once. Over several nodes the same command is
+started once on each node; ``MASTER_ADDR`` names the first and ``NODE_RANK`` (or SLURM) counts them.
+
+Without a watcher a dead rank leaves the others waiting in a collective for half an hour, and each then tells a story of
+its own. Here the first failure is the report, and the others are ended.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from anyflow.errors import EXIT_USER, UserError
+
+REPORT = "ANYFLOW_RANK_REPORT"
+"""The file that a watched rank leaves its last words in, instead of the screen."""
+
+GRACE_SECONDS = 8.0
+"""How long the other ranks may take to end by themselves once one has failed."""
+
+
+def needs_watcher(world_size: int) -> bool:
+    """Whether this process is to start ranks rather than to be one."""
+    return world_size > 1 and "RANK" not in os.environ
+
+
+def watch(devices: int, nodes: int) -> int:
+    """Run this very command as ``devices`` ranks; returns the exit code that the user sees.
+
+    SIGTERM and Ctrl-C are passed on: the ranks save themselves and say how to go on.
+
+    Raises:
+        UserError: a run over several nodes does not say which node this is, or where the first one is.
+    """
+    node = _node(nodes)
+    with tempfile.TemporaryDirectory(prefix="anyflow-ranks-") as folder:
+        shared = {
+            "WORLD_SIZE": str(devices * nodes),
+            "LOCAL_WORLD_SIZE": str(devices),
+            "GROUP_RANK": str(node),
+            "MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1"),
+            "MASTER_PORT": os.environ.get("MASTER_PORT") or str(_free_port()),
+            "ANYFLOW_WATCHER": str(os.getpid()),
+        }
+        ranks = [_start(node * devices + local, local, Path(folder), shared) for local in range(devices)]
+        previous = {number: signal.signal(number, _pass_on(ranks)) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            return _wait(ranks, devices * nodes)
+        finally:
+            for rank in ranks:
+                rank.process.kill()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def end_with_watcher() -> None:
+    """Let the system end this rank if its watcher dies: nobody would stop it then, and it holds a device."""
+    watcher = os.environ.get("ANYFLOW_WATCHER")
+    if watcher is None or not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    parent_death_signal = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
+    if os.getppid() != int(watcher):  # it died before we asked
+        os._exit(1)
+
+
+def leave_report(text: str | None = None) -> bool:
+    """A failing rank's last words, for its watcher: ``text`` or the current traceback; False if nobody watches."""
+    place = os.environ.get(REPORT)
+    if place is None:
+        return False
+    Path(place).write_text(text if text is not None else traceback.format_exc(), encoding="utf-8")
+    return True
+
+
+@dataclass(frozen=True)
+class _Rank:
+    number: int
+    process: subprocess.Popen[bytes]
+    report: Path
+    log: Path
+
+    def last_words(self) -> str:
+        for path in (self.report, self.log):
+            text = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+            if text:
+                return "\n".join(text.splitlines()[-30:])
+        return ""
+
+
+def _start(number: int, local: int, folder: Path, shared: dict[str, str]) -> _Rank:
+    report, log = folder / f"rank-{number}.report", folder / f"rank-{number}.log"
+    own = {**os.environ, **shared, "RANK": str(number), "LOCAL_RANK": str(local), REPORT: str(report)}
+    command = [sys.executable, "-m", "anyflow.cli", *sys.argv[1:]]
+    with open(log, "wb") as file:
+        streams = {} if number == 0 else {"stdout": subprocess.DEVNULL, "stderr": file}
+        # a session of its own: Ctrl-C reaches it through the watcher alone, once
+        process = subprocess.Popen(command, env=own, stdin=subprocess.DEVNULL, start_new_session=True, **streams)  # type: ignore[call-overload]
+    return _Rank(number, process, report, log)
+
+
+def _wait(ranks: list[_Rank], world_size: int) -> int:
+    failed: _Rank | None = None
+    deadline = float("inf")
+    while any(rank.process.poll() is None for rank in ranks) and time.monotonic() < deadline:
+        gone = [rank for rank in ranks if rank.process.poll()]
+        if failed is None and gone:
+            failed = min(gone, key=lambda rank: rank.process.returncode)  # a signal's code is negative: it came first
+            deadline = time.monotonic() + GRACE_SECONDS
+        time.sleep(0.1)
+    gone = [rank for rank in ranks if rank.process.poll()]
+    failed = failed or min(gone, key=lambda rank: rank.process.returncode, default=None)
+    if failed is None:
+        return 0
+    code = failed.process.returncode
+    words = failed.last_words()
+    if code == EXIT_USER and words:
+        print(words if failed.number == 0 else f"{words} (rank {failed.number} of {world_size})", file=sys.stderr)
+    elif code < 0 or code == 1:
+        print(_report(failed, world_size, words), file=sys.stderr)
+    return code if code > 0 else 128 - code
+
+
+def _report(failed: _Rank, world_size: int, words: str) -> str:
+    code = failed.process.returncode
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "failed"
+    hint = " (out of memory, or somebody's kill)" if code == -signal.SIGKILL else ""
+    lines = [
+        f"anyflow: rank {failed.number} of {world_size} on {socket.gethostname()} {how}{hint}; "
+        "the other ranks were stopped. Go on from the last checkpoint by the same command with --resume auto"
+    ]
+    return "\n".join(lines + ([f"Its last words:\n{words}"] if words else []))
+
+
+def _pass_on(ranks: list[_Rank]) -> signal.Handlers | None:
+    def handler(number: int, frame: FrameType | None) -> None:
+        for rank in ranks:
+            if rank.process.poll() is None:
+                rank.process.send_signal(number)
+
+    return handler  # type: ignore[return-value]
+
+
+def _node(nodes: int) -> int:
+    if nodes == 1:
+        return 0
+    for name in ("NODE_RANK", "GROUP_RANK", "SLURM_NODEID"):
+        if name in os.environ and "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+            return int(os.environ[name])
+    raise UserError(
+        f"hardware.num_nodes={nodes}: this node's number and the first node's address are not set; start the command "
+        "by torchrun or SLURM (recipes/hardware/slurm.sh), or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each node"
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,149 @@
+"""Two ranks with sharded weights compute what one process computes, to rounding: stages, roles, LoRA and full."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from anyflow.assemble import Parts, assemble
+from anyflow.backbone.lora import merged_state
+from anyflow.backbone.parallelize import gather_state, is_sharded_module, leave_ranks
+from anyflow.backbone.protocol import FlowMapBackbone, Text
+from anyflow.callbacks.checkpoints import latest_checkpoint
+from anyflow.callbacks.sharded import read_checkpoint
+from anyflow.finish import averaged
+from anyflow.launch import fit
+from anyflow.recipe import Recipe, load_recipe
+from anyflow.runs import RunFolder
+
+SHORT = (
+    "stage.steps=2",
+    "data.card=driving",
+    "data.frames=5",
+    "data.height=32",
+    "data.width=32",
+    "data.global_batch=4",
+    "data.batch_size=4",
+    "data.num_workers=0",
+    "data.precompute=false",
+    "optimizer.name=adamw",
+    "optimizer.lr=1e-4",
+    "optimizer.warmup_steps=0",
+    "stage.onpolicy.critic.lr=1e-4",
+    "ema.decay=0.5",
+    "ema.start_step=0",
+)
+LORA = ("model.lora.enabled=true", "model.lora.rank=4", "model.lora.alpha=4", "stage.onpolicy.teacher=")
+CHECKPOINTED = "hardware.gradient_checkpointing=true"
+QUICK = "on-policy, one base"
+CASES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "forward, full": ("forward/tiny", (CHECKPOINTED, "hardware.keep_attention=true")),
+    "finetune, LoRA": ("finetune/driving", (*LORA, CHECKPOINTED)),
+    "finetune, offloaded": ("finetune/driving", ()),
+    "on-policy, one base": ("onpolicy/tiny", (*LORA, CHECKPOINTED)),
+    "on-policy, three networks": ("onpolicy/tiny", (CHECKPOINTED,)),
+}
+
+
+def recipe_of(case: str, model: Path, *more: str) -> Recipe:
+    stage, options = CASES[case]
+    weights = (f"model.weights={model}", f"stage.onpolicy.teacher={model}")
+    return load_recipe(stage, overrides=[*SHORT, *weights, *options, *more])
+
+
+def train(recipe: Recipe, folder: Path) -> Parts:
+    parts = assemble(recipe)
+    folder.mkdir(exist_ok=True, parents=True)
+    fit(recipe, RunFolder(folder), parts, None)
+    return parts
+
+
+def _rank(rank: int, ranks: int, port: int, model: Path, out: Path, cases: Sequence[str]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    from anyflow.backbone.parallelize import join_ranks
+
+    join_ranks("cpu")
+    for case in cases:
+        spread = (f"hardware.devices={ranks}", "hardware.strategy=fsdp", f"hardware.offload={'offloaded' in case}")
+        parts = train(recipe_of(case, model, *spread), out / case)
+        assert is_sharded_module(parts.backbone)
+        with averaged(parts):
+            gathered = gather_state(parts.backbone.transformer)
+        if rank == 0:
+            assert gathered is not None
+            torch.save(dict(gathered), out / case / "gathered.pt")
+    leave_ranks()
+
+
+def on_two_ranks(model: Path, out: Path, cases: Sequence[str]) -> Path:
+    """The cases, one after the other, in the same two processes."""
+    port = 29500 + os.getpid() % 1000
+    torch.multiprocessing.spawn(_rank, (2, port, model, out, cases), nprocs=2)
+    return out
+
+
+@pytest.fixture(scope="module")
+def the_others(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return on_two_ranks(small_model, tmp_path_factory.mktemp("two"), [case for case in CASES if case != QUICK])
+
+
+def answer(backbone: FlowMapBackbone, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What a network says with these weights (its own adapter merged)."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 2, 16, 4, 4, generator=generator)
+    text = Text(torch.randn(2, 5, 64, generator=generator), torch.tensor([3, 4]), 8)
+    times = torch.tensor([900.0, 300.0])
+    plain = merged_state(backbone.transformer, weights=weights)
+    named = dict(backbone.transformer.named_parameters())
+    with torch.no_grad():
+        for name, tensor in named.items():
+            if ".lora_B." in name:
+                tensor.zero_()
+            elif ".lora_" not in name:
+                tensor.copy_(plain[name.replace(".base_layer.", ".")])
+        return backbone(latents, times, times * 0.3, text)
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    path = latest_checkpoint(folder / "checkpoints")
+    assert path is not None
+    return read_checkpoint(path)
+
+
+def test_three_roles_on_two_ranks_are_those_of_one_process(small_model: Path, tmp_path: Path) -> None:
+    check_equal(QUICK, on_two_ranks(small_model, tmp_path / "two", [QUICK]), small_model, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case != QUICK])
+def test_two_ranks_are_one_process(case: str, the_others: Path, small_model: Path, tmp_path: Path) -> None:
+    check_equal(case, the_others, small_model, tmp_path)
+
+
+def check_equal(case: str, two_ranks: Path, small_model: Path, tmp_path: Path) -> None:
+    """The same optimiser states, and the same answer of the averaged network."""
+    parts = train(recipe_of(case, small_model), tmp_path / "one")
+    one, two = saved(tmp_path / "one"), saved(two_ranks / case)
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    for counter in ("step", "position", "turn"):
+        assert one["anyflow"].get(counter) == two["anyflow"].get(counter)
+    for single, double in zip(one["optimizer_states"], two["optimizer_states"], strict=True):
+        assert single["state"].keys() == double["state"].keys()
+        norm = max(float(state["exp_avg"].norm()) for state in single["state"].values())
+        for index, state in single["state"].items():  # a mean of gradients, so that Adam's division hides nothing
+            difference = float((state["exp_avg"] - double["state"][index]["exp_avg"]).norm())
+            assert difference < 1e-5 * norm, index
+    with averaged(parts):
+        own = {name: tensor.clone() for name, tensor in parts.backbone.transformer.state_dict().items()}
+    gathered = torch.load(two_ranks / case / "gathered.pt", weights_only=True)
+    first, second = answer(parts.backbone, own), answer(parts.backbone, gathered)
+    start = answer(assemble(recipe_of(case, small_model)).backbone, own)
+    assert torch.equal(first, start)
+    assert float((first - second).norm()) < 1e-5 * float(first.norm())

@@ -1,0 +1,213 @@
+"""Ranks started by one command: a dead one ends all with one report; what they saved goes on, on one rank or two."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from anyflow.callbacks.checkpoints import latest_checkpoint
+from anyflow.callbacks.sharded import is_sharded_checkpoint, read_checkpoint
+from anyflow.errors import EXIT_PREEMPTED, UserError
+from anyflow.ranks import _Rank, _report, needs_watcher, watch
+from anyflow.stages import base
+
+STEPS = 8
+
+
+def training(model: Path, out: Path, *more: str, ranks: int = 2) -> list[str]:
+    """LoRA on ``ranks`` ranks, a few seconds; every step is a checkpoint."""
+    options = {
+        "model.weights": model,
+        "model.lora.enabled": "true",
+        "model.lora.rank": 4,
+        "stage.steps": STEPS,
+        "data.frames": 5,
+        "data.height": 32,
+        "data.width": 32,
+        "data.global_batch": 2,
+        "data.num_workers": 0,
+        "data.precompute": "false",
+        "optimizer.name": "adamw",
+        "checkpoint.every_steps": 1,
+        "sampling.prompts": 0,
+        "run.tracking_uri": "",
+        "hardware.devices": ranks,
+        "hardware.strategy": "fsdp" if ranks > 1 else "auto",
+    }
+    return [
+        "train",
+        "finetune/driving",
+        *(f"{key}={value}" for key, value in options.items()),
+        "--out",
+        str(out),
+        *more,
+    ]
+
+
+def start(words: list[str]) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "anyflow.cli", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+
+
+def finish(words: list[str]) -> None:
+    process = start(words)
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, errors.decode()
+
+
+def after_first_checkpoint(process: subprocess.Popen[bytes], out: Path) -> None:
+    deadline = time.monotonic() + 240
+    while latest_checkpoint(out / "checkpoints") is None:
+        assert process.poll() is None, process.communicate()[1].decode()
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        time.sleep(0.05)
+
+
+def rank_of(watcher: int, rank: int) -> int:
+    """The process of a rank."""
+    children = Path(f"/proc/{watcher}/task/{watcher}/children").read_text().split()
+    wanted = f"RANK={rank}".encode()
+    return next(int(pid) for pid in children if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+
+
+def weights(out: Path) -> dict[str, Any]:
+    path = latest_checkpoint(out / "checkpoints")
+    assert path is not None
+    whole = read_checkpoint(path)
+    assert whole["anyflow"]["step"] == STEPS
+    assert not any(".base_layer." in name for name in whole["state_dict"]), "a frozen base is not saved"
+    return whole["state_dict"]
+
+
+def alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+@pytest.fixture(scope="module")
+def killed(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str, int]:
+    """A run whose second rank was killed: its folder, exit code, words, and the first rank's process."""
+    out = tmp_path_factory.mktemp("runs") / "killed"
+    process = start(training(small_model, out))
+    after_first_checkpoint(process, out)
+    first = rank_of(process.pid, 0)
+    os.kill(rank_of(process.pid, 1), signal.SIGKILL)
+    errors = process.communicate(timeout=60)[1].decode()
+    return out, process.returncode, errors, first
+
+
+def test_a_killed_rank_ends_all_with_one_report(killed: tuple[Path, int, str, int]) -> None:
+    _, code, errors, first = killed
+    assert code == 128 + signal.SIGKILL
+    assert errors.count("anyflow: rank 1 of 2") == 1 and "SIGKILL" in errors and "--resume auto" in errors
+    assert "Traceback" not in errors, "the other rank's complaint is not the report"
+    assert not alive(first)
+
+
+@pytest.mark.slow
+def test_what_two_ranks_saved_goes_on_bitwise_on_two_and_closely_on_one(
+    killed: tuple[Path, int, str, int], small_model: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    out, alone = killed[0], tmp_path / "alone"
+    shutil.copytree(out, alone)
+    finish(training(small_model, out, "--resume", "auto"))
+    finish(training(small_model, alone, "--resume", "auto", ranks=1))
+    finish(training(small_model, tmp_path / "whole"))
+    whole, resumed, on_one = weights(tmp_path / "whole"), weights(out), weights(alone)
+    assert not is_sharded_checkpoint(latest_checkpoint(alone / "checkpoints"))  # type: ignore[arg-type]
+    assert whole.keys() == resumed.keys() == on_one.keys()
+    assert not [name for name in whole if not torch.equal(whole[name], resumed[name])]
+    for name in whole:
+        torch.testing.assert_close(on_one[name], whole[name], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_a_preempted_run_of_one_process_goes_on_with_two_ranks(small_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start(training(small_model, out, ranks=1))
+    after_first_checkpoint(process, out)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == EXIT_PREEMPTED
+    process = start(training(small_model, out, "--resume", "auto", "checkpoint.every_steps=100"))
+    while "running" not in (out / "status.json").read_text():
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)  # the ranks get it through their watcher
+    errors = process.communicate(timeout=120)[1].decode()
+    assert process.returncode in (EXIT_PREEMPTED, 0), errors
+    finish(training(small_model, out, "--resume", "auto"))
+    assert weights(out)
+
+
+def test_a_mistake_on_one_rank_is_one_sentence(small_model: Path, tmp_path: Path) -> None:
+    card = tmp_path / "card.yaml"
+    card.write_text("nothing: here\n")
+    process = start([*training(small_model, tmp_path / "out"), f"data.card={card}"])
+    errors = process.communicate(timeout=120)[1].decode()
+    assert process.returncode == 2 and errors.startswith("anyflow: ") and errors.count("\n") == 1, errors
+
+
+def test_only_the_first_process_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert needs_watcher(2) and not needs_watcher(1)
+    monkeypatch.setenv("RANK", "0")  # as under torchrun
+    assert not needs_watcher(2)
+
+
+def test_many_nodes_need_to_know_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="MASTER_ADDR"):
+        watch(8, 2)
+
+
+def test_the_report_names_the_rank_and_repeats_its_last_words(tmp_path: Path) -> None:
+    report = tmp_path / "report"
+    report.write_text("Traceback ...\nRuntimeError: no luck\n")
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"])
+    process.wait()
+    rank = _Rank(3, process, report, tmp_path / "log")
+    text = _report(rank, 8, rank.last_words())
+    assert "rank 3 of 8" in text and "failed" in text and text.endswith("RuntimeError: no luck")
+
+
+@pytest.mark.parametrize(
+    "bad, words",
+    [([False, True], "it began on rank 1 of 2"), ([True, True], "on all ranks"), ([False, False], "finite")],
+)
+def test_a_loss_that_is_no_number_names_its_rank(bad: list[bool], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "world", lambda: (0, 2))
+    monkeypatch.setattr(base, "gather", lambda value: bad)
+    stage: Any = base.Stage.__new__(base.Stage)
+    torch.nn.Module.__init__(stage)
+    stage._has_bad_loss = False
+    assert words in stage._where_it_began()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks_too(small_model: Path, tmp_path: Path) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "anyflow.cli",
+    ]
+    done = subprocess.run(
+        [*words, *training(small_model, tmp_path / "run")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path / "run")
