@@ -247,10 +247,10 @@ def transformer_config_of(recipe: Recipe) -> dict[str, Any]:
         if file.is_file():
             return {name: value for name, value in json.loads(file.read_text()).items() if name in _NEEDED}
     size = next((size for size in PUBLISHED if f"-{size}-" in f"{model.weights.lower()}-"), None)
-    if size is None and model.name == "tiny":
+    if size is None and model.name in EMBEDDED:
         from anyflow.backbone.embedded import transformer_config
 
-        return transformer_config()
+        return {**transformer_config(), **model.network}
     if size is None:
         raise UserError(
             f"model.weights={model.weights!r}: its dimensions are not known before it is there; give the folder of a "
@@ -258,6 +258,9 @@ def transformer_config_of(recipe: Recipe) -> dict[str, Any]:
         )
     return PUBLISHED[size]
 
+
+EMBEDDED = ("tiny", "tiny-causal")
+"""Models whose dimensions are known before their weights are there."""
 
 _NEEDED = {*_SHARED, "num_attention_heads", "ffn_dim", "num_layers", "eps"}
 
@@ -275,7 +278,7 @@ def codec_bytes(recipe: Recipe) -> float:
     files = [file for part in ("vae", "text_encoder") for file in (place / part).glob("*.safetensors")]
     if files:
         return float(sum(file.stat().st_size for file in files))
-    if recipe.model.name == "tiny":
+    if recipe.model.name in EMBEDDED:
         return 20e6
     return UMT5_XXL_WEIGHTS * (2 if half else 4) + WAN_VAE_WEIGHTS * 4
 
