@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from anyflow import plan as planning
-from anyflow.benchmark.step import peak_bytes as peak_bytes
+from anyflow.benchmark.compare import peak_bytes
 from anyflow.errors import EXIT_PREEMPTED, UserError
 from anyflow.plan import GIB, changes, latent_shape, plan, transformer_config_of, warning, with_gpus
 from anyflow.plan_simulate import Memory, _networks, simulate

@@ -6,10 +6,8 @@ with the graph kept. ``weights``: what three roles hold in memory as adapters on
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from statistics import median
 from typing import Any
 
 import torch
@@ -22,22 +20,17 @@ from anyflow.backbone.load import new_backbone
 from anyflow.backbone.lora import LoraSettings, add_lora
 from anyflow.backbone.protocol import Text
 from anyflow.backbone.roles import AdapterRoles, Roles, bind
-from anyflow.benchmark.step import peak_bytes
+from anyflow.benchmark.compare import compare, gains
 from anyflow.flowmap.intervals import draw_intervals
 from anyflow.flowmap.matching import critic_loss, matching_gradient, matching_loss, matching_timestep
 from anyflow.flowmap.objective import FlowMapObjective, flow_map_loss
 from anyflow.flowmap.rollout import BackwardSimulation
 from anyflow.flowmap.sampling import follow
 from anyflow.flowmap.schedule import inference_timesteps, logit_normal_timestep
+from anyflow.plan import PUBLISHED
 
 BUDGET = 16
 """Steps of the sampler that is simulated."""
-
-PUBLISHED = {
-    "wan2.1-t2v-1.3b": {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
-    "wan2.1-t2v-14b": {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824},
-}
-"""Where the published networks differ from diffusers' defaults."""
 
 
 def onpolicy_benchmark(
@@ -50,21 +43,11 @@ def onpolicy_benchmark(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ways = _ways(batch_size, size, seed, device)
-    peaks = {name: peak_bytes(step, device) for name, step in ways.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, step in ways.items():
-            started = time.perf_counter()
-            step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - started)
-    times = {name: median(values) for name, values in seconds.items()}
+    costs = compare(ways, repeats, device)
     simulated, whole = ways
     return {
-        "ways": {name: {"seconds": times[name], "peak_bytes": peaks[name]} for name in ways},
-        "speedup": times[whole] / times[simulated],
-        "memory_ratio": peaks[whole] / peaks[simulated],
+        "ways": costs,
+        **gains(costs[simulated], costs[whole]),
         "batch_size": batch_size,
         "device": device,
     }
@@ -120,11 +103,11 @@ def role_weights(ranks: Sequence[int] = (32, 256)) -> list[dict[str, Any]]:
     bfloat16 base with float32 adapters, at every rank (the released one is 256), against three bfloat16 networks.
     """
     found = [_held("tiny", new_backbone(transformer_config(), 0), ranks[0])]
-    for name, config in PUBLISHED.items():
+    for size, config in PUBLISHED.items():
         for rank in ranks:
             with torch.device("meta"):
-                transformer = AnyFlowTransformer3DModel(**config).to(torch.bfloat16)  # type: ignore[arg-type]
-            found.append(_held(name, BidirectionalBackbone(transformer), rank))
+                transformer = AnyFlowTransformer3DModel(**config).to(torch.bfloat16)
+            found.append(_held(f"wan2.1-t2v-{size}", BidirectionalBackbone(transformer), rank))
     return found
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable
-from statistics import median
 from typing import TYPE_CHECKING, Any
+
+from anyflow.benchmark.compare import compare, gains
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,22 +44,12 @@ def step_benchmark(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ways = _ways(batch_size, padded_length, size, seed, device)
     losses = {name: float(step().per_sample.detach().mean()) for name, step in ways.items()}
-    peaks = {name: peak_bytes(step, device) for name, step in ways.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, step in ways.items():
-            started = time.perf_counter()
-            step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - started)
-    times = {name: median(values) for name, values in seconds.items()}
+    costs = compare(ways, repeats, device)
     spread = max(abs(loss - losses["anyflow"]) for loss in losses.values()) / abs(losses["anyflow"])
     return {
-        "ways": {name: {"seconds": times[name], "peak_bytes": peaks[name], "loss": losses[name]} for name in ways},
+        "ways": {name: {**cost, "loss": losses[name]} for name, cost in costs.items()},
         "loss_difference": spread,
-        "speedup": times["plain"] / times["anyflow"],
-        "memory_ratio": peaks["plain"] / peaks["anyflow"],
+        **gains(costs["anyflow"], costs["plain"]),
         "batch_size": batch_size,
         "padded_length": padded_length,
         "device": device,
@@ -138,24 +127,3 @@ def _texts(batch_size: int, padded_length: int, width: int, generator: Any, devi
     padded *= (torch.arange(padded_length) < lengths[:, None])[..., None]
     longest = int(lengths.max()) + 1
     return Text(padded[:, :longest], lengths, padded_length).to(device), padded.to(device)
-
-
-def peak_bytes(step: Callable[[], Any], device: str) -> int:
-    """Most bytes that a step holds at once beyond what it found."""
-    import torch
-
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it narrates on stderr otherwise
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    held = peak = 0
-    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
-    for change in sorted(changes, key=lambda event: event.start_ns()):
-        held += change.nbytes()
-        peak = max(peak, held)
-    return peak
