@@ -23,6 +23,10 @@ def make(
     clips: Annotated[int, typer.Option(help="Training clips.")] = 1000,
     heldout: Annotated[int, typer.Option(help="Held-out clips, of other scenes.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
+    look: Annotated[
+        str | None,
+        typer.Option(help="Driving: city, country. Robotics: middle, side. Games: high, low. First by default."),
+    ] = None,
     workers: Annotated[int, typer.Option(help="Simulators at a time.")] = 2,
     out: Annotated[Path | None, typer.Option(help="A new folder; without it data/shards/DOMAIN.")] = None,
     as_json: Json = False,
@@ -33,10 +37,11 @@ def make(
     Examples:
       anyflow data make driving --clips 2000
       anyflow data make games --clips 500 --seed 7 --out data/shards/games-7
+      anyflow data make driving --clips 360 --look country --out data/shards/driving-country
     """
     from anyflow.data.make import make_dataset
 
-    card = make_dataset(domain, clips, heldout, seed, out, workers, _print_progress)
+    card = make_dataset(domain, clips, heldout, seed, out, workers, _print_progress, look)
     if as_json:
         print_json({"card": card, "clips": clips, "heldout": heldout, "seed": seed})
     else:

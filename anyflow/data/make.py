@@ -10,7 +10,7 @@ from pathlib import Path
 from anyflow.data.card import CARD_NAME, DatasetCard, check_shards, write_card
 from anyflow.data.clip import Clip
 from anyflow.data.shards import CLIPS_PER_SHARD, write_shards
-from anyflow.data.sources import FRAMES, HEIGHT, SPLITS, WIDTH, package_versions, simulator
+from anyflow.data.sources import FRAMES, HEIGHT, SPLITS, WIDTH, choose_look, package_versions, simulator
 from anyflow.errors import UserError
 
 Progress = Callable[[str, int, int], None]
@@ -25,6 +25,7 @@ def make_dataset(
     out: Path | None = None,
     workers: int = 2,
     progress: Progress | None = None,
+    look: str | None = None,
 ) -> Path:
     """Render ``clips`` training and ``heldout`` held-out clips of a simulated domain.
 
@@ -32,12 +33,13 @@ def make_dataset(
 
     Args:
         out: the data set's folder; ``data/shards/DOMAIN`` by default, which is where the card ``DOMAIN-full`` looks.
+        look: how the world is seen, one of the source's ``LOOKS``; the first by default.
 
     Returns:
         The new card's path, ``OUT/card.yaml``.
 
     Raises:
-        UserError: an unknown domain, a number below 1, a folder in use, a missing simulator.
+        UserError: an unknown domain, a number below 1, an unknown look, a folder in use, a missing simulator.
     """
     source = simulator(domain)
     for field, value in (("clips", clips), ("heldout", heldout), ("workers", workers)):
@@ -48,15 +50,16 @@ def make_dataset(
     folder = Path("data/shards") / domain if out is None else out
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {str(folder)!r} is in use: give another folder, or remove it first")
+    choose_look(domain, source.LOOKS, look)
     packages = package_versions(*source.PACKAGES)  # before hours of rendering, not after
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         for split, count in zip(SPLITS, (clips, heldout), strict=True):
-            rendered = source.render(count, split, seed, workers)
+            rendered = source.render(count, split, seed, workers, look)
             counted = _report(rendered, split, count, progress) if progress else rendered
             write_shards(counted, building / split, f"{domain}-{split}", CLIPS_PER_SHARD)
-        arguments = f"{domain} --clips {clips} --heldout {heldout} --seed {seed}"
+        arguments = f"{domain} --clips {clips} --heldout {heldout} --seed {seed}" + (f" --look {look}" if look else "")
         card = DatasetCard(
             name=folder.name,
             domain=domain,

@@ -205,13 +205,14 @@ class ToySource:
     """Stands for a simulator."""
 
     DESCRIPTION, LICENCE, FPS, PACKAGES = "A square.", "MIT", 8.0, ("numpy",)
+    LOOKS: ClassVar[dict[str, str]] = {"plain": "grey", "painted": "red"}
     CONTROLS: ClassVar[dict[str, str]] = {}
     ATTRIBUTES: ClassVar[dict[str, Any]] = {"motion": ["right"], "number": "which"}
 
     def __init__(self, breaks: bool = False) -> None:
         self.breaks = breaks
 
-    def render(self, count: int, split: str, seed: int, workers: int) -> Any:
+    def render(self, count: int, split: str, seed: int, workers: int, look: str | None) -> Any:
         for number in range(count):
             yield sample_clip(number, split)
         if self.breaks and split == "heldout":
@@ -229,6 +230,14 @@ def test_make_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [("train", 1, 3), ("train", 2, 3), ("train", 3, 3), ("heldout", 1, 2), ("heldout", 2, 2)]
     assert loaded.provenance["command"] == "anyflow data make toy --clips 3 --heldout 2 --seed 0"
     assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["set"]
+
+
+def test_make_in_another_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make, "simulator", lambda domain: ToySource())
+    path = make.make_dataset("toy", 1, 1, 0, tmp_path / "set", 1, look="painted")
+    assert load_card(path).provenance["command"].endswith("--seed 0 --look painted")
+    with pytest.raises(UserError, match="look 'striped' is not one of toy's: choose one of plain, painted"):
+        make.make_dataset("toy", 1, 1, 0, tmp_path / "other", 1, look="striped")
 
 
 def test_make_refuses_a_used_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from anyflow.errors import UserError
 
 REASON = "the simulators are an extra of their own: pip install .[sim]"
 SHAPE = ClipShape(17, 64, 96)
+COUNTRY, HIGH = driving.LOOKS["country"], arena.LOOKS["high"]
 
 
 def need(*modules: str) -> None:
@@ -86,7 +87,7 @@ def test_driving_scenes_are_safe_and_visible() -> None:
 
 def test_driving_clips_show_what_they_say() -> None:
     need("highway_env")
-    clips = driving._render_batch("heldout", 3, range(3))
+    clips = driving._render_batch(COUNTRY, "heldout", 3, range(3))
     assert [clip.attributes["manoeuvre"] for clip in clips] == ["keep", "left", "right"]
     for clip in clips:
         path = np.array(clip.controls["trajectory"])
@@ -99,19 +100,19 @@ def test_driving_clips_show_what_they_say() -> None:
 
 def test_driving_repeats_itself() -> None:
     need("highway_env")
-    assert driving._render_batch("train", 0, range(2)) == driving._render_batch("train", 0, range(2))
+    assert driving._render_batch(COUNTRY, "train", 0, range(2)) == driving._render_batch(COUNTRY, "train", 0, range(2))
 
 
 def test_the_arena_is_a_wad_and_reproducible() -> None:
-    wad = arena.build_wad()
+    wad = arena.build_wad(HIGH)
     assert wad[:4] == b"PWAD"
-    assert wad == arena.build_wad()
+    assert wad == arena.build_wad(HIGH)
 
 
 @pytest.mark.parametrize("motion", ["left", "right", "forward", "still"])
 def test_games_walks_are_clear(motion: str) -> None:
     for number in range(20):
-        walk = games.draw_walk(sources.clip_generator(1, "train", number), motion)
+        walk = games.draw_walk(sources.clip_generator(1, "train", number), motion, arena.LOOKS["low"])
         assert max(abs(walk.x), abs(walk.y)) < arena.HALF_ROOM - 90
         assert (walk.speed == "none") == (motion == "still")
         assert "  " not in games.caption(walk)
@@ -120,7 +121,7 @@ def test_games_walks_are_clear(motion: str) -> None:
 
 def test_games_clips_show_what_they_say() -> None:
     need("vizdoom")
-    clips = games._render_batch("heldout", 1, range(3))
+    clips = games._render_batch(HIGH, "heldout", 1, range(3))
     for clip, motion in zip(clips, ["left", "right", "forward"], strict=True):
         path = np.array(clip.controls["trajectory"])
         turned = float(np.diff(np.unwrap(path[:, 2], period=360)).sum())
@@ -137,7 +138,7 @@ def test_games_clips_show_what_they_say() -> None:
 
 def test_a_games_clip_does_not_depend_on_its_neighbours() -> None:
     need("vizdoom")
-    assert games._render_batch("train", 0, range(2))[1:] == games._render_batch("train", 0, range(1, 2))
+    assert games._render_batch(HIGH, "train", 0, range(2))[1:] == games._render_batch(HIGH, "train", 0, range(1, 2))
 
 
 def test_robotics_layouts_of_the_splits_are_disjoint() -> None:

@@ -1,7 +1,9 @@
 """Sources of footage, one file a format: simulators and importers, all yielding the same Clip.
 
-A simulated source has ``render(count, split, seed, workers) -> Iterator[Clip]``. A clip is a pure function of
-(seed, split, number), so the number of workers changes nothing but the time.
+A simulated source has ``render(count, split, seed, workers, look) -> Iterator[Clip]``. A clip is a pure function of
+(seed, split, number, look), so the number of workers changes nothing but the time. A source's ``LOOKS`` are the ways in
+which its world can be seen, the first by default: the same motions and labels from another camera, or in other rooms.
+One look can be the world that a model knows and another the footage that it is to learn.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import importlib
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -34,6 +36,7 @@ SIMULATORS = {
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+Look = TypeVar("Look")
 
 
 def simulator(domain: str) -> ModuleType:
@@ -41,6 +44,14 @@ def simulator(domain: str) -> ModuleType:
     if domain not in SIMULATORS:
         raise UserError(f"domain {domain!r} has no simulator: choose one of {', '.join(SIMULATORS)}")
     return importlib.import_module(SIMULATORS[domain])
+
+
+def choose_look(domain: str, looks: Mapping[str, Look], name: str | None) -> Look:
+    """A source's look by its name; the first without one."""
+    chosen = next(iter(looks)) if name is None else name
+    if chosen not in looks:
+        raise UserError(f"look {chosen!r} is not one of {domain}'s: choose one of {', '.join(looks)}")
+    return looks[chosen]
 
 
 def need_package(module: str, package: str) -> ModuleType:

@@ -15,7 +15,6 @@ import numpy as np
 HALF_ROOM = 512
 PILLAR_PLACES = ((256, 256), (-256, 256), (-256, -256), (256, -256))
 HALF_PILLAR = 40
-CEILING_HEIGHT = 168
 PANEL = 256
 TEXTURE_HEIGHT = 256
 """Taller than any wall, so that none repeats upwards."""
@@ -31,29 +30,37 @@ PILLAR_COLOURS: dict[str, Colour] = {
 
 @dataclass(frozen=True)
 class Hall:
-    """One hall: its name as captions have it, where it lies on the map, and its colours."""
+    """One hall: its name as captions have it, where it lies on the map, its colours, and its height in map units."""
 
     name: str
     centre: tuple[int, int]
     wall: Colour
     floor: Colour
     ceiling: Colour
+    height: int = 168
 
 
-HALLS = (
-    Hall("red", (0, 0), (165, 55, 40), (150, 125, 95), (70, 60, 55)),
-    Hall("blue", (4096, 0), (143, 143, 255), (120, 120, 120), (55, 60, 75)),
-)
+Halls = tuple[Hall, ...]
+LOOKS: dict[str, Halls] = {
+    "high": (
+        Hall("red", (0, 0), (165, 55, 40), (150, 125, 95), (70, 60, 55)),
+        Hall("blue", (4096, 0), (143, 143, 255), (120, 120, 120), (55, 60, 75)),
+    ),
+    "low": (
+        Hall("red", (0, 0), (165, 55, 40), (120, 120, 120), (55, 60, 75), 112),
+        Hall("blue", (4096, 0), (143, 143, 255), (150, 125, 95), (70, 60, 55), 112),
+    ),
+}
 
 
-def build_wad() -> bytes:
+def build_wad(halls: Halls) -> bytes:
     """The map as a PWAD: the same bytes each time. ZDoom builds the nodes itself when it loads the map."""
-    textures = [(f"W_{hall.name.upper()}", _panels(hall.wall)) for hall in HALLS]
+    textures = [(f"W_{hall.name.upper()}", _panels(hall.wall)) for hall in halls]
     textures += [(f"P_{name.upper()}", _panels(colour, contrast=0.0)) for name, colour in PILLAR_COLOURS.items()]
-    for hall in HALLS:
+    for hall in halls:
         textures.append((f"F_{hall.name.upper()}", _checkers(hall.floor)))
         textures.append((f"C_{hall.name.upper()}", _checkers(hall.ceiling)))
-    lumps = [("MAP01", b""), ("TEXTMAP", _textmap().encode()), ("ENDMAP", b""), ("TX_START", b"")]
+    lumps = [("MAP01", b""), ("TEXTMAP", _textmap(halls).encode()), ("ENDMAP", b""), ("TX_START", b"")]
     lumps += [*textures, ("TX_END", b"")]
     body, directory = b"", b""
     for name, data in lumps:
@@ -62,7 +69,7 @@ def build_wad() -> bytes:
     return struct.pack("<4sii", b"PWAD", len(lumps), 12 + len(body)) + body + directory
 
 
-def _textmap() -> str:
+def _textmap(halls: Halls) -> str:
     """The map in the text format UDMF. A line's right side faces its sector, so outer walls run clockwise."""
     vertices: list[tuple[int, int]] = []
     lines: list[tuple[int, int, int]] = []
@@ -75,7 +82,7 @@ def _textmap() -> str:
             lines.append((first + i, first + (i + 1) % len(corners), len(sides)))
             sides.append((texture, sector))
 
-    for sector, hall in enumerate(HALLS):
+    for sector, hall in enumerate(halls):
         x, y = hall.centre
         loop(_square(x, y, HALF_ROOM), f"W_{hall.name.upper()}", sector)
         for (dx, dy), colour in zip(PILLAR_PLACES, PILLAR_COLOURS, strict=True):
@@ -85,10 +92,10 @@ def _textmap() -> str:
     blocks += [f"vertex {{ x = {x}.0; y = {y}.0; }}" for x, y in vertices]
     blocks += [f"linedef {{ v1 = {a}; v2 = {b}; sidefront = {side}; blocking = true; }}" for a, b, side in lines]
     blocks += [f'sidedef {{ sector = {sector}; texturemiddle = "{texture}"; }}' for texture, sector in sides]
-    for hall in HALLS:
+    for hall in halls:
         name = hall.name.upper()
         blocks.append(
-            f'sector {{ heightfloor = 0; heightceiling = {CEILING_HEIGHT}; lightlevel = 255; texturefloor = "F_{name}";'
+            f'sector {{ heightfloor = 0; heightceiling = {hall.height}; lightlevel = 255; texturefloor = "F_{name}";'
             f' textureceiling = "C_{name}"; }}'
         )
     return "\n".join(blocks) + "\n"

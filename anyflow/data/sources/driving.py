@@ -23,6 +23,7 @@ from anyflow.data.sources import (
     Split,
     area_downscale,
     batches,
+    choose_look,
     clip_generator,
     need_package,
     run_jobs,
@@ -55,13 +56,13 @@ SPEED_PHRASES = {"slow": "slowly", "medium": "at medium speed", "fast": "fast"}
 COLOURS = {"green": (50, 200, 0), "blue": (100, 200, 255), "yellow": (230, 200, 40)}
 
 PIXELS_PER_METRE = 4.5
-EGO_X = 0.38
-"""The green car's place along the frame, as a share of its width."""
 SUPERSAMPLE = 4
 CHANGE_FRAMES = 12
-DASH_SPACING = 6.0
-"""Metres from dash to dash; a fast car passes 1.7 m a frame, well under half of it."""
+EGO_X = 0.38
+"""The green car's place along the frame, as a share of its width."""
 SHOULDER, ASPHALT = (168, 148, 112), (100, 100, 100)
+LOOKS = {"city": 6.0, "country": 9.0}
+"""Metres from dash to dash; a fast car passes 1.7 m a frame, well under half of it."""
 
 
 @dataclass(frozen=True)
@@ -90,28 +91,29 @@ class Scene:
         return self.lane + {"left": -1, "keep": 0, "right": 1}[self.manoeuvre]
 
 
-def render(count: int, split: Split, seed: int, workers: int = 2) -> Iterator[Clip]:
-    """``count`` clips, frames encoded as mp4; clip n depends on (seed, split, n) alone."""
+def render(count: int, split: Split, seed: int, workers: int = 2, look: str | None = None) -> Iterator[Clip]:
+    """``count`` clips, frames encoded as mp4; clip n depends on (seed, split, n, look) alone."""
+    dash_spacing = choose_look("driving", LOOKS, look)
     need_package("highway_env", "highway-env")
-    for clips in run_jobs(partial(_render_batch, split, seed), batches(count, 25), workers):
+    for clips in run_jobs(partial(_render_batch, dash_spacing, split, seed), batches(count, 25), workers):
         yield from clips
 
 
-def _render_batch(split: Split, seed: int, numbers: range) -> list[Clip]:
-    return [_render_clip(split, seed, number).encoded() for number in numbers]
+def _render_batch(dash_spacing: float, split: Split, seed: int, numbers: range) -> list[Clip]:
+    return [_render_clip(dash_spacing, split, seed, number).encoded() for number in numbers]
 
 
-def _render_clip(split: Split, seed: int, number: int) -> Clip:
+def _render_clip(dash_spacing: float, split: Split, seed: int, number: int) -> Clip:
     generator = clip_generator(seed, split, number)
     manoeuvre = ("keep", "left", "right")[number % 3]
     speed_word = tuple(SPEEDS)[number // 3 % 3]
     lane = int(generator.choice({"keep": (0, 1, 2), "left": (1, 2), "right": (0, 1)}[manoeuvre]))
     while True:  # a scene that crashes, or whose cars leave the frame, is drawn again
         scene = draw_scene(generator, manoeuvre, lane, speed_word)
-        states = simulate(scene, float(generator.random()))
+        states = simulate(scene, float(generator.random()) * dash_spacing)
         if is_readable(states):
             break
-    frames, trajectory = draw_frames(scene, states)
+    frames, trajectory = draw_frames(scene, states, dash_spacing)
     return Clip(
         key=f"driving-{split}-{number:06d}",
         caption=caption(scene, states),
@@ -153,7 +155,7 @@ def simulate(scene: Scene, dash_phase: float) -> list[list[CarState]]:
     step = (scene.target - scene.lane) * LANE_WIDTH
     sideways = scene.lane * LANE_WIDTH + step * (10 * progress**3 - 15 * progress**4 + 6 * progress**5)
     sideways_speed = step * 30 * (progress * (1 - progress)) ** 2 * FPS / CHANGE_FRAMES
-    start = 100.0 + dash_phase * DASH_SPACING
+    start = 100.0 + dash_phase
     states = []
     for frame, time in enumerate(times):
         ego_x, heading = start + scene.speed * time, math.atan2(sideways_speed[frame], scene.speed)
@@ -196,7 +198,9 @@ def caption(scene: Scene, states: list[list[CarState]]) -> str:
     return " ".join(sentences)
 
 
-def draw_frames(scene: Scene, states: list[list[CarState]]) -> tuple[np.ndarray, list[list[float]]]:
+def draw_frames(
+    scene: Scene, states: list[list[CarState]], dash_spacing: float
+) -> tuple[np.ndarray, list[list[float]]]:
     """uint8 [F, H, W, 3], and the green car's path [[x, y], ...] in pixels."""
     import pygame
     from highway_env.road.graphics import LaneGraphics, WorldSurface
@@ -205,7 +209,7 @@ def draw_frames(scene: Scene, states: list[list[CarState]]) -> tuple[np.ndarray,
     from highway_env.vehicle.kinematics import Vehicle
 
     class SparseLaneGraphics(LaneGraphics):
-        STRIPE_SPACING = DASH_SPACING
+        STRIPE_SPACING = dash_spacing
 
     size = (WIDTH * SUPERSAMPLE, HEIGHT * SUPERSAMPLE)
     surface = WorldSurface(size, 0, pygame.Surface(size))

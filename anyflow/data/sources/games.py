@@ -13,8 +13,17 @@ from typing import Any
 import numpy as np
 
 from anyflow.data.clip import Clip
-from anyflow.data.sources import FRAMES, Split, area_downscale, batches, clip_generator, need_package, run_jobs
-from anyflow.data.sources.arena import HALF_ROOM, HALLS, PILLAR_COLOURS, PILLAR_PLACES, Hall, build_wad
+from anyflow.data.sources import (
+    FRAMES,
+    Split,
+    area_downscale,
+    batches,
+    choose_look,
+    clip_generator,
+    need_package,
+    run_jobs,
+)
+from anyflow.data.sources.arena import HALF_ROOM, LOOKS, PILLAR_COLOURS, PILLAR_PLACES, Hall, Halls, build_wad
 
 TICS_PER_FRAME = 4
 FPS = 35 / TICS_PER_FRAME
@@ -75,20 +84,21 @@ class Walk:
         return {"left": -turn, "right": turn, "still": 0.0}[self.motion], 0.0
 
 
-def render(count: int, split: Split, seed: int, workers: int = 2) -> Iterator[Clip]:
-    """``count`` clips, frames encoded as mp4; clip n depends on (seed, split, n) alone."""
+def render(count: int, split: Split, seed: int, workers: int = 2, look: str | None = None) -> Iterator[Clip]:
+    """``count`` clips, frames encoded as mp4; clip n depends on (seed, split, n, look) alone."""
+    halls = choose_look("games", LOOKS, look)
     need_package("vizdoom", "vizdoom")
-    for clips in run_jobs(partial(_render_batch, split, seed), batches(count, 50), workers):
+    for clips in run_jobs(partial(_render_batch, halls, split, seed), batches(count, 50), workers):
         yield from clips
 
 
-def _render_batch(split: Split, seed: int, numbers: range) -> list[Clip]:
+def _render_batch(halls: Halls, split: Split, seed: int, numbers: range) -> list[Clip]:
     with tempfile.TemporaryDirectory(prefix="anyflow-arena-") as folder:
         path = Path(folder) / "arena.wad"
-        path.write_bytes(build_wad())
+        path.write_bytes(build_wad(halls))
         game = _open_game(path)
         try:
-            return [_render_clip(game, split, seed, number).encoded() for number in numbers]
+            return [_render_clip(game, halls, split, seed, number).encoded() for number in numbers]
         finally:
             game.close()
 
@@ -116,10 +126,10 @@ def _open_game(wad: Path) -> Any:
     return game
 
 
-def _render_clip(game: Any, split: Split, seed: int, number: int) -> Clip:
+def _render_clip(game: Any, halls: Halls, split: Split, seed: int, number: int) -> Clip:
     generator = clip_generator(seed, split, number)
     motion = MOTIONS[number % len(MOTIONS)]
-    walk = draw_walk(generator, motion)
+    walk = draw_walk(generator, motion, halls)
     frames, path = _play(game, walk)
     return Clip(
         key=f"games-{split}-{number:06d}",
@@ -136,9 +146,9 @@ def _render_clip(game: Any, split: Split, seed: int, number: int) -> Clip:
     )
 
 
-def draw_walk(generator: np.random.Generator, motion: str) -> Walk:
+def draw_walk(generator: np.random.Generator, motion: str, halls: Halls) -> Walk:
     """A random walk with a pillar in sight halfway, away from walls and pillars."""
-    hall = HALLS[int(generator.integers(len(HALLS)))]
+    hall = halls[int(generator.integers(len(halls)))]
     speed = "none" if motion == "still" else ("slow", "fast")[int(generator.integers(2))]
     pillar = int(generator.integers(len(PILLAR_PLACES)))
     while True:

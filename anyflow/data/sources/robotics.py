@@ -25,6 +25,7 @@ from anyflow.data.sources import (
     Split,
     area_downscale,
     batches,
+    choose_look,
     clip_generator,
     need_package,
     run_jobs,
@@ -55,7 +56,19 @@ STILL_PIXELS = 4.0
 """A gripper that ends closer than this to where it began counts as still."""
 HELDOUT_BANDS, BANDS = (1, 4), 6
 CLIPS_PER_JOB = 20
-CAMERA = {"lookat": (0.0, 0.70, 0.18), "distance": 0.92, "azimuth": 135.0, "elevation": -30.0}
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Where the camera stands: metres and degrees, as MuJoCo has them."""
+
+    distance: float
+    azimuth: float
+    lookat: tuple[float, float, float] = (0.0, 0.70, 0.18)
+    elevation: float = -30.0
+
+
+LOOKS = {"middle": Camera(0.92, 135.0), "side": Camera(0.92, 135.0, (0.06, 0.65, 0.17))}
 PLAIN_COLOURS = {
     "table_wood": (0.66, 0.55, 0.43, 1.0),
     "wall_metal": (0.72, 0.72, 0.74, 1.0),
@@ -113,12 +126,13 @@ REACH_PIXELS = 10.0
 """A ball is at least this far from the gripper in the image, so that the direction is plain to see."""
 
 
-def render(count: int, split: Split, seed: int, workers: int = 2) -> Iterator[Clip]:
-    """``count`` clips, frames encoded as mp4; clip n depends on (seed, split, n) alone.
+def render(count: int, split: Split, seed: int, workers: int = 2, look: str | None = None) -> Iterator[Clip]:
+    """``count`` clips, frames encoded as mp4; clip n depends on (seed, split, n, look) alone.
 
     Raises:
         UserError: Meta-World, MuJoCo or the system's OSMesa library is missing.
     """
+    camera = choose_look("robotics", LOOKS, look)
     if ctypes.util.find_library("OSMesa") is None:
         raise UserError("library OSMesa is needed to render robotics: install the Debian package libosmesa6")
     os.environ["MUJOCO_GL"] = "osmesa"  # read when mujoco is first imported, here or in a worker
@@ -133,19 +147,19 @@ def render(count: int, split: Split, seed: int, workers: int = 2) -> Iterator[Cl
     ]
     waiting: dict[int, Clip] = {}
     following = 0
-    for clips in run_jobs(partial(_render_batch, split, seed), jobs, workers, jobs_per_process=1):
+    for clips in run_jobs(partial(_render_batch, camera, split, seed), jobs, workers, jobs_per_process=1):
         waiting.update((int(clip.key.rsplit("-", 1)[1]), clip) for clip in clips)
         while following in waiting:
             yield waiting.pop(following)
             following += 1
 
 
-def _render_batch(split: Split, seed: int, job: tuple[str, list[int]]) -> list[Clip]:
+def _render_batch(camera: Camera, split: Split, seed: int, job: tuple[str, list[int]]) -> list[Clip]:
     os.environ["MUJOCO_GL"] = "osmesa"
     warnings.filterwarnings("ignore", module="metaworld")
     warnings.filterwarnings("ignore", module="gymnasium")
     task, numbers = job
-    stage = Stage(task)
+    stage = Stage(task, camera)
     return [_render_clip(stage, split, seed, number).encoded() for number in numbers]
 
 
@@ -204,7 +218,7 @@ def caption(task: str, direction: str) -> str:
 class Stage:
     """One Meta-World environment with its expert, plain colours and a fixed camera. One a process."""
 
-    def __init__(self, task: str) -> None:
+    def __init__(self, task: str, camera: Camera) -> None:
         import mujoco
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP
@@ -223,9 +237,9 @@ class Stage:
         self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self.camera = mujoco.MjvCamera()
         self.camera.type = mujoco.mjtCamera.mjCAMERA_FREE
-        self.camera.lookat[:] = CAMERA["lookat"]
-        self.camera.distance, self.camera.azimuth = CAMERA["distance"], CAMERA["azimuth"]
-        self.camera.elevation = CAMERA["elevation"]
+        self.camera.lookat[:] = camera.lookat
+        self.camera.distance, self.camera.azimuth = camera.distance, camera.azimuth
+        self.camera.elevation = camera.elevation
         self.environment._last_rand_vec = np.array(self.spec.low)
         self.environment.reset()
         self.start = np.array(self.environment.tcp_center)
