@@ -253,6 +253,9 @@ class HardwareRecipe:
     keep_attention: bool = _option(
         False, "with gradient_checkpointing: keep attention's results instead of recomputing them: faster, more memory"
     )
+    recompute_jumps: bool = _option(
+        False, "on-policy: keep one jump's activations of a rollout instead of three jumps': a tenth more time a step"
+    )
     compile: bool = _option(False, "compile the network's blocks: faster steps after a slow start")
     park_codec: bool = _option(
         False, "text encoder and autoencoder in host memory between batches: 11 GiB less for Wan, seconds more a batch"

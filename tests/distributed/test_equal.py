@@ -71,8 +71,13 @@ def _rank(rank: int, ranks: int, port: int, model: Path, out: Path, cases: Seque
 
     join_ranks("cpu")
     for case in cases:
-        spread = (f"hardware.devices={ranks}", "hardware.strategy=fsdp", f"hardware.offload={'offloaded' in case}")
-        parts = train(recipe_of(case, model, *spread), out / case)
+        spread = {
+            "hardware.devices": ranks,
+            "hardware.strategy": "fsdp",
+            "hardware.offload": "offloaded" in case,
+            "hardware.recompute_jumps": True,  # one process keeps all graphs of a rollout
+        }
+        parts = train(recipe_of(case, model, *(f"{key}={value}" for key, value in spread.items())), out / case)
         assert is_sharded_module(parts.backbone)
         with averaged(parts):
             gathered = gather_state(parts.backbone.transformer)
