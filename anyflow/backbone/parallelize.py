@@ -218,6 +218,11 @@ def join_ranks(accelerator: str) -> torch.device:
     return device
 
 
+def gloo_group() -> Any:
+    """All ranks in a second group, for collectives beside those of training; every rank must ask for it."""
+    return dist.new_group(backend="gloo", timeout=WAIT)
+
+
 def leave_ranks() -> None:
     """Part from the other ranks, if there are any."""
     if dist.is_initialized():

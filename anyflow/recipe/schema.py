@@ -225,6 +225,9 @@ class CheckpointRecipe:
 
     every_steps: int = _option(100, "training steps between checkpoints", low=1)
     keep: int = _option(2, "newest checkpoints that are kept", low=1)
+    background: bool = _option(
+        False, "write while training goes on, from a copy in host memory; false: training waits for the disk"
+    )
 
 
 @dataclass(frozen=True)

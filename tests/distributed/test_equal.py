@@ -35,6 +35,7 @@ SHORT = (
     "optimizer.lr=1e-4",
     "optimizer.warmup_steps=0",
     "stage.onpolicy.critic.lr=1e-4",
+    "stage.onpolicy.budgets=[8]",  # at least two jumps
     "ema.decay=0.5",
     "ema.start_step=0",
 )
