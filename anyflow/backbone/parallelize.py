@@ -243,6 +243,22 @@ def from_rank_zero(value: Any) -> Any:
     return values[0]
 
 
+def own_rows(count: int) -> list[int]:
+    """Rows of a batch that are this rank's to do: dealt out in turn, equally many everywhere (the last is repeated)."""
+    rank, size = rank_and_size()
+    return [min(row, count - 1) for row in range(rank, -(-count // size) * size, size)]
+
+
+def join_rows(own: Tensor, count: int) -> Tensor:
+    """The whole batch, on every rank, of what each made of its :func:`own_rows` (a collective)."""
+    size = rank_and_size()[1]
+    if size == 1:
+        return own
+    parts = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(size)]
+    dist.all_gather(parts, own.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)[:count]
+
+
 def wait_for_all() -> None:
     """Go on when every rank has come here."""
     if dist.is_initialized():

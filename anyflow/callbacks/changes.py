@@ -25,7 +25,7 @@ class KeepSettings(Callback):
             [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
             for optimizer in _all(trainer)
         ]
-        self._rates = [list(config.scheduler.base_lrs) for config in trainer.lr_scheduler_configs]
+        self._rates = [[float(rate) for rate in config.scheduler.base_lrs] for config in trainer.lr_scheduler_configs]
 
     def on_train_start(self, trainer: lightning.Trainer, stage: Any) -> None:
         for optimizer, settings in zip(_all(trainer), self._settings, strict=True):
