@@ -73,8 +73,8 @@ def curve_of(
 ) -> CurveResult:
     """Measure a model on ``prompts`` held-out prompts, against the other held-out clips (topped up from training ones).
 
-    ``given_frames`` latent frames are given from each prompt's own clip: 1 is image-to-video. ``divide`` deals each batch
-    out to the ranks, all of which must come here: every one does its clips, and has the whole.
+    ``given_frames`` latent frames are given from each prompt's own clip: 1 is image-to-video. ``divide`` deals each
+    batch out to the ranks, all of which must come here: every one does its clips, and has the whole.
 
     Raises:
         UserError: The data has too few clips.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -180,18 +180,14 @@ class CausalBackbone(BidirectionalBackbone):
         longest = max(sum(self.transformer.config.chunk_partition), max(chunks))
         asked = ask or self
 
-        seen: dict[int, tuple[Tensor, Sequence[int]]] = {}
-
-        @lru_cache(maxsize=1)
-        def window_of(chunk: int) -> Window | None:
-            return self.look_back(*seen[chunk], text, ask)
+        newest = lru_cache(maxsize=1)(lambda look: look())  # windows are large: one is kept
 
         def after(clean: Tensor, done: Sequence[int]) -> BoundVelocity:
-            chunk, frames = len(done), chunks[len(done)]
+            frames = chunks[len(done)]
             while sum(done) + frames > longest and len(done) > 1:
                 done = done[1:]
-            seen[chunk] = clean[:, clean.shape[1] - sum(done) :], done
-            return lambda z, t, r: asked(z, t, r, text, window=window_of(chunk))
+            look = partial(self.look_back, clean[:, clean.shape[1] - sum(done) :], done, text, ask)
+            return lambda z, t, r: asked(z, t, r, text, window=newest(look))
 
         yield from follow_chunks(after, noise, jumps, chunks, first_frames, take)
 
