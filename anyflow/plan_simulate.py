@@ -27,7 +27,7 @@ from anyflow.plan_peak import Peak, fake_ranks, local_part
 from anyflow.plan_turns import has_roles, turns
 from anyflow.recipe import Recipe
 
-DEPTHS = (4, 6)
+DEPTHS = (2, 4)
 """Layers that are simulated; a network of no more than the second is simulated whole."""
 
 
@@ -69,9 +69,10 @@ def simulate(recipe: Recipe, config: dict[str, Any], latents: tuple[int, int, in
         latents: ``(F, C, H, W)`` of a clip.
     """
     depth = int(config["num_layers"])
-    depths = DEPTHS if depth > DEPTHS[1] else (depth, depth)
-    low, high = (_simulate(recipe, {**config, "num_layers": layers}, latents) for layers in depths)
-    steps = (depth - depths[0]) / max(1, depths[1] - depths[0])
+    depths = DEPTHS if depth > DEPTHS[1] else (depth,)
+    low, *rest = (_simulate(recipe, {**config, "num_layers": layers}, latents) for layers in depths)
+    high = rest[0] if rest else low
+    steps = (depth - depths[0]) / (depths[-1] - depths[0]) if rest else 0.0
     grown = {name: value + (high.sizes[name] - value) * steps for name, value in low.sizes.items()}
     peak = max(a + (b - a) * steps for a, b in zip(low.peaks, high.peaks, strict=True))
     return Memory(**grown, activations=max(0.0, peak - sum(grown.values())))
