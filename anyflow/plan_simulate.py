@@ -27,8 +27,8 @@ from anyflow.plan_peak import Peak, fake_ranks, local_part
 from anyflow.plan_turns import has_roles, turns
 from anyflow.recipe import Recipe
 
-DEPTHS = (2, 4)
-"""Layers that are simulated; a network of no more than the second is simulated whole."""
+DEPTHS = (4, 6)
+"""Layers that are simulated, enough for blocks to be gathered ahead; a network of no more than the second is simulated whole."""
 
 
 @dataclass(frozen=True)
