@@ -169,7 +169,11 @@ def build_onpolicy(recipe: Recipe, codec: Codec, roles: Roles, shared: dict[str,
     stage = recipe.stage
     options = asdict(stage.onpolicy)
     taken = ("budgets", "extra_guidance", "forward_weight", "critic_turns", "watch")
-    settings = OnPolicySettings(accumulate=recipe.hardware.accumulate, **{key: options[key] for key in taken})
+    settings = OnPolicySettings(
+        accumulate=recipe.hardware.accumulate,
+        recompute_jumps=recipe.hardware.recompute_jumps,
+        **{key: options[key] for key in taken},
+    )
     critic_optimizer = optimizer_settings(asdict(stage.onpolicy.critic))
     if not recipe.has_tail:
         return OnPolicyStage(roles, codec, settings=settings, critic_optimizer=critic_optimizer, **shared)

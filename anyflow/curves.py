@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from anyflow.backbone.codec import Codec
+from anyflow.backbone.parallelize import join_rows, own_rows, rank_and_size
 from anyflow.data.decode import ClipShape, DecodeError
 from anyflow.data.plan import Plan
 from anyflow.data.reader import ShardReader, find_split
 from anyflow.data.stream import ClipDataset
 from anyflow.errors import UserError
-from anyflow.evaluation.curve import CurveResult, HeldOut, OnProgress, measure_curve, sampler_of
+from anyflow.evaluation.curve import (
+    CurveCodec,
+    CurveResult,
+    HeldOut,
+    OnProgress,
+    Sampler,
+    measure_curve,
+    sampler_of,
+)
 
 
 def held_out(cards: Sequence[str], split: str, shape: ClipShape, count: int | None = None) -> list[HeldOut]:
@@ -57,11 +68,13 @@ def curve_of(
     split: str = "heldout",
     given_frames: int = 0,
     batch_size: int = 8,
+    divide: bool = False,
     on_progress: OnProgress | None = None,
 ) -> CurveResult:
     """Measure a model on ``prompts`` held-out prompts, against the other held-out clips (topped up from training ones).
 
-    ``given_frames`` latent frames are given from each prompt's own clip: 1 is image-to-video.
+    ``given_frames`` latent frames are given from each prompt's own clip: 1 is image-to-video. ``divide`` deals each
+    batch out to the ranks, all of which must come here: every one does its clips, and has the whole.
 
     Raises:
         UserError: The data has too few clips.
@@ -72,9 +85,14 @@ def curve_of(
         raise UserError(f"sampling.prompts={prompts}, but the {split} split has {len(items)} clips; ask for fewer")
     if len(reference) < len(items):
         reference = [*reference, *held_out(cards, "train", shape, prompts - len(reference))]
+    sampler: Sampler = sampler_of(backbone, codec)
+    measured: CurveCodec = codec
+    if divide:
+        sampler, measured = _divided(sampler), _DividedCodec(codec)
+        batch_size = max(batch_size, rank_and_size()[1])
     return measure_curve(
-        sampler_of(backbone, codec),
-        codec,
+        sampler,
+        measured,
         items,
         reference,
         label=label,
@@ -86,6 +104,31 @@ def curve_of(
         device=next(backbone.parameters()).device,
         on_progress=on_progress,
     )
+
+
+def _divided(sampler: Sampler) -> Sampler:
+    """Every rank samples its rows of a batch. What a row becomes depends on its own prompt and noise alone."""
+
+    def sample(captions: list[str], noise: Tensor, num_steps: int, shift: float, first_frames: Tensor | None) -> Tensor:
+        rows = own_rows(len(noise))
+        given = None if first_frames is None else first_frames[rows]
+        own = sampler([captions[row] for row in rows], noise[rows], num_steps, shift, given)
+        return join_rows(own, len(noise))
+
+    return sample
+
+
+@dataclass(frozen=True)
+class _DividedCodec:
+    """Every rank encodes or decodes its rows of a batch."""
+
+    codec: CurveCodec
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        return join_rows(self.codec.encode_video(video[own_rows(len(video))]), len(video))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return join_rows(self.codec.decode(latents[own_rows(len(latents))]), len(latents))
 
 
 def load_curve(folder: Path, label: str) -> CurveResult | None:

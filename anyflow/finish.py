@@ -55,6 +55,7 @@ def measure(
             given_frames=recipe.sampling.given_frames,
             label=label,
             split=recipe.data.heldout,
+            divide=True,
             on_progress=on_progress,
         )
     if rank_and_size()[0] == 0:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from anyflow.backbone.parallelize import (
     rank_and_size,
     wait_for_all,
 )
+from anyflow.callbacks.background import BackgroundWriter, Writer
+from anyflow.callbacks.changes import KeepSettings
 from anyflow.callbacks.checkpoints import Checkpoints
 from anyflow.callbacks.preemption import Preemption
 from anyflow.callbacks.progress import TrainingProgress
@@ -53,11 +55,14 @@ def train(
     recipe: Recipe,
     *,
     resume: str | None = None,
+    accept_changes: bool = False,
     dry_run: bool = False,
     out: Path | None = None,
     on_open: Callable[[RunFolder], None] | None = None,
 ) -> int:
     """Run a recipe to its end; returns the process's exit code. ``on_open`` is told the run's folder.
+
+    ``accept_changes`` lets a run go on with another recipe than it was started with.
 
     Raises:
         UserError: Recipe, data, weights or folders are at fault.
@@ -77,7 +82,7 @@ def train(
     run = from_rank_zero(open_run(Path(recipe.run.out), recipe.run.name, out=out, resume=resume) if rank == 0 else None)
     if on_open is not None:
         on_open(run)
-    _refuse_another_recipe(run, recipe)
+    changed = _refuse_another_recipe(run, recipe, accept_changes)
     if run.status.get("state") == "finished":
         print(f"{run.path} is finished already: nothing to resume.\n")
         print(summary(run))
@@ -85,7 +90,7 @@ def train(
     wait_for_all()  # nobody writes before all have read
     previous = signal.signal(signal.SIGTERM, _terminate)  # outside of the training loop; the loop has its own
     try:
-        return _train(recipe, run)
+        return _train(recipe, run, [KeepSettings()] if changed else [])
     except KeyboardInterrupt:
         return _stopped(run, signal.SIGINT)
     except _Terminated:
@@ -94,7 +99,7 @@ def train(
         signal.signal(signal.SIGTERM, previous)
 
 
-def _train(recipe: Recipe, run: RunFolder) -> int:
+def _train(recipe: Recipe, run: RunFolder, more: list[Any]) -> int:
     parts = assemble(recipe)
     is_first = rank_and_size()[0] == 0
     logger = _open_records(recipe, run) if is_first else None
@@ -103,7 +108,7 @@ def _train(recipe: Recipe, run: RunFolder) -> int:
         _place(parts, join_ranks(recipe.hardware.accelerator))
         if not is_codec:
             measure(recipe, run, parts, logger, label="before")
-        received = fit(recipe, run, parts, logger)
+        received = fit(recipe, run, parts, logger, more)
         if received is not None:
             close_tracking(logger, "KILLED")
             return _stopped(run, received)
@@ -137,12 +142,19 @@ def _open_records(recipe: Recipe, run: RunFolder) -> MLFlowLogger | None:
     return logger
 
 
-def fit(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | None) -> signal.Signals | None:
-    """Train from the run's newest checkpoint (or the start) to the last step; returns the signal that cut it short."""
+def fit(
+    recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | None, more: Sequence[Any] = ()
+) -> signal.Signals | None:
+    """Train from the run's newest checkpoint (or the start) to the last step; returns the signal that cut it short.
+
+    ``more`` are further callbacks.
+    """
     hardware = recipe.hardware
-    checkpoints = Checkpoints(run.checkpoints, every_steps=recipe.checkpoint.every_steps, keep=recipe.checkpoint.keep)
+    saving = recipe.checkpoint
+    writer = BackgroundWriter() if saving.background else Writer()
+    checkpoints = Checkpoints(run.checkpoints, every_steps=saving.every_steps, keep=saving.keep, writer=writer)
     preemption = Preemption(checkpoints)
-    callbacks: list[Any] = [checkpoints, TrainingProgress(recipe.stage.name, recipe.total_steps), preemption]
+    callbacks: list[Any] = [checkpoints, TrainingProgress(recipe.stage.name, recipe.total_steps), preemption, *more]
     if recipe.sampling.every_steps and recipe.stage.name != "codec":
         measure_now = partial(_measure_now, recipe, run, parts, logger)
         every = recipe.sampling.every_steps
@@ -153,7 +165,7 @@ def fit(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | Non
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
-        **_strategy(recipe, manual),
+        **_strategy(recipe, manual, writer),
         accumulate_grad_batches=1 if manual else hardware.accumulate,
         max_steps=-1 if manual else recipe.stage.steps,  # else the declared length of the data ends the run
         max_epochs=1,  # one endless epoch of declared length: epoch boundaries are the stream's affair
@@ -170,18 +182,22 @@ def fit(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | Non
     return preemption.received
 
 
-def _strategy(recipe: Recipe, manual: bool) -> dict[str, Any]:
+def _strategy(recipe: Recipe, manual: bool, writer: Writer) -> dict[str, Any]:
     """How Lightning is told of ranks, precision and checkpoints; the ranks have met before it comes."""
     hardware, ranks = recipe.hardware, recipe.world_size
     if ranks > 1 and hardware.strategy == "fsdp":  # precision is the policy's, see parallelize.py
-        return {"strategy": ShardedStrategy(ranks), "precision": "32-true", "plugins": [TorchElasticEnvironment()]}
+        return {
+            "strategy": ShardedStrategy(ranks, writer),
+            "precision": "32-true",
+            "plugins": [TorchElasticEnvironment()],
+        }
     # a turn of one role leaves the other's weights without gradient, a step without compressed frames their patches:
     # plain ddp takes both for a mistake
     copies = "ddp_find_unused_parameters_true" if manual or recipe.model.architecture == "causal" else "ddp"
     return {
         "strategy": copies if ranks > 1 else "auto",
         "precision": hardware.precision,
-        "plugins": [AnyCheckpoint(), *([TorchElasticEnvironment()] if ranks > 1 else [])],
+        "plugins": [AnyCheckpoint(writer), *([TorchElasticEnvironment()] if ranks > 1 else [])],
     }
 
 
@@ -218,13 +234,28 @@ def _stopped(run: RunFolder, received: signal.Signals) -> int:
     return EXIT_INTERRUPTED if received == signal.SIGINT else EXIT_PREEMPTED
 
 
-def _refuse_another_recipe(run: RunFolder, recipe: Recipe) -> None:
-    """A run goes on with its own recipe: another one would mix two experiments in one set of weights."""
+def _refuse_another_recipe(run: RunFolder, recipe: Recipe, accept: bool) -> bool:
+    """A run goes on with its own recipe: another one would mix two experiments in one set of weights.
+
+    Returns:
+        Whether it is another one, and accepted.
+
+    Raises:
+        UserError: fields differ, and that was not accepted.
+    """
     if not run.recipe.exists():
-        return
+        return False
     saved = dict(flatten(to_dict(load_recipe(str(run.recipe)))))
     now = dict(flatten(to_dict(recipe)))
     changed = [key for key in now if saved.get(key) != now[key] and not key.startswith(FREE_ON_RESUME)]
     if changed:
         listed = "; ".join(f"{key} was {saved.get(key)!r} and is {now[key]!r}" for key in changed[:5])
-        raise UserError(f"{run.path} was started with another recipe: {listed}. Set it back, or start a new run")
+        listed += f" ({len(changed) - 5} more)" if len(changed) > 5 else ""
+        if not accept:
+            raise UserError(
+                f"{run.path} was started with another recipe: {listed}. Set it back, start a new run, or go on with "
+                "the changes by --accept-changes"
+            )
+        if rank_and_size()[0] == 0:
+            print(f"{run.path} goes on with another recipe: {listed}", file=sys.stderr)
+    return bool(changed)

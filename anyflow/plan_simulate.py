@@ -8,34 +8,27 @@ grows exactly linearly in the layers, so two small depths are enough.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from anyflow.assemble import lora_settings, parallel_settings, weights_dtype
-from anyflow.backbone.load import _precision, backbone_class, wrap
+from anyflow.backbone.load import backbone_class, weight_precision, wrap
 from anyflow.backbone.lora import add_lora
 from anyflow.backbone.parallelize import checkpoint_activations, device_mesh, load_parts, parallelize
 from anyflow.backbone.protocol import FlowMapBackbone, Text
 from anyflow.backbone.roles import AdapterRoles, Role, Roles, SeparateRoles
+from anyflow.plan_peak import Peak, fake_ranks, local_part
+from anyflow.plan_turns import has_roles, turns
 from anyflow.recipe import Recipe
 
 DEPTHS = (4, 6)
-"""Layers that are simulated; a network of no more than the second is simulated whole."""
-
-TEXT_TOKENS = 513
-"""A prompt of full length, and the spare token of its padding."""
+"""Layers that are simulated, enough for blocks to be gathered ahead; a network of no more than the second is simulated whole."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +69,10 @@ def simulate(recipe: Recipe, config: dict[str, Any], latents: tuple[int, int, in
         latents: ``(F, C, H, W)`` of a clip.
     """
     depth = int(config["num_layers"])
-    depths = DEPTHS if depth > DEPTHS[1] else (depth, depth)
-    low, high = (_simulate(recipe, {**config, "num_layers": layers}, latents) for layers in depths)
-    steps = (depth - depths[0]) / max(1, depths[1] - depths[0])
+    depths = DEPTHS if depth > DEPTHS[1] else (depth,)
+    low, *rest = (_simulate(recipe, {**config, "num_layers": layers}, latents) for layers in depths)
+    high = rest[0] if rest else low
+    steps = (depth - depths[0]) / (depths[-1] - depths[0]) if rest else 0.0
     grown = {name: value + (high.sizes[name] - value) * steps for name, value in low.sizes.items()}
     peak = max(a + (b - a) * steps for a, b in zip(low.peaks, high.peaks, strict=True))
     return Memory(**grown, activations=max(0.0, peak - sum(grown.values())))
@@ -95,7 +89,8 @@ class _Run:
 def _simulate(recipe: Recipe, config: dict[str, Any], latents: tuple[int, int, int, int]) -> _Run:
     sharded = recipe.hardware.strategy == "fsdp" and recipe.world_size > 1
     roles = _networks(recipe, config)
-    with _fake_ranks(recipe.world_size if sharded else 1):
+    roles.student.fit_clip(latents[0])
+    with fake_ranks(recipe.world_size if sharded else 1):
         nodes = recipe.hardware.num_nodes if recipe.hardware.shard_within == "node" else 1
         mesh = device_mesh("cpu", nodes) if sharded else None
         with FakeTensorMode():
@@ -107,7 +102,7 @@ def _simulate(recipe: Recipe, config: dict[str, Any], latents: tuple[int, int, i
 def _measure(recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], sharded: bool) -> _Run:
     """Run a step with everything in place; both roles' turns in on-policy distillation."""
     trained: dict[Role, list[nn.Parameter]] = {"student": [p for _, p in roles.parameters("student")]}
-    if _has_roles(recipe):
+    if has_roles(recipe):
         trained["critic"] = [p for _, p in roles.parameters("critic")]
     if recipe.has_tail:
         trained["teacher"] = [p for _, p in roles.parameters("teacher")]
@@ -128,11 +123,11 @@ def _measure(recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], s
         "ema": _bytes(average),
     }
     mixed = recipe.hardware.precision == "bf16-mixed" and not sharded
-    tracker = _Peak()
+    tracker = Peak()
     for tensor in (*weights.values(), *average, *waiting, *(t for o in optimizers.values() for t in _state(o))):
         tracker.count(tensor)
     with tracker, torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext():
-        for role, turn in _turns(recipe, roles, latents, tracker.next_phase).items():
+        for role, turn in turns(recipe, roles, latents, tracker.next_phase).items():
             turn()
             tracker.next_phase()
             nn.utils.get_total_norm([weight.grad for weight in trained[role] if weight.grad is not None])
@@ -140,63 +135,6 @@ def _measure(recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], s
             optimizers[role].zero_grad()
             tracker.next_phase()
     return _Run(sizes, tracker.peaks)
-
-
-def _turns(
-    recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], next_phase: Callable[[], None]
-) -> dict[Role, Callable[[], None]]:
-    """What a step asks of the networks, at its heaviest: every sample moves, is guided, and takes all three jumps."""
-    batch, stage = recipe.data.batch_size, recipe.stage
-
-    def ask(role: Role, clips: int, z: Tensor | None = None) -> Tensor:
-        z = torch.empty(clips, *latents) if z is None else z
-        times = torch.empty(clips)
-        text = Text(torch.empty(clips, TEXT_TOKENS, roles.student.transformer.config.text_dim), None, TEXT_TOKENS)
-        return roles(role, z, times, times, text)
-
-    def rollout() -> Tensor:
-        z = torch.empty(batch, *latents)
-        for _ in range(3 if max(stage.onpolicy.budgets) > 2 else 2):
-            z = z - 0.5 * ask("student", batch, z)
-        return z
-
-    def learn(role: Role) -> None:
-        loss = ask(role, batch).square().mean()
-        next_phase()
-        loss.backward()
-        next_phase()
-
-    def forward() -> None:
-        with torch.no_grad():
-            fused = stage.guidance_scale != 1
-            ask("student", (3 if fused else 2) * batch)
-        next_phase()
-        learn("student")
-
-    def teacher() -> None:
-        learn("student")
-
-    def generator() -> None:
-        samples = rollout()
-        next_phase()
-        with torch.no_grad():
-            judged = [ask(role, batch) for role in ("critic", "teacher", "teacher")]
-        next_phase()
-        ((samples - judged[0]) * samples.double()).mean().backward()
-        next_phase()
-        del samples, judged
-        if stage.onpolicy.forward_weight > 0:
-            forward()
-
-    def critic() -> None:
-        with torch.no_grad():
-            rollout()
-        next_phase()
-        learn("critic")
-
-    if _has_roles(recipe):
-        return {"student": generator, "critic": critic}
-    return {"student": teacher if stage.name == "teacher" else forward}
 
 
 def _networks(recipe: Recipe, config: dict[str, Any]) -> Roles:
@@ -217,15 +155,11 @@ def _networks(recipe: Recipe, config: dict[str, Any]) -> Roles:
         student = build()
         if recipe.model.lora.enabled:
             add_lora(student, lora_settings(recipe))
-            if _has_roles(recipe):
+            if has_roles(recipe):
                 return AdapterRoles(student, lora_settings(recipe), trains_teacher=recipe.has_tail)
-        if _has_roles(recipe):
+        if has_roles(recipe):
             return SeparateRoles(student, build(), trains_teacher=recipe.has_tail)
         return _Alone(student)
-
-
-def _has_roles(recipe: Recipe) -> bool:
-    return recipe.stage.name == "onpolicy" or recipe.has_tail
 
 
 class _Alone(Roles):
@@ -250,7 +184,7 @@ class _BlankWeights:
 
     def read(self, name: str, window: tuple[slice, ...] = ()) -> Tensor:
         shape = [part.stop - part.start for part in window] if window else self._shapes[name]
-        return torch.empty(shape, dtype=_precision(name, self._dtype))
+        return torch.empty(shape, dtype=weight_precision(name, self._dtype))
 
 
 def _materialise(recipe: Recipe, network: FlowMapBackbone, mesh: Any) -> None:
@@ -282,97 +216,5 @@ def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
         yield from (value for value in fields.values() if isinstance(value, Tensor) and value.ndim)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _bytes(tensors: Any) -> int:
-    return sum(_local(tensor).numel() * tensor.element_size() for tensor in tensors)
-
-
-class _Peak(TorchDispatchMode):
-    """Sums the storages that are alive, whoever made them, and remembers the most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.peaks: list[float] = []
-        self._sizes: dict[int, int] = {}
-        self._is_working_out_shapes = False
-
-    def next_phase(self) -> None:
-        """Note the peak of the phase that ends here."""
-        self.peaks.append(self.peak)
-        self.peak = self.live
-
-    def count(self, tensor: Tensor) -> None:
-        """Count a tensor's storage, once, until it is freed."""
-        storage = _local(tensor).untyped_storage()
-        key = id(storage)
-        if key in self._sizes:
-            return
-        self._sizes[key] = 0
-        self._resized(key, storage.nbytes())
-        weakref.finalize(storage, self._freed, key)
-
-    def _resized(self, key: int, size: int) -> None:
-        self.live += size - self._sizes[key]
-        self._sizes[key] = size
-        self.peak = max(self.peak, self.live)
-
-    def _freed(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
-
-    def __enter__(self) -> Any:
-        original, propagate = self._originals = (
-            torch.UntypedStorage.resize_,
-            ShardingPropagator._propagate_tensor_meta_non_cached,
-        )
-
-        def resize(storage: torch.UntypedStorage, size: int) -> Any:  # how FSDP2 frees what it has gathered
-            result = original(storage, size)
-            if id(storage) in self._sizes:
-                self._resized(id(storage), size)
-            return result
-
-        def work_out_shapes(*arguments: Any) -> Any:  # DTensor tries the operation on the whole: no real memory
-            self._is_working_out_shapes = True
-            try:
-                return propagate(*arguments)
-            finally:
-                self._is_working_out_shapes = False
-
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
-        ShardingPropagator._propagate_tensor_meta_non_cached = work_out_shapes  # type: ignore[method-assign,assignment]
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        torch.UntypedStorage.resize_ = self._originals[0]  # type: ignore[method-assign]
-        ShardingPropagator._propagate_tensor_meta_non_cached = self._originals[1]  # type: ignore[method-assign]
-        super().__exit__(*error)
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        if any(kind is DTensor for kind in types):
-            return NotImplemented  # it comes again with each rank's own part
-        result = function(*arguments, **(options or {}))
-        if self._is_working_out_shapes:
-            return result
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor):
-                self.count(tensor)
-        return result
-
-
-@contextmanager
-def _fake_ranks(size: int) -> Iterator[None]:
-    """A process group of any size in which nothing is sent."""
-    if size == 1:
-        yield
-        return
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    return sum(local_part(tensor).numel() * tensor.element_size() for tensor in tensors)

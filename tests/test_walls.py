@@ -14,7 +14,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 STREET = {
     *("assemble", "benchmark", "cli", "commands", "console", "curves"),
-    *("finish", "launch", "plan", "plan_simulate", "ranks", "runs", "tracking"),
+    *("finish", "launch", "plan", "plan_peak", "plan_simulate", "plan_turns", "ranks", "runs", "tracking"),
 }
 """The street door and the launcher: they may use every room."""
 
@@ -43,7 +43,7 @@ ONLY_IN: dict[str, set[str]] = {
         "anyflow/backbone/parallelize.py",
         "anyflow/stages/base.py",
         "anyflow/callbacks/sharded.py",
-        "anyflow/plan_simulate.py",
+        "anyflow/plan_peak.py",
         "anyflow/data/stream.py",
     },
 }

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import AnyFlowTransformer3DModel
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from anyflow.backbone.attention import (
     Memory,
@@ -109,17 +110,26 @@ class BidirectionalBackbone(FlowMapBackbone):
     def _read_out(self, hidden: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Velocities ``[B, F, C, H, W]`` float32 of tokens; ``time`` is their embedding ``[B, 1 or L, dim]``."""
         net = self.transformer
+        modulated: Tensor = (
+            checkpoint(self._modulate_last, hidden, time, use_reentrant=False)
+            if net.gradient_checkpointing and torch.is_grad_enabled()
+            else self._modulate_last(hidden, time)
+        )
+        return self._unpatchify(net.proj_out(modulated), *grid).float()
+
+    def _modulate_last(self, hidden: Tensor, time: Tensor) -> Tensor:
+        """The last norm, in float32: two activations that a checkpointed pass need not keep."""
+        net = self.transformer
         shift, scale = (net.scale_shift_table[None] + time[:, :, None]).unbind(2)
-        hidden = net.norm_out(hidden.float()) * (1 + scale) + shift
-        velocity = net.proj_out(hidden.to(net.proj_out.weight.dtype))
-        return self._unpatchify(velocity, *grid).float()
+        modulated = net.norm_out(hidden.float()) * (1 + scale) + shift
+        return modulated.to(net.proj_out.weight.dtype)
 
     def _embed_times(
-        self, timestep: Tensor, r_timestep: Tensor, tokens_per_frame: int | Tensor
+        self, timestep: Tensor, r_timestep: Tensor, tokens_per_frame: int | Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """Embedding ``[B, N, dim]`` and modulation ``[B, N, 6, dim]``, float32; N is 1, or L for times ``[B, F]``.
 
-        ``tokens_per_frame`` is one number, or ``[F]`` int64 where frames differ.
+        ``tokens_per_frame`` is one number, or one a frame where they differ.
         """
         embedder = self.transformer.condition_embedder
         second = r_timestep if embedder.deltatime_type == "r" else timestep - r_timestep
@@ -132,9 +142,12 @@ class BidirectionalBackbone(FlowMapBackbone):
             modulation = project(embedder.act_fn(embedding).to(project.weight.dtype)).float().unflatten(-1, (6, -1))
         if timestep.ndim == 1:
             return embedding[:, None], modulation[:, None]
+        frames = timestep.shape[1]
+        each = [tokens_per_frame] * frames if isinstance(tokens_per_frame, int) else list(tokens_per_frame)
+        repeats, total = torch.tensor(each, device=timestep.device), sum(each)  # the total: nothing waits for a device
         return (
-            embedding.repeat_interleave(tokens_per_frame, dim=1),
-            modulation.repeat_interleave(tokens_per_frame, dim=1),
+            embedding.repeat_interleave(repeats, dim=1, output_size=total),
+            modulation.repeat_interleave(repeats, dim=1, output_size=total),
         )
 
     def _rotary_table(self, grid: tuple[int, int, int], device: torch.device) -> RotaryTable:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from anyflow.backbone.far_pipeline import ExactFARAttnProcessor
 from anyflow.backbone.protocol import Ask, Text
 from anyflow.backbone.segments import AttentionKind, segment_mask
 from anyflow.flowmap.chunks import ChunkLayout, draw_layout, layout_of, partition_frames
-from anyflow.flowmap.sampling import BoundVelocity, Jump, follow_chunks
+from anyflow.flowmap.sampling import BoundVelocity, Jump, Take, follow_chunks, take_jump
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class CausalBackbone(BidirectionalBackbone):
         parts += [net.patch_embedding(video[:, :, context:])] if layout.full else []
         hidden = torch.cat([part.flatten(2) for part in parts], dim=2).transpose(1, 2)
 
-        sizes = torch.tensor([far_tokens] * context + [tokens] * (layout.num_frames - context), device=hidden.device)
+        sizes = [far_tokens] * context + [tokens] * (layout.num_frames - context)
         time, modulation = self._embed_times(timestep, r_timestep, sizes)
         mask = segment_mask(layout, tokens, far_tokens, self.attention)
         rotary = self._chunk_table(layout, grid, far_grid, hidden.device)
@@ -157,6 +158,7 @@ class CausalBackbone(BidirectionalBackbone):
         *,
         first_frames: Tensor | None = None,
         ask: Ask | None = None,
+        take: Take = take_jump,
         chunks: Sequence[int] | None = None,
     ) -> Iterator[Tensor]:
         """Chunk by chunk, each after the window behind it; see the protocol's.
@@ -170,6 +172,7 @@ class CausalBackbone(BidirectionalBackbone):
             jumps: of every chunk.
             first_frames: as in the protocol; they fill the first chunks, and sampling starts after them.
             ask: as in the protocol.
+            take: as in the protocol. A window is made again where a jump is taken again: only one lies in memory.
             chunks: frames of each chunk; None: :meth:`chunks_of`.
         """
         num_given = 0 if first_frames is None else first_frames.shape[1]
@@ -177,14 +180,16 @@ class CausalBackbone(BidirectionalBackbone):
         longest = max(sum(self.transformer.config.chunk_partition), max(chunks))
         asked = ask or self
 
+        newest = lru_cache(maxsize=1)(lambda look: look())  # windows are large: one is kept
+
         def after(clean: Tensor, done: Sequence[int]) -> BoundVelocity:
             frames = chunks[len(done)]
             while sum(done) + frames > longest and len(done) > 1:
                 done = done[1:]
-            window = self.look_back(clean[:, clean.shape[1] - sum(done) :], done, text, ask)
-            return lambda z, t, r: asked(z, t, r, text, window=window)
+            look = partial(self.look_back, clean[:, clean.shape[1] - sum(done) :], done, text, ask)
+            return lambda z, t, r: asked(z, t, r, text, window=newest(look))
 
-        yield from follow_chunks(after, noise, jumps, chunks, first_frames)
+        yield from follow_chunks(after, noise, jumps, chunks, first_frames, take)
 
     def draw_layout(self, num_frames: int, uniforms: Tensor, long_context: float) -> ChunkLayout:
         limit = self.transformer.config.full_chunk_limit

@@ -69,7 +69,7 @@ def load_backbone(
         return wrap(transformer, gradient_checkpointing).to(device)
     found = read_transformer(path, None, architecture)
     backbone = wrap(_assemble(*found, assign=False), gradient_checkpointing)
-    backbone.stored = StoredWeights(found.weights, lambda name: _precision(name, dtype))
+    backbone.stored = StoredWeights(found.weights, lambda name: weight_precision(name, dtype))
     return backbone
 
 
@@ -120,7 +120,7 @@ def load_transformer(
     path: str | Path, dtype: torch.dtype = torch.float32, architecture: str | None = None
 ) -> nn.Module:
     """diffusers' transformer of a checkpoint, on the CPU; see :func:`load_backbone`."""
-    return _assemble(*read_transformer(path, lambda name: _precision(name, dtype), architecture))
+    return _assemble(*read_transformer(path, lambda name: weight_precision(name, dtype), architecture))
 
 
 class Found(NamedTuple):
@@ -180,7 +180,8 @@ def read_shift(path: str | Path) -> float:
     return float(config.get("shift") or config.get("flow_shift") or 5.0)
 
 
-def _precision(name: str, dtype: torch.dtype) -> torch.dtype:
+def weight_precision(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The precision that a weight is kept in where the bulk has ``dtype``."""
     return torch.float32 if any(part in name for part in FLOAT32_PARTS) else dtype
 
 

@@ -218,6 +218,11 @@ def join_ranks(accelerator: str) -> torch.device:
     return device
 
 
+def gloo_group() -> Any:
+    """All ranks in a second group, for collectives beside those of training; every rank must ask for it."""
+    return dist.new_group(backend="gloo", timeout=WAIT)
+
+
 def leave_ranks() -> None:
     """Part from the other ranks, if there are any."""
     if dist.is_initialized():
@@ -236,6 +241,22 @@ def from_rank_zero(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def own_rows(count: int) -> list[int]:
+    """Rows of a batch that are this rank's to do: dealt out in turn, equally many everywhere (the last is repeated)."""
+    rank, size = rank_and_size()
+    return [min(row, count - 1) for row in range(rank, -(-count // size) * size, size)]
+
+
+def join_rows(own: Tensor, count: int) -> Tensor:
+    """The whole batch, on every rank, of what each made of its :func:`own_rows` (a collective)."""
+    size = rank_and_size()[1]
+    if size == 1:
+        return own
+    parts = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(size)]
+    dist.all_gather(parts, own.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)[:count]
 
 
 def wait_for_all() -> None:

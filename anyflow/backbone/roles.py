@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from anyflow.backbone.lora import ADAPTER, LoraSettings, add_lora, has_lora, lora_settings
 from anyflow.backbone.protocol import FlowMapBackbone, Text
-from anyflow.flowmap.sampling import Jump
+from anyflow.flowmap.sampling import Jump, Take, take_jump
 
 Role = Literal["student", "critic", "teacher"]
 ROLES: tuple[Role, ...] = ("student", "critic", "teacher")
@@ -58,11 +58,17 @@ class Roles:
         raise NotImplementedError
 
     def generate(
-        self, role: Role, text: Text, noise: Tensor, jumps: Sequence[Jump], first_frames: Tensor | None = None
+        self,
+        role: Role,
+        text: Text,
+        noise: Tensor,
+        jumps: Sequence[Jump],
+        first_frames: Tensor | None = None,
+        take: Take = take_jump,
     ) -> Iterator[Tensor]:
         """What a role makes of noise, part by part; see :meth:`anyflow.backbone.protocol.FlowMapBackbone.generate`."""
         network = self.network(role)
-        return network.generate(text, noise, jumps, first_frames=first_frames, ask=partial(self, role))
+        return network.generate(text, noise, jumps, first_frames=first_frames, ask=partial(self, role), take=take)
 
     def network(self, role: Role) -> FlowMapBackbone:
         """The network that answers for a role."""

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from anyflow.callbacks.background import Writer
 from anyflow.errors import UserError
 from anyflow.stages.base import gather, world
 
@@ -26,10 +27,14 @@ POINTER = "latest"
 
 
 class Checkpoints(Callback):
-    """Save every ``every_steps`` optimiser steps, at the end, and when asked; keep the newest ``keep``."""
+    """Save every ``every_steps`` optimiser steps, at the end, and when asked; keep the newest ``keep``.
 
-    def __init__(self, folder: Path, *, every_steps: int, keep: int) -> None:
+    ``writer`` does the work: at once, or behind the training's back. Then the strategy must have the same one.
+    """
+
+    def __init__(self, folder: Path, *, every_steps: int, keep: int, writer: Writer | None = None) -> None:
         self.folder = folder
+        self.writer = writer or Writer()
         self.every_steps = every_steps
         self.keep = keep
         self._random_state: dict[str, Any] | None = None
@@ -42,9 +47,11 @@ class Checkpoints(Callback):
     def on_train_end(self, trainer: lightning.Trainer, stage: Any) -> None:
         if stage.step != self._saved_step:
             self.save(trainer, stage)
+        self.writer.wait()
 
     def save(self, trainer: lightning.Trainer, stage: Any) -> Path:
         """Write a checkpoint of this moment; a reader sees the old newest one or this, never a part."""
+        self.writer.wait()  # for the one before: one copy in memory, and what went wrong with it is told
         self._saved_step = stage.step
         within = f"_turn_{stage.turn}" if getattr(stage, "turn", 0) else ""  # between the updates of one step
         final = self.folder / f"step_{stage.step:08d}{within}"
@@ -55,14 +62,19 @@ class Checkpoints(Callback):
         trainer.strategy.barrier()
         trainer.save_checkpoint(partial / STATE_FILE, weights_only=False)
         if trainer.is_global_zero:
-            sync_tree(partial)
-            if final.exists():  # a resumed run may reach the same step again
-                shutil.rmtree(final)
-            partial.rename(final)
-            write_atomically(self.folder / POINTER, final.name)
-            self._prune()
-        trainer.strategy.barrier()
+            self.writer.later(lambda: self._publish(partial, final))
+        if not self.writer.is_behind:
+            trainer.strategy.barrier()
         return final
+
+    def _publish(self, partial: Path, final: Path) -> None:
+        """Give a complete checkpoint its name."""
+        sync_tree(partial)
+        if final.exists():  # a resumed run may reach the same step again
+            shutil.rmtree(final)
+        partial.rename(final)
+        write_atomically(self.folder / POINTER, final.name)
+        self._prune()
 
     def _prune(self) -> None:
         finished = sorted(path for path in self.folder.glob("step_*") if not path.name.endswith(".partial"))

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.optim import Optimizer
 
-from anyflow.backbone.parallelize import WAIT, part_of
+from anyflow.backbone.parallelize import WAIT, gloo_group, part_of
+from anyflow.callbacks.background import Writer
 from anyflow.stages.base import check_complete
 
 _WEIGHT, _OPTIMIZER = "weights.", "optimizer."
@@ -28,8 +29,10 @@ _WEIGHT, _OPTIMIZER = "weights.", "optimizer."
 class ShardedStrategy(ModelParallelStrategy):
     """FSDP2 for a stage whose networks :func:`anyflow.backbone.parallelize.parallelize` has spread already."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, writer: Writer | None = None) -> None:
         super().__init__(data_parallel_size=ranks, tensor_parallel_size=1, timeout=WAIT)
+        self.writer = writer or Writer()
+        self._apart: Any = None  # ranks that write meet in a group of their own: training's collectives go on
 
     def model_to_device(self) -> None:
         """Nothing: weights lie where they were put, in host memory if they are offloaded."""
@@ -55,9 +58,16 @@ class ShardedStrategy(ModelParallelStrategy):
         for number, state in enumerate(checkpoint["optimizer_states"]):
             for name, fields in state.pop("state").items():
                 tensors |= {f"{_OPTIMIZER}{number}.{name}.{field}": value for field, value in fields.items()}
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(path.parent), save_distributed=True))
+        storage = HuggingFaceStorageWriter(str(path.parent), save_distributed=True)
+        if self.writer.is_behind:
+            self._apart = self._apart or gloo_group()
+            written = dcp.async_save(tensors, storage_writer=storage, process_group=self._apart)
+            self.writer.later(written.result)  # type: ignore[union-attr]
+        else:
+            dcp.save(tensors, storage_writer=storage)
         if self.is_global_zero:
-            torch.save(checkpoint, path)
+            plain = self.writer.stage(checkpoint)
+            self.writer.later(lambda: torch.save(plain, path))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Put a checkpoint of either kind into the stage and its optimisers; returns the plain values."""
@@ -110,7 +120,16 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 class AnyCheckpoint(TorchCheckpointIO):
-    """Reads either kind of checkpoint, for runs whose weights are whole."""
+    """Reads either kind of checkpoint, for runs whose weights are whole; ``writer`` writes."""
+
+    def __init__(self, writer: Writer | None = None) -> None:
+        super().__init__()
+        self.writer = writer or Writer()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write the whole state, now or behind."""
+        staged, write = self.writer.stage(checkpoint), super().save_checkpoint
+        self.writer.later(lambda: write(staged, path, storage_options))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """The whole state, as one process saves it."""

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,6 +31,9 @@ def train(
     resume: Annotated[
         str | None, typer.Option(help="auto: go on with the newest unfinished run of this recipe; or a run's folder.")
     ] = None,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Let a resumed run go on with a recipe other than its own.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build everything, take one batch, print shapes and sizes; train nothing.")
     ] = False,
@@ -57,7 +60,8 @@ def train(
     if needs_watcher(resolved.world_size) and not dry_run:
         raise typer.Exit(watch(resolved.hardware.devices, resolved.hardware.num_nodes))
     end_with_watcher()
-    code = _train_json(resolved, resume, dry_run, out) if as_json else _train(resolved, resume, dry_run, out)
+    how = {"resume": resume, "accept_changes": accept_changes, "dry_run": dry_run, "out": out}
+    code = _train_json(resolved, how) if as_json else _train(resolved, how)
     raise typer.Exit(code)
 
 
@@ -69,23 +73,17 @@ def _check_cards(recipe: Recipe) -> None:
         load_card(card)
 
 
-def _train(
-    recipe: Recipe,
-    resume: str | None,
-    dry_run: bool,
-    out: Path | None,
-    on_open: Callable[[RunFolder], None] | None = None,
-) -> int:
+def _train(recipe: Recipe, how: dict[str, Any], on_open: Callable[[RunFolder], None] | None = None) -> int:
     from anyflow.launch import train as launch
 
-    return launch(recipe, resume=resume, dry_run=dry_run, out=out, on_open=on_open)
+    return launch(recipe, **how, on_open=on_open)
 
 
-def _train_json(recipe: Recipe, resume: str | None, dry_run: bool, out: Path | None) -> int:
+def _train_json(recipe: Recipe, how: dict[str, Any]) -> int:
     """The same with everything for people on stderr, and one document about the run on stdout."""
     opened: list[RunFolder] = []
     with contextlib.redirect_stdout(sys.stderr):
-        code = _train(recipe, resume, dry_run, out, opened.append)
+        code = _train(recipe, how, opened.append)
     found = {"run": opened[0].path, **opened[0].status} if opened else {}
     print_json({"exit_code": code, **found, "recipe": to_dict(recipe)})
     return code

@@ -225,6 +225,9 @@ class CheckpointRecipe:
 
     every_steps: int = _option(100, "training steps between checkpoints", low=1)
     keep: int = _option(2, "newest checkpoints that are kept", low=1)
+    background: bool = _option(
+        False, "write while training goes on, from a copy in host memory; false: training waits for the disk"
+    )
 
 
 @dataclass(frozen=True)
@@ -252,6 +255,9 @@ class HardwareRecipe:
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass: less memory, slower")
     keep_attention: bool = _option(
         False, "with gradient_checkpointing: keep attention's results instead of recomputing them: faster, more memory"
+    )
+    recompute_jumps: bool = _option(
+        False, "on-policy: keep one jump's activations of a rollout instead of three jumps': a tenth more time a step"
     )
     compile: bool = _option(False, "compile the network's blocks: faster steps after a slow start")
     park_codec: bool = _option(

@@ -26,8 +26,10 @@ from anyflow.flowmap.chunks import ChunkLayout
 from anyflow.flowmap.intervals import keep_first_frame
 from anyflow.flowmap.matching import critic_loss, matching_gradient, matching_loss, matching_timestep
 from anyflow.flowmap.objective import Velocity
-from anyflow.flowmap.rollout import DEFAULT_BUDGETS, draw_simulation
+from anyflow.flowmap.rollout import DEFAULT_BUDGETS, BackwardSimulation, draw_simulation
+from anyflow.flowmap.sampling import Take, take_jump
 from anyflow.flowmap.schedule import logit_normal_timestep
+from anyflow.flowmap.tape import Tape
 from anyflow.stages.base import world
 from anyflow.stages.ema import Ema, EmaSettings
 from anyflow.stages.flow import FlowBatch
@@ -46,6 +48,7 @@ class OnPolicySettings:
         forward_weight: Of the forward loss in the student's step; without it long rollouts decay. 0 leaves it out.
         critic_turns: Critic updates for each of the student's.
         accumulate: Batches whose gradients make one update.
+        recompute_jumps: Keep the activations of one jump of a rollout instead of all, and take the others again.
         watch: Warn when the student's samples drift, and name the likely cause.
     """
 
@@ -54,6 +57,7 @@ class OnPolicySettings:
     forward_weight: float = 1.0
     critic_turns: int = 1
     accumulate: int = 1
+    recompute_jumps: bool = False
     watch: bool = True
 
     @property
@@ -129,7 +133,9 @@ class OnPolicyStage(ForwardStage):
 
     def generator_turn(self, data: FlowBatch) -> Tensor:
         """Accumulate the student's gradient: distribution matching on its samples, the forward loss on data."""
-        samples = self.simulate(data)
+        plan = self.draw_plan()
+        tape = Tape(self.count_jumps(data, plan) - 1 if self.settings.recompute_jumps else 0)
+        samples = self.simulate(data, plan, tape.take)
         given = self.given_frames(data)
         timestep = matching_timestep(self.draw_own("matching", len(samples)), self.objective.shift)
         if given is not None:
@@ -148,6 +154,7 @@ class OnPolicyStage(ForwardStage):
         self.note_losses(per_sample)
         matching = per_sample.mean()
         self.manual_backward(matching / self.settings.accumulate)
+        tape.backward(lambda end, gradient: self.manual_backward(end, gradient=gradient))
         total = matching.detach()
         if self.settings.forward_weight > 0:
             forward = self.settings.forward_weight * self.forward_loss(data)
@@ -162,7 +169,7 @@ class OnPolicyStage(ForwardStage):
     def critic_turn(self, data: FlowBatch) -> Tensor:
         """Accumulate the critic's gradient: flow matching on fresh samples."""
         with torch.no_grad():
-            samples = self.simulate(data)
+            samples = self.simulate(data, self.draw_plan())
         normals = torch.stack(
             [torch.randn((), generator=self.generator("critic", i)) for i in self.global_indices(len(samples))]
         )
@@ -184,15 +191,21 @@ class OnPolicyStage(ForwardStage):
         self.warn_of_drift({"critic_loss": loss.detach()})
         return loss.detach()
 
-    def simulate(self, data: FlowBatch) -> Tensor:
-        """Samples of this batch's prompts by backward simulation; budget and step are the same on all ranks."""
-        plan = draw_simulation(
-            torch.rand(2, generator=self.generator("simulation")), self.settings.budgets, self.objective.shift
-        )
+    def draw_plan(self) -> BackwardSimulation:
+        """The sampler that this turn simulates; budget and step are the same on all ranks."""
+        uniforms = torch.rand(2, generator=self.generator("simulation"))
+        return draw_simulation(uniforms, self.settings.budgets, self.objective.shift)
+
+    def count_jumps(self, data: FlowBatch, plan: BackwardSimulation) -> int:
+        """Jumps of a whole rollout: every part of the video takes those of the plan."""
+        return len(plan.jumps) * len(self.roles.student.chunks_of(data.clean.shape[1]))
+
+    def simulate(self, data: FlowBatch, plan: BackwardSimulation, take: Take = take_jump) -> Tensor:
+        """Samples of this batch's prompts by backward simulation."""
         text = data.text.select(self.own_texts(data))
         first_frames = data.clean[:, :1] if bool(data.first_frame_given.any()) else None
         noise = self.draw_noise("rollout", data.clean)
-        return torch.cat(list(self.roles.generate("student", text, noise, plan.jumps, first_frames)), dim=1)
+        return torch.cat(list(self.roles.generate("student", text, noise, plan.jumps, first_frames, take)), dim=1)
 
     def update(self, name: str) -> None:
         """One optimiser step of a mover."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,54 @@ def test_a_stopped_run_goes_on_bitwise(
     assert not different
 
 
+KILLED_WHILE_WRITING = """
+import os, signal, torch
+from anyflow.callbacks import checkpoints
+from anyflow.cli import main
+
+names = []
+save, sync = torch.save, checkpoints.sync_tree
+
+def kill_at_second(name):
+    names.append(name)
+    if names.count(name) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def save_half(content, place, *rest, **options):
+    save(content, place, *rest, **options)
+    if {half}:
+        kill_at_second("save")
+
+def sync_once(folder):
+    kill_at_second("sync")
+    sync(folder)
+
+torch.save, checkpoints.sync_tree = save_half, sync_once
+main()
+"""
+"""The command line, killed by itself while its second checkpoint is written: in memory, or whole but without name."""
+
+
+@pytest.mark.parametrize("half", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_a_run_killed_while_a_checkpoint_is_written_behind_has_the_one_before(
+    half: bool, small_model: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "cut"
+    words = training(small_model, out, "checkpoint.background=true")
+    script = KILLED_WHILE_WRITING.format(half=half)
+    killed = subprocess.run([sys.executable, "-c", script, *words], env=environment(), capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    newest = latest_checkpoint(out / "checkpoints")
+    assert newest is not None and newest.parent.name == "step_00000002"
+    assert torch.load(newest, weights_only=True)["anyflow"]["step"] == 2
+    assert list((out / "checkpoints").glob("*.partial"))
+    finished = run(*words, "--resume", "auto")
+    assert finished.returncode == 0, finished.stderr
+    whole, resumed = state(uninterrupted), state(out)
+    assert not [name for name in whole if not torch.equal(whole[name], resumed[name])]
+    assert not list((out / "checkpoints").glob("*.partial"))
+
+
 KILLED_BEFORE_THE_CRITIC = """
 import os, signal
 from anyflow.callbacks.checkpoints import Checkpoints
@@ -164,7 +213,21 @@ def test_a_used_folder_is_refused(small_model: Path, uninterrupted: Path) -> Non
 def test_another_recipe_does_not_go_on_with_a_run(small_model: Path, uninterrupted: Path) -> None:
     refused = run(*training(small_model, uninterrupted, "optimizer.lr=0.5", "--resume", str(uninterrupted)))
     assert refused.returncode == 2
-    assert "optimizer.lr was" in refused.stderr and "0.5" in refused.stderr
+    assert "optimizer.lr was" in refused.stderr and "0.5" in refused.stderr and "--accept-changes" in refused.stderr
+
+
+def test_a_changed_recipe_that_is_accepted_goes_on(small_model: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "changed"
+    shutil.copytree(uninterrupted, out)
+    shutil.rmtree(out / "checkpoints" / f"step_{STEPS:08d}")
+    RunFolder(out).note(state="preempted")
+    words = training(small_model, out, "optimizer.lr=1e-3", "--resume", str(out))
+    finished = run(*words, "--accept-changes")
+    assert finished.returncode == 0, finished.stderr
+    assert "goes on with another recipe" in finished.stderr and "optimizer.lr was" in finished.stderr
+    weights, others = state(out), state(uninterrupted)
+    assert any(not torch.equal(weights[name], others[name]) for name in weights)
+    assert "lr: 0.001" in RunFolder(out).recipe.read_text()
 
 
 def test_the_exported_model_is_the_average_and_loads_in_diffusers(uninterrupted: Path) -> None:

@@ -35,10 +35,18 @@ SHORT = (
     "optimizer.lr=1e-4",
     "optimizer.warmup_steps=0",
     "stage.onpolicy.critic.lr=1e-4",
+    "stage.onpolicy.budgets=[8]",  # at least two jumps
     "ema.decay=0.5",
     "ema.start_step=0",
 )
 LORA = ("model.lora.enabled=true", "model.lora.rank=4", "model.lora.alpha=4", "stage.onpolicy.teacher=")
+TAIL = ("stage.steps=1", "stage.tail.teacher_steps=1", "stage.tail.steps=2", "stage.tail.optimizer.lr=1e-4")
+CAUSAL = (
+    "model.architecture=causal",
+    "data.frames=17",
+    "stage.long_context=1.0",
+    "stage.bidirectional_prob=1.0",
+)
 CHECKPOINTED = "hardware.gradient_checkpointing=true"
 QUICK = "on-policy, one base"
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -47,11 +55,21 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "finetune, offloaded": ("finetune/driving", ()),
     "on-policy, one base": ("onpolicy/tiny", (*LORA, CHECKPOINTED)),
     "on-policy, three networks": ("onpolicy/tiny", (CHECKPOINTED,)),
+    "tail, full": ("finetune/driving", (*TAIL, CHECKPOINTED)),
+    "tail, LoRA": ("finetune/driving", (*TAIL, *LORA)),
+    "causal, forward": ("forward/tiny", (*CAUSAL, CHECKPOINTED)),
+    "causal, finetune, LoRA": ("finetune/driving", (*CAUSAL, *LORA)),
+    "causal, on-policy, one base": ("onpolicy/tiny", (*CAUSAL, *LORA, CHECKPOINTED)),
 }
 
 
-def recipe_of(case: str, model: Path, *more: str) -> Recipe:
+Models = dict[str, Path]
+"""Folders of a small model of either architecture."""
+
+
+def recipe_of(case: str, models: Models, *more: str) -> Recipe:
     stage, options = CASES[case]
+    model = models["causal" if case.startswith("causal") else "bidirectional"]
     weights = (f"model.weights={model}", f"stage.onpolicy.teacher={model}")
     return load_recipe(stage, overrides=[*SHORT, *weights, *options, *more])
 
@@ -63,7 +81,7 @@ def train(recipe: Recipe, folder: Path) -> Parts:
     return parts
 
 
-def _rank(rank: int, ranks: int, port: int, model: Path, out: Path, cases: Sequence[str]) -> None:
+def _rank(rank: int, ranks: int, port: int, models: Models, out: Path, cases: Sequence[str]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -71,8 +89,13 @@ def _rank(rank: int, ranks: int, port: int, model: Path, out: Path, cases: Seque
 
     join_ranks("cpu")
     for case in cases:
-        spread = (f"hardware.devices={ranks}", "hardware.strategy=fsdp", f"hardware.offload={'offloaded' in case}")
-        parts = train(recipe_of(case, model, *spread), out / case)
+        spread = {
+            "hardware.devices": ranks,
+            "hardware.strategy": "fsdp",
+            "hardware.offload": "offloaded" in case,
+            "hardware.recompute_jumps": True,  # one process keeps all graphs of a rollout
+        }
+        parts = train(recipe_of(case, models, *(f"{key}={value}" for key, value in spread.items())), out / case)
         assert is_sharded_module(parts.backbone)
         with averaged(parts):
             gathered = gather_state(parts.backbone.transformer)
@@ -82,16 +105,21 @@ def _rank(rank: int, ranks: int, port: int, model: Path, out: Path, cases: Seque
     leave_ranks()
 
 
-def on_two_ranks(model: Path, out: Path, cases: Sequence[str]) -> Path:
+def on_two_ranks(models: Models, out: Path, cases: Sequence[str]) -> Path:
     """The cases, one after the other, in the same two processes."""
     port = 29500 + os.getpid() % 1000
-    torch.multiprocessing.spawn(_rank, (2, port, model, out, cases), nprocs=2)
+    torch.multiprocessing.spawn(_rank, (2, port, models, out, cases), nprocs=2)
     return out
 
 
 @pytest.fixture(scope="module")
-def the_others(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return on_two_ranks(small_model, tmp_path_factory.mktemp("two"), [case for case in CASES if case != QUICK])
+def models(small_model: Path, small_causal_model: Path) -> Models:
+    return {"bidirectional": small_model, "causal": small_causal_model}
+
+
+@pytest.fixture(scope="module")
+def the_others(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return on_two_ranks(models, tmp_path_factory.mktemp("two"), [case for case in CASES if case != QUICK])
 
 
 def answer(backbone: FlowMapBackbone, weights: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -117,19 +145,19 @@ def saved(folder: Path) -> dict[str, Any]:
     return read_checkpoint(path)
 
 
-def test_three_roles_on_two_ranks_are_those_of_one_process(small_model: Path, tmp_path: Path) -> None:
-    check_equal(QUICK, on_two_ranks(small_model, tmp_path / "two", [QUICK]), small_model, tmp_path)
+def test_three_roles_on_two_ranks_are_those_of_one_process(models: Models, tmp_path: Path) -> None:
+    check_equal(QUICK, on_two_ranks(models, tmp_path / "two", [QUICK]), models, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case != QUICK])
-def test_two_ranks_are_one_process(case: str, the_others: Path, small_model: Path, tmp_path: Path) -> None:
-    check_equal(case, the_others, small_model, tmp_path)
+def test_two_ranks_are_one_process(case: str, the_others: Path, models: Models, tmp_path: Path) -> None:
+    check_equal(case, the_others, models, tmp_path)
 
 
-def check_equal(case: str, two_ranks: Path, small_model: Path, tmp_path: Path) -> None:
+def check_equal(case: str, two_ranks: Path, models: Models, tmp_path: Path) -> None:
     """The same optimiser states, and the same answer of the averaged network."""
-    parts = train(recipe_of(case, small_model), tmp_path / "one")
+    parts = train(recipe_of(case, models), tmp_path / "one")
     one, two = saved(tmp_path / "one"), saved(two_ranks / case)
     assert one["state_dict"].keys() == two["state_dict"].keys()
     for counter in ("step", "position", "turn"):
@@ -144,6 +172,6 @@ def check_equal(case: str, two_ranks: Path, small_model: Path, tmp_path: Path) -
         own = {name: tensor.clone() for name, tensor in parts.backbone.transformer.state_dict().items()}
     gathered = torch.load(two_ranks / case / "gathered.pt", weights_only=True)
     first, second = answer(parts.backbone, own), answer(parts.backbone, gathered)
-    start = answer(assemble(recipe_of(case, small_model)).backbone, own)
+    start = answer(assemble(recipe_of(case, models)).backbone, own)
     assert torch.equal(first, start)
     assert float((first - second).norm()) < 1e-5 * float(first.norm())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from tiny_stage import batch, moved, onpolicy_stage, turn, weights_of
 
@@ -75,7 +76,26 @@ def test_given_frames_come_back_and_carry_nothing(codec: Codec) -> None:
     stage = onpolicy_stage(codec, conditioning=Conditioning(i2v_prob=1.0))
     stage.position = 1
     data = stage.prepare(batch())
-    assert torch.equal(stage.simulate(data)[:, 0], data.clean[:, 0])
+    assert torch.equal(stage.simulate(data, stage.draw_plan())[:, 0], data.clean[:, 0])
     turn(stage, 1)
     turn(stage, 2)
     assert stage.step == 1
+
+
+@pytest.mark.parametrize("i2v", [0.0, 1.0])
+def test_jumps_taken_again_give_the_gradient_of_jumps_kept(codec: Codec, i2v: float) -> None:
+    gradients = []
+    for recompute in (False, True):
+        stage = onpolicy_stage(
+            codec,
+            settings=OnPolicySettings(budgets=(8,), recompute_jumps=recompute),
+            conditioning=Conditioning(i2v_prob=i2v),
+        )
+        stage.position = 3
+        assert len(stage.draw_plan().jumps) == 3
+        stage.generator_turn(stage.prepare(batch()))
+        gradients.append({name: weight.grad for name, weight in stage.roles.parameters("student")})
+    kept, again = gradients
+    size = torch.stack([gradient.norm() for gradient in kept.values()]).norm()
+    for name, gradient in kept.items():
+        assert float((gradient - again[name]).norm()) < 1e-6 * float(size), name

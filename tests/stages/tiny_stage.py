@@ -75,7 +75,7 @@ def onpolicy_stage(codec: Codec, kind: Any = OnPolicyStage, trains_teacher: bool
     optimizers, schedules = stage.configure_optimizers()
     stage.optimizers = lambda: optimizers
     stage.lr_schedulers = lambda: schedules
-    stage.manual_backward = lambda loss: loss.backward()
+    stage.manual_backward = lambda loss, **options: loss.backward(**options)
     return quiet(stage)
 
 

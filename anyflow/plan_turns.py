@@ -1,0 +1,141 @@
+"""What one training step asks of its networks, at its heaviest: each turn of a stage, in the order of the stages.
+
+At its heaviest every sample moves (the finite difference is asked for), no text is dropped (so is the guided pass), a
+rollout takes all three jumps, and a causal network trains its longest layout and all frames at once in the same step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyflow.backbone.protocol import Text
+from anyflow.backbone.roles import Role, Roles
+from anyflow.flowmap.chunks import ChunkLayout, layout_of
+from anyflow.flowmap.sampling import Jump, Take, take_jump
+from anyflow.flowmap.tape import Tape
+from anyflow.recipe import Recipe
+
+TEXT_TOKENS = 513
+"""A prompt of full length, and the spare token of its padding."""
+
+JUMPS: tuple[Jump, ...] = ((1000.0, 900.0), (900.0, 700.0), (700.0, 0.0))
+"""As many as a rollout can have."""
+
+
+def has_roles(recipe: Recipe) -> bool:
+    """Whether student, critic and teacher are there."""
+    return recipe.stage.name == "onpolicy" or recipe.has_tail
+
+
+def turns(
+    recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], next_phase: Callable[[], None]
+) -> dict[Role, Callable[[], None]]:
+    """By role, its turn of a step: it leaves gradients behind. ``next_phase`` is called between its parts."""
+    step = _Step(recipe, roles, latents, next_phase)
+    if has_roles(recipe):
+        return {"student": step.generator, "critic": step.critic}
+    return {"student": step.teacher if recipe.stage.name == "teacher" else step.forward}
+
+
+class _Step:
+    def __init__(
+        self, recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], next_phase: Callable[[], None]
+    ) -> None:
+        self.stage, self.batch = recipe.stage, recipe.data.batch_size
+        self.recompute_jumps = recipe.hardware.recompute_jumps
+        self.roles, self.latents, self.next_phase = roles, latents, next_phase
+        self.jumps = JUMPS[: max(self.stage.onpolicy.budgets)]
+        self.layout = _longest_layout(roles, latents[0])
+
+    def generator(self) -> None:
+        """Samples with their graph, judged; the loss on data with its own."""
+        parts = len(self.roles.student.chunks_of(self.latents[0]))
+        tape = Tape(len(self.jumps) * parts - 1 if self.recompute_jumps else 0)
+        samples = self.rollout(tape.take)
+        self.next_phase()
+        with torch.no_grad():
+            judged = [self.ask(role, self.batch) for role in ("critic", "teacher", "teacher")]  # type: ignore[arg-type]
+        self.next_phase()
+        ((samples - judged[0]) * samples.double()).mean().backward()
+        del samples, judged
+        self.next_phase()
+        tape.backward(lambda end, gradient: end.backward(gradient))
+        self.next_phase()
+        if self.stage.onpolicy.forward_weight > 0:
+            self.forward()
+
+    def critic(self) -> None:
+        """Fresh samples without graph, and flow matching on them."""
+        with torch.no_grad():
+            self.rollout()
+        self.next_phase()
+        self.learn("critic", self.ask("critic", self.batch))
+
+    def forward(self) -> None:
+        """The flow-map objective: all that needs no gradient in one pass, then the pass with it."""
+        is_fused = self.stage.guidance_scale != 1
+        with torch.no_grad():
+            self.ask("student", (3 if is_fused else 2) * self.batch, layout=self.layout)
+        self.next_phase()
+        answer = self.ask("student", self.batch, layout=self.layout)
+        self.learn("student", answer, *self.all_frames(is_fused))
+
+    def teacher(self) -> None:
+        """Plain flow matching."""
+        answer = self.ask("student", self.batch, layout=self.layout)
+        self.learn("student", answer, *self.all_frames(is_fused=False))
+
+    def all_frames(self, is_fused: bool) -> list[Tensor]:
+        """A causal network's second loss, on all frames at once."""
+        if self.layout is None or self.stage.bidirectional_prob == 0:
+            return []
+        self.next_phase()
+        if is_fused:
+            with torch.no_grad():
+                self.ask("student", self.batch)
+        return [self.ask("student", self.batch)]
+
+    def learn(self, role: Role, *answers: Tensor) -> None:
+        """The backward pass of a loss."""
+        self.next_phase()
+        torch.stack([answer.square().mean() for answer in answers]).sum().backward()
+        self.next_phase()
+
+    def rollout(self, take: Take = take_jump) -> Tensor:
+        """Samples of the student."""
+        noise = torch.empty(self.batch, *self.latents)
+        first_frames = noise[:, :1] if self.stage.i2v_prob > 0 else None
+        parts = self.roles.generate("student", self.text(self.batch), noise, self.jumps, first_frames, take)
+        return torch.cat(list(parts), dim=1)
+
+    def ask(self, role: Role, clips: int, layout: ChunkLayout | None = None) -> Tensor:
+        """One answer; times are per frame where some frames are given."""
+        frames, *rest = self.latents
+        frames = frames if layout is None else layout.num_frames
+        times = torch.empty((clips, frames) if layout is not None or self.stage.i2v_prob > 0 else clips)
+        view: dict[str, Any] = {} if layout is None else {"layout": layout}
+        return self.roles(role, torch.empty(clips, frames, *rest), times, times, self.text(clips), **view)
+
+    def text(self, clips: int) -> Text:
+        """Prompts of full length."""
+        width = self.roles.student.transformer.config.text_dim
+        return Text(torch.empty(clips, TEXT_TOKENS, width), None, TEXT_TOKENS)
+
+
+def _longest_layout(roles: Roles, num_frames: int) -> ChunkLayout | None:
+    """Of what a causal network may be trained on, what has most tokens."""
+    student = roles.student
+    if not student.is_causal:
+        return None
+    config = student.transformer.config
+    chunks, limit = student.chunks_of(num_frames), config.full_chunk_limit
+    smaller = config.compressed_patch_size[1] * config.compressed_patch_size[2] / 4
+
+    def tokens(layout: ChunkLayout) -> float:
+        return 2 * layout.full_frames + layout.context_frames / smaller
+
+    return max((layout_of(chunks[:count], limit) for count in range(1, len(chunks) + 1)), key=tokens)

@@ -1,0 +1,81 @@
+"""Prompts divided over ranks: each rank samples its own, and all have the figures of one process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from anyflow.assemble import assemble
+from anyflow.backbone import parallelize
+from anyflow.backbone.parallelize import join_ranks, leave_ranks, own_rows
+from anyflow.curves import load_curve
+from anyflow.finish import measure
+from anyflow.recipe import load_recipe
+from anyflow.runs import RunFolder
+
+PROMPTS, STEPS = 3, 2
+
+
+def measured(model: Path, out: Path, ranks: int) -> int:
+    """Measure before training, as a run does; returns how many clips the network was asked about."""
+    options = {
+        "model.weights": model,
+        "data.frames": 5,
+        "data.height": 32,
+        "data.width": 32,
+        "data.num_workers": 0,
+        "data.precompute": "false",
+        "optimizer.name": "adamw",
+        "sampling.prompts": PROMPTS,
+        "sampling.steps": f"[{STEPS}]",
+        "sampling.given_frames": 1,
+        "hardware.devices": ranks,
+        "hardware.strategy": "fsdp" if ranks > 1 else "auto",
+    }
+    recipe = load_recipe("finetune/driving", overrides=[f"{key}={value}" for key, value in options.items()])
+    parts, asked = assemble(recipe), [0]
+
+    def count(module: Any, inputs: Any) -> None:
+        asked[0] += len(inputs[0])
+
+    parts.backbone.register_forward_pre_hook(count)
+    measure(recipe, RunFolder(out), parts, None, label="before")
+    return asked[0]
+
+
+def _rank(rank: int, port: int, model: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    join_ranks("cpu")
+    assert measured(model, out, 2) == STEPS * 2, "three prompts: two, and one with a filler, in one batch"
+    leave_ranks()
+
+
+def test_two_ranks_measure_what_one_process_measures(small_model: Path, tmp_path: Path) -> None:
+    port = 31500 + os.getpid() % 1000
+    torch.multiprocessing.spawn(_rank, (port, small_model, tmp_path / "two"), nprocs=2)
+    assert measured(small_model, tmp_path / "one", 1) == STEPS * PROMPTS
+    one, two = (load_curve(tmp_path / name / "curves", "before") for name in ("one", "two"))
+    assert one is not None and two is not None
+    assert [item.key for item in one.shown] == [item.key for item in two.shown]
+    off = (one.samples[STEPS].int() - two.samples[STEPS].int()).abs()
+    assert off.max() <= 1 and off.float().mean() < 0.01, "rounding to a grey level"
+    for first, second in ((one.curve.rows[0], two.curve.rows[0]), (one.curve.codec, two.curve.codec)):
+        assert second.sliced_w1 == pytest.approx(first.sliced_w1, rel=1e-3)
+        assert second.motion_energy == pytest.approx(first.motion_energy, rel=1e-2)
+
+
+@pytest.mark.parametrize("count, size", [(1, 2), (3, 2), (8, 8), (9, 4)])
+def test_rows_are_dealt_out_once_and_equally(count: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    dealt = []
+    for rank in range(size):
+        monkeypatch.setattr(parallelize, "rank_and_size", lambda rank=rank: (rank, size))
+        dealt.append(own_rows(count))
+    assert len({len(rows) for rows in dealt}) == 1
+    in_turn = [row for turn in zip(*dealt, strict=True) for row in turn]
+    assert in_turn[:count] == list(range(count)) and set(in_turn[count:]) <= {count - 1}
