@@ -163,6 +163,9 @@ def describe_parts(recipe: Recipe, parts: Parts) -> Iterator[str]:
     plan = parts.data.stream.dataset.plan if parts.data.stream else None
     if plan is not None:
         yield f"data        {plan.num_samples} clips, {plan.batches_per_epoch} batches an epoch"
+    yield from (f"bucket      {line}" for line in parts.data.shares)
+    if recipe.data.precompute and "frames" in batch and recipe.stage.name != "codec":
+        yield "cache       not there yet: training makes it before it starts, or make it by anyflow data encode"
 
 
 def summary(run: RunFolder) -> str:

@@ -67,7 +67,7 @@ def train(
         torch.set_num_threads(recipe.hardware.threads)
     check_files(recipe)
     if dry_run:
-        for line in describe_parts(recipe, assemble(recipe, leave_stored=True)):
+        for line in describe_parts(recipe, assemble(recipe, leave_stored=True, encode=False)):
             print(line)
         if recipe.hardware.accelerator != "cpu":
             print("\n".join(plan(recipe, gpu_memory=memory_here() or 80.0).lines()))

@@ -44,7 +44,19 @@ class Skip:
         return f"{self.shard}:{self.key} ({self.reason})"
 
 
-class ClipDataset(Dataset[Batch]):
+class BatchDataset(Dataset[Batch]):
+    """Map-style data set over global batch numbers, in the order of its plan."""
+
+    plan: Any
+    """A :class:`Plan`, or what answers as one."""
+    rank: int
+    world_size: int
+
+    def adopt(self, saved: PlanIdentity) -> None:
+        """Take over what a checkpoint's plan may set; nothing, in general."""
+
+
+class ClipDataset(BatchDataset):
     """Map-style data set over global batch numbers: item ``n`` is this rank's part of global batch ``n``.
 
     Args:
@@ -134,7 +146,7 @@ class ClipStream:
     """
 
     def __init__(
-        self, dataset: ClipDataset, steps: int, error_budget: float = 0.01, skipped: Sequence[Skip] = ()
+        self, dataset: BatchDataset, steps: int, error_budget: float = 0.01, skipped: Sequence[Skip] = ()
     ) -> None:
         self.dataset, self.steps, self.error_budget = dataset, steps, error_budget
         self.position = 0
@@ -196,9 +208,11 @@ class ClipStream:
         Raises:
             UserError: the plan is another one; names the difference.
         """
+        saved = PlanIdentity(**state["plan"])
+        self.dataset.adopt(saved)
         plan = self.dataset.plan
         if state["plan_hash"] != plan.identity.hash:
-            difference = describe_difference(PlanIdentity(**state["plan"]), plan.identity)
+            difference = describe_difference(saved, plan.identity)
             raise UserError(f"The checkpoint's place in the data does not fit: {difference} changed; set it back.")
         self.position = state["epoch"] * plan.batches_per_epoch + state["batch"]
         self.skipped = {}
