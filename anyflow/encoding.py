@@ -68,7 +68,7 @@ def encode_on_ranks(encoding: Encoding, codec: Codec, accelerator: str, devices:
                 inference_mode=False,  # the codec is used as in training
             )
             runner = JobRunner(encoding, jobs, progress if rank == 0 else None)
-            own = DataLoader(list(range(rank, len(jobs), ranks)), batch_size=None)  # type: ignore[arg-type]
+            own: DataLoader[int] = DataLoader(range(rank, len(jobs), ranks), batch_size=None)  # type: ignore[arg-type]
             trainer.predict(runner, own, return_predictions=False)
     wait_for_all()
     if rank == 0:

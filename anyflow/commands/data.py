@@ -95,6 +95,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         size = f"{part['shards']} shards, {part['bytes'] / 1e6:.1f} MB, {part['hours']:.2g} h"
         lines += [
             f"\n{split}: {part['clips']} clips in {size}",
+            f"  shapes     {', '.join(f'{shape} {share:.1%}' for shape, share in part['shapes'].items())}",
             f"  captions   {captions['distinct']} distinct, {captions['missing']} missing, "
             f"{captions['mean_words']} words on average, vocabulary {captions['vocabulary']}",
             f"             often: {', '.join(captions['top_words'])}",
