@@ -22,8 +22,8 @@ def latents_benchmark(clips: int = 2048, batch_size: int = 16, rounds: int = 5) 
             measured). batch_size: of the stream. rounds: over all clips; the median counts.
 
     Returns:
-        {"clips_per_second", "reading_clips_per_second", "ratio", "bytes_per_clip", "clips"}, all by seconds of CPU, which
-        say the same on a busy machine.
+        {"clips_per_second", "reading_clips_per_second", "ratio", "bytes_per_clip", "clips"}: clips by seconds of CPU,
+        which say the same on a busy machine.
     """
     with tempfile.TemporaryDirectory(prefix="anyflow-bench-") as place:
         folder = Path(place) / "latents"
@@ -56,7 +56,10 @@ def _write(folder: Path, clips: int) -> int:
     text = {"caption": "A green car keeps its lane.", "fps": 8.0, "attributes": {"speed": "slow"}, "controls": {}}
     description = json.dumps(text).encode()
     samples = (
-        (f"clip-{n:06d}", {"safetensors": save({"latents": draw.standard_normal(LATENTS).astype("f2")}), "json": description})
+        (
+            f"clip-{n:06d}",
+            {"safetensors": save({"latents": draw.standard_normal(LATENTS).astype("f2")}), "json": description},
+        )
         for n in range(clips)
     )
     return write_samples(samples, folder, "latents", per_shard=256).bytes // clips
