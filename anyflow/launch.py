@@ -34,7 +34,7 @@ from anyflow.callbacks.sampling import Sampling
 from anyflow.callbacks.sharded import AnyCheckpoint, ShardedStrategy
 from anyflow.console import quiet_libraries
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
-from anyflow.finish import describe_parts, finish_codec, finish_flow, measure, summary
+from anyflow.finish import describe_parts, finish_codec, finish_flow, measure, report_skipped, summary
 from anyflow.plan import memory_here, plan
 from anyflow.recipe import Recipe, check_files, load_recipe, save_recipe, to_dict
 from anyflow.recipe.fields import flatten
@@ -166,7 +166,12 @@ def fit(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | Non
         use_distributed_sampler=False,
         default_root_dir=run.path,
     )
-    trainer.fit(parts.stage, parts.data, ckpt_path=run.checkpoint, weights_only=True)
+    try:
+        trainer.fit(parts.stage, parts.data, ckpt_path=run.checkpoint, weights_only=True)
+        if parts.data.stream is not None:
+            parts.data.stream.gather()
+    finally:
+        report_skipped(run, parts.data)
     return preemption.received
 
 

@@ -44,6 +44,9 @@ def import_benchmark(source: Path, options: ImportOptions) -> dict[str, Any]:
     module = source_of(options.format or detect_format(folder))
     recordings = [found for found in module.recordings(folder) if isinstance(found, Recording)]
     with tempfile.TemporaryDirectory(prefix="anyflow-bench-") as place:
+        import_dataset(
+            source, Path(place) / "first", replace(options, workers=0, limit=2, most=1, heldout=0.0)
+        )  # warms
         started = time.monotonic()
         out = Path(place) / "set"
         importing, report = _timed(lambda: import_dataset(source, out, replace(options, workers=0)))

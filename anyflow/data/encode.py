@@ -130,6 +130,7 @@ class Encoding:
         parent = Path(out) if out is not None else footage.home / "cache"
         self.folder = parent / cache_name(footage, split, self.shapes, self.source, self.fingerprint)
         self.partial = parent / f".{self.folder.name}.part"
+        self.report = self.partial / "skipped.json"
         self.lock = parent / f".{self.folder.name}.lock"
         self.skipped: list[Skip] = []
         self.done = 0
@@ -225,7 +226,8 @@ class Encoding:
                     shards[job.kind].append(shard)
                 else:
                     (self._home(job) / shard.name).unlink(missing_ok=True)
-            enforce_budget(skipped, len(self.places), len(self.places), self.error_budget)
+            enforce_budget(skipped, len(self.places), len(self.places), self.error_budget, self.report)
+            self.report.unlink(missing_ok=True)
             if not shards["latents"]:
                 raise UserError(f"card {self.title}: no clip can be encoded")
             for kind, folder in (("texts", self.partial / TEXTS), ("latents", self.partial)):
@@ -294,7 +296,7 @@ class Encoding:
                 frames = decode_clip(self.reader.read(shard, sample, "mp4"), self.shapes[chosen])
             except DecodeError as error:
                 self.skipped.append(Skip(self.reader.shards[shard][1].name, sample.key, str(error)))
-                enforce_budget(self.skipped, self.done, len(self.places), self.error_budget)
+                enforce_budget(self.skipped, self.done, len(self.places), self.error_budget, self.report)
                 continue
             latents = self.codec.encode_video(torch.from_numpy(frames)[None])[0].half().cpu()
             latent_shapes[chosen] = tuple(latents.shape)  # type: ignore[assignment]
