@@ -5,6 +5,7 @@ Nothing here trains; ``--dry-run`` builds all of it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -28,6 +29,9 @@ from anyflow.backbone.parallelize import (
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.backbone.roles import AdapterRoles, Roles, SeparateRoles
 from anyflow.console import progress_line
+from anyflow.data.cache import TextStore
+from anyflow.data.decode import ClipShape
+from anyflow.data.encode import Encoding
 from anyflow.data.module import VideoDataModule
 from anyflow.data.reader import ShardReader, find_split
 from anyflow.flowmap.objective import FlowMapObjective
@@ -53,8 +57,13 @@ class Parts:
     data: VideoDataModule
 
 
-def assemble(recipe: Recipe, *, leave_stored: bool = False) -> Parts:
-    """Build everything that the recipe names; with ``leave_stored`` the networks' weights stay in their files.
+def assemble(recipe: Recipe, *, leave_stored: bool = False, encode: bool = True) -> Parts:
+    """Build everything that the recipe names.
+
+    Args:
+        recipe: what to build.
+        leave_stored: the networks' weights stay in their files.
+        encode: encode the data beforehand if the recipe asks for it and it was not done; else pixels stand in.
 
     Raises:
         UserError: A checkpoint, card or clip does not fit the recipe.
@@ -68,7 +77,7 @@ def assemble(recipe: Recipe, *, leave_stored: bool = False) -> Parts:
             load_lora(backbone, recipe.model.lora.start)
         else:
             add_lora(backbone, lora_settings(recipe))
-    return Parts(codec, backbone, build_stage(recipe, codec, backbone), build_data(recipe, codec))
+    return Parts(codec, backbone, build_stage(recipe, codec, backbone), build_data(recipe, codec, encode=encode))
 
 
 def load_model(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, FlowMapBackbone]:
@@ -83,8 +92,9 @@ def load_model(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, Fl
     else:
         text_dtype = torch.float32 if hardware.precision == "32-true" else torch.bfloat16
         codec_dtype = torch.bfloat16 if hardware.precision == "bf16-true" else torch.float32
-        codec = Codec.from_folder(model.codec or model.weights, dtype=codec_dtype, text_dtype=text_dtype)
-        codec.is_parked = hardware.park_codec
+        folder, stored = model.codec or model.weights, is_precomputed(recipe)
+        codec = Codec.from_folder(folder, dtype=codec_dtype, text_dtype=text_dtype, stored=stored)
+        codec.is_parked = stored or hardware.park_codec
     if model.init == "new":
         network = {**transformer_config(), **model.network}
         backbone: FlowMapBackbone = new_backbone(network, recipe.run.seed, model.architecture)
@@ -228,25 +238,16 @@ def batches_of(recipe: Recipe) -> int:
     return (recipe.total_steps + critics) * recipe.hardware.accumulate
 
 
-def build_data(recipe: Recipe, codec: Codec) -> VideoDataModule:
+def build_data(recipe: Recipe, codec: Codec, *, encode: bool = True) -> VideoDataModule:
     """The training split as batches, of pixels or (``data.precompute``) of latents encoded beforehand."""
     data = recipe.data
-    caches, codec_hash = None, None
-    if data.precompute and recipe.stage.name != "codec":
-        from anyflow.data.cache import codec_fingerprint, encode_dataset
-
-        codec_hash = codec_fingerprint(codec.vae)
-        shape: dict[str, Any] = {
-            "frames": data.frames,
-            "height": data.height,
-            "width": data.width,
-            "fps": data.fps or None,
-        }
-        caches = []
-        for card in data.card:
-            with progress_line(f"encoding {card}") as on_progress:
-                encode = partial(encode_dataset, card, data.split, codec, progress=on_progress, **shape)
-                caches.append(rank_zero_first(encode, card))
+    encodings = [encoding_of(recipe, codec, card) for card in data.card] if is_precomputed(recipe) else []
+    for encoding in encodings if encode else []:
+        rank_zero_first(partial(make_cache, encoding, codec, recipe.hardware.accelerator), encoding.folder.name)
+    is_ready = encode or all(encoding.is_whole() for encoding in encodings)
+    caches = [encoding.folder for encoding in encodings] if is_ready else []
+    if caches:
+        codec.known_texts = TextStore(caches)
     return VideoDataModule(
         data.card,
         split=data.split,
@@ -260,9 +261,33 @@ def build_data(recipe: Recipe, codec: Codec) -> VideoDataModule:
         num_workers=data.num_workers,
         error_budget=data.error_budget,
         weights=data.weights,
+        buckets=data.shapes[1:],
         cache=caches,
-        codec_hash=codec_hash,
+        codec_hash=encodings[0].fingerprint if encodings else None,
     )
+
+
+def is_precomputed(recipe: Recipe) -> bool:
+    """Whether training reads latents and embeddings encoded beforehand: the codec then stays in its files."""
+    return recipe.data.precompute and recipe.stage.name != "codec"
+
+
+def encoding_of(recipe: Recipe, codec: Codec, card: str) -> Encoding:
+    """How a card's training split is encoded for this recipe; nothing is done yet."""
+    data = recipe.data
+    shapes = [ClipShape(*shape, data.fps or None) for shape in data.shapes]
+    prompts = [recipe.model.negative_prompt]
+    return Encoding(card, data.split, codec, shapes, prompts=prompts, error_budget=data.error_budget)
+
+
+def make_cache(encoding: Encoding, codec: Codec, accelerator: str) -> None:
+    """Encode now, in this process, what ``anyflow data encode`` has not encoded."""
+    if encoding.is_whole():
+        return
+    with codec.lent(join_ranks(accelerator)):
+        print(f"encoding {encoding.title}: {encoding.estimate().told()}", file=sys.stderr)
+        with progress_line(f"encoding {encoding.title}") as on_progress:
+            encoding.all(on_progress)
 
 
 def captions(recipe: Recipe) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -19,6 +20,8 @@ from anyflow.console import progress_line
 from anyflow.curves import curve_of, held_out, load_curve, save_curve
 from anyflow.data.card import load_card
 from anyflow.data.decode import ClipShape
+from anyflow.data.module import VideoDataModule
+from anyflow.data.stream import write_skipped
 from anyflow.evaluation.curve import CurveResult
 from anyflow.evaluation.reconstruction import measure_domains
 from anyflow.evaluation.report import write_report
@@ -164,6 +167,19 @@ def describe_parts(recipe: Recipe, parts: Parts) -> Iterator[str]:
     plan = parts.data.stream.dataset.plan if parts.data.stream else None
     if plan is not None:
         yield f"data        {plan.num_samples} clips, {plan.batches_per_epoch} batches an epoch"
+    yield from (f"bucket      {line}" for line in parts.data.shares)
+    if recipe.data.precompute and "frames" in batch and recipe.stage.name != "codec":
+        yield "cache       not there yet: training makes it before it starts, or make it by anyflow data encode"
+
+
+def report_skipped(run: RunFolder, data: VideoDataModule) -> None:
+    """Name every clip that could not be used, whether the run ended or was stopped by them."""
+    stream = data.stream
+    if rank_and_size()[0] > 0 or stream is None or not stream.skipped:
+        return
+    path = run.path / "skipped.json"
+    write_skipped(path, stream.skipped.values())
+    print(f"{len(stream.skipped)} clips could not be used: {path} names them all", file=sys.stderr)
 
 
 def summary(run: RunFolder) -> str:
@@ -177,6 +193,7 @@ def summary(run: RunFolder) -> str:
         ("film", run.report / "samples.mp4"),
         ("curve", run.report / "curve.png"),
         ("numbers", run.report / "curve.json"),
+        ("left out", run.path / "skipped.json"),
         ("model", run.model),
         ("lora", run.path / "lora"),
     ):

@@ -36,7 +36,7 @@ from anyflow.callbacks.sampling import Sampling
 from anyflow.callbacks.sharded import AnyCheckpoint, ShardedStrategy
 from anyflow.console import quiet_libraries
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
-from anyflow.finish import describe_parts, finish_codec, finish_flow, measure, summary
+from anyflow.finish import describe_parts, finish_codec, finish_flow, measure, report_skipped, summary
 from anyflow.plan import memory_here, plan
 from anyflow.recipe import Recipe, check_files, load_recipe, save_recipe, to_dict
 from anyflow.recipe.fields import flatten
@@ -72,7 +72,7 @@ def train(
         torch.set_num_threads(recipe.hardware.threads)
     check_files(recipe)
     if dry_run:
-        for line in describe_parts(recipe, assemble(recipe, leave_stored=True)):
+        for line in describe_parts(recipe, assemble(recipe, leave_stored=True, encode=False)):
             print(line)
         if recipe.hardware.accelerator != "cpu":
             print("\n".join(plan(recipe, gpu_memory=memory_here() or 80.0).lines()))
@@ -178,7 +178,12 @@ def fit(
         use_distributed_sampler=False,
         default_root_dir=run.path,
     )
-    trainer.fit(parts.stage, parts.data, ckpt_path=run.checkpoint, weights_only=True)
+    try:
+        trainer.fit(parts.stage, parts.data, ckpt_path=run.checkpoint, weights_only=True)
+        if parts.data.stream is not None:
+            parts.data.stream.gather()
+    finally:
+        report_skipped(run, parts.data)
     return preemption.received
 
 

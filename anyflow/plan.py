@@ -148,7 +148,7 @@ def _need(recipe: Recipe, gpu_memory: float, simulate: Simulate) -> Need:
         "optimiser": memory.optimizer,
         "moving average": memory.ema,
         "activations, gathered blocks": memory.activations,
-        "text encoder and autoencoder": 0.0 if hardware.park_codec else codec_bytes(recipe),
+        "text encoder and autoencoder": 0.0 if hardware.park_codec or recipe.data.precompute else codec_bytes(recipe),
         "context, NCCL, fragmentation": RESERVE_GIB * GIB if hardware.accelerator != "cpu" else 0.0,
     }
     if hardware.offload:
@@ -187,7 +187,7 @@ def changes(recipe: Recipe) -> Iterator[tuple[str, Recipe, str]]:
         accumulate = hardware.accumulate * data.batch_size
         smaller = dataclasses.replace(smaller, hardware=dataclasses.replace(hardware, accumulate=accumulate))
         yield "data.batch_size=1", smaller, "more passes a step"
-    if not hardware.park_codec:
+    if not hardware.park_codec and not data.precompute:
         yield "hardware.park_codec=true", on("hardware", park_codec=True), "seconds more a batch"
     if hardware.strategy != "fsdp" and recipe.world_size > 1:
         yield "hardware.strategy=fsdp", on("hardware", strategy="fsdp"), "weights travel"

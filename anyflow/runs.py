@@ -4,6 +4,7 @@ runs/finetune-driving-001/
     recipe.yaml      the resolved recipe          status.json   running | preempted | failed | finished
     checkpoints/     step_00000100/, latest       curves/       the any-step curve before and after
     model/           the exported pipeline        report/       picture, film, plot, table
+    skipped.json     clips that could not be used, if there are any
 """
 
 from __future__ import annotations

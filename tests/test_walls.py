@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "anyflow"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 STREET = {
-    *("assemble", "benchmark", "cli", "commands", "console", "curves"),
+    *("assemble", "benchmark", "cli", "commands", "console", "curves", "encoding"),
     *("finish", "launch", "plan", "plan_peak", "plan_simulate", "plan_turns", "ranks", "runs", "tracking"),
 }
 """The street door and the launcher: they may use every room."""

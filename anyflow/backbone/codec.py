@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -30,6 +30,16 @@ ONE_PASS_PIXELS = 2**21
 loop over chunks of four frames bounds the memory. 20 clips of 17 x 96 x 64, or 5 frames of 480 x 832."""
 
 TEXT_CACHE_BYTES = 2**30
+
+
+class KnownTexts(Protocol):
+    """Embeddings of prompts that were encoded beforehand."""
+
+    def __contains__(self, prompt: str) -> bool: ...
+
+    def get(self, prompt: str) -> Tensor | None:
+        """``[length, D]``, without padding, on the CPU; None if it is not there or cannot be read."""
+        ...
 
 
 class Codec(nn.Module):
@@ -53,6 +63,9 @@ class Codec(nn.Module):
         """The folder that the parts came from; an export copies them from there."""
         self.is_parked = False
         """Whether it lies in host memory and comes to the GPU only while it works (:meth:`lent`)."""
+        self.known_texts: KnownTexts | None = None
+        """Prompts that were encoded beforehand."""
+        self._dtypes = (torch.float32, torch.float32)
         self._text_cache: OrderedDict[str, Tensor] = OrderedDict()
         self._text_cache_bytes = 0
         self.requires_grad_(False)
@@ -67,6 +80,7 @@ class Codec(nn.Module):
         dtype: torch.dtype = torch.float32,
         text_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        stored: bool = False,
     ) -> Codec:
         """Load the parts of a diffusers pipeline folder (or Hub name).
 
@@ -76,29 +90,59 @@ class Codec(nn.Module):
             dtype: precision of the autoencoder.
             text_dtype: precision of the text encoder, ``dtype`` if None.
             device: where to put them.
+            stored: leave the weights in their files; the codec is in memory only while it works (:meth:`lent`).
 
         Raises:
             UserError: a part is missing or cannot be read.
         """
-        from anyflow.backbone.files import load_codec_parts, resolve_folder
+        from anyflow.backbone.files import empty_codec_parts, load_codec_parts, resolve_folder
 
         parts = ("vae", "tokenizer", "text_encoder") if text else ("vae",)
         folder = resolve_folder(path, parts)
-        return cls(*load_codec_parts(folder, text, dtype, text_dtype or dtype), source=folder).to(device)
+        dtypes = dtype, text_dtype or dtype
+        if stored:
+            codec = cls(*empty_codec_parts(folder, *dtypes), source=folder)
+            codec.is_parked = True
+        else:
+            codec = cls(*load_codec_parts(folder, text, *dtypes), source=folder).to(device)
+        codec._dtypes = dtypes
+        return codec
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether its weights are in their files alone at the moment."""
+        return self.vae.post_quant_conv.weight.is_meta
+
+    @property
+    def fingerprint(self) -> str:
+        """What its files and precisions hash to (:func:`anyflow.backbone.fingerprint.fingerprint_codec`)."""
+        from anyflow.backbone.fingerprint import fingerprint_codec
+
+        assert self.source is not None
+        return fingerprint_codec(self.source, *self._dtypes)
 
     @contextmanager
     def lent(self, device: torch.device | str) -> Iterator[None]:
-        """Within the block the codec is on a device; afterwards back in host memory if it is parked there."""
+        """Within the block the codec is on a device; afterwards back where it was if it is parked or stored."""
+        from anyflow.backbone.files import load_codec_parts
+
+        empty = (self.vae, self.text_encoder) if self.is_stored else None
+        if empty:
+            assert self.source is not None
+            self.vae, _, self.text_encoder = load_codec_parts(self.source, True, *self._dtypes)
         self.to(device)
         try:
             yield
         finally:
-            if self.is_parked:
+            if empty:
+                self.vae, self.text_encoder = empty
+            elif self.is_parked:
                 self.to("cpu")
 
     def remembers(self, captions: Iterable[str]) -> bool:
         """Whether all these prompts are encoded already."""
-        return all(caption in self._text_cache for caption in captions)
+        known = self.known_texts
+        return all(caption in self._text_cache or (known is not None and caption in known) for caption in captions)
 
     def train(self, mode: bool = True) -> Codec:
         """Stays in evaluation mode."""
@@ -106,7 +150,8 @@ class Codec(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.vae.post_quant_conv.weight.device
+        device = self.vae.post_quant_conv.weight.device
+        return torch.device("cpu") if device.type == "meta" else device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -201,17 +246,35 @@ class Codec(nn.Module):
         Raises:
             UserError: this codec was loaded without its text encoder.
         """
-        encoded = [self._encode_caption(caption) for caption in captions]
+        encoded = [self.embed(caption) for caption in captions]
         lengths = torch.tensor([len(embedding) for embedding in encoded])
         tokens = min(int(lengths.max()) + 1, MAX_TEXT_TOKENS)
         padded = torch.stack([nn.functional.pad(one, (0, 0, 0, tokens - len(one))) for one in encoded])
         return Text(padded, lengths, MAX_TEXT_TOKENS).to(self.device)
 
-    def _encode_caption(self, caption: str) -> Tensor:
-        """``[length, D]`` on the CPU."""
+    @torch.no_grad()
+    def embed(self, caption: str) -> Tensor:
+        """A prompt's embedding ``[length, D]``, without padding, on the CPU; remembered.
+
+        Raises:
+            UserError: this codec was loaded without its text encoder.
+        """
         if caption in self._text_cache:
             self._text_cache.move_to_end(caption)
             return self._text_cache[caption]
+        embedding = self.known_texts.get(caption) if self.known_texts is not None else None
+        if embedding is None:
+            embedding = self._embed(caption)
+        self._text_cache[caption] = embedding
+        self._text_cache_bytes += embedding.nbytes
+        while self._text_cache_bytes > TEXT_CACHE_BYTES and len(self._text_cache) > 1:
+            self._text_cache_bytes -= self._text_cache.popitem(last=False)[1].nbytes
+        return embedding
+
+    def _embed(self, caption: str) -> Tensor:
+        if self.is_stored:  # a known text that cannot be read any more
+            with self.lent("cpu"):
+                return self._embed(caption)
         if self.tokenizer is None or self.text_encoder is None:
             raise UserError("This codec has no text encoder: load it with text=True, or train on encoded captions.")
         tokens = self.tokenizer(
@@ -222,12 +285,7 @@ class Codec(nn.Module):
             return_tensors="pt",
         )
         output = self.text_encoder(tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device))
-        embedding = output.last_hidden_state[0].cpu()
-        self._text_cache[caption] = embedding
-        self._text_cache_bytes += embedding.nbytes
-        while self._text_cache_bytes > TEXT_CACHE_BYTES and len(self._text_cache) > 1:
-            self._text_cache_bytes -= self._text_cache.popitem(last=False)[1].nbytes
-        return embedding
+        return output.last_hidden_state[0].cpu()
 
 
 def check_video_shape(frames: int, height: int, width: int, temporal: int = 4, multiple: int = 16) -> None:

@@ -133,6 +133,22 @@ def load_codec_parts(folder: Path, text: bool, dtype: torch.dtype, text_dtype: t
     return vae, tokenizer, _load_part(UMT5EncoderModel, folder, "text_encoder", dtype=text_dtype)
 
 
+def empty_codec_parts(folder: Path, dtype: torch.dtype, text_dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """As :func:`load_codec_parts`, without weights: autoencoder and text encoder are on the meta device.
+
+    Raises:
+        UserError: a configuration is missing or unreadable.
+    """
+    from diffusers import AutoencoderKLWan
+    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
+    tokenizer = _load_part(AutoTokenizer, folder, "tokenizer")
+    with torch.device("meta"):
+        vae = AutoencoderKLWan.from_config(read_json(folder / "vae" / "config.json")).to(dtype)
+        text_encoder = UMT5EncoderModel(UMT5Config(**read_json(folder / "text_encoder" / "config.json"))).to(text_dtype)
+    return _without_gradient(vae), tokenizer, _without_gradient(text_encoder)
+
+
 def _load_part(kind: Any, folder: Path, part: str, **options: Any) -> Any:
     """A part by its own loader, which must have found every weight: a missing one would silently be random."""
     place = folder / part

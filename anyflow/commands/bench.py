@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -9,45 +10,69 @@ import typer
 from anyflow.commands.common import Json, print_json
 from anyflow.errors import UserError
 
-FIGURES = ("step", "onpolicy", "loader", "start")
+FIGURES = ("step", "onpolicy", "loader", "latents", "start")
+ON_DEMAND = ("memory", "import")
+"""Measured only when they are asked for: minutes, or footage of the user's."""
 
 
 def bench(
-    only: Annotated[str, typer.Option(help=f"Which, with commas: {', '.join(FIGURES)}.")] = ",".join(FIGURES),
-    data: Annotated[str, typer.Option(help="Dataset card of the loader's figure.")] = "driving",
+    only: Annotated[
+        str, typer.Option(help=f"Which, with commas: {', '.join(FIGURES)}; and {', '.join(ON_DEMAND)}.")
+    ] = ",".join(FIGURES),
+    data: Annotated[str, typer.Option(help="Dataset card of the loader's figure and of memory's.")] = "driving",
+    footage: Annotated[Path | None, typer.Option(help="Folder of import's figure, in any format.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the plot of memory.")] = Path("runs/bench"),
     recipe: Annotated[str, typer.Option(help="Recipe of the start's figure.")] = "finetune/driving",
     batch_size: Annotated[int, typer.Option(help="Clips of a step.", min=2)] = 16,
     as_json: Json = False,
 ) -> None:
-    """Measure training steps against plainer ways of work, the loader against bare decoding, and the start.
+    """Measure training steps against plainer ways of work, the data against bare reading and decoding, and the start.
+
+    memory: a decoding worker over 10 epochs. import: importing a folder of footage beside bare decoding.
 
     \b
     Examples:
       anyflow bench
       anyflow bench --only step --batch-size 32
       anyflow bench --only loader --data games --json
+      anyflow bench --only memory --out runs/bench
+      anyflow bench --only import --footage my-drives
     """
     wanted = [name.strip() for name in only.split(",")]
     for name in wanted:
-        if name not in FIGURES:
-            raise UserError(f"--only {name!r} is not known: give some of {', '.join(FIGURES)}")
+        if name not in FIGURES + ON_DEMAND:
+            raise UserError(f"--only {name!r} is not known: give some of {', '.join(FIGURES + ON_DEMAND)}")
+    if "import" in wanted and footage is None:
+        raise UserError("--only import needs --footage: name a folder of footage in any format that can be imported")
     from anyflow.console import quiet_libraries
 
     quiet_libraries()
     results: dict[str, Any] = {}
     for name in wanted:
-        results[name] = _measure(name, data, recipe, batch_size)
+        results[name] = _measure(name, data, recipe, batch_size, footage, out)
         if not as_json:
             typer.echo("\n".join(_told(name, results[name])) + "\n")
     if as_json:
         print_json(results)
 
 
-def _measure(name: str, data: str, recipe: str, batch_size: int) -> dict[str, Any]:
+def _measure(name: str, data: str, recipe: str, batch_size: int, footage: Path | None, out: Path) -> dict[str, Any]:
     if name == "loader":
         from anyflow.data.bench import loader_benchmark
 
         return loader_benchmark(data)
+    if name == "latents":
+        from anyflow.benchmark.latents import latents_benchmark
+
+        return latents_benchmark()
+    if name == "memory":
+        from anyflow.benchmark.worker_memory import memory_benchmark
+
+        return memory_benchmark(data, out)
+    if name == "import" and footage is not None:
+        from anyflow.benchmark.footage import import_benchmark, usual_options
+
+        return import_benchmark(footage, usual_options())
     if name == "start":
         from anyflow.benchmark.start import start_benchmark
 
@@ -69,6 +94,18 @@ def _told(name: str, result: dict[str, Any]) -> list[str]:
     if name == "loader":
         rates = f"{result['loader_clips_per_second']:.0f} clips/s, bare PyAV {result['pyav_clips_per_second']:.0f}"
         return [f"loader: {rates}: {result['ratio']:.2f} of it ({result['clips']} clips)"]
+    if name == "latents":
+        rates = f"{result['clips_per_second']:.0f} clips/s, bare reading {result['reading_clips_per_second']:.0f}"
+        return [f"cached latents: {rates} ({result['bytes_per_clip']} bytes a clip, seconds of one core)"]
+    if name == "memory":
+        told = ", ".join(f"{size:.1f}" for size in result["mib"])
+        slope = f"{result['slope_mib_per_epoch']:+.3f} MiB an epoch after the first"
+        return [f"memory of a decoding worker: {slope} ({told} MiB; {result['plot']})"]
+    if name == "import":
+        limits = f"bare decoding {result['decoding_clips_per_second']:.0f}, with encoding "
+        limits += f"{result['coding_clips_per_second']:.0f}"
+        rates = f"{result['clips_per_second']:.0f} clips/s, {limits}: {result['ratio']:.2f} of that"
+        return [f"import: {rates} ({result['clips']} clips, seconds of one core)"]
     if name == "start":
         parts = [f"  {seconds:6.2f} s  {part}" for part, seconds in result.items() if part != "total"]
         return [f"start: {result['total']:.1f} s from the command to the end of the first training step", *parts]

@@ -42,6 +42,20 @@ def parse_steps(text: str) -> list[int]:
     return steps
 
 
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """``832x480`` as (width, height); None stays None.
+
+    Raises:
+        UserError: it is no such text.
+    """
+    if text is None:
+        return None
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit()):
+        raise UserError(f"--size {text!r}: write WIDTHxHEIGHT, such as 832x480")
+    return int(width), int(height)
+
+
 def check_model(model: str) -> None:
     """Refuse a model that is neither a folder nor a hub id, before anything heavy is imported.
 

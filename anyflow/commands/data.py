@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from anyflow.commands.common import Json, check_model, print_json
+from anyflow.commands.common import Json, print_json
+from anyflow.commands.data_encode import encode
 from anyflow.commands.data_import import import_footage
 from anyflow.errors import UserError
 
@@ -49,6 +50,7 @@ def make(
 
 
 app.command("import")(import_footage)
+app.command("encode")(encode)
 
 
 @app.command("show")
@@ -98,6 +100,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         size = f"{part['shards']} shards, {part['bytes'] / 1e6:.1f} MB, {part['hours']:.2g} h"
         lines += [
             f"\n{split}: {part['clips']} clips in {size}",
+            f"  shapes     {', '.join(f'{shape} {share:.1%}' for shape, share in part['shapes'].items())}",
             f"  captions   {captions['distinct']} distinct, {captions['missing']} missing, "
             f"{captions['mean_words']} words on average, vocabulary {captions['vocabulary']}",
             f"             often: {', '.join(captions['top_words'])}",
@@ -134,49 +137,6 @@ def check(
         raise UserError(f"{card} has {len(problems)} problems: repair them, or make or fetch the shards again")
     if not as_json:
         typer.echo(f"{card} is whole")
-
-
-@app.command("encode")
-def encode(
-    card: Card,
-    model: Annotated[str, typer.Option(help="Folder or hub id of the model whose VAE encodes.")] = "data/models/tiny",
-    splits: Annotated[str, typer.Option(help="Splits, with commas.")] = "train",
-    out: Annotated[Path | None, typer.Option(help="Where the cache is made; without it beside the card.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Encode clips to latents once, so that training with data.precompute=true need not (it also does so by itself).
-
-    \b
-    Examples:
-      anyflow data encode driving
-      anyflow data encode driving --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --splits train,heldout
-    """
-    check_model(model)
-    from anyflow.commands.models import native_shape
-
-    shape = native_shape(model, frames=None, height=None, width=None, fps=None)
-    import torch
-
-    from anyflow.backbone.codec import Codec
-    from anyflow.data.cache import encode_dataset, estimate_cost
-    from anyflow.data.decode import ClipShape
-
-    codec = Codec.from_folder(model, text=False, device="cuda" if torch.cuda.is_available() else "cpu")
-    size: dict[str, Any] = {"frames": shape.frames, "height": shape.height, "width": shape.width, "fps": shape.fps}
-    folders = {}
-    for split in filter(None, (name.strip() for name in splits.split(","))):
-        cost = estimate_cost(card, split, codec, ClipShape(**size))
-        print(
-            f"{split}: {cost.clips} clips, about {cost.bytes / 1e6:.1f} MB and {cost.seconds / 60:.1f} min",
-            file=sys.stderr,
-        )
-        report = lambda done, total, split=split: _print_progress(split, done, total)  # noqa: E731
-        folders[split] = encode_dataset(card, split, codec, out, report, **size)
-    if as_json:
-        print_json({"card": card, "model": model, "caches": folders})
-    else:
-        for split, folder in folders.items():
-            typer.echo(f"{split}: {folder}")
 
 
 def _print_progress(split: str, done: int, total: int) -> None:

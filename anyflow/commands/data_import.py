@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anyflow.commands.common import Json, print_json
-from anyflow.errors import UserError
+from anyflow.commands.common import Json, parse_size, print_json
 
 if TYPE_CHECKING:
     from anyflow.data.import_finish import ImportReport
@@ -72,7 +71,7 @@ def import_footage(
         captions=Captions(caption, named, default_caption),
         frames=frames,
         fps=fps,
-        size=_parse_size(size),
+        size=parse_size(size),
         stride=stride,
         cut_threshold=scene_cuts,
         min_motion=min_motion,
@@ -92,15 +91,6 @@ def import_footage(
         return
     for line in _lines(report):
         typer.echo(line)
-
-
-def _parse_size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    width, _, height = text.lower().partition("x")
-    if not (width.isdigit() and height.isdigit()):
-        raise UserError(f"--size {text!r}: write WIDTHxHEIGHT, such as 832x480")
-    return int(width), int(height)
 
 
 class _Printer:

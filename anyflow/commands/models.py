@@ -67,6 +67,18 @@ def trained_shape(model: str) -> Shape | None:
     return _from_run(Path(model)) or _from_presets(model) or _from_readme(Path(model))
 
 
+def negative_prompt(model: str) -> str:
+    """The text that a model was trained to be steered away from, if that is known: from the same places."""
+    for folder in (Path(model), Path(model).parent):
+        if (folder / "recipe.yaml").is_file():
+            return load_recipe(str(folder / "recipe.yaml")).model.negative_prompt
+    for name in list_recipes().get("models", []):
+        preset = load_recipe("finetune/driving", model=name).model
+        if preset.weights == model.rstrip("/"):
+            return preset.negative_prompt
+    return ""
+
+
 def _from_run(folder: Path) -> Shape | None:
     for path in (folder / "recipe.yaml", folder.parent / "recipe.yaml"):
         if path.is_file():

@@ -49,9 +49,17 @@ def _describe_split(card: DatasetCard, split: str) -> dict[str, Any]:
         "shards": len(index.shards),
         "bytes": index.bytes,
         "hours": round(index.count * card.frames / card.fps / 3600, 4),
+        "shapes": _shapes(card, split),
         "captions": _describe_captions([str(d.get("caption") or "") for d in descriptions]),
         "attributes": _histograms([d.get("attributes") or {} for d in descriptions]),
     }
+
+
+def _shapes(card: DatasetCard, split: str) -> dict[str, float]:
+    """FRAMESxHEIGHTxWIDTH -> its share of the clips, the largest first; by the index, else by the card."""
+    usual = (card.frames, card.height, card.width)
+    counts = Counter("x".join(f"{side:g}" for side in (s.shape[:3] or usual)) for _, _, s in iterate(card, split))
+    return {shape: round(count / counts.total(), 4) for shape, count in counts.most_common()}
 
 
 def _describe_captions(captions: list[str]) -> dict[str, Any]:

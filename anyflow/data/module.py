@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import lightning.pytorch as pl
 from lightning.pytorch.accelerators import CUDAAccelerator
 from torch.utils.data import DataLoader
 
+from anyflow.data.buckets import BucketDataset, make_buckets, sort_clips, sort_latents, tell_buckets
+from anyflow.data.cache import LatentShape, load_cache
 from anyflow.data.decode import ClipShape
 from anyflow.data.mixture import plan_of
 from anyflow.data.reader import ShardReader, check_length, find_split
-from anyflow.data.stream import Batch, ClipDataset, ClipStream, Skip
+from anyflow.data.stream import Batch, BatchDataset, ClipDataset, ClipStream, Skip
 from anyflow.errors import UserError
 
 
@@ -31,6 +34,8 @@ class VideoDataModule(pl.LightningDataModule):
         num_workers: processes that decode; 0 decodes in the training process. The batches are the same for any number.
         error_budget: largest share of unusable clips; they are replaced and recorded up to it, beyond it the run stops.
         weights: each card's share of the clips that are seen; empty reads the cards as one, clip by clip.
+        buckets: further shapes (frames, height, width): a clip comes in the one that fits it best, a batch is of one,
+            and has as many clips as fit into the tokens of ``batch_size`` clips of the run's own shape.
         prefetch: batches that each worker prepares ahead.
         cache: folders of latents made by :func:`anyflow.data.cache.encode_dataset`; they replace the cards' footage.
         codec_hash: fingerprint of the autoencoder that the caches must carry, if it is given.
@@ -54,6 +59,7 @@ class VideoDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         error_budget: float = 0.01,
         weights: Sequence[float] = (),
+        buckets: Sequence[tuple[int, int, int]] = (),
         prefetch: int = 2,
         cache: str | Path | Sequence[str | Path] | None = None,
         codec_hash: str | None = None,
@@ -67,9 +73,12 @@ class VideoDataModule(pl.LightningDataModule):
         self.num_workers, self.prefetch = num_workers, prefetch
         self.error_budget = error_budget
         self.weights = tuple(weights)
+        self.shapes = [self.shape, *(ClipShape(*size, fps) for size in buckets)]
         self.caches = [Path(folder) for folder in _as_list(cache or [])]
         self.codec_hash = codec_hash
         self.stream: ClipStream | None = None
+        self.shares: list[str] = []
+        """The buckets in words, once set up; none if there is but one shape."""
         self._pending: Mapping[str, Any] | None = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -81,18 +90,7 @@ class VideoDataModule(pl.LightningDataModule):
         if self.stream is not None:
             return
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        shape: tuple[int, int, int, int] | None = None
-        skipped: list[Skip] = []
-        if self.caches:
-            shape, skipped = self._check_caches()
-            reader = ShardReader(self.caches)
-        else:
-            splits = [find_split(card, self.split) for card in self.cards]
-            for split in splits:
-                check_length(split, self.shape)
-            reader = ShardReader([split.folder for split in splits], [split.caption for split in splits])
-        plan = plan_of(reader.planned(), reader.counts, self.weights, self.seed, self.batch_size * world_size)
-        dataset = ClipDataset(reader, plan, self.shape, rank, world_size, shape)
+        dataset, skipped = self._open(rank, world_size)
         self.stream = ClipStream(dataset, self.steps, self.error_budget, skipped)
         if self._pending is not None:
             self.stream.load_state_dict(self._pending)
@@ -100,19 +98,39 @@ class VideoDataModule(pl.LightningDataModule):
             # First in the list, so that a checkpoint written at the end of a batch has the position behind it.
             self.trainer.callbacks.insert(0, _StreamPosition(self))  # type: ignore[attr-defined]
 
-    def _check_caches(self) -> tuple[tuple[int, int, int, int], list[Skip]]:
-        """Return the latents' shape and the clips that encoding left out.
+    def _open(self, rank: int, world_size: int) -> tuple[BatchDataset, list[Skip]]:
+        """The batches of this rank, and the clips that encoding left out.
 
         Raises:
-            UserError: a cache is of another autoencoder, or of another shape of clip.
+            UserError: as :meth:`setup`.
         """
-        from anyflow.data.cache import load_cache
+        latent_shapes, skipped = self._check_caches() if self.caches else (None, [])
+        splits = [] if self.caches else [find_split(card, self.split) for card in self.cards]
+        reader = ShardReader(self.caches or [s.folder for s in splits], [s.caption for s in splits] or None)
+        base_batch = self.batch_size * world_size
+        if len(self.shapes) == 1:
+            for split in splits:
+                check_length(split, self.shape)
+            plan = plan_of(reader.planned(), reader.counts, self.weights, self.seed, base_batch)
+            latent_shape = latent_shapes[0] if latent_shapes else None
+            return ClipDataset(reader, plan, self.shape, rank, world_size, latent_shape), skipped
+        kept = sort_latents(reader, latent_shapes) if latent_shapes else sort_clips(reader, splits, self.shapes)
+        buckets = make_buckets(reader, kept, self.shapes, self.batch_size, world_size, self.weights, latent_shapes)
+        self.shares = tell_buckets(buckets, sum(len(shard.samples) for _, shard in reader.shards))
+        return BucketDataset(buckets, self.seed, base_batch, rank, world_size), skipped
 
+    def _check_caches(self) -> tuple[list[LatentShape], list[Skip]]:
+        """Return the latents' shapes (() for one that no clip has) and the clips that encoding left out.
+
+        Raises:
+            UserError: a cache is of another autoencoder, or of other shapes of clips.
+        """
         caches = [load_cache(folder, self.codec_hash) for folder in self.caches]
         for folder, cache in zip(self.caches, caches, strict=True):
-            if cache.shape != self.shape:
-                raise UserError(f"the cache {str(folder)!r} holds {cache.shape}, not {self.shape}: encode again.")
-        return caches[0].latent_shape, [skip for cache in caches for skip in cache.skipped]
+            if list(cache.shapes) != self.shapes:
+                raise UserError(f"the cache {str(folder)!r} holds {cache.shapes}, not {self.shapes}: encode again.")
+        shapes = [next(filter(None, found), ()) for found in zip(*(c.latent_shapes for c in caches), strict=True)]
+        return shapes, [skip for cache in caches for skip in cache.skipped]  # type: ignore[return-value]
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """The batches from the stream's position on."""
@@ -145,6 +163,11 @@ class _StreamPosition(pl.Callback):
 
     def __init__(self, data: VideoDataModule) -> None:
         self.data = data
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            for line in self.data.shares:
+                print(f"bucket {line}", file=sys.stderr, flush=True)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -46,13 +46,15 @@ class PlanIdentity:
     content: str
     window: int
     shares: str = ""
+    buckets: str = ""
 
     @property
     def hash(self) -> str:
         """Hexadecimal digest of all inputs: two plans with the same hash give the same order."""
         inputs = asdict(self)
-        if not self.shares:  # as before there were any: older checkpoints still fit
-            del inputs["shares"]
+        for later in ("shares", "buckets"):
+            if not inputs[later]:  # as before there were any: older checkpoints still fit
+                del inputs[later]
         return digest(json.dumps(inputs, sort_keys=True))
 
 
@@ -189,6 +191,7 @@ def describe_difference(saved: PlanIdentity, current: PlanIdentity) -> str:
         "content": "contents of the shards",
         "window": "shuffle window",
         "shares": "shares of the cards",
+        "buckets": "shapes of the batches",
     }
     differences: list[str] = []
     for name, words in names.items():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-import math
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from anyflow.data.card import CARD_NAME, load_card
 from anyflow.data.decode import ClipShape, DecodeError, first_line
 from anyflow.data.plan import PlannedShard
 from anyflow.data.safety import clean_caption
+from anyflow.data.shapes import Noted, frames_needed
 from anyflow.data.shards import INDEX_NAME, Sample, Shard, load_index
 from anyflow.errors import UserError
 
@@ -79,6 +81,20 @@ class ShardReader:
     def planned(self) -> tuple[PlannedShard, ...]:
         """The plan's view of the shards."""
         return tuple(PlannedShard(shard.name, shard.sha256, len(shard.samples)) for _, shard in self.shards)
+
+    def restricted(self, kept: Sequence[Sequence[int]]) -> ShardReader:
+        """A reader of some samples alone, given by their numbers in each shard; a shard without any is left out."""
+        part = copy.copy(self)
+        chosen = [number for number, samples in enumerate(kept) if len(samples)]
+        part.shards = []
+        for number in chosen:
+            path, shard = self.shards[number]
+            part.shards.append((path, replace(shard, samples=tuple(shard.samples[n] for n in kept[number]))))
+        part._captions = [self._captions[number] for number in chosen]
+        ends = np.cumsum([0, *self.counts])
+        part.counts = [sum(start <= number < end for number in chosen) for start, end in pairwise(ends)]
+        part._descriptors, part._damaged = OrderedDict(), {}
+        return part
 
     def sample(self, shard: int, number: int) -> Sample:
         """The index's entry of a sample."""
@@ -213,7 +229,7 @@ class Split:
         folder: its shards.
         home: the folder in which things derived from it may be kept.
         caption: stands in for a missing one; None refuses such clips.
-        frames, fps: what every clip has, if a card says so.
+        frames, fps, height, width: what every clip has, if a card says so.
     """
 
     name: str
@@ -222,6 +238,16 @@ class Split:
     caption: str | None = None
     frames: int | None = None
     fps: float | None = None
+    height: int | None = None
+    width: int | None = None
+
+    def shape_of(self, sample: Sample) -> Noted:
+        """A clip's shape: as the index notes it, else as the card says of all; empty if neither does."""
+        if sample.shape:
+            return sample.shape
+        if self.frames and self.height and self.width and self.fps:
+            return self.frames, self.height, self.width, self.fps
+        return ()
 
 
 def find_split(card: str | Path, split: str) -> Split:
@@ -237,7 +263,16 @@ def find_split(card: str | Path, split: str) -> Split:
     found = load_card(card)
     if split not in found.splits:
         raise UserError(f"card {str(card)!r} has no split {split!r}: choose one of {', '.join(sorted(found.splits))}.")
-    return Split(found.name, found.splits[split], found.path.parent, found.caption, found.frames, found.fps)
+    return Split(
+        found.name,
+        found.splits[split],
+        found.path.parent,
+        found.caption,
+        found.frames,
+        found.fps,
+        found.height,
+        found.width,
+    )
 
 
 def split_folders(card: str | Path, split: str) -> list[Path]:
@@ -257,8 +292,7 @@ def check_length(split: Split, shape: ClipShape) -> None:
     """
     if split.frames is None or split.fps is None:
         return
-    stride = split.fps / shape.fps if shape.fps else 1.0
-    needed = math.floor((shape.frames - 1) * stride + 1e-6) + 1
+    needed = frames_needed(shape, split.fps)
     if needed > split.frames:
         raise UserError(
             f"data.frames={shape.frames} needs {needed} frames of every clip of {split.name!r}, which have "

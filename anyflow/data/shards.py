@@ -2,7 +2,8 @@
 
 A folder of shards holds ``PREFIX-000000.tar``, ``PREFIX-000001.tar``, ... and ``index.json``::
 
-    {"version": 1, "shards": [{"name", "bytes", "sha256", "samples": [{"key", "parts": {"mp4": [offset, size], ...}}]}]}
+    {"version": 1, "shards": [{"name", "bytes", "sha256",
+                               "samples": [{"key", "parts": {"mp4": [offset, size], ...}, "shape": [...]}]}]}
 
 Offsets are those of the members' data in the tar, so a sample is read with a seek, without unpacking. The tars are
 plain WebDataset shards and can be read without the index as well.
@@ -15,7 +16,7 @@ import json
 import os
 import tarfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 from anyflow.data import remote
 from anyflow.data.clip import Clip
 from anyflow.data.safety import is_safe_name
+from anyflow.data.shapes import Noted, note_shape
 from anyflow.errors import UserError
 
 INDEX_NAME = "index.json"
@@ -36,10 +38,14 @@ REQUIRED_PARTS = ({"mp4", "json"}, {"safetensors", "json"})
 
 @dataclass(frozen=True)
 class Sample:
-    """Where one sample lies: ``parts`` maps a member's extension to (offset, size) in the shard's file."""
+    """Where one sample lies: ``parts`` maps a member's extension to (offset, size) in the shard's file.
+
+    ``shape`` is what the index notes of it (:mod:`anyflow.data.shapes`): older indices note nothing.
+    """
 
     key: str
     parts: Mapping[str, tuple[int, int]]
+    shape: Noted = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -217,10 +223,22 @@ def shard_to_dict(shard: Shard) -> dict[str, Any]:
         "name": shard.name,
         "bytes": shard.bytes,
         "sha256": shard.sha256,
-        "samples": [
-            {"key": s.key, "parts": {name: list(span) for name, span in sorted(s.parts.items())}} for s in shard.samples
-        ],
+        "samples": [_sample_to_dict(sample) for sample in shard.samples],
     }
+
+
+def _sample_to_dict(sample: Sample) -> dict[str, Any]:
+    spans = {name: list(span) for name, span in sorted(sample.parts.items())}
+    shape = {"shape": list(sample.shape)} if sample.shape else {}
+    return {"key": sample.key, "parts": spans, **shape}
+
+
+def _sample_from_dict(entry: Mapping[str, Any]) -> Sample:
+    parts = {str(part): (int(span[0]), int(span[1])) for part, span in entry["parts"].items()}
+    shape = tuple(entry.get("shape", ()))
+    if shape and not (len(shape) == 4 and all(type(n) in (int, float) and 0 < n < MAX_MEMBER for n in shape)):
+        raise ValueError(f"sample {entry['key']!r} has the shape {list(shape)!r}")
+    return Sample(str(entry["key"]), parts, shape)
 
 
 def shard_from_dict(entry: Mapping[str, Any]) -> Shard:
@@ -233,10 +251,7 @@ def shard_from_dict(entry: Mapping[str, Any]) -> Shard:
     name, size = entry["name"], int(entry["bytes"])
     if not isinstance(name, str) or not name or name.startswith(".") or any(c in name for c in "/\\\0"):
         raise ValueError(f"{name!r} is no shard's name")
-    samples = tuple(
-        Sample(str(s["key"]), {str(part): (int(span[0]), int(span[1])) for part, span in s["parts"].items()})
-        for s in entry["samples"]
-    )
+    samples = tuple(_sample_from_dict(sample) for sample in entry["samples"])
     for sample in samples:
         for offset, length in sample.parts.values():
             if offset < 0 or not 0 <= length <= MAX_MEMBER or offset + length > size:
@@ -249,13 +264,16 @@ def write_tar(batch: Iterable[tuple[str, Mapping[str, bytes]]], path: Path) -> S
     import webdataset
 
     temporary = path.with_name(path.name + ".part")
+    shapes: dict[str, Noted] = {}
     with temporary.open("wb") as file:
         with webdataset.TarWriter(file, mtime=0, encoder=False, user="anyflow", group="anyflow") as tar:
             for key, parts in batch:
                 tar.write({"__key__": key, **dict(sorted(parts.items()))})
+                shapes[key] = note_shape(parts)
         file.flush()
         os.fsync(file.fileno())
-    shard = Shard(path.name, temporary.stat().st_size, _sha256(temporary), _read_members(temporary))
+    samples = tuple(replace(sample, shape=shapes.get(sample.key, ())) for sample in _read_members(temporary))
+    shard = Shard(path.name, temporary.stat().st_size, _sha256(temporary), samples)
     temporary.rename(path)
     return shard
 

@@ -6,8 +6,10 @@ it. The stream's state is its position and the clips skipped so far; it holds fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from anyflow.data.decode import ClipShape, DecodeError, decode_clip
 from anyflow.data.mixture import MixedPlan
 from anyflow.data.plan import Plan, PlanIdentity, describe_difference, sample_seed
 from anyflow.data.reader import ShardReader, load_latents
-from anyflow.data.shards import Sample
+from anyflow.data.shards import Sample, write_durably
 from anyflow.errors import UserError
 
 Batch = dict[str, Any]
@@ -44,7 +46,19 @@ class Skip:
         return f"{self.shard}:{self.key} ({self.reason})"
 
 
-class ClipDataset(Dataset[Batch]):
+class BatchDataset(Dataset[Batch]):
+    """Map-style data set over global batch numbers, in the order of its plan."""
+
+    plan: Any
+    """A :class:`Plan`, or what answers as one."""
+    rank: int
+    world_size: int
+
+    def adopt(self, saved: PlanIdentity) -> None:
+        """Take over what a checkpoint's plan may set; nothing, in general."""
+
+
+class ClipDataset(BatchDataset):
     """Map-style data set over global batch numbers: item ``n`` is this rank's part of global batch ``n``.
 
     Args:
@@ -134,7 +148,7 @@ class ClipStream:
     """
 
     def __init__(
-        self, dataset: ClipDataset, steps: int, error_budget: float = 0.01, skipped: Sequence[Skip] = ()
+        self, dataset: BatchDataset, steps: int, error_budget: float = 0.01, skipped: Sequence[Skip] = ()
     ) -> None:
         self.dataset, self.steps, self.error_budget = dataset, steps, error_budget
         self.position = 0
@@ -148,7 +162,7 @@ class ClipStream:
         self.position = batch["position"] + 1
         self._record(batch["skipped"])
         if self.dataset.world_size > 1 and self.position % SYNC_EVERY == 0:
-            self._gather()
+            self.gather()
             self.check_budget()
 
     def check(self, batch: Batch) -> Batch:
@@ -179,7 +193,7 @@ class ClipStream:
 
         With several ranks all of them must call this together, as they do for a checkpoint.
         """
-        self._gather()
+        self.gather()
         plan = self.dataset.plan
         epoch, batch = plan.epoch_and_batch(self.position)
         return {
@@ -196,9 +210,11 @@ class ClipStream:
         Raises:
             UserError: the plan is another one; names the difference.
         """
+        saved = PlanIdentity(**state["plan"])
+        self.dataset.adopt(saved)
         plan = self.dataset.plan
         if state["plan_hash"] != plan.identity.hash:
-            difference = describe_difference(PlanIdentity(**state["plan"]), plan.identity)
+            difference = describe_difference(saved, plan.identity)
             raise UserError(f"The checkpoint's place in the data does not fit: {difference} changed; set it back.")
         self.position = state["epoch"] * plan.batches_per_epoch + state["batch"]
         self.skipped = {}
@@ -220,8 +236,8 @@ class ClipStream:
             skip = Skip(**entry)
             self.skipped.setdefault((skip.shard, skip.key), skip)
 
-    def _gather(self) -> None:
-        """Share the skipped clips among ranks; every rank then has the same record in the same order."""
+    def gather(self) -> None:
+        """Share the skipped clips among ranks, together; every rank then has the same record in the same order."""
         if self.dataset.world_size == 1 or not torch.distributed.is_initialized():
             return
         parts: list[Any] = [None] * torch.distributed.get_world_size()
@@ -262,7 +278,9 @@ class _Loader(DataLoader[Batch]):
         return map(self.stream.check, super().__iter__())
 
 
-def enforce_budget(skipped: Sequence[Skip], read: int, total: int, error_budget: float) -> None:
+def enforce_budget(
+    skipped: Sequence[Skip], read: int, total: int, error_budget: float, report: Path | None = None
+) -> None:
     """Compare the distinct bad clips with the clips read so far.
 
     Args:
@@ -270,15 +288,24 @@ def enforce_budget(skipped: Sequence[Skip], read: int, total: int, error_budget:
         read: clips read so far.
         total: clips there are.
         error_budget: largest share that is tolerated.
+        report: file that names all of them then.
 
     Raises:
         UserError: the budget is spent; names the first offenders.
     """
     if len(skipped) > error_budget * min(max(read, BUDGET_FLOOR), total):
+        if report is not None:
+            write_skipped(report, skipped)
+        everywhere = f"; all of them in {str(report)!r}" if report is not None else ""
         raise UserError(
             f"{len(skipped)} of {total} clips cannot be used, more than error_budget {error_budget:g} allows: "
-            f"{_name_offenders(skipped)}; repair the shards or raise error_budget."
+            f"{_name_offenders(skipped)}{everywhere}; repair the shards or raise error_budget."
         )
+
+
+def write_skipped(path: Path, skipped: Iterable[Skip]) -> None:
+    """Name every clip that could not be used, and why, in a JSON file for people."""
+    write_durably(path, json.dumps([asdict(skip) for skip in skipped], indent=1, ensure_ascii=False).encode())
 
 
 def _name_offenders(skipped: Sequence[Skip]) -> str:

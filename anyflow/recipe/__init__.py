@@ -5,7 +5,7 @@ for row in describe(recipe):
     print(row.key, row.value, row.meaning, row.source)
 """
 
-from anyflow.recipe.check import check_files, check_recipe, find_card, is_hub_id
+from anyflow.recipe.check import check_files, check_recipe, find_card, is_hub_id, parse_shape
 from anyflow.recipe.describe import Row, describe
 from anyflow.recipe.load import list_recipes, load_recipe, merge_recipe, recipes_folder, save_recipe, to_dict
 from anyflow.recipe.schema import (
@@ -47,6 +47,7 @@ __all__ = [
     "list_recipes",
     "load_recipe",
     "merge_recipe",
+    "parse_shape",
     "recipes_folder",
     "save_recipe",
     "to_dict",

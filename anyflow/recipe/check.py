@@ -16,6 +16,7 @@ from anyflow.recipe.schema import Recipe
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?")
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
+_SHAPE = re.compile(r"\d{1,5}x\d{1,5}x\d{1,5}")
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -154,7 +155,6 @@ def _check_geometry(recipe: Recipe) -> None:
         raise UserError(
             f"data.weights has {len(data.weights)} values for {len(data.card)} cards: give one for each of data.card"
         )
-    codec = recipe.stage.codec
     _check_frames("data.frames", data.frames)
     latent_frames = (data.frames - 1) // 4 + 1
     if recipe.sampling.given_frames >= latent_frames:
@@ -162,21 +162,68 @@ def _check_geometry(recipe: Recipe) -> None:
             f"sampling.given_frames={recipe.sampling.given_frames} leaves nothing to sample of the {latent_frames} "
             f"latent frames of data.frames={data.frames}: give at most {latent_frames - 1}"
         )
-    for key, size in (("data.height", data.height), ("data.width", data.width)):
-        if size % 16:
-            raise UserError(f"{key}={size} is no multiple of 16 (VAE x patch): give {_nearest(size, 16)}")
-    if recipe.model.architecture == "causal" and min(data.height, data.width) < 32:
-        raise UserError(
-            f"data.height={data.height} and data.width={data.width} are too small for a causal network: it makes "
-            "tokens of 4 x 4 latents: give at least 32 pixels a side"
-        )
-    if recipe.stage.name != "codec":
-        return
+    _check_buckets(recipe)
+    for number, (_, height, width) in enumerate(data.shapes):
+        where = f"data.buckets={data.buckets[number - 1]}: " if number else ""
+        for key, size in (("data.height", height), ("data.width", width)):
+            if size % 16 or not size:
+                raise UserError(f"{where}{key}={size} is no multiple of 16 (VAE x patch): give {_nearest(size, 16)}")
+        if recipe.model.architecture == "causal" and min(height, width) < 32:
+            raise UserError(
+                f"{where}data.height={height} and data.width={width} are too small for a causal network: it makes "
+                "tokens of 4 x 4 latents: give at least 32 pixels a side"
+            )
+    if recipe.stage.name == "codec":
+        _check_crops(recipe)
+
+
+def _check_buckets(recipe: Recipe) -> None:
+    data = recipe.data
+    for bucket in data.buckets:
+        parse_shape(bucket, "data.buckets")
+    seen: set[tuple[int, int, int]] = set()
+    budget = data.batch_size * _tokens(data.shapes[0])
+    for bucket, shape in zip(["data.frames x height x width", *data.buckets], data.shapes, strict=True):
+        if shape in seen:
+            raise UserError(f"data.buckets={data.buckets} names {bucket} twice, or the run's own shape: give it once")
+        seen.add(shape)
+        if shape == data.shapes[0]:
+            continue
+        _check_frames(f"data.buckets={bucket}: frames", shape[0])
+        if _tokens(shape) > budget:
+            raise UserError(
+                f"data.buckets={bucket}: a clip has {_tokens(shape)} tokens, more than a pass of data.batch_size="
+                f"{data.batch_size} clips of the run's own shape ({budget}): raise data.batch_size, or make the "
+                "largest shape data.frames x height x width"
+            )
+
+
+def parse_shape(text: str, field: str) -> tuple[int, int, int]:
+    """``81x480x832`` as (frames, height, width).
+
+    Raises:
+        UserError: it is no such text; ``field`` is where it stands.
+    """
+    if not _SHAPE.fullmatch(text):
+        raise UserError(f"{field}: {text!r} is no shape: write frames x height x width, for example 81x480x832")
+    frames, height, width = (int(side) for side in text.split("x"))
+    return frames, height, width
+
+
+def _tokens(shape: tuple[int, int, int]) -> int:
+    frames, height, width = shape
+    return ((frames - 1) // 4 + 1) * (height // 16) * (width // 16)
+
+
+def _check_crops(recipe: Recipe) -> None:
+    """The codec stage's crops fit on its grid and into every shape of clip."""
+    codec = recipe.stage.codec
     _check_frames("stage.codec.crop_frames", codec.crop_frames)
+    frames, height, width = (min(sides) for sides in zip(*recipe.data.shapes, strict=True))
     crops: Sequence[tuple[str, int, int]] = (
-        ("frames", codec.crop_frames, data.frames),
-        ("height", codec.crop_height, data.height),
-        ("width", codec.crop_width, data.width),
+        ("frames", codec.crop_frames, frames),
+        ("height", codec.crop_height, height),
+        ("width", codec.crop_width, width),
     )
     for name, crop, whole in crops:
         if name != "frames" and crop % 8:

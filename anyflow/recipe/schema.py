@@ -190,6 +190,11 @@ class DataRecipe:
     frames: int = _option(17, "frames of a clip (4n+1, as the VAE takes them)", low=1)
     height: int = _option(64, "pixel rows (multiple of 16)", low=16)
     width: int = _option(96, "pixel columns (multiple of 16)", low=16)
+    buckets: list[str] = _option(
+        [],
+        "further shapes, as frames x height x width ([81x832x480, 49x480x832]): a clip comes in the one that crops it "
+        "least; a batch is of one, with as many clips as fit into the tokens of batch_size clips of the shape above",
+    )
     fps: float = _option(0.0, "frames a second that clips are brought to; 0: every clip's own", low=0)
     global_batch: int = _option(
         0,
@@ -201,7 +206,15 @@ class DataRecipe:
     error_budget: float = _option(
         0.01, "share of bad clips that stops the run; fewer are skipped and named", low=0, high=1
     )
-    precompute: bool = _option(False, "train on latents encoded beforehand (anyflow data encode) instead of pixels")
+    precompute: bool = _option(
+        False, "train on latents and texts encoded beforehand (anyflow data encode), without VAE and text encoder"
+    )
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """(frames, height, width) that clips come in: the run's own, which is sampled, and those of ``buckets``."""
+        further = [tuple(int(side) for side in bucket.split("x")) for bucket in self.buckets]
+        return [(self.frames, self.height, self.width), *further]  # type: ignore[list-item]
 
 
 @dataclass(frozen=True)

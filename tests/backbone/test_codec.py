@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +13,10 @@ from diffusers import AnyFlowPipeline, AutoencoderKLWan
 from torch import Tensor
 
 from anyflow.backbone import codec as module
+from anyflow.backbone import fingerprint
 from anyflow.backbone.codec import Codec, bytes_from_pixels, check_video_shape, clean_prompt, pixels_from_bytes
 from anyflow.backbone.embedded import build_scheduler, build_vae
+from anyflow.backbone.fingerprint import fingerprint_codec
 from anyflow.errors import UserError
 
 
@@ -138,6 +143,61 @@ def test_unfit_sizes_are_refused_with_the_nearest_that_fit(shape, message) -> No
 def test_no_text_encoder_is_said(codec) -> None:
     with pytest.raises(UserError, match="no text encoder"):
         Codec(codec.vae).encode_text(["a"])
+
+
+def test_a_stored_codec_is_in_memory_only_while_it_works(small_model: Path) -> None:
+    """Before and after, its weights are on no device; what it says is what the loaded one says."""
+    stored, loaded = Codec.from_folder(small_model, stored=True), Codec.from_folder(small_model)
+    video = torch.randint(0, 256, (1, 5, 32, 32, 3), dtype=torch.uint8)
+    assert stored.is_stored and all(weight.is_meta for weight in stored.parameters())
+    assert stored.latent_shape(5, 32, 32) == loaded.latent_shape(5, 32, 32) and stored.device.type == "cpu"
+    with stored.lent("cpu"):
+        assert not stored.is_stored
+        assert torch.equal(stored.encode_video(video), loaded.encode_video(video))
+        assert torch.equal(stored.embed("a car"), loaded.embed("a car"))
+    assert stored.is_stored and all(weight.is_meta for weight in stored.parameters())
+    assert stored.remembers(["a car"]) and not stored.remembers(["a bus"])
+
+
+def test_texts_encoded_beforehand_need_no_encoder(small_model: Path) -> None:
+    stored = Codec.from_folder(small_model, stored=True)
+    stored.known_texts = {"known": torch.ones(3, 64)}
+    assert stored.remembers(["known"])
+    text = stored.encode_text(["known"])
+    assert stored.is_stored and text.lengths.tolist() == [3] and torch.equal(text.embeddings[0, :3], torch.ones(3, 64))
+    assert len(stored.embed("never seen")) > 0, "it loads its encoder for a prompt that nobody foresaw"
+    assert stored.is_stored
+
+
+def test_the_fingerprint_sees_weights_statistics_and_precision(small_model: Path, tmp_path: Path) -> None:
+    whole = (torch.float32, torch.float32)
+    seen = {fingerprint_codec(small_model, *whole), fingerprint_codec(small_model, torch.float32, torch.bfloat16)}
+    copied = shutil.copytree(small_model, tmp_path / "copy")
+    assert fingerprint_codec(copied, *whole) in seen, "the same files elsewhere are the same codec"
+    config = json.loads((copied / "vae" / "config.json").read_text())
+    for change in ({"_diffusers_version": "9"}, {"latents_mean": [1.0] * 16}):
+        (copied / "vae" / "config.json").write_text(json.dumps(config | change))
+        seen.add(fingerprint_codec(copied, *whole))
+    assert len(seen) == 3, "who wrote it says nothing, what latents are normalised by does"
+    weights = next((copied / "text_encoder").glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert fingerprint_codec(copied, *whole) not in seen
+
+
+def test_of_large_files_pieces_are_read(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = shutil.copytree(small_model, tmp_path / "copy")
+    monkeypatch.setattr(fingerprint, "WHOLE", 100)
+    monkeypatch.setattr(fingerprint, "STRIDE", 2**16)
+    monkeypatch.setattr(fingerprint, "PIECE", 2**10)
+    before = fingerprint_codec(copied, torch.float32, torch.float32)
+    weights = next((copied / "vae").glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    for place in range(0, len(data), 2**14):
+        data[place] ^= 1
+    weights.write_bytes(data)
+    assert fingerprint_codec(copied, torch.float32, torch.float32) != before
 
 
 def test_a_parked_codec_is_lent_and_comes_back(codec: Codec) -> None:

@@ -3,44 +3,57 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_shards import CLIPS, FRAMES, HEIGHT, WIDTH, MakeShards, clip_parts
-from torch import Tensor, nn
+from torch import Tensor
 
-from anyflow.data import cache
-from anyflow.data.cache import CACHE_FILE, codec_fingerprint, encode_dataset, estimate_cost, load_cache
+from anyflow.data import encode as encoding
+from anyflow.data.cache import CACHE_FILE, TextStore, load_cache
 from anyflow.data.decode import ClipShape
+from anyflow.data.encode import Encoding, encode_dataset
 from anyflow.data.module import VideoDataModule
 from anyflow.data.shards import check_folder, load_index
 from anyflow.errors import UserError
 
+SHAPE = ClipShape(FRAMES, HEIGHT, WIDTH)
+
 
 class MeanCodec:
-    """Latents of 2 channels: means over blocks of 8 x 8 pixels, of every 4th frame, times a weight."""
+    """Latents of 2 channels: means over blocks of 8 x 8 pixels, of every 4th frame, times a weight.
+
+    A prompt's embedding is its letters' numbers.
+    """
 
     def __init__(self, weight: float = 1.0) -> None:
-        self.vae = nn.Linear(1, 1, bias=False)
-        nn.init.constant_(self.vae.weight, weight)
+        self.weight = weight
         self.calls: list[int] = []
+        self.prompts: list[str] = []
 
-    @torch.no_grad()
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.weight:08.3f}" * 8
+
     def encode_video(self, video: Tensor) -> Tensor:
         self.calls.append(len(video))
         blocks = video[:, ::4].float().unflatten(2, (-1, 8)).unflatten(4, (-1, 8)).mean((3, 5)) / 255
-        return (blocks * self.vae.weight.item()).movedim(-1, 2)[:, :, :2]
+        return (blocks * self.weight).movedim(-1, 2)[:, :, :2]
+
+    def embed(self, prompt: str) -> Tensor:
+        self.prompts.append(prompt)
+        return torch.tensor([[float(ord(letter))] for letter in prompt], dtype=torch.bfloat16).reshape(-1, 1)
 
 
-def encode(folder: Path, codec: MeanCodec, **options: object) -> Path:
-    shape = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH}
-    return encode_dataset(folder, "train", codec, **{**shape, **options})  # type: ignore[arg-type]
+def encode(folder: Path, codec: MeanCodec, shapes: Sequence[ClipShape] = (SHAPE,), **options: object) -> Path:
+    return encode_dataset(folder, "train", codec, shapes, **options)  # type: ignore[arg-type]
 
 
 def module(folder: Path, **options: object) -> VideoDataModule:
     shape = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH}
-    data = VideoDataModule(folder, batch_size=4, steps=6, **{**shape, **options})  # type: ignore[arg-type]
+    data = VideoDataModule(folder, **{**shape, "batch_size": 4, "steps": 6, **options})  # type: ignore[arg-type]
     data.setup()
     return data
 
@@ -52,7 +65,7 @@ def test_latents_come_back_as_they_would_on_the_fly(shards: Path) -> None:
     assert seen == [(done, CLIPS) for done in range(1, CLIPS + 1)]
     assert check_folder(folder) == []
     frames = module(shards)
-    latents = module(shards, cache=folder, codec_hash=codec_fingerprint(codec.vae))
+    latents = module(shards, cache=folder, codec_hash=codec.fingerprint)
     for fresh, cached in zip(frames.train_dataloader(), latents.train_dataloader(), strict=True):
         assert cached["latents"].shape == (4, 2, 2, 4, 6) and cached["latents"].dtype == torch.float32
         expected = {
@@ -74,10 +87,11 @@ def test_encoding_twice_gives_the_same_bytes_and_does_the_work_once(shards: Path
 
 def test_the_cost_is_told_beforehand(shards: Path) -> None:
     """Tar members are padded to blocks and a tar ends with some: the estimate is within a block or two a clip."""
-    cost = estimate_cost(shards, "train", MeanCodec(), ClipShape(FRAMES, HEIGHT, WIDTH))
-    made = load_index(encode(shards, MeanCodec()))
-    assert cost.clips == CLIPS and cost.seconds > 0
-    assert abs(cost.bytes - made.bytes) < CLIPS * 1024 + 10_240
+    cost = Encoding(shards, "train", MeanCodec(), [SHAPE]).estimate()
+    folder = encode(shards, MeanCodec())
+    made = load_index(folder).bytes + load_index(folder / "texts").bytes
+    assert cost.clips == cost.texts == CLIPS and cost.seconds > 0
+    assert abs(cost.bytes - made) < 2 * CLIPS * 1024 + 20_480
 
 
 def test_other_facts_make_another_folder(shards: Path, make_shards: MakeShards) -> None:
@@ -86,9 +100,9 @@ def test_other_facts_make_another_folder(shards: Path, make_shards: MakeShards) 
     folders = {
         encode(shards, MeanCodec(), out=out),
         encode(shards, MeanCodec(2.0), out=out),
-        encode(shards, MeanCodec(), out=out, frames=1),
-        encode(shards, MeanCodec(), out=out, height=16),
-        encode(shards, MeanCodec(), out=out, fps=4.0, frames=1),
+        encode(shards, MeanCodec(), [ClipShape(1, HEIGHT, WIDTH)], out=out),
+        encode(shards, MeanCodec(), [ClipShape(FRAMES, 16, WIDTH)], out=out),
+        encode(shards, MeanCodec(), [ClipShape(1, HEIGHT, WIDTH, 4.0)], out=out),
         encode(other, MeanCodec(), out=out),
     }
     assert len(folders) == 6 and sorted(path.name for path in out.iterdir()) == sorted(f.name for f in folders)
@@ -96,9 +110,9 @@ def test_other_facts_make_another_folder(shards: Path, make_shards: MakeShards) 
 
 def test_a_cache_that_does_not_fit_is_refused(shards: Path) -> None:
     folder = encode(shards, MeanCodec())
-    with pytest.raises(UserError, match="encoded by another autoencoder"):
-        module(shards, cache=folder, codec_hash=codec_fingerprint(MeanCodec(2.0).vae))
-    with pytest.raises(UserError, match=r"holds ClipShape\(frames=5.* not ClipShape\(frames=1"):
+    with pytest.raises(UserError, match="encoded by another autoencoder or text encoder"):
+        module(shards, cache=folder, codec_hash=MeanCodec(2.0).fingerprint)
+    with pytest.raises(UserError, match=r"holds .*ClipShape\(frames=5.* not .*ClipShape\(frames=1"):
         module(shards, cache=folder, frames=1)
     with pytest.raises(UserError, match=r"no cache\.json"):
         module(shards, cache=shards)
@@ -126,7 +140,7 @@ def test_a_broken_encoding_shows_nothing_and_goes_on(
                 raise KeyboardInterrupt
             return super().encode_video(video)
 
-    monkeypatch.setattr(cache, "CLIPS_PER_SHARD", 5)
+    monkeypatch.setattr(encoding, "CLIPS_PER_SHARD", 5)
     folder = make_shards({3: clip_parts(3, caption="")})
     whole = encode(folder, MeanCodec(), out=tmp_path / "whole", error_budget=0.1)
     with pytest.raises(KeyboardInterrupt):
@@ -136,7 +150,11 @@ def test_a_broken_encoding_shows_nothing_and_goes_on(
     made = encode(folder, codec, out=tmp_path / "out", error_budget=0.1)
     assert len(codec.calls) == CLIPS - 10
     assert [path.name for path in (tmp_path / "out").iterdir()] == [made.name]
-    assert {p.name: p.read_bytes() for p in made.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+    assert contents(made) == contents(whole)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(shards: Path, tmp_path: Path) -> None:
@@ -156,22 +174,41 @@ def test_bad_clips_are_left_out_named_and_budgeted(make_shards: MakeShards) -> N
     assert "clip-003" not in keys and len(data.state_dict()["skipped"]) == 2
 
 
-def test_the_fingerprint_sees_weights_precision_and_configuration() -> None:
-    base, same = MeanCodec().vae, MeanCodec().vae
-    assert codec_fingerprint(base) == codec_fingerprint(same)
-    other = [MeanCodec(1.001).vae, MeanCodec().vae.bfloat16(), MeanCodec().vae]
-    other[2].config = {"latents_mean": [0.0], "_name_or_path": "a"}  # type: ignore[assignment]
-    assert len({codec_fingerprint(vae) for vae in [base, *other]}) == 4
-    moved = MeanCodec().vae
-    moved.config = {"latents_mean": [0.0], "_name_or_path": "b"}  # type: ignore[assignment]
-    assert codec_fingerprint(moved) == codec_fingerprint(other[2])
-
-
 def test_latents_of_another_shape_are_bad_clips(shards: Path) -> None:
     folder = encode(shards, MeanCodec())
     document = json.loads((folder / CACHE_FILE).read_text())
-    document["latent_shape"] = [3, 2, 4, 6]
+    document["latent_shapes"] = [[3, 2, 4, 6]]
     (folder / CACHE_FILE).write_text(json.dumps(document))
     with pytest.raises(UserError, match=r"latents of shape \[2, 2, 4, 6\] where \[3, 2, 4, 6\] is needed"):
         next(iter(module(shards, cache=folder).train_dataloader()))
-    assert load_cache(folder).shape == ClipShape(FRAMES, HEIGHT, WIDTH)
+    assert load_cache(folder).shapes == (SHAPE,)
+
+
+def test_each_caption_is_embedded_once_and_trimmed(make_shards: MakeShards) -> None:
+    same = {number: clip_parts(number, caption="the same") for number in range(2, CLIPS)}
+    codec = MeanCodec()
+    folder = encode(make_shards(same), codec, prompts=["", "blurry"])
+    assert codec.prompts == ["", "blurry", "clip 0", "clip 1", "the same"] and load_cache(folder).texts == 5
+    texts = TextStore([folder])
+    for prompt in codec.prompts:
+        stored = texts.get(prompt)
+        assert stored is not None and stored.dtype == torch.bfloat16
+        assert torch.equal(stored, MeanCodec().embed(prompt)), "to its own length, as the encoder gave it"
+    assert "clip 7" not in texts and texts.get("clip 7") is None
+
+
+def test_an_embedding_that_cannot_be_read_is_as_if_it_were_not_there(shards: Path) -> None:
+    folder = encode(shards, MeanCodec())
+    tar = next((folder / "texts").glob("*.tar"))
+    tar.write_bytes(b"\0" * tar.stat().st_size)
+    assert TextStore([folder]).get("clip 3") is None
+
+
+def test_clips_of_several_shapes_are_encoded_together_and_come_back_by_shape(shards: Path) -> None:
+    """5 frames of 48 x 32 fit the first shape best; without enough frames for 9 x 32 x 48 nobody takes that."""
+    shapes = [ClipShape(1, 16, 16), ClipShape(5, HEIGHT, WIDTH), ClipShape(9, HEIGHT, WIDTH)]
+    folder = encode(shards, MeanCodec(), shapes)
+    assert load_cache(folder).latent_shapes == (None, (2, 2, 4, 6), None)
+    own = {"frames": 1, "height": 16, "width": 16}
+    data = module(shards, cache=folder, batch_size=24, buckets=[(5, HEIGHT, WIDTH), (9, HEIGHT, WIDTH)], **own)
+    assert all(batch["latents"].shape == (2, 2, 2, 4, 6) for batch in data.train_dataloader())

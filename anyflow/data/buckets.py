@@ -1,0 +1,312 @@
+"""Buckets: clips of several shapes in one run, and every batch of one of them.
+
+Each bucket has a plan of its own over its clips. An epoch is all buckets' whole batches, shuffled together: the bucket
+of a step follows from (seed, epoch, place) alone, so all ranks agree, every rank has the same number of batches, and a
+run goes on exactly. A bucket's batch has as many clips as fit into the tokens of a batch of the run's own shape: memory
+is about even.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+
+from anyflow.data.cache import LatentShape
+from anyflow.data.decode import ClipShape
+from anyflow.data.mixture import BLOCK, MixedPlan, plan_of
+from anyflow.data.plan import PLAN_VERSION, Plan, PlanIdentity, digest, raw_bits
+from anyflow.data.reader import ShardReader, Split
+from anyflow.data.shapes import choose_shape, tokens
+from anyflow.data.stream import Batch, BatchDataset, ClipDataset
+from anyflow.errors import UserError
+
+KEPT_EPOCHS = 2
+LEAST_WEIGHT = 2 / BLOCK
+"""Of a card in a bucket, beside all of them: a mixture deals no smaller shares."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Clips of one shape.
+
+    Attributes:
+        shape: what they are brought to.
+        reader: their samples alone.
+        clips: how many they are.
+        share: of the clips that a run sees.
+        global_batch: clips in a batch of theirs over all ranks; 0: they are too few for one and are never seen.
+        weights: of the cards that they are from; empty to read these as one.
+        latent_shape: (F, C, H, W) if the samples are latents instead of footage.
+    """
+
+    shape: ClipShape
+    reader: ShardReader
+    clips: int
+    share: float
+    global_batch: int
+    weights: tuple[float, ...] = ()
+    latent_shape: LatentShape | None = None
+
+    @property
+    def name(self) -> str:
+        """``17x64x96``: frames, height, width."""
+        return f"{self.shape.frames}x{self.shape.height}x{self.shape.width}"
+
+
+def sort_clips(reader: ShardReader, splits: Sequence[Split], shapes: Sequence[ClipShape]) -> list[list[list[int]]]:
+    """The clips of each shape, as their numbers in each shard; too short ones are in none.
+
+    Raises:
+        UserError: the shape of a clip is not known.
+    """
+    owners = [split for split, count in zip(splits, reader.counts, strict=True) for _ in range(count)]
+    sorted_clips: list[list[list[int]]] = [[[] for _ in reader.shards] for _ in shapes]
+    for number, ((_, shard), split) in enumerate(zip(reader.shards, owners, strict=True)):
+        for place, sample in enumerate(shard.samples):
+            clip = split.shape_of(sample)
+            if not clip:
+                raise UserError(
+                    f"data.buckets: neither a card nor the index of {str(split.folder)!r} says what shape clip "
+                    f"{sample.key!r} has: give it a card with frames, height, width and fps"
+                )
+            chosen = choose_shape(clip, shapes)
+            if chosen is not None:
+                sorted_clips[chosen][number].append(place)
+    return sorted_clips
+
+
+def sort_latents(reader: ShardReader, shapes: Sequence[tuple[float, ...]]) -> list[list[list[int]]]:
+    """The samples of each shape of latents, as their numbers in each shard."""
+    numbers = {shape: number for number, shape in enumerate(shapes)}
+    sorted_samples: list[list[list[int]]] = [[[] for _ in reader.shards] for _ in shapes]
+    for number, (_, shard) in enumerate(reader.shards):
+        for place, sample in enumerate(shard.samples):
+            if tuple(sample.shape) in numbers:
+                sorted_samples[numbers[tuple(sample.shape)]][number].append(place)
+    return sorted_samples
+
+
+def make_buckets(
+    reader: ShardReader,
+    sorted_clips: Sequence[Sequence[Sequence[int]]],
+    shapes: Sequence[ClipShape],
+    batch_size: int,
+    world_size: int,
+    weights: Sequence[float] = (),
+    latent_shapes: Sequence[LatentShape] | None = None,
+) -> list[Bucket]:
+    """The buckets that have clips.
+
+    Args:
+        reader: all clips. sorted_clips: those of each shape.
+        shapes: the first is the run's own, whose batch of ``batch_size`` clips a rank sets the tokens of all.
+        weights: of the cards; empty to read them as one.
+        latent_shapes: the shapes' latents, if the samples are these.
+
+    Raises:
+        UserError: a shape has more tokens than a batch, or no clip fits any shape.
+    """
+    budget = batch_size * tokens(shapes[0])
+    in_card = _count_by_card(reader)
+    importance = np.array(weights, dtype=float) if weights else in_card
+    buckets = []
+    of_latents: Sequence[LatentShape | None] = latent_shapes or [None] * len(shapes)
+    for shape, latent_shape, kept in zip(shapes, of_latents, sorted_clips, strict=True):
+        fitting = budget // tokens(shape)
+        if not fitting:
+            raise UserError(
+                f"data.buckets: a clip of {shape.frames}x{shape.height}x{shape.width} has {tokens(shape)} tokens, more "
+                f"than data.batch_size={batch_size} clips of the run's own shape ({budget}): raise data.batch_size, or "
+                "make the largest shape the run's own"
+            )
+        own = reader.restricted(kept)
+        counts = _count_by_card(own)
+        # A card's clips are seen as often here as its weight in the run and their share of it ask for.
+        seen = importance * counts / np.maximum(in_card, 1)
+        clips = int(counts.sum())
+        whole = min(fitting * world_size, clips // world_size * world_size)
+        own_weights = tuple(np.maximum(seen, LEAST_WEIGHT * seen.sum())[counts > 0].tolist()) if weights else ()
+        if clips:
+            share = float(seen.sum() / importance.sum())
+            buckets.append(Bucket(shape, own, clips, share, whole, own_weights, latent_shape))
+    if not any(bucket.global_batch for bucket in buckets):
+        raise UserError(
+            "data.buckets: no shape has enough clips for a batch (clips with too few frames for all shapes are left "
+            "out): add a shorter shape, or footage"
+        )
+    return buckets
+
+
+def _count_by_card(reader: ShardReader) -> np.ndarray:
+    ends = np.cumsum([0, *reader.counts])
+    sizes = [len(shard.samples) for _, shard in reader.shards]
+    return np.array([sum(sizes[start:end]) for start, end in pairwise(ends)], dtype=float)
+
+
+def bucket_plan(buckets: Sequence[Bucket], seed: int, base_batch: int) -> BucketPlan:
+    """The order of a run over buckets.
+
+    Args:
+        buckets: those with a batch.
+        seed: the run's data seed.
+        base_batch: clips of a batch of the run's own shape over all ranks.
+    """
+    plans = []
+    for number, bucket in enumerate(buckets):
+        own_seed = int(raw_bits(1, (seed, number, len(buckets)))[0] >> 1)
+        counts = [count for count in bucket.reader.counts if count]
+        plans.append(plan_of(bucket.reader.planned(), counts, bucket.weights, own_seed, bucket.global_batch))
+    names, shares = tuple(bucket.name for bucket in buckets), tuple(bucket.share for bucket in buckets)
+    return BucketPlan(tuple(plans), names, shares, seed, base_batch)
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """The order of a run's batches over its buckets; as a :class:`Plan` to the stream.
+
+    Args:
+        plans: each bucket's own. names: their shapes. shares: of the clips that are seen, for mixed cards.
+        seed: the run's data seed. base_batch: clips of a batch of the run's own shape over all ranks.
+    """
+
+    plans: tuple[Plan | MixedPlan, ...]
+    names: tuple[str, ...]
+    shares: tuple[float, ...]
+    seed: int
+    base_batch: int
+    _orders: dict[int, tuple[np.ndarray, np.ndarray]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @cached_property
+    def num_samples(self) -> int:
+        """Clips in all buckets."""
+        return sum(plan.num_samples for plan in self.plans)
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Batches of each bucket in an epoch: all that its clips make, or what the cards' weights ask for."""
+        if all(isinstance(plan, Plan) for plan in self.plans):
+            return tuple(plan.batches_per_epoch for plan in self.plans)
+        clips = np.array(self.shares) / sum(self.shares) * self.num_samples
+        return tuple(max(1, round(c / plan.global_batch)) for c, plan in zip(clips, self.plans, strict=True))
+
+    @cached_property
+    def batches_per_epoch(self) -> int:
+        """Batches of all buckets in an epoch."""
+        return sum(self.counts)
+
+    @cached_property
+    def global_batch(self) -> int:
+        """Clips of a batch over all ranks, on average."""
+        clips = sum(count * plan.global_batch for count, plan in zip(self.counts, self.plans, strict=True))
+        return max(1, clips // self.batches_per_epoch)
+
+    @cached_property
+    def identity(self) -> PlanIdentity:
+        """The plan's inputs, for the checkpoint."""
+        parts = [plan.identity for plan in self.plans]
+        batches = ", ".join(f"{name}:{plan.global_batch}" for name, plan in zip(self.names, self.plans, strict=True))
+        return PlanIdentity(
+            PLAN_VERSION,
+            self.seed,
+            self.base_batch,
+            sum(part.shards for part in parts),
+            self.num_samples,
+            digest("\n".join(part.content for part in parts)),
+            parts[0].window,
+            "; ".join(part.shares for part in parts).strip("; "),
+            batches,
+        )
+
+    def epoch_and_batch(self, index: int) -> tuple[int, int]:
+        """Split the endless batch number into (epoch, batch within the epoch)."""
+        return divmod(index, self.batches_per_epoch)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Return (bucket, number of its own batch) of global batch ``index``."""
+        epoch, place = self.epoch_and_batch(index)
+        if epoch not in self._orders:
+            while len(self._orders) >= KEPT_EPOCHS:
+                self._orders.pop(next(iter(self._orders)))
+            self._orders[epoch] = self._order(epoch)
+        owners, ranks = self._orders[epoch]
+        bucket = int(owners[place])
+        return bucket, epoch * self.counts[bucket] + int(ranks[place])
+
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Whose batch stands at each place of an epoch, and which of its owner's it is."""
+        owners = np.repeat(np.arange(len(self.counts), dtype=np.int16), self.counts)
+        keys = raw_bits(len(owners), (self.seed, epoch, len(owners), len(self.counts)))
+        owners = owners[np.argsort(keys, kind="stable")]
+        ranks = np.empty(len(owners), dtype=np.int32)
+        for bucket in range(len(self.counts)):
+            places = np.flatnonzero(owners == bucket)
+            ranks[places] = np.arange(len(places))
+        return owners, ranks
+
+
+class BucketDataset(BatchDataset):
+    """As :class:`ClipDataset`, over buckets: item ``n`` is this rank's part of global batch ``n``, all of one shape.
+
+    Args:
+        buckets: their clips; those without a batch are left out.
+        seed, base_batch: of the plan; see :class:`BucketPlan`.
+        rank, world_size: which part of each batch.
+    """
+
+    plan: BucketPlan
+
+    def __init__(
+        self, buckets: Sequence[Bucket], seed: int, base_batch: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.buckets = [bucket for bucket in buckets if bucket.global_batch]
+        self.rank, self.world_size = rank, world_size
+        self._plan(seed, base_batch)
+
+    def _plan(self, seed: int, base_batch: int) -> None:
+        self.plan = bucket_plan(self.buckets, seed, base_batch)
+        self.parts = [
+            ClipDataset(bucket.reader, plan, bucket.shape, self.rank, self.world_size, bucket.latent_shape)
+            for bucket, plan in zip(self.buckets, self.plan.plans, strict=True)
+        ]
+
+    def __getitem__(self, index: int) -> Batch:
+        bucket, number = self.plan.locate(index)
+        return {**self.parts[bucket][number], "position": index}
+
+    def adopt(self, saved: PlanIdentity) -> None:
+        """Take the sizes of the batches from a checkpoint, which may have been written by another number of ranks.
+
+        Raises:
+            UserError: these ranks do not divide them.
+        """
+        sizes_of = dict(entry.split(":") for entry in filter(None, saved.buckets.split(", ")))
+        names, sizes = tuple(sizes_of), tuple(sizes_of.values())
+        if names != self.plan.names or saved.global_batch != self.plan.base_batch:
+            return  # another plan: told by whoever compares them
+        for name, size in zip(names, sizes, strict=True):
+            if int(size) % self.world_size:
+                raise UserError(
+                    f"The batch of {size} clips of {name} cannot be divided among {self.world_size} ranks: go on with "
+                    "as many ranks as before, or half of them."
+                )
+        self.buckets = [replace(b, global_batch=int(size)) for b, size in zip(self.buckets, sizes, strict=True)]
+        self._plan(self.plan.seed, self.plan.base_batch)
+
+
+def tell_buckets(buckets: Sequence[Bucket], clips: int) -> list[str]:
+    """The share of each bucket in words, and the clips that are in none."""
+    lines = []
+    for bucket in buckets:
+        batch = f"{bucket.global_batch} in a batch" if bucket.global_batch else "too few for a batch: never seen"
+        tokens_told = f"{tokens(bucket.shape)} tokens each"
+        lines.append(f"{bucket.name:<14} {bucket.clips} clips, {bucket.share:6.1%}, {tokens_told}, {batch}")
+    short = clips - sum(bucket.clips for bucket in buckets)
+    if short:
+        lines.append(f"{'no bucket':<14} {short} clips, {short / clips:6.1%}: too short for all, left out")
+    return lines

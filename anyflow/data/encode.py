@@ -1,0 +1,365 @@
+"""``anyflow data encode``: footage and captions to a cache of latents and embeddings, in jobs that ranks share.
+
+Every clip is encoded by itself, from its beginning, and every distinct caption once: what is written depends on nothing
+else. A job is one shard; a note beside it says that it is whole. Broken off, encoding goes on after the whole shards,
+with any number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from anyflow.data.buckets import sort_clips
+from anyflow.data.cache import TEXTS, LatentCache, LatentShape, cache_name, is_whole, source_digest, text_key
+from anyflow.data.decode import ClipShape, DecodeError, decode_clip
+from anyflow.data.locks import locked
+from anyflow.data.reader import TAR_BLOCK, ShardReader, check_length, find_split
+from anyflow.data.shapes import tokens
+from anyflow.data.shards import (
+    INDEX_NAME,
+    Sample,
+    Shard,
+    ShardIndex,
+    shard_from_dict,
+    shard_to_dict,
+    write_durably,
+    write_tar,
+)
+from anyflow.data.stream import Skip, enforce_budget
+from anyflow.errors import UserError
+
+CLIPS_PER_SHARD = 256
+"""Clips, or captions, that one shard is made from: what is lost when encoding is broken off."""
+TIMED_TEXTS = 4
+
+log = logging.getLogger(__name__)
+
+
+class Encoder(Protocol):
+    """What encoding needs of a codec."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its weights, normalisation and precision."""
+        ...
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        """uint8 [B, F, H, W, 3] to normalised latents [B, F, C, H, W]."""
+        ...
+
+    def embed(self, prompt: str) -> Tensor:
+        """A prompt's embedding [length, D], without padding, on the CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard: ``kind`` "latents" or "texts", its number, and the clips or captions that it is made from."""
+
+    kind: str
+    number: int
+    items: range
+
+    @property
+    def name(self) -> str:
+        """``latents-000003``."""
+        return f"{self.kind}-{self.number:06d}"
+
+
+@dataclass(frozen=True)
+class EncodingCost:
+    """What encoding takes: clips, distinct captions, bytes on disk, seconds on one device of this machine."""
+
+    clips: int
+    texts: int
+    bytes: int
+    seconds: float
+
+    def told(self, devices: int = 1) -> str:
+        """In words, for so many devices."""
+        minutes = self.seconds / 60 / devices
+        return f"{self.clips} clips, {self.texts} prompts, about {self.bytes / 1e6:.1f} MB and {minutes:.1f} min"
+
+
+class Encoding:
+    """The encoding of a card's split.
+
+    Args:
+        card: name or path of a card, or a folder of shards.
+        split: "train" or "heldout".
+        codec: the model's ends.
+        shapes: of the clips, as training asks for them; a clip is brought to the one that fits it best.
+        out: folder in which the cache's own folder is made; ``cache`` beside the card by default.
+        prompts: further prompts to embed, such as the negative one.
+        error_budget: largest share of unusable clips that is tolerated.
+
+    Raises:
+        UserError: the data are missing or too short.
+    """
+
+    def __init__(
+        self,
+        card: str | Path,
+        split: str,
+        codec: Encoder,
+        shapes: Sequence[ClipShape],
+        out: str | Path | None = None,
+        *,
+        prompts: Sequence[str] = (),
+        error_budget: float = 0.01,
+    ) -> None:
+        footage = find_split(card, split)
+        self.title = f"{card} {split}"
+        self.codec, self.shapes, self.prompts, self.error_budget = codec, tuple(shapes), tuple(prompts), error_budget
+        self.reader = ShardReader([footage.folder], [footage.caption])
+        if len(self.shapes) == 1:
+            check_length(footage, self.shapes[0])
+        self._footage = footage
+        self.fingerprint, self.source = codec.fingerprint, source_digest(self.reader, footage.caption)
+        parent = Path(out) if out is not None else footage.home / "cache"
+        self.folder = parent / cache_name(footage, split, self.shapes, self.source, self.fingerprint)
+        self.partial = parent / f".{self.folder.name}.part"
+        self.report = self.partial / "skipped.json"
+        self.lock = parent / f".{self.folder.name}.lock"
+        self.skipped: list[Skip] = []
+        self.done = 0
+
+    @cached_property
+    def places(self) -> list[tuple[int, Sample, int]]:
+        """(shard, sample, number of its shape) of every clip, in the index's order; too short ones are left out."""
+        if len(self.shapes) == 1:
+            return [(n, sample, 0) for n, (_, shard) in enumerate(self.reader.shards) for sample in shard.samples]
+        found = [
+            (number, place, chosen)
+            for chosen, kept in enumerate(sort_clips(self.reader, [self._footage], self.shapes))
+            for number, numbers in enumerate(kept)
+            for place in numbers
+        ]
+        return [(number, self.reader.sample(number, place), chosen) for number, place, chosen in sorted(found)]
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Every distinct caption, in the order of the clips, after the prompts; captions of bad clips are left out."""
+        texts = dict.fromkeys(self.prompts)
+        for shard, sample, _ in self.places:
+            try:
+                texts.setdefault(self.reader.describe(shard, sample)["caption"])
+            except DecodeError:
+                continue  # told when its turn to be encoded comes
+        return list(texts)
+
+    @cached_property
+    def jobs(self) -> list[Job]:
+        """All shards to write."""
+        return [
+            Job(kind, number, range(start, min(start + CLIPS_PER_SHARD, total)))
+            for kind, total in (("texts", len(self.texts)), ("latents", len(self.places)))
+            for number, start in enumerate(range(0, total, CLIPS_PER_SHARD))
+        ]
+
+    def open_jobs(self) -> list[Job]:
+        """The shards that are not written yet."""
+        return [job for job in self.jobs if self._done(job) is None]
+
+    def is_whole(self) -> bool:
+        """Whether it is done already; a damaged result is removed."""
+        return is_whole(self.folder, self.fingerprint)
+
+    def begin(self) -> None:
+        """Make the working folder.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        with _told(self.folder):
+            (self.partial / TEXTS).mkdir(parents=True, exist_ok=True)
+
+    def run(self, job: Job, progress: Callable[[int, int], None] | None = None) -> None:
+        """Write one shard, unless it is there; ``progress`` is called with (clips done by this process, of all).
+
+        Raises:
+            UserError: too many clips are bad, or the folder cannot be written.
+        """
+        tar = self._home(job) / f"{job.name}.tar"
+        if self._done(job) is not None:
+            self.done += len(job.items) if job.kind == "latents" else 0
+            return
+        before = len(self.skipped)
+        latent_shapes: dict[int, LatentShape] = {}
+        with _told(self.folder):
+            if job.kind == "texts":
+                shard = write_tar(self._embedded(job.items), tar)
+            else:
+                shard = write_tar(self._encoded(job.items, latent_shapes, progress), tar)
+            skipped = [asdict(skip) for skip in self.skipped[before:]]
+            note = {"shard": shard_to_dict(shard), "skipped": skipped, "latent_shapes": list(latent_shapes.items())}
+            write_durably(tar.with_suffix(".done"), json.dumps(note).encode())
+
+    def finish(self) -> None:
+        """Put the shards together as the cache; it appears whole or not at all.
+
+        Raises:
+            UserError: too many clips are bad, none could be encoded, or the folder cannot be written.
+        """
+        skipped: list[Skip] = []
+        shards: dict[str, list[Shard]] = {"texts": [], "latents": []}
+        latent_shapes: dict[int, LatentShape] = {}
+        with _told(self.folder):
+            for job in self.jobs:
+                note = self._done(job)
+                assert note is not None, f"{job.name} is not done"
+                skipped += [Skip(**skip) for skip in note["skipped"]]
+                latent_shapes |= {number: tuple(shape) for number, shape in note["latent_shapes"]}
+                shard = shard_from_dict(note["shard"])
+                if shard.samples:
+                    shards[job.kind].append(shard)
+                else:
+                    (self._home(job) / shard.name).unlink(missing_ok=True)
+            enforce_budget(skipped, len(self.places), len(self.places), self.error_budget, self.report)
+            self.report.unlink(missing_ok=True)
+            if not shards["latents"]:
+                raise UserError(f"card {self.title}: no clip can be encoded")
+            for kind, folder in (("texts", self.partial / TEXTS), ("latents", self.partial)):
+                index = ShardIndex(tuple(shards[kind])).to_dict()
+                write_durably(folder / INDEX_NAME, json.dumps(index, separators=(",", ":")).encode())
+            shapes = tuple(latent_shapes.get(number) for number in range(len(self.shapes)))
+            cache = LatentCache(self.fingerprint, self.source, self.shapes, shapes, len(self.texts), tuple(skipped))
+            cache.save(self.partial)
+            for note_path in self.partial.rglob("*.done"):
+                note_path.unlink()
+            self.partial.rename(self.folder)
+        for skip in skipped:
+            log.warning("not encoded: %s", skip)
+
+    def all(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Everything in this process; of several processes one does it and the others wait for it."""
+        with _told(self.folder):
+            self.lock.parent.mkdir(parents=True, exist_ok=True)
+            with locked(self.lock):
+                if not self.is_whole():
+                    self.begin()
+                    for job in self.jobs:
+                        self.run(job, progress)
+                    self.finish()
+            self.lock.unlink(missing_ok=True)
+
+    def estimate(self) -> EncodingCost:
+        """Encode the first usable clip twice, once to warm up, and a few captions, and multiply.
+
+        Raises:
+            UserError: none of the first clips can be used.
+        """
+        text_seconds, text_bytes = 0.0, 0
+        timed = self.texts[-TIMED_TEXTS:]
+        for text in timed:
+            started = time.perf_counter()
+            text_bytes += len(_save("text", self.codec.embed(text))) + 4 * TAR_BLOCK
+            text_seconds += time.perf_counter() - started
+        for number, (_, _, chosen) in enumerate(self.places[:20]):
+            for _, parts in self._encoded(range(number, number + 1), {}, None):
+                started = time.perf_counter()
+                list(self._encoded(range(number, number + 1), {}, None))
+                seconds = time.perf_counter() - started
+                size = sum(map(len, parts.values())) + 3 * TAR_BLOCK
+                # A clip of another shape costs by its tokens.
+                clips = sum(tokens(self.shapes[other]) for _, _, other in self.places) / tokens(self.shapes[chosen])
+                texts = len(self.texts) / max(len(timed), 1)
+                self.skipped, self.done = [], 0
+                return EncodingCost(
+                    len(self.places),
+                    len(self.texts),
+                    round(clips * size + texts * text_bytes),
+                    clips * seconds + texts * text_seconds,
+                )
+        raise UserError(f"card {self.title}: none of the first clips can be encoded")
+
+    def _encoded(
+        self, numbers: range, latent_shapes: dict[int, LatentShape], progress: Callable[[int, int], None] | None
+    ) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """(key, members) of every usable clip; ``latent_shapes`` is added to."""
+        for number in numbers:
+            shard, sample, chosen = self.places[number]
+            self.done += 1
+            try:
+                description = self.reader.describe(shard, sample)
+                frames = decode_clip(self.reader.read(shard, sample, "mp4"), self.shapes[chosen])
+            except DecodeError as error:
+                self.skipped.append(Skip(self.reader.shards[shard][1].name, sample.key, str(error)))
+                enforce_budget(self.skipped, self.done, len(self.places), self.error_budget, self.report)
+                continue
+            latents = self.codec.encode_video(torch.from_numpy(frames)[None])[0].half().cpu()
+            latent_shapes[chosen] = tuple(latents.shape)  # type: ignore[assignment]
+            text = json.dumps(description, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+            yield sample.key, {"safetensors": _save("latents", latents), "json": text.encode()}
+            if progress is not None:
+                progress(self.done, len(self.places))
+
+    def _embedded(self, numbers: range) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """(key, members) of some captions."""
+        for text in (self.texts[number] for number in numbers):
+            embedding = _save("text", self.codec.embed(text))
+            yield text_key(text), {"safetensors": embedding, "json": json.dumps({"caption": text}).encode()}
+
+    def _home(self, job: Job) -> Path:
+        return self.partial / TEXTS if job.kind == "texts" else self.partial
+
+    def _done(self, job: Job) -> dict[str, Any] | None:
+        """What the note of a job says, if its shard is whole."""
+        try:
+            note = json.loads((self._home(job) / f"{job.name}.done").read_text())
+            shard = shard_from_dict(note["shard"])
+            whole = not shard.samples or (self._home(job) / shard.name).stat().st_size == shard.bytes
+            return note if whole and {"skipped", "latent_shapes"} <= note.keys() else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+
+def encode_dataset(
+    card: str | Path,
+    split: str,
+    codec: Encoder,
+    shapes: Sequence[ClipShape],
+    out: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    prompts: Sequence[str] = (),
+    error_budget: float = 0.01,
+) -> Path:
+    """Encode a card's split in this process, unless it is done already; see :class:`Encoding`.
+
+    Returns:
+        The cache's folder.
+
+    Raises:
+        UserError: the data are missing, too many clips are bad, or the folder cannot be written.
+    """
+    encoding = Encoding(card, split, codec, shapes, out, prompts=prompts, error_budget=error_budget)
+    if not encoding.is_whole():
+        encoding.all(progress)
+    return encoding.folder
+
+
+def _save(name: str, tensor: Tensor) -> bytes:
+    from safetensors.torch import save
+
+    return save({name: tensor.contiguous()})
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """What the system says of files that cannot be written, in a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"the cache {str(folder)!r} cannot be written: {error.strerror or error}") from error
