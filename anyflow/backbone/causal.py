@@ -177,14 +177,11 @@ class CausalBackbone(BidirectionalBackbone):
         longest = max(sum(self.transformer.config.chunk_partition), max(chunks))
         asked = ask or self
 
-        def after(clean: Tensor, done: Sequence[int]) -> BoundVelocity:
-            frames = chunks[len(done)]
-            while sum(done) + frames > longest and len(done) > 1:
-                done = done[1:]
-            window = self.look_back(clean[:, clean.shape[1] - sum(done) :], done, text, ask)
+        def after(clean: Tensor, behind: Sequence[int]) -> BoundVelocity:
+            window = self.look_back(clean, behind, text, ask)
             return lambda z, t, r: asked(z, t, r, text, window=window)
 
-        yield from follow_chunks(after, noise, jumps, chunks, first_frames)
+        yield from follow_chunks(after, noise, jumps, chunks, first_frames, longest)
 
     def draw_layout(self, num_frames: int, uniforms: Tensor, long_context: float) -> ChunkLayout:
         limit = self.transformer.config.full_chunk_limit
