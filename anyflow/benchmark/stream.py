@@ -49,8 +49,8 @@ def stream_benchmark(
         repeats: videos that are timed each way, taken in turn so that a slow spell of the machine hits both.
 
     Returns:
-        Per way, a value a chunk: ``frames``, ``seconds`` (median) and ``bytes`` (tensors held at most while it is made,
-        those of earlier chunks included, weights not); ``growth`` of both: the last quarter of the chunks (their
+        Per way, a value a chunk: ``frames``, ``seconds`` (the fastest) and ``bytes`` (tensors held at most while it is
+        made, those of earlier chunks included, weights not); ``growth`` of both: the last quarter of the chunks (their
         median) beside the quarter before the middle. ``full`` is the first chunk with a full window, from 1.
 
     Raises:
@@ -71,19 +71,13 @@ def stream_benchmark(
     ways: dict[str, dict[str, list[float]]] = {}
     for name, network in networks.items():
         list(stream(network, sum(pattern)))  # warm up
-        parts, kept, held = stream(network), 0, []
-        for _ in range(chunks):
-            peak, left = held_bytes(lambda parts=parts: next(parts), device)  # type: ignore[misc]
-            held.append(kept + peak)
-            kept += left
-        ways[name] = {"frames": [], "seconds": [], "bytes": held}
-    timed: dict[str, list[list[tuple[int, float]]]] = {name: [] for name in networks}
-    for _ in range(repeats):
-        for name, network in networks.items():
-            timed[name].append(list(_timed(stream(network))))
-    for name, runs in timed.items():
-        ways[name]["frames"] = [number for number, _ in runs[0]]
-        ways[name]["seconds"] = [median(seconds for _, seconds in same) for same in zip(*runs, strict=True)]
+        ways[name] = {"bytes": _held(stream(network), chunks, device)}
+    runs = [{name: list(_timed(stream(network))) for name, network in networks.items()} for _ in range(repeats)]
+    for name, way in ways.items():
+        way["frames"] = [frames for frames, _ in runs[0][name]]
+        way["seconds"] = [
+            min(seconds for _, seconds in same) for same in zip(*(run[name] for run in runs), strict=True)
+        ]
     growth = {name: {key: _growth(way[key]) for key in ("seconds", "bytes")} for name, way in ways.items()}
     return {
         "ways": ways,
@@ -135,6 +129,16 @@ def _stream(
     _, *latent = codec.latent_shape(1, *size[1:])
     noise = torch.randn(1, size[0], *latent, generator=torch.Generator().manual_seed(0)).to(codec.device)
     return stream_video(network, codec, [PROMPT], noise, num_steps, shift)
+
+
+def _held(parts: Iterator[Tensor], chunks: int, device: str) -> list[float]:
+    """Bytes held at most while each chunk is made, what earlier ones left behind included."""
+    kept, held = 0, []
+    for _ in range(chunks):
+        peak, left = held_bytes(lambda: next(parts), device)
+        held.append(float(kept + peak))
+        kept += left
+    return held
 
 
 def _timed(parts: Iterator[Tensor]) -> Iterator[tuple[int, float]]:

@@ -41,9 +41,7 @@ def bench(
     quiet_libraries()
     results: dict[str, Any] = {}
     for name in wanted:
-        results[name] = (
-            _stream(model, chunks, plot) if name == "stream" else _measure(name, data, recipe, batch_size)
-        )
+        results[name] = _stream(model, chunks, plot) if name == "stream" else _measure(name, data, recipe, batch_size)
         if not as_json:
             typer.echo("\n".join(_told(name, results[name])) + "\n")
     if as_json:

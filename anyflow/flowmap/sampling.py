@@ -19,7 +19,7 @@ Jump = tuple[float, float]
 
 
 After = Callable[[Tensor, Sequence[int]], BoundVelocity]
-"""``after(clean, chunks)``: the velocity of the chunk that follows clean frames ``[B, f, ...]``, ``f`` in these chunks."""
+"""``after(clean, chunks)``: the velocity of the chunk after clean frames ``[B, f, ...]``, which are these chunks."""
 
 
 @torch.no_grad()
