@@ -32,7 +32,7 @@ define train
 		$(if $(MODEL),--model $(MODEL)) $(if $(HARDWARE),--hardware $(HARDWARE)) $(ARGS)
 endef
 
-finetune: $(VENV)/.installed ## teach an any-step model a domain: RECIPE=driving|robotics|games
+finetune: $(VENV)/.installed ## teach an any-step model a domain: RECIPE=driving|robotics|games, or from a first frame: driving-i2v|...
 	$(call train,finetune)
 
 onpolicy: $(VENV)/.installed ## correct an any-step model on its own samples: RECIPE=tiny|wan2.1-t2v-1.3b|...
@@ -47,17 +47,16 @@ teacher: $(VENV)/.installed ## plain flow matching, before the forward stage: RE
 codec: $(VENV)/.installed ## a small VAE from nothing: RECIPE=tiny
 	$(call train,codec)
 
-base: $(VENV)/.installed-sim ## the embedded tiny model from nothing: render, codec, teacher, forward, on-policy (hours)
+base: $(VENV)/.installed-sim ## the embedded tiny models from nothing: render, codec, teacher, forward, on-policy (hours)
 	test -d data/shards/driving || $(ANYFLOW) data make driving --clips 1500
 	test -d data/shards/robotics || $(ANYFLOW) data make robotics --clips 600
 	test -d data/shards/games || $(ANYFLOW) data make games --clips 600
 	for stage in codec teacher forward onpolicy; do \
 		$(ANYFLOW) train $$stage/tiny --out runs/tiny-$$stage --resume auto $(ARGS) || exit; \
 	done
-	for stage in teacher forward onpolicy; do \
-		$(ANYFLOW) train $$stage/tiny --model tiny-causal --out runs/tiny-causal-$$stage --resume auto $(ARGS) || exit; \
-	done
-	@echo 'the models are in runs/tiny-onpolicy/model and runs/tiny-causal-onpolicy/model; copy them to data/models to ship them'
+	$(ANYFLOW) train forward/tiny-causal model.weights=runs/tiny-forward/model \
+		--out runs/tiny-causal-forward --resume auto $(ARGS)
+	@echo 'the models are in runs/tiny-onpolicy/model and runs/tiny-causal-forward/model; copy them to data/models to ship them'
 
 # --- looking ----------------------------------------------------------------------------------------------------------
 
@@ -70,7 +69,7 @@ plan: $(VENV)/.installed ## the memory that a recipe needs on GPUs: RECIPE=forwa
 mlflow: $(VENV)/.installed ## the runs in a browser, on this machine only (127.0.0.1)
 	$(ANYFLOW) mlflow --serve $(ARGS)
 
-bench: $(VENV)/.installed ## figures: training step, loader, start
+bench: $(VENV)/.installed ## figures: training step, streaming, loader, start
 	$(ANYFLOW) bench $(ARGS)
 
 data: $(VENV)/.installed-sim ## render more clips: DOMAIN=driving|robotics|games CLIPS=1000

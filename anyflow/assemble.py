@@ -99,7 +99,13 @@ def load_model(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, Fl
         network = {**transformer_config(), **model.network}
         backbone: FlowMapBackbone = new_backbone(network, recipe.run.seed, model.architecture)
     else:
-        backbone = load_backbone(model.weights, architecture=model.architecture, dtype=dtype, leave_stored=leave_stored)
+        backbone = load_backbone(
+            model.weights,
+            architecture=model.architecture,
+            dtype=dtype,
+            leave_stored=leave_stored,
+            network=model.network,
+        )
     if hardware.gradient_checkpointing:
         checkpoint_activations(backbone, hardware.keep_attention)
     return codec, backbone

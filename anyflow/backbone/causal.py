@@ -182,14 +182,11 @@ class CausalBackbone(BidirectionalBackbone):
 
         newest = lru_cache(maxsize=1)(lambda look: look())  # windows are large: one is kept
 
-        def after(clean: Tensor, done: Sequence[int]) -> BoundVelocity:
-            frames = chunks[len(done)]
-            while sum(done) + frames > longest and len(done) > 1:
-                done = done[1:]
-            look = partial(self.look_back, clean[:, clean.shape[1] - sum(done) :], done, text, ask)
+        def after(clean: Tensor, behind: Sequence[int]) -> BoundVelocity:
+            look = partial(self.look_back, clean, behind, text, ask)
             return lambda z, t, r: asked(z, t, r, text, window=newest(look))
 
-        yield from follow_chunks(after, noise, jumps, chunks, first_frames, take)
+        yield from follow_chunks(after, noise, jumps, chunks, first_frames, take, longest)
 
     def draw_layout(self, num_frames: int, uniforms: Tensor, long_context: float) -> ChunkLayout:
         limit = self.transformer.config.full_chunk_limit

@@ -6,7 +6,7 @@ Weights are read from safetensors only, never from pickles, and every name and s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,9 @@ GATE = 0.25
 FAR_PATCH = (1, 4, 4)
 """The patch of compressed frames, as released."""
 
+CHUNKING = ("chunk_partition", "full_chunk_limit", "compressed_patch_size")
+"""What a causal network's configuration has and a bidirectional one's lacks."""
+
 _KINDS = (
     "WanTransformer3DModel",
     "AnyFlowTransformer3DModel",
@@ -49,6 +52,7 @@ def load_backbone(
     device: torch.device | str = "cpu",
     gradient_checkpointing: bool = False,
     leave_stored: bool = False,
+    network: Mapping[str, Any] | None = None,
 ) -> BidirectionalBackbone:
     """Load a network, converting a plain Wan transformer or a bidirectional network on the way.
 
@@ -60,14 +64,15 @@ def load_backbone(
         gradient_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
         leave_stored: build on ``meta`` and leave the weights in their files until
             :func:`anyflow.backbone.parallelize.parallelize` lets every rank read its part.
+        network: how a network that becomes causal divides videos: :data:`CHUNKING`; one that is causal knows.
 
     Raises:
         UserError: the folder is missing or incomplete, holds another kind of network, or its weights do not fit.
     """
     if not leave_stored:
-        transformer = load_transformer(path, dtype, architecture)
+        transformer = load_transformer(path, dtype, architecture, network)
         return wrap(transformer, gradient_checkpointing).to(device)
-    found = read_transformer(path, None, architecture)
+    found = read_transformer(path, None, architecture, network)
     backbone = wrap(_assemble(*found, assign=False), gradient_checkpointing)
     backbone.stored = StoredWeights(found.weights, lambda name: weight_precision(name, dtype))
     return backbone
@@ -117,10 +122,13 @@ def backbone_class(architecture: str) -> tuple[type[BidirectionalBackbone], type
 
 
 def load_transformer(
-    path: str | Path, dtype: torch.dtype = torch.float32, architecture: str | None = None
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    architecture: str | None = None,
+    network: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """diffusers' transformer of a checkpoint, on the CPU; see :func:`load_backbone`."""
-    return _assemble(*read_transformer(path, lambda name: weight_precision(name, dtype), architecture))
+    return _assemble(*read_transformer(path, lambda name: weight_precision(name, dtype), architecture, network))
 
 
 class Found(NamedTuple):
@@ -135,7 +143,10 @@ class Found(NamedTuple):
 
 
 def read_transformer(
-    path: str | Path, precision: Callable[[str], torch.dtype] | None, architecture: str | None = None
+    path: str | Path,
+    precision: Callable[[str], torch.dtype] | None,
+    architecture: str | None = None,
+    network: Mapping[str, Any] | None = None,
 ) -> Found:
     """What a checkpoint's folder holds, converted; see :func:`load_backbone` and ``read_weights``."""
     folder = resolve_folder(path)
@@ -159,6 +170,7 @@ def read_transformer(
     if kind == "WanTransformer3DModel":
         weights = _with_delta_embedder(weights)
     if wanted == "causal" and not is_causal:
+        config = {**config, **{name: value for name, value in (network or {}).items() if name in CHUNKING}}
         weights = _with_far_patch(weights, config.get("compressed_patch_size", FAR_PATCH))
     return Found(target, config, weights, place)
 

@@ -35,6 +35,11 @@ def gains(ours: Mapping[str, float], other: Mapping[str, float]) -> dict[str, fl
 
 def peak_bytes(step: Callable[[], Any], device: str) -> int:
     """Most bytes that a step holds at once beyond what it found."""
+    return held_bytes(step, device)[0]
+
+
+def held_bytes(step: Callable[[], Any], device: str) -> tuple[int, int]:
+    """Most bytes that a step holds at once beyond what it found, and those that it leaves behind."""
     import torch
 
     if device == "cuda":
@@ -42,7 +47,7 @@ def peak_bytes(step: Callable[[], Any], device: str) -> int:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it narrates on stderr otherwise
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
@@ -51,4 +56,4 @@ def peak_bytes(step: Callable[[], Any], device: str) -> int:
     for change in sorted(changes, key=lambda event: event.start_ns()):
         held += change.nbytes()
         peak = max(peak, held)
-    return peak
+    return peak, held

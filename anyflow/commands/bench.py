@@ -10,7 +10,7 @@ import typer
 from anyflow.commands.common import Json, print_json
 from anyflow.errors import UserError
 
-FIGURES = ("step", "onpolicy", "loader", "latents", "start")
+FIGURES = ("step", "onpolicy", "stream", "loader", "latents", "start")
 ON_DEMAND = ("memory", "import")
 """Measured only when they are asked for: minutes, or footage of the user's."""
 
@@ -24,9 +24,12 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder for the plot of memory.")] = Path("runs/bench"),
     recipe: Annotated[str, typer.Option(help="Recipe of the start's figure.")] = "finetune/driving",
     batch_size: Annotated[int, typer.Option(help="Clips of a step.", min=2)] = 16,
+    model: Annotated[str, typer.Option(help="Causal model of the stream's figure.")] = "data/models/tiny-causal",
+    chunks: Annotated[int, typer.Option(help="Chunks of the stream's figure.", min=8)] = 24,
+    plot: Annotated[Path | None, typer.Option(help="A picture of the stream's figure to write (.png).")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure training steps against plainer ways of work, the data against bare reading and decoding, and the start.
+    """Measure training steps, streaming, the data and the start, each beside a plainer way of work or its limit.
 
     memory: a decoding worker over 10 epochs. import: importing a folder of footage beside bare decoding.
 
@@ -34,6 +37,7 @@ def bench(
     Examples:
       anyflow bench
       anyflow bench --only step --batch-size 32
+      anyflow bench --only stream --model runs/tiny-causal-forward --plot stream.png
       anyflow bench --only loader --data games --json
       anyflow bench --only memory --out runs/bench
       anyflow bench --only import --footage my-drives
@@ -49,7 +53,10 @@ def bench(
     quiet_libraries()
     results: dict[str, Any] = {}
     for name in wanted:
-        results[name] = _measure(name, data, recipe, batch_size, footage, out)
+        if name == "stream":
+            results[name] = _stream(model, chunks, plot)
+        else:
+            results[name] = _measure(name, data, recipe, batch_size, footage, out)
         if not as_json:
             typer.echo("\n".join(_told(name, results[name])) + "\n")
     if as_json:
@@ -89,6 +96,20 @@ def _measure(name: str, data: str, recipe: str, batch_size: int, footage: Path |
     }
 
 
+def _stream(model: str, chunks: int, plot: Path | None) -> dict[str, Any]:
+    from anyflow.benchmark.stream import plot_stream, stream_benchmark
+    from anyflow.commands.common import check_model
+    from anyflow.commands.models import load_model, native_shape
+
+    check_model(model)
+    shape = native_shape(model, frames=None, height=None, width=None, fps=None)
+    codec, backbone, shift = load_model(model)
+    result = stream_benchmark(codec, backbone, shift, height=shape.height, width=shape.width, chunks=chunks)
+    if plot is not None:
+        plot_stream(result, plot)
+    return result
+
+
 def _told(name: str, result: dict[str, Any]) -> list[str]:
     """A figure in words."""
     if name == "loader":
@@ -109,6 +130,8 @@ def _told(name: str, result: dict[str, Any]) -> list[str]:
     if name == "start":
         parts = [f"  {seconds:6.2f} s  {part}" for part, seconds in result.items() if part != "total"]
         return [f"start: {result['total']:.1f} s from the command to the end of the first training step", *parts]
+    if name == "stream":
+        return _told_stream(result)
     if name == "onpolicy":
         return _told_onpolicy(result["step"], result["weights"])
     return [line for terms, figures in result.items() for line in _told_step(terms, figures)]
@@ -141,4 +164,16 @@ def _told_onpolicy(step: dict[str, Any], weights: list[dict[str, Any]]) -> list[
     for held in weights:
         sizes = f"{held['one_base_bytes'] / 1e9:.3f} GB of {held['three_copies_bytes'] / 1e9:.3f} GB"
         lines.append(f"  {held['network']:<16} rank {held['rank']:<4} {held['ratio']:.3f} ({sizes})")
+    return lines
+
+
+def _told_stream(result: dict[str, Any]) -> list[str]:
+    """The stream's figures in words."""
+    lines = [f"stream: {result['chunks']} chunks of {result['num_steps']} steps, decoded ({result['device']})"]
+    for way, facts in result["ways"].items():
+        growth = result["growth"][way]
+        lines.append(
+            f"  {way:<14} {facts['seconds'][-1]:7.3f} s  {facts['bytes'][-1] / 1e6:8.1f} MB  the last chunk; "
+            f"since the middle x {growth['seconds']:.2f} time, x {growth['bytes']:.3f} memory"
+        )
     return lines

@@ -39,7 +39,7 @@ def sample(
       anyflow sample "A green car drives slowly and changes left from the middle lane to the left lane."
       anyflow sample "The robot arm opens a drawer." "It closes it." --model runs/finetune-robotics-tiny-001
       anyflow sample "A green car drives fast." --image start.png
-      anyflow sample "A green car drives fast." --model runs/tiny-causal --video start.mp4 --given 5 --frames 65
+      anyflow sample "A green car drives fast." --model data/models/tiny-causal --video start.mp4 --frames 65
       anyflow sample "..." --model nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers --steps 4 --out samples --json
     """
     counts = parse_steps(steps)

@@ -19,7 +19,7 @@ Jump = tuple[float, float]
 
 
 After = Callable[[Tensor, Sequence[int]], BoundVelocity]
-"""``after(clean, chunks)``: the velocity of the chunk that follows clean frames ``[B, f, ...]``, in these chunks."""
+"""``after(clean, chunks)``: the velocity of the chunk after clean frames ``[B, f, ...]``, which are these chunks."""
 
 
 Take = Callable[[BoundVelocity, Tensor, Tensor, Tensor], Tensor]
@@ -88,11 +88,15 @@ def follow_chunks(
     chunks: Sequence[int],
     first_frames: Tensor | None = None,
     take: Take = take_jump,
+    longest: int | None = None,
 ) -> Iterator[Tensor]:
     """Go along the flow map chunk by chunk, and yield each chunk's clean latents as soon as they are there (sec. 5).
 
     Each chunk takes all the jumps, from its own slice of the noise. Gradients flow through a chunk's jumps, and through
     what ``after`` makes of the frames before no further back: those come to it detached.
+
+    With ``longest`` no more frames than these are ever looked at or kept, so neither time nor memory of a chunk depend
+    on how many chunks there were.
 
     Args:
         after: the velocity of the next chunk.
@@ -101,6 +105,8 @@ def follow_chunks(
         chunks: frames of each, ``F`` in all.
         first_frames: given clean latents ``[B, k, ...]`` that fill the first chunks, which are yielded as given.
         take: how each jump is taken.
+        longest: most frames of a chunk and those before it; the oldest chunks are forgotten, but never the last one.
+            None: nothing is forgotten.
 
     Raises:
         ValueError: the chunks are not as long as the noise, or the given frames end within one.
@@ -110,12 +116,15 @@ def follow_chunks(
     num_given = 0 if first_frames is None else first_frames.shape[1]
     if num_given not in [sum(chunks[:done]) for done in range(len(chunks) + 1)]:
         raise ValueError(f"{num_given} given frames end within a chunk of {list(chunks)}")
-    clean = noise[:, :0].detach()
-    for done, frames in enumerate(chunks):
-        own = slice(sum(chunks[:done]), sum(chunks[:done]) + frames)
+    clean, start = noise[:, :0].detach(), 0
+    behind: tuple[int, ...] = ()
+    for frames in chunks:
+        own = slice(start, start + frames)
+        while longest is not None and len(behind) > 1 and sum(behind) + frames > longest:
+            clean, behind = clean[:, behind[0] :], behind[1:]
         if first_frames is not None and own.stop <= num_given:
             chunk = at_least_float32(first_frames[:, own])
         else:
-            chunk = follow(after(clean, chunks[:done]), noise[:, own], jumps, take=take)
-        clean = torch.cat([clean.to(chunk), chunk.detach()], dim=1)
+            chunk = follow(after(clean, behind), noise[:, own], jumps, take=take)
+        clean, behind, start = torch.cat([clean.to(chunk), chunk.detach()], dim=1), (*behind, frames), own.stop
         yield chunk

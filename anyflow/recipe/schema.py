@@ -67,7 +67,11 @@ class ModelRecipe:
     )
     negative_prompt: str = _option("", "text of the unconditional pass, and of samples whose text is dropped")
     lora: LoraRecipe = field(default_factory=LoraRecipe)
-    network: dict[str, Any] = _option({}, "for model.init=new: dimensions that differ from the embedded network's")
+    network: dict[str, Any] = _option(
+        {},
+        "of a new network: dimensions that differ from the embedded one's; of one that becomes causal: its chunks "
+        "(chunk_partition, full_chunk_limit, compressed_patch_size)",
+    )
 
 
 @dataclass(frozen=True)

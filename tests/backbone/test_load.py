@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from anyflow.backbone.causal import CausalBackbone
 from anyflow.backbone.files import WEIGHTS_NAME
-from anyflow.backbone.load import backbone_class, from_wan, load_backbone, new_backbone, read_shift
+from anyflow.backbone.load import CHUNKING, backbone_class, from_wan, load_backbone, new_backbone, read_shift
 from anyflow.errors import UserError
 
 
@@ -144,6 +144,15 @@ def test_wan_and_bidirectional_networks_become_causal(wan, stock, saved, tmp_pat
     stretched = torch.nn.functional.interpolate(kernel, size=(1, 4, 4), mode="trilinear", align_corners=False)
     torch.testing.assert_close(converted.transformer.far_patch_embedding.weight, stretched.view(48, 16, 1, 4, 4))
     assert torch.equal(converted.transformer.far_patch_embedding.bias, stock.patch_embedding.bias)
+
+
+def test_a_network_that_becomes_causal_is_told_its_chunks_and_one_that_is_knows(saved, saved_far) -> None:
+    chunks = {"chunk_partition": [1, 1, 2], "full_chunk_limit": 4, "compressed_patch_size": [1, 8, 4], "ffn_dim": 9}
+    converted = load_backbone(saved, architecture="causal", network=chunks).transformer
+    assert {name: converted.config[name] for name in CHUNKING} == {name: chunks[name] for name in CHUNKING}
+    assert converted.far_patch_embedding.weight.shape[2:] == (1, 8, 4) and converted.config.ffn_dim == 64
+    kept = load_backbone(saved_far, architecture="causal", network=chunks)
+    assert kept.chunks_of(3) == (1, 2) and kept.transformer.config.full_chunk_limit == 2
 
 
 def test_a_new_causal_network_starts_as_a_converted_one(tiny_config) -> None:

@@ -228,6 +228,25 @@ def test_the_step_benchmark_agrees_with_the_plain_order() -> None:
     assert result["memory_ratio"] > 1
 
 
+@pytest.mark.slow
+def test_a_stream_costs_no_more_when_it_is_long(small_causal_model: Path, tmp_path: Path) -> None:
+    """Memory is exact: the same for every chunk once the window is full; looking back at everything takes more."""
+    from anyflow.benchmark.stream import plot_stream, stream_benchmark
+    from anyflow.commands.models import load_model
+
+    codec, backbone, shift = load_model(str(small_causal_model))
+    chunks = backbone.chunks_of(5)
+    result = stream_benchmark(codec, backbone, shift, height=32, width=48, chunks=12, num_steps=1, repeats=1)
+    assert backbone.chunks_of(5) == chunks
+    moving, whole = result["ways"].values()
+    assert moving["frames"] == whole["frames"] == [1] + [8] * 11
+    assert max(moving["bytes"][3:]) <= 1.001 * min(moving["bytes"][3:])
+    assert result["growth"]["whole past"]["bytes"] > 1.002
+    assert all(seconds > 0 for way in (moving, whole) for seconds in way["seconds"])
+    plot_stream(result, tmp_path / "stream.png")
+    assert (tmp_path / "stream.png").stat().st_size > 10_000
+
+
 def test_two_processes_that_want_one_folder_lose_nothing(tmp_path: Path) -> None:
     from anyflow.commands.common import whole_folder
 

@@ -115,6 +115,21 @@ def test_chunks_follow_one_another_from_their_own_noise() -> None:
         torch.testing.assert_close(part, torch.full_like(part, value))
 
 
+def test_a_long_video_forgets_its_oldest_chunks() -> None:
+    """A chunk and what it looks back at have at most ``longest`` frames, but the chunk before is always seen."""
+    noise = torch.randn(1, 11, 3, 2, 2)
+    looked_back: list[tuple[Tensor, tuple[int, ...]]] = []
+
+    def after(clean: Tensor, chunks: tuple[int, ...]):  # type: ignore[no-untyped-def]
+        looked_back.append((clean, chunks))
+        return lambda z, t, r: 0.5 * z
+
+    video = torch.cat(list(follow_chunks(after, noise, [(1000.0, 0.0)], (1, 2, 2, 2, 4), longest=5)), dim=1)
+    assert [chunks for _, chunks in looked_back] == [(), (1,), (1, 2), (2,), (2,)]
+    for (clean, chunks), end in zip(looked_back, (0, 1, 3, 5, 7), strict=True):
+        assert torch.equal(clean, video[:, end - sum(chunks) : end])
+
+
 def test_one_chunk_is_the_plain_sampler_and_given_frames_fill_the_first() -> None:
     noise, known = torch.randn(2, 4, 3, 2, 2), torch.randn(2, 2, 3, 2, 2)
     jumps = [(1000.0, 0.0)]
