@@ -16,7 +16,9 @@ from anyflow.data.plan import Plan
 from anyflow.data.reader import ShardReader, find_split
 from anyflow.data.stream import ClipDataset
 from anyflow.errors import UserError
-from anyflow.evaluation.curve import CurveResult, HeldOut, OnProgress, measure_curve, sampler_of
+from anyflow.evaluation.curve import CurveResult, HeldOut
+from anyflow.evaluation.measure import OnProgress, measure_curve, sampler_of
+from anyflow.flowmap.sampling import SamplerKind
 
 
 def held_out(cards: Sequence[str], split: str, shape: ClipShape, count: int | None = None) -> list[HeldOut]:
@@ -52,10 +54,11 @@ def curve_of(
     prompts: int,
     steps: Sequence[int],
     shift: float,
-    seed: int = 0,
+    seeds: Sequence[int] = (0,),
     label: str = "after",
     split: str = "heldout",
     given_frames: int = 0,
+    sampler: SamplerKind = "flowmap",
     batch_size: int = 8,
     on_progress: OnProgress | None = None,
 ) -> CurveResult:
@@ -80,8 +83,9 @@ def curve_of(
         label=label,
         steps=steps,
         shift=shift,
-        seed=seed,
+        seeds=seeds,
         given_frames=given_frames,
+        kind=sampler,
         batch_size=batch_size,
         device=next(backbone.parameters()).device,
         on_progress=on_progress,

@@ -107,7 +107,7 @@ def _simulate(recipe: Recipe, config: dict[str, Any], latents: tuple[int, int, i
 def _measure(recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], sharded: bool) -> _Run:
     """Run a step with everything in place; both roles' turns in on-policy distillation."""
     trained: dict[Role, list[nn.Parameter]] = {"student": [p for _, p in roles.parameters("student")]}
-    if _has_roles(recipe):
+    if recipe.has_critic:
         trained["critic"] = [p for _, p in roles.parameters("critic")]
     if recipe.has_tail:
         trained["teacher"] = [p for _, p in roles.parameters("teacher")]
@@ -169,6 +169,8 @@ def _turns(
     def forward() -> None:
         with torch.no_grad():
             fused = stage.guidance_scale != 1
+            if stage.name == "consistency":
+                ask("teacher", (2 if fused else 1) * batch)
             ask("student", (3 if fused else 2) * batch)
         next_phase()
         learn("student")
@@ -194,7 +196,7 @@ def _turns(
         next_phase()
         learn("critic")
 
-    if _has_roles(recipe):
+    if recipe.has_critic:
         return {"student": generator, "critic": critic}
     return {"student": teacher if stage.name == "teacher" else forward}
 
@@ -213,19 +215,16 @@ def _networks(recipe: Recipe, config: dict[str, Any]) -> Roles:
             checkpoint_activations(backbone, recipe.hardware.keep_attention)
         return backbone
 
+    which = {"trains_teacher": recipe.has_tail, "has_critic": recipe.has_critic}
     with torch.device("meta"):
         student = build()
         if recipe.model.lora.enabled:
             add_lora(student, lora_settings(recipe))
-            if _has_roles(recipe):
-                return AdapterRoles(student, lora_settings(recipe), trains_teacher=recipe.has_tail)
-        if _has_roles(recipe):
-            return SeparateRoles(student, build(), trains_teacher=recipe.has_tail)
+            if recipe.has_teacher:
+                return AdapterRoles(student, lora_settings(recipe), **which)
+        if recipe.has_teacher:
+            return SeparateRoles(student, build(), **which)
         return _Alone(student)
-
-
-def _has_roles(recipe: Recipe) -> bool:
-    return recipe.stage.name == "onpolicy" or recipe.has_tail
 
 
 class _Alone(Roles):

@@ -29,7 +29,7 @@ from anyflow.backbone.far_pipeline import ExactFARAttnProcessor
 from anyflow.backbone.protocol import Ask, Text
 from anyflow.backbone.segments import AttentionKind, segment_mask
 from anyflow.flowmap.chunks import ChunkLayout, draw_layout, layout_of, partition_frames
-from anyflow.flowmap.sampling import BoundVelocity, Jump, follow_chunks
+from anyflow.flowmap.sampling import BoundVelocity, Jump, Take, follow_chunks, take_jump
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,7 @@ class CausalBackbone(BidirectionalBackbone):
         *,
         first_frames: Tensor | None = None,
         ask: Ask | None = None,
+        take: Take = take_jump,
         chunks: Sequence[int] | None = None,
     ) -> Iterator[Tensor]:
         """Chunk by chunk, each after the window behind it; see the protocol's.
@@ -170,6 +171,7 @@ class CausalBackbone(BidirectionalBackbone):
             jumps: of every chunk.
             first_frames: as in the protocol; they fill the first chunks, and sampling starts after them.
             ask: as in the protocol.
+            take: as in the protocol.
             chunks: frames of each chunk; None: :meth:`chunks_of`.
         """
         num_given = 0 if first_frames is None else first_frames.shape[1]
@@ -184,7 +186,7 @@ class CausalBackbone(BidirectionalBackbone):
             window = self.look_back(clean[:, clean.shape[1] - sum(done) :], done, text, ask)
             return lambda z, t, r: asked(z, t, r, text, window=window)
 
-        yield from follow_chunks(after, noise, jumps, chunks, first_frames)
+        yield from follow_chunks(after, noise, jumps, chunks, first_frames, take)
 
     def draw_layout(self, num_frames: int, uniforms: Tensor, long_context: float) -> ChunkLayout:
         limit = self.transformer.config.full_chunk_limit

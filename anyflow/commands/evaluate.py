@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anyflow.commands.common import Json, check_model, fresh_folder, parse_steps, print_json, whole_folder
+from anyflow.commands.common import (
+    SAMPLERS,
+    Json,
+    check_model,
+    check_sampler,
+    fresh_folder,
+    parse_seeds,
+    parse_steps,
+    print_json,
+    whole_folder,
+)
 
 if TYPE_CHECKING:
     from anyflow.evaluation.curve import CurveResult
@@ -20,7 +30,12 @@ def evaluate(
     steps: Annotated[str, typer.Option(help="Step counts.")] = "1,2,4,8,16,32",
     prompts: Annotated[int, typer.Option(help="Prompts, from the card's split.", min=1)] = 16,
     split: Annotated[str, typer.Option(help="Split that prompts and real clips come from.")] = "heldout",
-    seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0)] = 0,
+    seeds: Annotated[
+        str, typer.Option("--seeds", "--seed", help="Seeds of the noise; several give means with their intervals.")
+    ] = "0",
+    sampler: Annotated[
+        str | None, typer.Option(help=f"How jumps are taken, {' | '.join(SAMPLERS)}; else as the model says.")
+    ] = None,
     given_frames: Annotated[
         int, typer.Option(help="Latent frames given from each prompt's own clip: 1 is image-to-video.", min=0)
     ] = 0,
@@ -34,10 +49,12 @@ def evaluate(
     Examples:
       anyflow evaluate --model data/models/tiny --data driving
       anyflow evaluate --model runs/finetune-driving-tiny-001 --against data/models/tiny --data driving --prompts 32
+      anyflow evaluate --model data/models/tiny --data driving --seeds 0,1,2
       anyflow evaluate --model data/models/tiny --data driving --given-frames 1
       anyflow evaluate --model runs/tiny-forward --data games --steps 1,4,16 --out curves/games --json
     """
     counts = parse_steps(steps)
+    check_sampler(sampler)
     folder = fresh_folder(out, f"runs/evaluations/{Path(data).stem}")
     from anyflow.recipe import find_card
 
@@ -50,12 +67,12 @@ def evaluate(
         "steps": counts,
         "prompts": prompts,
         "split": split,
-        "seed": seed,
+        "seeds": parse_seeds(seeds),
         "given_frames": given_frames,
         "batch_size": batch_size,
     }
-    before = _curve(against, data, "before", settings) if against else None
-    after = _curve(model, data, "after" if against else "model", settings)
+    before = _curve(against, data, "before", sampler, settings) if against else None
+    after = _curve(model, data, "after" if against else "model", sampler, settings)
     with whole_folder(folder) as partial:
         write_report(partial, before=before, after=after, title=f"{model}, held-out prompts of {data}")
     if as_json:
@@ -68,7 +85,8 @@ def evaluate(
     typer.echo(f"\npicture, film, plot and numbers: {folder}")
 
 
-def _curve(model: str, data: str, label: str, settings: dict[str, object]) -> CurveResult:
+def _curve(model: str, data: str, label: str, sampler: str | None, settings: dict[str, object]) -> CurveResult:
+    from anyflow.backbone.load import read_sampler
     from anyflow.commands.models import load_model, native_shape
     from anyflow.console import progress_line
     from anyflow.curves import curve_of
@@ -83,6 +101,7 @@ def _curve(model: str, data: str, label: str, settings: dict[str, object]) -> Cu
             shape,
             shift=shift,
             label=label,
+            sampler=sampler or read_sampler(model),  # type: ignore[arg-type]
             on_progress=on_progress,
             **settings,  # type: ignore[arg-type]
         )

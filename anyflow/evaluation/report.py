@@ -1,18 +1,19 @@
 """A curve, or two side by side, as a table, a plot and a folder of both with the samples' picture.
 
 The table and the plot carry the real clips' own figures (the floor of a distance, the ceiling of an accuracy) beside
-the samples', and a 95 % interval beside each share, so that nobody reads noise as progress.
+the samples', and a 95 % interval beside each share and each mean over seeds, so that nobody reads noise as progress.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyflow.evaluation.curve import Curve, CurveResult, Marks
+from anyflow.evaluation.curve import Curve, CurveResult, CurveRow, Marks
 from anyflow.evaluation.picture import Grid, Prompt, save_mp4, save_png
 
 if TYPE_CHECKING:
@@ -33,20 +34,53 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def _share(value: float | None, count: int) -> str:
-    if value is None:
-        return "-"
-    low, high = wilson_interval(value, count)
-    return f"{100 * value:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
+@dataclass(frozen=True)
+class Column:
+    """A measure of the table.
+
+    Attributes:
+        name: of the figure.
+        heading: what stands above it.
+        digits: after the point.
+        is_share: whether it is a share of the clips, written in percent.
+    """
+
+    name: str
+    heading: str
+    digits: int = 3
+    is_share: bool = False
+
+    def write(self, marks: Marks, count: int) -> str:
+        """The cell of a set of ``count`` clips: the figure with its interval, if that is known."""
+        value = marks.figure(self.name)
+        if value is None:
+            return "-"
+        low, high = interval_of(marks, self, count)
+        if self.is_share:
+            return f"{100 * value:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
+        half = f" ±{(high - low) / 2:.{self.digits}f}" if high > low else ""
+        return f"{value:.{self.digits}f}{half}"
 
 
-COLUMNS: tuple[tuple[str, Callable[[Marks, int], str]], ...] = (
-    ("motion right", lambda marks, count: _share(marks.motion_accuracy, count)),
-    ("frame Frechet", lambda marks, count: f"{marks.frame_frechet:.3f}"),
-    ("sliced W1", lambda marks, count: f"{marks.sliced_w1:.4f}"),
-    ("motion energy", lambda marks, count: f"{marks.motion_energy:.2f}"),
+COLUMNS = (
+    Column("motion_accuracy", "motion right", is_share=True),
+    Column("frame_frechet", "frame Frechet"),
+    Column("sliced_w1", "sliced W1", 4),
+    Column("motion_energy", "motion energy", 2),
 )
-"""The table's measures: heading, and how a set of clips is written in it."""
+"""The table's measures."""
+
+
+def interval_of(marks: Marks, column: Column, count: int) -> tuple[float, float]:
+    """A figure's 95 % interval: over the seeds; of a share measured once, over the clips; else the figure alone."""
+    value = marks.figure(column.name)
+    if value is None:
+        return math.nan, math.nan
+    half = marks.interval.get(column.name) if isinstance(marks, CurveRow) else None
+    if half is not None:
+        low, high = value - half, value + half
+        return (max(0.0, low), min(1.0, high)) if column.is_share else (low, high)
+    return wilson_interval(value, count) if column.is_share else (value, value)
 
 
 def table_cells(before: Curve | None, after: Curve) -> tuple[list[str], list[list[str]]]:
@@ -56,14 +90,14 @@ def table_cells(before: Curve | None, after: Curve) -> tuple[list[str], list[lis
     rows say what real clips get.
     """
     check_comparable(before, after)
-    headings = ["steps", *(title for title, _ in COLUMNS), "seconds a clip"]
+    headings = ["steps", *(column.heading for column in COLUMNS), "seconds a clip"]
     rows = []
     for row in after.rows:
         shown = [*([before.row(row.num_steps)] if before is not None else []), row]
-        cells = [" → ".join(write(marks, after.clips) for marks in shown) for _, write in COLUMNS]
+        cells = [" → ".join(column.write(marks, after.clips) for marks in shown) for column in COLUMNS]
         rows.append([str(row.num_steps), *cells, f"{row.sampling_seconds + row.decoding_seconds:.2f}"])
     for name, marks in (("real clips", after.real), ("real, through the codec", after.codec)):
-        rows.append([name, *(write(marks, after.clips) for _, write in COLUMNS), "-"])
+        rows.append([name, *(column.write(marks, after.clips) for column in COLUMNS), "-"])
     return headings, rows
 
 
@@ -71,11 +105,11 @@ def check_comparable(before: Curve | None, after: Curve) -> None:
     """Refuse two curves that were not measured the same way.
 
     Raises:
-        ValueError: naming what differs: seed, number of clips, size, domain or step counts.
+        ValueError: naming what differs: seeds, number of clips, size, domain or step counts.
     """
     if before is None:
         return
-    for name in ("seed", "clips", "size", "domain"):
+    for name in ("seed", "seeds", "clips", "size", "domain"):
         if getattr(before, name) != getattr(after, name):
             pair = f"{getattr(before, name)} before, {getattr(after, name)} after"
             raise ValueError(f"the curves differ in {name}: {pair}; measure both alike")
@@ -85,7 +119,8 @@ def check_comparable(before: Curve | None, after: Curve) -> None:
 
 def _table_title(before: Curve | None, after: Curve) -> str:
     pair = f" ({before.label} → {after.label})" if before is not None else ""
-    return f"Any-step curve{pair}: {after.domain}, {after.clips} prompts, the same noise at every step count"
+    noise = f"{len(after.seeds)} seeds of noise, the same" if len(after.seeds) > 1 else "the same noise"
+    return f"Any-step curve{pair}: {after.domain}, {after.clips} prompts, {noise} at every step count"
 
 
 def comparison_table(before: Curve | None, after: Curve) -> Table:
@@ -119,8 +154,10 @@ def comparison_markdown(before: Curve | None, after: Curve) -> str:
     lines = [f"**{_table_title(before, after)}**", "", f"| {' | '.join(headings)} |", f"|{'--:|' * len(headings)}"]
     lines += [f"| {' | '.join(cells)} |" for cells in rows]
     frames, height, width = after.size
+    seeds = after.seeds or (after.seed,)
     notes = (
-        f"{after.clips} held-out prompts, {frames} frames of {width}x{height}, seed {after.seed}."
+        f"{after.clips} held-out prompts, {frames} frames of {width}x{height}, seed {', '.join(map(str, seeds))}."
+        f" {'Means over the seeds with their 95 % interval.' if len(seeds) > 1 else ''}"
         " Motion right: the motion asked for, read from the pixels (95 % interval)."
         " Distances are to other real clips; lower is better, and the row of real clips is their floor."
         " Frame Frechet is taken on fixed features of frames (it is not FVD). Motion energy: mean change from frame to"
@@ -138,17 +175,17 @@ def plot_curve(path: Path, before: Curve | None, after: Curve) -> None:
     from matplotlib import pyplot
 
     has_motion = after.rows[0].motion_accuracy is not None
-    panels: list[tuple[str, str]] = [
-        ("frame_frechet", "Frechet distance of frames\n(lower is better)"),
-        ("sliced_w1", "sliced Wasserstein of latents\n(lower is better)"),
-        ("motion_energy", "motion energy, grey levels\n(as real clips have it)"),
+    panels: list[tuple[Column, str]] = [
+        (COLUMNS[1], "Frechet distance of frames\n(lower is better)"),
+        (COLUMNS[2], "sliced Wasserstein of latents\n(lower is better)"),
+        (COLUMNS[3], "motion energy, grey levels\n(as real clips have it)"),
     ]
     if has_motion:
-        panels.insert(0, ("motion_accuracy", "motion asked for, read from pixels\n(higher is better)"))
+        panels.insert(0, (COLUMNS[0], "motion asked for, read from pixels\n(higher is better)"))
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.1 * len(panels), 3.9), squeeze=False)
     try:
-        for axis, (name, title) in zip(axes[0], panels, strict=True):
-            _plot_panel(axis, name, title, before, after)
+        for axis, (column, title) in zip(axes[0], panels, strict=True):
+            _plot_panel(axis, column, title, before, after)
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
         figure.suptitle(
@@ -160,25 +197,34 @@ def plot_curve(path: Path, before: Curve | None, after: Curve) -> None:
         pyplot.close(figure)
 
 
-def _plot_panel(axis: Axes, name: str, title: str, before: Curve | None, after: Curve) -> None:
+def _number(marks: Marks, column: Column) -> float:
+    value = marks.figure(column.name)
+    return math.nan if value is None else value
+
+
+def _plot_panel(axis: Axes, column: Column, title: str, before: Curve | None, after: Curve) -> None:
     steps = [row.num_steps for row in after.rows]
     curves = [(before, BEFORE_COLOUR, "s"), (after, AFTER_COLOUR, "o")]
     for curve, colour, marker in curves:
         if curve is None:
             continue
-        values = [getattr(row, name) for row in curve.rows]
+        values = [_number(row, column) for row in curve.rows]
+        low, high = zip(*(interval_of(row, column, curve.clips) for row in curve.rows), strict=True)
         axis.plot(steps, values, marker=marker, color=colour, label=curve.label, zorder=3)
-        if name == "motion_accuracy":
-            low, high = zip(*(wilson_interval(value, curve.clips) for value in values), strict=True)
+        if len(curve.seeds) > 1:
+            whiskers = [[value - below for value, below in zip(values, low, strict=True)]]
+            whiskers.append([above - value for value, above in zip(values, high, strict=True)])
+            axis.errorbar(steps, values, yerr=whiskers, color=colour, linestyle="none", capsize=3, linewidth=1)
+        elif column.is_share:
             axis.fill_between(steps, low, high, color=colour, alpha=0.13, linewidth=0)
     for marks, style, label in ((after.real, "--", "real clips"), (after.codec, ":", "real clips through the codec")):
-        axis.axhline(getattr(marks, name), color=REAL_COLOUR, linestyle=style, linewidth=1, label=label)
+        axis.axhline(_number(marks, column), color=REAL_COLOUR, linestyle=style, linewidth=1, label=label)
     axis.set_xscale("log", base=2)
     axis.set_xticks(steps, [str(count) for count in steps])
     axis.minorticks_off()
     axis.set_xlabel("steps")
     axis.set_title(title, fontsize=10)
-    axis.set_ylim(bottom=0, top=1.03 if name == "motion_accuracy" else None)
+    axis.set_ylim(bottom=0, top=1.03 if column.is_share else None)
     axis.grid(alpha=0.25)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)

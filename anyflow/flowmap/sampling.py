@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,14 @@ After = Callable[[Tensor, Sequence[int]], BoundVelocity]
 """``after(clean, chunks)``: the velocity of the chunk that follows clean frames ``[B, f, ...]``, in these chunks."""
 
 
+Take = Callable[[BoundVelocity, Tensor, Tensor, Tensor], Tensor]
+"""``take(velocity, latents, timestep, r_timestep)``: how a jump is taken; :func:`take_jump`, or another way."""
+
+SamplerKind = Literal["flowmap", "euler", "renoise"]
+"""What a network must be asked: the mean velocity of a jump (:func:`take_jump`); the velocity where a jump begins, of
+plain flow matching (:func:`take_velocity`); or the way to the data (:class:`~anyflow.flowmap.endpoint.Renoise`)."""
+
+
 @torch.no_grad()
 def sample(
     velocity: BoundVelocity,
@@ -30,12 +39,13 @@ def sample(
     shift: float,
     on_step: Callable[[int, Tensor], None] | None = None,
     first_frames: Tensor | None = None,
+    take: Take | None = None,
 ) -> Tensor:
     """Turn noise ``[B, F, C, H, W]`` (any ``[B, ...]``) into clean latents in ``num_steps`` network calls (sec. 6).
 
-    Nothing is re-noised and guidance is 1: it is fused in the weights. The arguments are :func:`follow`'s.
+    Guidance is 1: it is fused in the weights. The arguments are :func:`follow`'s.
     """
-    return follow(velocity, noise, steps_of(num_steps, shift), on_step, first_frames)
+    return follow(velocity, noise, steps_of(num_steps, shift), on_step, first_frames, take or take_jump)
 
 
 def steps_of(num_steps: int, shift: float) -> list[Jump]:
@@ -44,18 +54,31 @@ def steps_of(num_steps: int, shift: float) -> list[Jump]:
     return list(pairwise(schedule))
 
 
+def take_jump(velocity: BoundVelocity, latents: Tensor, timestep: Tensor, r_timestep: Tensor) -> Tensor:
+    """One jump of the flow map from ``[B, ...]``; times are float64, and reach the network in float32."""
+    predicted = velocity(latents, timestep.float(), r_timestep.float())
+    return step(latents, predicted, timestep, r_timestep)
+
+
+def take_velocity(velocity: BoundVelocity, latents: Tensor, timestep: Tensor, r_timestep: Tensor) -> Tensor:
+    """One Euler step of a network of plain flow matching, which knows one time: it is asked ``u(z, t, t)``."""
+    time = timestep.float()
+    return step(latents, velocity(latents, time, time), timestep, r_timestep)
+
+
 def follow(
     velocity: BoundVelocity,
     noise: Tensor,
     jumps: Sequence[Jump],
     on_step: Callable[[int, Tensor], None] | None = None,
     first_frames: Tensor | None = None,
+    take: Take = take_jump,
 ) -> Tensor:
     """Jump along the flow map from noise ``[B, ...]``, one network call a jump; gradients flow through all of them.
 
     ``on_step(done, latents)`` is called after each jump. ``first_frames [B, k, C, H, W]`` are given clean latents
     (image-to-video): their times stay 0 and they come back as given. The schedule is kept in float64, times reach the
-    network in float32, and the result is float32 or better.
+    network in float32, and the result is float32 or better. ``take`` is how each jump is taken.
     """
     latents = at_least_float32(noise)
     num_given = 0 if first_frames is None else first_frames.shape[1]
@@ -64,9 +87,7 @@ def follow(
         moving[:, :num_given] = 0
         latents = torch.cat([first_frames.to(latents), latents[:, num_given:]], dim=1)
     for done, (start, end) in enumerate(jumps, start=1):
-        timestep, r_timestep = moving * start, moving * end
-        predicted = velocity(latents, timestep.float(), r_timestep.float())
-        latents = step(latents, predicted, timestep, r_timestep)
+        latents = take(velocity, latents, moving * start, moving * end)
         if on_step is not None:
             on_step(done, latents)
     return latents
@@ -78,6 +99,7 @@ def follow_chunks(
     jumps: Sequence[Jump],
     chunks: Sequence[int],
     first_frames: Tensor | None = None,
+    take: Take = take_jump,
 ) -> Iterator[Tensor]:
     """Go along the flow map chunk by chunk, and yield each chunk's clean latents as soon as they are there (sec. 5).
 
@@ -90,6 +112,7 @@ def follow_chunks(
         jumps: of every chunk.
         chunks: frames of each, ``F`` in all.
         first_frames: given clean latents ``[B, k, ...]`` that fill the first chunks, which are yielded as given.
+        take: how each jump is taken.
 
     Raises:
         ValueError: the chunks are not as long as the noise, or the given frames end within one.
@@ -105,6 +128,6 @@ def follow_chunks(
         if first_frames is not None and own.stop <= num_given:
             chunk = at_least_float32(first_frames[:, own])
         else:
-            chunk = follow(after(clean, chunks[:done]), noise[:, own], jumps)
+            chunk = follow(after(clean, chunks[:done]), noise[:, own], jumps, take=take)
         clean = torch.cat([clean.to(chunk), chunk.detach()], dim=1)
         yield chunk

@@ -26,7 +26,8 @@ from anyflow.flowmap.chunks import ChunkLayout
 from anyflow.flowmap.intervals import keep_first_frame
 from anyflow.flowmap.matching import critic_loss, matching_gradient, matching_loss, matching_timestep
 from anyflow.flowmap.objective import Velocity
-from anyflow.flowmap.rollout import DEFAULT_BUDGETS, draw_simulation
+from anyflow.flowmap.rollout import DEFAULT_BUDGETS, BackwardSimulation, draw_simulation
+from anyflow.flowmap.sampling import Take, take_jump
 from anyflow.flowmap.schedule import logit_normal_timestep
 from anyflow.stages.base import world
 from anyflow.stages.ema import Ema, EmaSettings
@@ -129,7 +130,7 @@ class OnPolicyStage(ForwardStage):
 
     def generator_turn(self, data: FlowBatch) -> Tensor:
         """Accumulate the student's gradient: distribution matching on its samples, the forward loss on data."""
-        samples = self.simulate(data)
+        samples = self.simulate(data, self.draw_plan())
         given = self.given_frames(data)
         timestep = matching_timestep(self.draw_own("matching", len(samples)), self.objective.shift)
         if given is not None:
@@ -162,7 +163,7 @@ class OnPolicyStage(ForwardStage):
     def critic_turn(self, data: FlowBatch) -> Tensor:
         """Accumulate the critic's gradient: flow matching on fresh samples."""
         with torch.no_grad():
-            samples = self.simulate(data)
+            samples = self.simulate(data, self.draw_plan())
         normals = torch.stack(
             [torch.randn((), generator=self.generator("critic", i)) for i in self.global_indices(len(samples))]
         )
@@ -184,15 +185,17 @@ class OnPolicyStage(ForwardStage):
         self.warn_of_drift({"critic_loss": loss.detach()})
         return loss.detach()
 
-    def simulate(self, data: FlowBatch) -> Tensor:
-        """Samples of this batch's prompts by backward simulation; budget and step are the same on all ranks."""
-        plan = draw_simulation(
-            torch.rand(2, generator=self.generator("simulation")), self.settings.budgets, self.objective.shift
-        )
+    def draw_plan(self) -> BackwardSimulation:
+        """The sampler that this turn simulates; budget and step are the same on all ranks."""
+        uniforms = torch.rand(2, generator=self.generator("simulation"))
+        return draw_simulation(uniforms, self.settings.budgets, self.objective.shift)
+
+    def simulate(self, data: FlowBatch, plan: BackwardSimulation, take: Take = take_jump) -> Tensor:
+        """Samples of this batch's prompts by backward simulation."""
         text = data.text.select(self.own_texts(data))
         first_frames = data.clean[:, :1] if bool(data.first_frame_given.any()) else None
         noise = self.draw_noise("rollout", data.clean)
-        return torch.cat(list(self.roles.generate("student", text, noise, plan.jumps, first_frames)), dim=1)
+        return torch.cat(list(self.roles.generate("student", text, noise, plan.jumps, first_frames, take)), dim=1)
 
     def update(self, name: str) -> None:
         """One optimiser step of a mover."""

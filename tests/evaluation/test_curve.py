@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import statistics
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,8 +12,10 @@ import torch
 from models import BlockCodec, exact_sampler, held_out, sampler_over
 from torch import Tensor
 
-from anyflow.evaluation.curve import Curve, CurveResult, prompt_noise, sampler_of
-from anyflow.evaluation.curve import measure_curve as measure_with_all_directions
+from anyflow.evaluation.curve import Curve, CurveResult, CurveRow, over_seeds
+from anyflow.evaluation.measure import measure_curve as measure_with_all_directions
+from anyflow.evaluation.measure import prompt_noise, sampler_of
+from anyflow.flowmap.sampling import Take, sample
 
 # Few directions: the block codec's latents are as large as the pixels.
 measure_curve = partial(measure_with_all_directions, projections=16)
@@ -65,6 +69,89 @@ def test_the_noise_follows_seed_and_key_alone() -> None:
     assert not torch.equal(prompt_noise(shape, ["a"], seed=2)[0], both[0])
 
 
+def test_several_seeds_give_their_mean_its_interval_and_each_value() -> None:
+    """The real clips are encoded once; a row of three seeds is made of the rows of each."""
+
+    class Codec(BlockCodec):
+        encoded = 0
+
+        def encode_video(self, video: Tensor) -> Tensor:
+            self.encoded += len(video)
+            return super().encode_video(video)
+
+    codec, sampler = Codec(), exact_sampler(ITEMS, error=0.6)
+    several = measure_curve(sampler, codec, ITEMS[:2], REFERENCE, steps=(1,), seeds=(0, 3, 5))
+    assert codec.encoded == 2 * 2 and several.curve.seeds == (0, 3, 5) and several.curve.seed == 0
+    row = several.curve.rows[0]
+    alone = [
+        measure_curve(sampler, codec, ITEMS[:2], REFERENCE, steps=(1,), seeds=(seed,)).curve.rows[0]
+        for seed in (0, 3, 5)
+    ]
+    values = [each.sliced_w1 for each in alone]
+    assert row.each["sliced_w1"] == values and row.sliced_w1 == pytest.approx(sum(values) / 3)
+    spread = statistics.stdev(values)
+    assert row.interval["sliced_w1"] == pytest.approx(4.3027 * spread / 3**0.5, rel=1e-4) and spread > 0
+    assert alone[0].interval == {} and alone[0].each == {}
+    assert all(isinstance(value, int | float | dict) for value in json.loads(json.dumps(row.to_json())).values())
+    assert Curve.from_json(json.loads(json.dumps(several.curve.to_json()))) == several.curve
+
+
+def test_a_figure_that_a_seed_lacks_has_no_interval() -> None:
+    row = CurveRow(
+        sliced_w1=1.0,
+        frame_frechet=1.0,
+        motion_accuracy=None,
+        motion_unread=None,
+        motion_energy=1.0,
+        num_steps=2,
+        nfe=2,
+        sampling_seconds=0.0,
+        decoding_seconds=0.0,
+        more={"seen": 1.0},
+    )
+    pooled = over_seeds([row, replace(row, sliced_w1=3.0, more={})])
+    assert pooled.sliced_w1 == 2.0 and pooled.motion_accuracy is None and pooled.figure("seen") == 1.0
+    assert set(pooled.interval) == {
+        "sliced_w1",
+        "frame_frechet",
+        "motion_energy",
+        "sampling_seconds",
+        "decoding_seconds",
+    }
+
+
+def test_a_model_is_sampled_its_own_way_and_re_noised_by_seed_and_key_alone() -> None:
+    asked: list[tuple[str, Tensor]] = []
+
+    def sampler(
+        captions: list[str], noise: Tensor, steps: int, shift: float, first: Tensor | None, **way: Take
+    ) -> Tensor:
+        def velocity(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            asked.append((captions[0], z))
+            assert not way or torch.equal(t, r)
+            return z
+
+        return sample(velocity, noise, steps, shift, first_frames=first, **way)
+
+    curves = {
+        (kind, size): measure_curve(
+            sampler,
+            BlockCodec(),
+            ITEMS[:2],
+            REFERENCE,
+            steps=(2,),
+            kind=kind,
+            batch_size=size,
+            show=2,  # type: ignore[arg-type]
+        )
+        for kind, size in (("euler", 2), ("renoise", 2), ("renoise", 1))
+    }
+    shown = {name: result.samples[2] for name, result in curves.items()}
+    assert torch.equal(shown["renoise", 2], shown["renoise", 1])
+    assert not torch.equal(shown["renoise", 2], shown["euler", 2])
+    assert [result.curve.sampler for result in curves.values()] == ["euler", "renoise", "renoise"]
+
+
 def test_every_step_count_starts_from_the_same_noise() -> None:
     seen: dict[int, list[Tensor]] = {}
 
@@ -106,8 +193,6 @@ def test_progress_reaches_its_total_and_too_few_reference_clips_are_refused() ->
 
 
 def test_a_domain_without_a_probe_has_no_accuracy() -> None:
-    from dataclasses import replace
-
     items = [replace(item, domain="cooking") for item in ITEMS[:2]]
     curve = measure_curve(exact_sampler(items), BlockCodec(), items, REFERENCE, steps=(1,)).curve
     assert curve.rows[0].motion_accuracy is None and curve.real.motion_accuracy is None

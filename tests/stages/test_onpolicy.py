@@ -75,7 +75,7 @@ def test_given_frames_come_back_and_carry_nothing(codec: Codec) -> None:
     stage = onpolicy_stage(codec, conditioning=Conditioning(i2v_prob=1.0))
     stage.position = 1
     data = stage.prepare(batch())
-    assert torch.equal(stage.simulate(data)[:, 0], data.clean[:, 0])
+    assert torch.equal(stage.simulate(data, stage.draw_plan())[:, 0], data.clean[:, 0])
     turn(stage, 1)
     turn(stage, 2)
     assert stage.step == 1
