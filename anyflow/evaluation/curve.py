@@ -51,6 +51,11 @@ class Marks:
         motion_accuracy: share of clips whose motion, read from pixels, is the one asked for; ``None`` without a probe.
         motion_unread: share in which the probe found nothing to follow (they count as wrong).
         motion_energy: mean absolute change from frame to frame in grey levels.
+        frame_kernel: kernel distance (squared MMD) on the same frame features.
+        temporal_consistency: mean SSIM of successive frames.
+        path_error: mean distance of the path read from the pixels to that of the prompt's own clip, in pixels; of real
+            clips that of others in which the same motion was asked for.
+        given_frame_psnr: of given frames to the real ones, in decibels.
         more: figures that only some sets have, by name.
     """
 
@@ -59,6 +64,10 @@ class Marks:
     motion_accuracy: float | None
     motion_unread: float | None
     motion_energy: float
+    frame_kernel: float | None = None
+    temporal_consistency: float | None = None
+    path_error: float | None = None
+    given_frame_psnr: float | None = None
     more: Mapping[str, float] = field(default_factory=dict)
 
     def figure(self, name: str) -> float | None:
@@ -132,6 +141,11 @@ class Curve:
     seeds: tuple[int, ...] = ()
     sampler: str = "flowmap"
 
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """The seeds of the noise, also of a curve that names one alone."""
+        return self.seeds or (self.seed,)
+
     def row(self, num_steps: int) -> CurveRow:
         """Return the row of a step count; ``KeyError`` if it was not measured."""
         for row in self.rows:
@@ -165,6 +179,11 @@ class CurveResult:
     curve: Curve
     shown: tuple[HeldOut, ...]
     samples: Mapping[int, Tensor]
+
+
+def pixel_frames(latent_frames: int) -> int:
+    """Frames behind a video's first latent frames: 1, then 4 for each further one (Wan's codec)."""
+    return max(0, 4 * latent_frames - 3)
 
 
 def over_seeds(rows: Sequence[CurveRow]) -> CurveRow:

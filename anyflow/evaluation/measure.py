@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from anyflow.evaluation.curve import STEPS, Curve, CurveResult, CurveRow, HeldOut, Marks, over_seeds
-from anyflow.evaluation.distance import PROJECTIONS, frame_frechet, motion_energy, sliced_wasserstein
-from anyflow.evaluation.motion import motion_accuracy
+from anyflow.evaluation.curve import STEPS, Curve, CurveResult, CurveRow, HeldOut, over_seeds, pixel_frames
+from anyflow.evaluation.distance import PROJECTIONS
+from anyflow.evaluation.judge import Extractor, Judge, Labels
 from anyflow.flowmap.endpoint import Renoise
 from anyflow.flowmap.sampling import SamplerKind, Take, take_jump, take_velocity
 
@@ -103,6 +103,8 @@ def measure_curve(
     device: torch.device | str = "cpu",
     show: int = 6,
     projections: int = PROJECTIONS,
+    extractors: Sequence[Extractor] = (),
+    labels: Sequence[Labels] = (),
     on_progress: OnProgress | None = None,
 ) -> CurveResult:
     """Sample the same prompts from the same noise at each step count and measure what comes out.
@@ -123,6 +125,8 @@ def measure_curve(
         device: where the model runs.
         show: of how many prompts (the first) the samples are kept for the picture.
         projections: random directions of the sliced distance.
+        extractors: features of further distances.
+        labels: probes of further accuracies.
         on_progress: called after each batch.
     Raises:
         ValueError: if there are no items or seeds, or fewer reference clips than items.
@@ -137,7 +141,16 @@ def measure_curve(
     real_clips, other_clips = _stack(items), _stack(reference[: len(items)])
     real_latents, decoded = runner.encode_and_decode(real_clips)
     other_latents, _ = runner.encode_and_decode(other_clips, decode=False)
-    judge = _Judge(items, other_clips, other_latents, projections)
+    judge = Judge(
+        items,
+        reference[: len(items)],
+        other_clips,
+        other_latents,
+        projections=projections,
+        given=pixel_frames(given_frames),
+        extractors=extractors,
+        labels=labels,
+    )
 
     rows: list[CurveRow] = []
     kept: dict[int, Tensor] = {}
@@ -146,7 +159,7 @@ def measure_curve(
         for seed in seeds:
             clips, latents, sampling, decoding = runner.sample(sampler, items, real_latents, num_steps, shift, seed)
             cost = {"sampling_seconds": sampling / len(items), "decoding_seconds": decoding / len(items)}
-            marks = judge(clips, latents).to_json()
+            marks = judge(clips, latents, real_clips).to_json()
             same_count.append(CurveRow.from_json({**marks, "num_steps": num_steps, "nfe": num_steps, **cost}))
             kept.setdefault(num_steps, clips[:show].clone())
         rows.append(over_seeds(same_count))
@@ -161,32 +174,10 @@ def measure_curve(
         shift=shift,
         size=(real_clips.shape[1], real_clips.shape[2], real_clips.shape[3]),
         rows=tuple(rows),
-        real=judge(real_clips, real_latents),
-        codec=judge(decoded, real_latents),
+        real=judge.of_real(real_clips, real_latents),
+        codec=judge(decoded, real_latents, real_clips),
     )
     return CurveResult(curve, tuple(items[:show]), kept)
-
-
-@dataclass(frozen=True)
-class _Judge:
-    """Measures a set of clips (one for each item, in order) against the reference."""
-
-    items: Sequence[HeldOut]
-    reference_clips: Tensor
-    reference_latents: Tensor
-    projections: int
-
-    def __call__(self, clips: Tensor, latents: Tensor) -> Marks:
-        motion = motion_accuracy(
-            clips.numpy(), [item.attributes for item in self.items], [item.domain for item in self.items]
-        )
-        return Marks(
-            sliced_w1=sliced_wasserstein(latents, self.reference_latents, projections=self.projections),
-            frame_frechet=frame_frechet(clips, self.reference_clips),
-            motion_accuracy=motion.accuracy,
-            motion_unread=motion.unread,
-            motion_energy=motion_energy(clips),
-        )
 
 
 class _Progress:

@@ -1,7 +1,7 @@
-"""A curve, or two side by side, as a table, a plot and a folder of both with the samples' picture.
+"""A curve, or two side by side, as a folder: tables, numbers, a plot, and the samples' picture and film.
 
-The table and the plot carry the real clips' own figures (the floor of a distance, the ceiling of an accuracy) beside
-the samples', and a 95 % interval beside each share and each mean over seeds, so that nobody reads noise as progress.
+The plot carries the real clips' own figures (the floor of a distance, the ceiling of an accuracy) beside the samples',
+and 95 % intervals, so that nobody reads noise as progress.
 """
 
 from __future__ import annotations
@@ -9,161 +9,28 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyflow.evaluation.curve import Curve, CurveResult, CurveRow, Marks
+from anyflow.evaluation.curve import Curve, CurveResult, Marks, pixel_frames
 from anyflow.evaluation.picture import Grid, Prompt, save_mp4, save_png
+from anyflow.evaluation.tables import (
+    COLUMNS,
+    Column,
+    check_comparable,
+    comparison_markdown,
+    comparison_text,
+    interval_of,
+)
+from anyflow.evaluation.tables import wilson_interval as wilson_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from rich.table import Table
 
 BEFORE_COLOUR, AFTER_COLOUR, REAL_COLOUR = "#b07010", "#185abe", "#4a4f57"
 
 FIGURES = ("curve.json", "curve.png", "table.md", "table.txt", "samples.png", "samples.mp4")
 """What a report's folder holds."""
-
-
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """Return the 95 % score interval of a share seen in ``count`` trials; it stays within 0 and 1 at any count."""
-    z = 1.96
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-@dataclass(frozen=True)
-class Column:
-    """A measure of the table.
-
-    Attributes:
-        name: of the figure.
-        heading: what stands above it.
-        digits: after the point.
-        is_share: whether it is a share of the clips, written in percent.
-    """
-
-    name: str
-    heading: str
-    digits: int = 3
-    is_share: bool = False
-
-    def write(self, marks: Marks, count: int) -> str:
-        """The cell of a set of ``count`` clips: the figure with its interval, if that is known."""
-        value = marks.figure(self.name)
-        if value is None:
-            return "-"
-        low, high = interval_of(marks, self, count)
-        if self.is_share:
-            return f"{100 * value:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
-        half = f" ±{(high - low) / 2:.{self.digits}f}" if high > low else ""
-        return f"{value:.{self.digits}f}{half}"
-
-
-COLUMNS = (
-    Column("motion_accuracy", "motion right", is_share=True),
-    Column("frame_frechet", "frame Frechet"),
-    Column("sliced_w1", "sliced W1", 4),
-    Column("motion_energy", "motion energy", 2),
-)
-"""The table's measures."""
-
-
-def interval_of(marks: Marks, column: Column, count: int) -> tuple[float, float]:
-    """A figure's 95 % interval: over the seeds; of a share measured once, over the clips; else the figure alone."""
-    value = marks.figure(column.name)
-    if value is None:
-        return math.nan, math.nan
-    half = marks.interval.get(column.name) if isinstance(marks, CurveRow) else None
-    if half is not None:
-        low, high = value - half, value + half
-        return (max(0.0, low), min(1.0, high)) if column.is_share else (low, high)
-    return wilson_interval(value, count) if column.is_share else (value, value)
-
-
-def table_cells(before: Curve | None, after: Curve) -> tuple[list[str], list[list[str]]]:
-    """Lay out one or two curves as headings and rows of text.
-
-    Each step count has a row and each measure a column; with two curves a cell reads ``before → after``. Two more
-    rows say what real clips get.
-    """
-    check_comparable(before, after)
-    headings = ["steps", *(column.heading for column in COLUMNS), "seconds a clip"]
-    rows = []
-    for row in after.rows:
-        shown = [*([before.row(row.num_steps)] if before is not None else []), row]
-        cells = [" → ".join(column.write(marks, after.clips) for marks in shown) for column in COLUMNS]
-        rows.append([str(row.num_steps), *cells, f"{row.sampling_seconds + row.decoding_seconds:.2f}"])
-    for name, marks in (("real clips", after.real), ("real, through the codec", after.codec)):
-        rows.append([name, *(column.write(marks, after.clips) for column in COLUMNS), "-"])
-    return headings, rows
-
-
-def check_comparable(before: Curve | None, after: Curve) -> None:
-    """Refuse two curves that were not measured the same way.
-
-    Raises:
-        ValueError: naming what differs: seeds, number of clips, size, domain or step counts.
-    """
-    if before is None:
-        return
-    for name in ("seed", "seeds", "clips", "size", "domain"):
-        if getattr(before, name) != getattr(after, name):
-            pair = f"{getattr(before, name)} before, {getattr(after, name)} after"
-            raise ValueError(f"the curves differ in {name}: {pair}; measure both alike")
-    if [row.num_steps for row in before.rows] != [row.num_steps for row in after.rows]:
-        raise ValueError("the curves have different step counts; measure both alike")
-
-
-def _table_title(before: Curve | None, after: Curve) -> str:
-    pair = f" ({before.label} → {after.label})" if before is not None else ""
-    noise = f"{len(after.seeds)} seeds of noise, the same" if len(after.seeds) > 1 else "the same noise"
-    return f"Any-step curve{pair}: {after.domain}, {after.clips} prompts, {noise} at every step count"
-
-
-def comparison_table(before: Curve | None, after: Curve) -> Table:
-    """Return the table for the terminal."""
-    from rich import box
-    from rich.table import Table
-
-    headings, rows = table_cells(before, after)
-    table = Table(title=_table_title(before, after), title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for index, cells in enumerate(rows):
-        table.add_row(*cells, end_section=index == len(after.rows) - 1)
-    return table
-
-
-def comparison_text(before: Curve | None, after: Curve) -> str:
-    """Return the table as plain text, as wide as it needs."""
-    import io
-
-    from rich.console import Console
-
-    sink = io.StringIO()
-    Console(file=sink, width=160, color_system=None).print(comparison_table(before, after))
-    return "\n".join(line.rstrip() for line in sink.getvalue().splitlines()).strip("\n") + "\n"
-
-
-def comparison_markdown(before: Curve | None, after: Curve) -> str:
-    """Return the table as Markdown, with the notes that a reader needs."""
-    headings, rows = table_cells(before, after)
-    lines = [f"**{_table_title(before, after)}**", "", f"| {' | '.join(headings)} |", f"|{'--:|' * len(headings)}"]
-    lines += [f"| {' | '.join(cells)} |" for cells in rows]
-    frames, height, width = after.size
-    seeds = after.seeds or (after.seed,)
-    notes = (
-        f"{after.clips} held-out prompts, {frames} frames of {width}x{height}, seed {', '.join(map(str, seeds))}."
-        f" {'Means over the seeds with their 95 % interval.' if len(seeds) > 1 else ''}"
-        " Motion right: the motion asked for, read from the pixels (95 % interval)."
-        " Distances are to other real clips; lower is better, and the row of real clips is their floor."
-        " Frame Frechet is taken on fixed features of frames (it is not FVD). Motion energy: mean change from frame to"
-        " frame in grey levels; the nearer to the real clips the better."
-    )
-    return "\n".join(lines) + f"\n\n{notes}\n"
 
 
 def plot_curve(path: Path, before: Curve | None, after: Curve) -> None:
@@ -211,7 +78,7 @@ def _plot_panel(axis: Axes, column: Column, title: str, before: Curve | None, af
         values = [_number(row, column) for row in curve.rows]
         low, high = zip(*(interval_of(row, column, curve.clips) for row in curve.rows), strict=True)
         axis.plot(steps, values, marker=marker, color=colour, label=curve.label, zorder=3)
-        if len(curve.seeds) > 1:
+        if len(curve.all_seeds) > 1:
             whiskers = [[value - below for value, below in zip(values, low, strict=True)]]
             whiskers.append([above - value for value, above in zip(values, high, strict=True)])
             axis.errorbar(steps, values, yerr=whiskers, color=colour, linestyle="none", capsize=3, linewidth=1)
@@ -251,11 +118,6 @@ def sample_grid(results: Sequence[CurveResult], title: str = "") -> Grid:
         title=title,
         given=pixel_frames(results[0].curve.given_frames),
     )
-
-
-def pixel_frames(latent_frames: int) -> int:
-    """Frames behind a video's first latent frames: 1, then 4 for each further one (Wan's codec)."""
-    return max(0, 4 * latent_frames - 3)
 
 
 def write_report(

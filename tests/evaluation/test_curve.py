@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from models import BlockCodec, exact_sampler, held_out, sampler_over
 from torch import Tensor
 
-from anyflow.evaluation.curve import Curve, CurveResult, CurveRow, over_seeds
+from anyflow.evaluation.curve import Curve, CurveResult, CurveRow, HeldOut, over_seeds
 from anyflow.evaluation.measure import measure_curve as measure_with_all_directions
 from anyflow.evaluation.measure import prompt_noise, sampler_of
+from anyflow.evaluation.tables import comparison_text
 from anyflow.flowmap.sampling import Take, sample
 
 # Few directions: the block codec's latents are as large as the pixels.
@@ -34,7 +37,11 @@ def faulty() -> CurveResult:
 def test_an_exact_flow_map_gives_the_real_clips_figures_at_any_number_of_steps() -> None:
     result = measure_curve(exact_sampler(ITEMS), BlockCodec(), ITEMS, REFERENCE, steps=(1, 4), show=2)
     curve = result.curve
-    assert curve.real == curve.codec and curve.real.motion_accuracy == 1.0 and curve.real.sliced_w1 > 0
+    assert (
+        curve.real == replace(curve.codec, path_error=curve.real.path_error)
+        and curve.real.motion_accuracy == 1.0
+        and curve.real.sliced_w1 > 0
+    )
     for row in curve.rows:
         assert row.sliced_w1 == pytest.approx(curve.real.sliced_w1, rel=1e-3)
         assert row.frame_frechet == pytest.approx(curve.real.frame_frechet, rel=1e-2)
@@ -92,7 +99,8 @@ def test_several_seeds_give_their_mean_its_interval_and_each_value() -> None:
     spread = statistics.stdev(values)
     assert row.interval["sliced_w1"] == pytest.approx(4.3027 * spread / 3**0.5, rel=1e-4) and spread > 0
     assert alone[0].interval == {} and alone[0].each == {}
-    assert all(isinstance(value, int | float | dict) for value in json.loads(json.dumps(row.to_json())).values())
+    kinds = {type(value) for value in json.loads(json.dumps(row.to_json())).values()}
+    assert kinds <= {int, float, dict, type(None)}, "every number of a row is a figure"
     assert Curve.from_json(json.loads(json.dumps(several.curve.to_json()))) == several.curve
 
 
@@ -213,6 +221,42 @@ def test_given_frames_come_from_the_prompts_own_clips() -> None:
     assert torch.equal(given.samples[1][:, 0], torch.stack([item.frames[0] for item in ITEMS]))
     free = measure_curve(sampler, BlockCodec(), ITEMS[:2], REFERENCE, steps=(1,))
     assert seen[-1] is None and not torch.equal(free.samples[1][:, 0], given.samples[1][:2, 0])
+
+
+def test_further_figures_stand_beside_their_floor() -> None:
+    """Exact samples: the path asked for, the given frames as they were, and what the extras say."""
+
+    class Brightness:
+        name = "light"
+
+        def __call__(self, clips: Tensor) -> Tensor:
+            return clips.double().mean((2, 3)).flatten(1)
+
+    class Always:
+        def accuracies(self, clips: Tensor, items: Sequence[HeldOut]) -> dict[str, float]:
+            return {"colour_right": len(clips) / len(items)}
+
+    extras: dict[str, Any] = {"extractors": [Brightness()], "labels": [Always()]}
+    curve = measure_curve(
+        exact_sampler(ITEMS), BlockCodec(), ITEMS[:3], REFERENCE, steps=(1,), given_frames=1, **extras
+    ).curve
+    row, real = curve.rows[0], curve.real
+    assert row.path_error == pytest.approx(0, abs=0.1) and real.path_error is not None and real.path_error > 0.2
+    assert row.given_frame_psnr == 100
+    assert row.temporal_consistency == pytest.approx(real.temporal_consistency, abs=1e-3)
+    assert row.frame_kernel == pytest.approx(real.frame_kernel, abs=1e-2)
+    assert set(row.more) == {"light_frechet", "light_kernel", "colour_right"} == set(real.more)
+    text = comparison_text(None, curve)
+    for heading in (
+        "frame kernel",
+        "temporal SSIM",
+        "path error, px",
+        "given frames, dB",
+        "light kernel",
+        "colour right",
+    ):
+        assert heading in text
+    assert Curve.from_json(json.loads(json.dumps(curve.to_json()))) == curve
 
 
 def test_the_models_own_sampler_gets_the_captions_embeddings() -> None:

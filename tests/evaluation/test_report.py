@@ -10,15 +10,8 @@ from models import BlockCodec, exact_sampler, held_out
 
 from anyflow.evaluation.curve import CurveResult
 from anyflow.evaluation.measure import measure_curve
-from anyflow.evaluation.report import (
-    FIGURES,
-    comparison_markdown,
-    comparison_text,
-    read_report,
-    sample_grid,
-    wilson_interval,
-    write_report,
-)
+from anyflow.evaluation.report import FIGURES, read_report, sample_grid, write_report
+from anyflow.evaluation.tables import comparison_markdown, comparison_text, wilson_interval
 
 ITEMS, REFERENCE = held_out(3), held_out(3, offset=3)
 
@@ -70,7 +63,8 @@ def test_several_seeds_show_their_intervals(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"seeds": (0, 1)}, {"clips": 4}, {"size": (5, 64, 96)}, {"domain": "games"}, {"rows": ()}]
+    "change",
+    [{"seeds": (1,)}, {"seeds": (0, 1)}, {"clips": 4}, {"size": (5, 64, 96)}, {"domain": "games"}, {"rows": ()}],
 )
 def test_curves_that_were_measured_differently_are_refused(
     tmp_path: Path, pair: tuple[CurveResult, CurveResult], change: dict[str, object]
