@@ -14,6 +14,7 @@ from torch import Tensor
 
 from anyflow.evaluation.curve import HeldOut, Marks
 from anyflow.evaluation.distance import (
+    PROJECTIONS,
     frame_features,
     frechet,
     given_frame_psnr,
@@ -63,7 +64,7 @@ class Judge:
         reference_clips: Tensor,
         reference_latents: Tensor,
         *,
-        projections: int,
+        projections: int = PROJECTIONS,
         given: int = 0,
         extractors: Sequence[Extractor] = (),
         labels: Sequence[Labels] = (),

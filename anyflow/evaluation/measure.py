@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from anyflow.evaluation.curve import STEPS, Curve, CurveResult, CurveRow, HeldOut, over_seeds, pixel_frames
-from anyflow.evaluation.distance import PROJECTIONS
-from anyflow.evaluation.judge import Extractor, Judge, Labels
+from anyflow.evaluation.judge import Judge
 from anyflow.flowmap.endpoint import Renoise
 from anyflow.flowmap.sampling import SamplerKind, Take, take_jump, take_velocity
 
@@ -102,9 +101,7 @@ def measure_curve(
     batch_size: int = 8,
     device: torch.device | str = "cpu",
     show: int = 6,
-    projections: int = PROJECTIONS,
-    extractors: Sequence[Extractor] = (),
-    labels: Sequence[Labels] = (),
+    judging: Mapping[str, Any] | None = None,
     on_progress: OnProgress | None = None,
 ) -> CurveResult:
     """Sample the same prompts from the same noise at each step count and measure what comes out.
@@ -124,9 +121,7 @@ def measure_curve(
         batch_size: clips a pass; changes speed and memory, not the draws.
         device: where the model runs.
         show: of how many prompts (the first) the samples are kept for the picture.
-        projections: random directions of the sliced distance.
-        extractors: features of further distances.
-        labels: probes of further accuracies.
+        judging: options of :class:`~anyflow.evaluation.judge.Judge`: further extractors and labels.
         on_progress: called after each batch.
     Raises:
         ValueError: if there are no items or seeds, or fewer reference clips than items.
@@ -141,28 +136,19 @@ def measure_curve(
     real_clips, other_clips = _stack(items), _stack(reference[: len(items)])
     real_latents, decoded = runner.encode_and_decode(real_clips)
     other_latents, _ = runner.encode_and_decode(other_clips, decode=False)
-    judge = Judge(
-        items,
-        reference[: len(items)],
-        other_clips,
-        other_latents,
-        projections=projections,
-        given=pixel_frames(given_frames),
-        extractors=extractors,
-        labels=labels,
-    )
+    options = {"given": pixel_frames(given_frames), **(judging or {})}
+    judge = Judge(items, reference[: len(items)], other_clips, other_latents, **options)
 
     rows: list[CurveRow] = []
     kept: dict[int, Tensor] = {}
     for num_steps in counts:
-        same_count = []
+        of_seeds = []
         for seed in seeds:
-            clips, latents, sampling, decoding = runner.sample(sampler, items, real_latents, num_steps, shift, seed)
-            cost = {"sampling_seconds": sampling / len(items), "decoding_seconds": decoding / len(items)}
+            clips, latents, cost = runner.sample(sampler, items, real_latents, num_steps, shift, seed)
             marks = judge(clips, latents, real_clips).to_json()
-            same_count.append(CurveRow.from_json({**marks, "num_steps": num_steps, "nfe": num_steps, **cost}))
+            of_seeds.append(CurveRow.from_json({**marks, "num_steps": num_steps, "nfe": num_steps, **cost}))
             kept.setdefault(num_steps, clips[:show].clone())
-        rows.append(over_seeds(same_count))
+        rows.append(over_seeds(of_seeds))
     curve = Curve(
         label=label,
         domain="+".join(sorted({item.domain for item in items})),
@@ -221,8 +207,8 @@ class _Runner:
         num_steps: int,
         shift: float,
         seed: int,
-    ) -> tuple[Tensor, Tensor, float, float]:
-        """Sample every prompt; return clips, latents, and the seconds of sampling and decoding.
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Sample every prompt; return clips, latents, and the seconds of a clip.
 
         ``like`` are the prompts' real latents, which the samples are shaped as and begin with where frames are given.
         """
@@ -242,7 +228,8 @@ class _Runner:
             sampling, decoding = sampling + middle - begin, decoding + _now(self.device) - middle
             all_latents.append(latents.float().cpu())
             self.progress(f"{num_steps} step{'s' if num_steps > 1 else ''}")
-        return torch.cat(clips), torch.cat(all_latents), sampling, decoding
+        cost = {"sampling_seconds": sampling / len(items), "decoding_seconds": decoding / len(items)}
+        return torch.cat(clips), torch.cat(all_latents), cost
 
 
 def _stack(items: Sequence[HeldOut]) -> Tensor:

@@ -21,7 +21,7 @@ from anyflow.evaluation.tables import comparison_text
 from anyflow.flowmap.sampling import Take, sample
 
 # Few directions: the block codec's latents are as large as the pixels.
-measure_curve = partial(measure_with_all_directions, projections=16)
+measure_curve = partial(measure_with_all_directions, judging={"projections": 16})
 
 ITEMS, REFERENCE = held_out(6), held_out(6, offset=6)
 
@@ -236,9 +236,9 @@ def test_further_figures_stand_beside_their_floor() -> None:
         def accuracies(self, clips: Tensor, items: Sequence[HeldOut]) -> dict[str, float]:
             return {"colour_right": len(clips) / len(items)}
 
-    extras: dict[str, Any] = {"extractors": [Brightness()], "labels": [Always()]}
+    extras: dict[str, Any] = {"extractors": [Brightness()], "labels": [Always()], "projections": 16}
     curve = measure_curve(
-        exact_sampler(ITEMS), BlockCodec(), ITEMS[:3], REFERENCE, steps=(1,), given_frames=1, **extras
+        exact_sampler(ITEMS), BlockCodec(), ITEMS[:3], REFERENCE, steps=(1,), given_frames=1, judging=extras
     ).curve
     row, real = curve.rows[0], curve.real
     assert row.path_error == pytest.approx(0, abs=0.1) and real.path_error is not None and real.path_error > 0.2

@@ -14,11 +14,19 @@ from anyflow.evaluation.report import FIGURES, read_report, sample_grid, write_r
 from anyflow.evaluation.tables import comparison_markdown, comparison_text, wilson_interval
 
 ITEMS, REFERENCE = held_out(3), held_out(3, offset=3)
+QUICK = {"projections": 16}
 
 
 def _measure(label: str, error: float) -> CurveResult:
     return measure_curve(
-        exact_sampler(ITEMS, error), BlockCodec(), ITEMS, REFERENCE, label=label, steps=(1, 4), show=1, projections=16
+        exact_sampler(ITEMS, error),
+        BlockCodec(),
+        ITEMS,
+        REFERENCE,
+        label=label,
+        steps=(1, 4),
+        show=1,
+        judging=QUICK,
     )
 
 
@@ -53,7 +61,14 @@ def test_the_tables_say_before_and_after_beside_the_floor(pair: tuple[CurveResul
 
 def test_several_seeds_show_their_intervals(tmp_path: Path) -> None:
     result = measure_curve(
-        exact_sampler(ITEMS, 0.8), BlockCodec(), ITEMS, REFERENCE, steps=(1, 4), seeds=(0, 1), show=1, projections=16
+        exact_sampler(ITEMS, 0.8),
+        BlockCodec(),
+        ITEMS,
+        REFERENCE,
+        steps=(1, 4),
+        seeds=(0, 1),
+        show=1,
+        judging=QUICK,
     )
     row, text = result.curve.row(1), comparison_text(None, result.curve)
     assert f"{row.sliced_w1:.4f} ±{row.interval['sliced_w1']:.4f}" in text and "2 seeds of noise" in text
