@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,15 @@ def curve_of(
     split: str = "heldout",
     given_frames: int = 0,
     sampler: SamplerKind = "flowmap",
+    judging: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
     batch_size: int = 8,
     on_progress: OnProgress | None = None,
 ) -> CurveResult:
     """Measure a model on ``prompts`` held-out prompts, against the other held-out clips (topped up from training ones).
 
-    ``given_frames`` latent frames are given from each prompt's own clip: 1 is image-to-video.
+    ``given_frames`` latent frames are given from each prompt's own clip: 1 is image-to-video. ``judging`` and ``notes``
+    are further judges and what is said of them.
 
     Raises:
         UserError: The data has too few clips.
@@ -86,6 +89,8 @@ def curve_of(
         seeds=seeds,
         given_frames=given_frames,
         kind=sampler,
+        judging=judging,
+        notes=notes,
         batch_size=batch_size,
         device=next(backbone.parameters()).device,
         on_progress=on_progress,

@@ -14,7 +14,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 STREET = {
     *("assemble", "benchmark", "cli", "commands", "console", "curves"),
-    *("finish", "launch", "plan", "plan_simulate", "ranks", "runs", "tracking"),
+    *("finish", "launch", "plan", "plan_simulate", "probes", "ranks", "runs", "tracking"),
 }
 """The street door and the launcher: they may use every room."""
 

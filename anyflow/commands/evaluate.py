@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -40,6 +40,12 @@ def evaluate(
         int, typer.Option(help="Latent frames given from each prompt's own clip: 1 is image-to-video.", min=0)
     ] = 0,
     batch_size: Annotated[int, typer.Option(help="Clips a pass.", min=1)] = 8,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Judge labels (task, scene ...) and features by the data set's own probe.")
+    ] = False,
+    encoder: Annotated[
+        Path | None, typer.Option(help="Distances by a video encoder too: a local transformers folder.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="A new folder; without it one under runs/evaluations.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -51,6 +57,7 @@ def evaluate(
       anyflow evaluate --model runs/finetune-driving-tiny-001 --against data/models/tiny --data driving --prompts 32
       anyflow evaluate --model data/models/tiny --data driving --seeds 0,1,2
       anyflow evaluate --model data/models/tiny --data driving --given-frames 1
+      anyflow evaluate --model data/models/tiny --data robotics --probe
       anyflow evaluate --model runs/tiny-forward --data games --steps 1,4,16 --out curves/games --json
     """
     counts = parse_steps(steps)
@@ -63,7 +70,7 @@ def evaluate(
         check_model(name)
     from anyflow.evaluation.report import write_report
 
-    settings = {
+    settings: dict[str, Any] = {
         "steps": counts,
         "prompts": prompts,
         "split": split,
@@ -71,6 +78,7 @@ def evaluate(
         "given_frames": given_frames,
         "batch_size": batch_size,
     }
+    settings["judging"], settings["notes"] = _judges(model, data, split, probe, encoder)
     before = _curve(against, data, "before", sampler, settings) if against else None
     after = _curve(model, data, "after" if against else "model", sampler, settings)
     with whole_folder(folder) as partial:
@@ -85,7 +93,32 @@ def evaluate(
     typer.echo(f"\npicture, film, plot and numbers: {folder}")
 
 
-def _curve(model: str, data: str, label: str, sampler: str | None, settings: dict[str, object]) -> CurveResult:
+def _judges(
+    model: str, data: str, split: str, probe: bool, encoder: Path | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Further judges of the samples, and what is to be said of them."""
+    extractors: list[Any] = []
+    labels: list[Any] = []
+    notes: tuple[str, ...] = ()
+    if encoder is not None:
+        from anyflow.evaluation.encoder import VideoEncoder
+
+        extractors.append(VideoEncoder(encoder))
+    if probe:
+        from anyflow.commands.models import native_shape
+        from anyflow.console import progress_line
+        from anyflow.probes import probe_of
+
+        shape = native_shape(model, frames=None, height=None, width=None, fps=None)
+        with progress_line("training the probe") as on_progress:
+            trained = probe_of(data, shape, heldout=split, on_progress=on_progress)
+        extractors.append(trained)
+        labels.append(trained)
+        notes = tuple(trained.notes())
+    return {"extractors": extractors, "labels": labels}, notes
+
+
+def _curve(model: str, data: str, label: str, sampler: str | None, settings: dict[str, Any]) -> CurveResult:
     from anyflow.backbone.load import read_sampler
     from anyflow.commands.models import load_model, native_shape
     from anyflow.console import progress_line
@@ -103,5 +136,5 @@ def _curve(model: str, data: str, label: str, sampler: str | None, settings: dic
             label=label,
             sampler=sampler or read_sampler(model),  # type: ignore[arg-type]
             on_progress=on_progress,
-            **settings,  # type: ignore[arg-type]
+            **settings,
         )

@@ -126,6 +126,7 @@ class Curve:
         given_frames: latent frames given from each prompt's own clip; 0 is text-to-video.
         seeds: all seeds of the noise; empty: ``seed`` alone.
         sampler: how jumps were taken: ``flowmap``, ``euler`` or ``renoise``.
+        notes: what is to be said beside the figures: how far a probe can be trusted.
     """
 
     label: str
@@ -140,6 +141,7 @@ class Curve:
     given_frames: int = 0
     seeds: tuple[int, ...] = ()
     sampler: str = "flowmap"
+    notes: tuple[str, ...] = ()
 
     @property
     def all_seeds(self) -> tuple[int, ...]:
@@ -162,7 +164,8 @@ class Curve:
     def from_json(cls, content: Mapping[str, Any]) -> Curve:
         """Build a curve from ``to_json``'s dictionary (or the parsed file)."""
         plain = {name: value for name, value in content.items() if name != "version"}
-        plain["size"], plain["seeds"] = tuple(plain["size"]), tuple(plain.get("seeds", ()))
+        plain["size"] = tuple(plain["size"])
+        plain |= {name: tuple(plain.get(name, ())) for name in ("seeds", "notes")}
         plain["rows"] = tuple(CurveRow.from_json(row) for row in plain["rows"])
         plain["real"], plain["codec"] = Marks.from_json(plain["real"]), Marks.from_json(plain["codec"])
         return cls(**plain)

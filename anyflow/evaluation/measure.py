@@ -102,6 +102,7 @@ def measure_curve(
     device: torch.device | str = "cpu",
     show: int = 6,
     judging: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
     on_progress: OnProgress | None = None,
 ) -> CurveResult:
     """Sample the same prompts from the same noise at each step count and measure what comes out.
@@ -122,14 +123,13 @@ def measure_curve(
         device: where the model runs.
         show: of how many prompts (the first) the samples are kept for the picture.
         judging: options of :class:`~anyflow.evaluation.judge.Judge`: further extractors and labels.
+        notes: what is to be said of these, beside the figures.
         on_progress: called after each batch.
     Raises:
         ValueError: if there are no items or seeds, or fewer reference clips than items.
     """
-    if not items or len(reference) < len(items):
-        raise ValueError(f"{len(items)} prompts need as many reference clips, got {len(reference)}")
-    if not seeds:
-        raise ValueError("no seeds: give at least one")
+    if not items or not seeds or len(reference) < len(items):
+        raise ValueError(f"{len(items)} prompts need as many reference clips, got {len(reference)}, and a seed")
     counts = sorted(set(steps))
     progress = _Progress((len(counts) * len(seeds) + 2) * -(-len(items) // batch_size), on_progress)
     runner = _Runner(codec, batch_size, device, progress, given_frames, kind)
@@ -157,6 +157,7 @@ def measure_curve(
         seeds=tuple(seeds),
         given_frames=given_frames,
         sampler=kind,
+        notes=tuple(notes),
         shift=shift,
         size=(real_clips.shape[1], real_clips.shape[2], real_clips.shape[3]),
         rows=tuple(rows),

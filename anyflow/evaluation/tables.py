@@ -162,7 +162,7 @@ def comparison_text(before: Curve | None, after: Curve) -> str:
             table.add_row(*cells, end_section=index == len(after.rows) - 1)
         if columns:
             console.print(table)
-    for line in few_step_lines(before, after):
+    for line in (*few_step_lines(before, after), *after.notes):
         console.print(line)
     return "\n".join(line.rstrip() for line in sink.getvalue().splitlines()).strip("\n") + "\n"
 
@@ -175,8 +175,8 @@ def comparison_markdown(before: Curve | None, after: Curve) -> str:
             headings, rows = table_cells(before, after, columns)
             lines += ["", f"| {' | '.join(headings)} |", f"|{'--:|' * len(headings)}"]
             lines += [f"| {' | '.join(cells)} |" for cells in rows]
-    if few := few_step_lines(before, after):
-        lines += ["", *(f"- {line}" for line in few)]
+    if told := [*few_step_lines(before, after), *after.notes]:
+        lines += ["", *(f"- {line}" for line in told)]
     frames, height, width = after.size
     notes = [
         f"{after.clips} held-out prompts, {frames} frames of {width}x{height}, "
