@@ -17,7 +17,7 @@ CLIPS ?= 1000
 export PROMPT ?= A green car drives slowly and changes left from the middle lane to the left lane.
 
 .DEFAULT_GOAL := help
-.PHONY: help install finetune teacher forward onpolicy codec base sample plan data mlflow bench test test-slow lint
+.PHONY: help install finetune teacher forward onpolicy consistency dmd codec base sample plan data mlflow bench test test-slow lint
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -43,6 +43,12 @@ forward: $(VENV)/.installed ## make a flow-matching model any-step: RECIPE=tiny|
 
 teacher: $(VENV)/.installed ## plain flow matching, before the forward stage: RECIPE=tiny|...
 	$(call train,teacher)
+
+consistency: $(VENV)/.installed ## a baseline, consistency distillation sampled by re-noising: RECIPE=tiny
+	$(call train,consistency)
+
+dmd: $(VENV)/.installed ## a baseline, 4-step distribution matching sampled by re-noising: RECIPE=tiny
+	$(call train,dmd)
 
 codec: $(VENV)/.installed ## a small VAE from nothing: RECIPE=tiny
 	$(call train,codec)

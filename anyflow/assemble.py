@@ -37,6 +37,7 @@ from anyflow.data.reader import ShardReader, find_split
 from anyflow.flowmap.objective import FlowMapObjective
 from anyflow.recipe import Recipe
 from anyflow.stages.base import Stage
+from anyflow.stages.baselines import ConsistencyStage, DmdStage
 from anyflow.stages.codec import CodecObjective, CodecStage
 from anyflow.stages.ema import EmaSettings
 from anyflow.stages.finetune import FinetuneStage, FinetuneTailStage, TailPlan
@@ -156,7 +157,7 @@ def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stag
     if stage.name == "codec":
         codec.vae.requires_grad_(True)
         return CodecStage(codec.vae, CodecObjective(**asdict(stage.codec)), **shared)
-    roles = build_roles(recipe, backbone) if stage.name == "onpolicy" or recipe.has_tail else None
+    roles = build_roles(recipe, backbone) if recipe.has_teacher else None
     spread(recipe, *(roles.networks if roles is not None else [backbone]))
     conditioning = Conditioning(
         recipe.model.negative_prompt, stage.text_drop, stage.i2v_prob, stage.long_context, stage.bidirectional_prob
@@ -174,6 +175,8 @@ def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stag
     )
     shares = IntervalShares(stage.diffusion_share, stage.consistency_share)
     shared |= {"conditioning": conditioning, "objective": objective, "shares": shares}
+    if roles is not None and not recipe.has_critic:
+        return ConsistencyStage(roles, codec, **shared)
     if roles is not None:
         return build_onpolicy(recipe, codec, roles, shared)
     kind = {"forward": ForwardStage, "finetune": FinetuneStage}[stage.name]
@@ -181,7 +184,7 @@ def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stag
 
 
 def build_onpolicy(recipe: Recipe, codec: Codec, roles: Roles, shared: dict[str, Any]) -> OnPolicyStage:
-    """The on-policy stage, or fine-tuning with an on-policy tail."""
+    """The on-policy stage, its baseline, or fine-tuning with an on-policy tail."""
     stage = recipe.stage
     options = asdict(stage.onpolicy)
     taken = ("budgets", "extra_guidance", "forward_weight", "critic_turns", "watch")
@@ -192,7 +195,8 @@ def build_onpolicy(recipe: Recipe, codec: Codec, roles: Roles, shared: dict[str,
     )
     critic_optimizer = optimizer_settings(asdict(stage.onpolicy.critic))
     if not recipe.has_tail:
-        return OnPolicyStage(roles, codec, settings=settings, critic_optimizer=critic_optimizer, **shared)
+        kind = DmdStage if stage.name == "dmd" else OnPolicyStage
+        return kind(roles, codec, settings=settings, critic_optimizer=critic_optimizer, **shared)
     del shared["total_steps"]
     return FinetuneTailStage(
         roles,
@@ -208,22 +212,26 @@ def build_onpolicy(recipe: Recipe, codec: Codec, roles: Roles, shared: dict[str,
 def build_roles(recipe: Recipe, backbone: FlowMapBackbone) -> Roles:
     """Student, critic and teacher: adapters on the student's base, or networks of their own.
 
-    Before an on-policy tail the teacher is the base, and is trained.
+    Before an on-policy tail the teacher is the base, and is trained. Consistency distillation has no critic, and its
+    teacher sees frames as the student does.
     """
     teacher = recipe.model.weights if recipe.has_tail else recipe.stage.onpolicy.teacher
+    kind: dict[str, Any] = {"trains_teacher": recipe.has_tail, "has_critic": recipe.has_critic}
     if recipe.model.lora.enabled:
         if teacher and not recipe.has_tail:
             load_lora(backbone, teacher, adapter="teacher")
         settings, seed = lora_settings(recipe), recipe.run.seed
-        return AdapterRoles(backbone, settings, trains_teacher=recipe.has_tail, seed=seed)
+        return AdapterRoles(backbone, settings, seed=seed, **kind)
     network = load_backbone(
-        teacher,  # of either architecture: teacher and critic see all frames at once
+        teacher or recipe.model.weights,
+        # of either architecture where there is a critic: both see all frames at once
+        architecture=None if recipe.has_critic else recipe.model.architecture,
         dtype=weights_dtype(recipe),
         leave_stored=backbone.stored is not None,
     )
     if recipe.hardware.gradient_checkpointing:
         checkpoint_activations(network, recipe.hardware.keep_attention)
-    return SeparateRoles(backbone, network, trains_teacher=recipe.has_tail)
+    return SeparateRoles(backbone, network, **kind)
 
 
 def lora_settings(recipe: Recipe) -> LoraSettings:
@@ -239,7 +247,7 @@ def optimizer_settings(fields: dict[str, Any]) -> OptimizerSettings:
 
 def batches_of(recipe: Recipe) -> int:
     """Batches that the whole run asks of its data, on each rank."""
-    onpolicy_steps = {"onpolicy": recipe.stage.steps, "finetune": recipe.stage.tail.steps}.get(recipe.stage.name, 0)
+    onpolicy_steps = recipe.stage.tail.steps if recipe.has_tail else recipe.stage.steps if recipe.has_critic else 0
     critics = onpolicy_steps * recipe.stage.onpolicy.critic_turns
     return (recipe.total_steps + critics) * recipe.hardware.accumulate
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,9 @@ from anyflow.data.plan import Plan
 from anyflow.data.reader import ShardReader, find_split
 from anyflow.data.stream import ClipDataset
 from anyflow.errors import UserError
-from anyflow.evaluation.curve import (
-    CurveCodec,
-    CurveResult,
-    HeldOut,
-    OnProgress,
-    Sampler,
-    measure_curve,
-    sampler_of,
-)
+from anyflow.evaluation.curve import CurveResult, HeldOut
+from anyflow.evaluation.measure import CurveCodec, OnProgress, Sampler, measure_curve, sampler_of
+from anyflow.flowmap.sampling import SamplerKind, Take
 
 
 def held_out(cards: Sequence[str], split: str, shape: ClipShape, count: int | None = None) -> list[HeldOut]:
@@ -63,18 +57,22 @@ def curve_of(
     prompts: int,
     steps: Sequence[int],
     shift: float,
-    seed: int = 0,
+    seeds: Sequence[int] = (0,),
     label: str = "after",
     split: str = "heldout",
     given_frames: int = 0,
+    sampler: SamplerKind = "flowmap",
+    judging: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
     batch_size: int = 8,
     divide: bool = False,
     on_progress: OnProgress | None = None,
 ) -> CurveResult:
     """Measure a model on ``prompts`` held-out prompts, against the other held-out clips (topped up from training ones).
 
-    ``given_frames`` latent frames are given from each prompt's own clip: 1 is image-to-video. ``divide`` deals each
-    batch out to the ranks, all of which must come here: every one does its clips, and has the whole.
+    ``given_frames`` latent frames are given from each prompt's own clip: 1 is image-to-video. ``judging`` and ``notes``
+    are further judges and what is said of them. ``divide`` deals each batch out to the ranks, all of which must come
+    here: every one does its clips, and has the whole.
 
     Raises:
         UserError: The data has too few clips.
@@ -85,21 +83,24 @@ def curve_of(
         raise UserError(f"sampling.prompts={prompts}, but the {split} split has {len(items)} clips; ask for fewer")
     if len(reference) < len(items):
         reference = [*reference, *held_out(cards, "train", shape, prompts - len(reference))]
-    sampler: Sampler = sampler_of(backbone, codec)
+    sample: Sampler = sampler_of(backbone, codec)
     measured: CurveCodec = codec
     if divide:
-        sampler, measured = _divided(sampler), _DividedCodec(codec)
+        sample, measured = _divided(sample), _DividedCodec(codec)
         batch_size = max(batch_size, rank_and_size()[1])
     return measure_curve(
-        sampler,
+        sample,
         measured,
         items,
         reference,
         label=label,
         steps=steps,
         shift=shift,
-        seed=seed,
+        seeds=seeds,
         given_frames=given_frames,
+        kind=sampler,
+        judging=judging,
+        notes=notes,
         batch_size=batch_size,
         device=next(backbone.parameters()).device,
         on_progress=on_progress,
@@ -107,9 +108,16 @@ def curve_of(
 
 
 def _divided(sampler: Sampler) -> Sampler:
-    """Every rank samples its rows of a batch. What a row becomes depends on its own prompt and noise alone."""
+    """Every rank samples its rows of a batch. What a row becomes depends on its own prompt and noise alone.
 
-    def sample(captions: list[str], noise: Tensor, num_steps: int, shift: float, first_frames: Tensor | None) -> Tensor:
+    Another way of taking jumps may draw noise for the batch as it stands: then every rank samples all of it.
+    """
+
+    def sample(
+        captions: list[str], noise: Tensor, num_steps: int, shift: float, first_frames: Tensor | None, **way: Take
+    ) -> Tensor:
+        if way:
+            return sampler(captions, noise, num_steps, shift, first_frames, **way)
         rows = own_rows(len(noise))
         given = None if first_frames is None else first_frames[rows]
         own = sampler([captions[row] for row in rows], noise[rows], num_steps, shift, given)

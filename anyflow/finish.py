@@ -54,8 +54,9 @@ def measure(
             prompts=recipe.sampling.prompts,
             steps=recipe.sampling.steps,
             shift=recipe.model.shift,
-            seed=recipe.sampling.seed,
+            seeds=[recipe.sampling.seed],
             given_frames=recipe.sampling.given_frames,
+            sampler=recipe.sampler,  # type: ignore[arg-type]
             label=label,
             split=recipe.data.heldout,
             divide=True,
@@ -78,7 +79,15 @@ def finish_flow(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogg
         return
     with averaged(parts) if weights is None else nullcontext():
         card = model_card(recipe, figures)
-        export_pipeline(run.model, parts.backbone.transformer, parts.codec, recipe.model.shift, card, weights=weights)
+        export_pipeline(
+            run.model,
+            parts.backbone.transformer,
+            parts.codec,
+            recipe.model.shift,
+            card,
+            weights=weights,
+            sampler=recipe.sampler,  # type: ignore[arg-type]
+        )
         if recipe.model.lora.enabled:
             export_lora(run.path / "lora", parts.backbone, card, weights=weights)
     if after is not None:

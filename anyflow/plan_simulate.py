@@ -24,11 +24,11 @@ from anyflow.backbone.parallelize import checkpoint_activations, device_mesh, lo
 from anyflow.backbone.protocol import FlowMapBackbone, Text
 from anyflow.backbone.roles import AdapterRoles, Role, Roles, SeparateRoles
 from anyflow.plan_peak import Peak, fake_ranks, local_part
-from anyflow.plan_turns import has_roles, turns
+from anyflow.plan_turns import turns
 from anyflow.recipe import Recipe
 
 DEPTHS = (4, 6)
-"""Layers that are simulated, enough for blocks to be gathered ahead; a network of no more than the second is simulated whole."""
+"""Layers that are simulated, enough for blocks to be gathered ahead; a network of fewer is simulated whole."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _simulate(recipe: Recipe, config: dict[str, Any], latents: tuple[int, int, i
 def _measure(recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], sharded: bool) -> _Run:
     """Run a step with everything in place; both roles' turns in on-policy distillation."""
     trained: dict[Role, list[nn.Parameter]] = {"student": [p for _, p in roles.parameters("student")]}
-    if has_roles(recipe):
+    if recipe.has_critic:
         trained["critic"] = [p for _, p in roles.parameters("critic")]
     if recipe.has_tail:
         trained["teacher"] = [p for _, p in roles.parameters("teacher")]
@@ -151,14 +151,15 @@ def _networks(recipe: Recipe, config: dict[str, Any]) -> Roles:
             checkpoint_activations(backbone, recipe.hardware.keep_attention)
         return backbone
 
+    which = {"trains_teacher": recipe.has_tail, "has_critic": recipe.has_critic}
     with torch.device("meta"):
         student = build()
         if recipe.model.lora.enabled:
             add_lora(student, lora_settings(recipe))
-            if has_roles(recipe):
-                return AdapterRoles(student, lora_settings(recipe), trains_teacher=recipe.has_tail)
-        if has_roles(recipe):
-            return SeparateRoles(student, build(), trains_teacher=recipe.has_tail)
+            if recipe.has_teacher:
+                return AdapterRoles(student, lora_settings(recipe), **which)
+        if recipe.has_teacher:
+            return SeparateRoles(student, build(), **which)
         return _Alone(student)
 
 

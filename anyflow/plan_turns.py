@@ -26,17 +26,12 @@ JUMPS: tuple[Jump, ...] = ((1000.0, 900.0), (900.0, 700.0), (700.0, 0.0))
 """As many as a rollout can have."""
 
 
-def has_roles(recipe: Recipe) -> bool:
-    """Whether student, critic and teacher are there."""
-    return recipe.stage.name == "onpolicy" or recipe.has_tail
-
-
 def turns(
     recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], next_phase: Callable[[], None]
 ) -> dict[Role, Callable[[], None]]:
     """By role, its turn of a step: it leaves gradients behind. ``next_phase`` is called between its parts."""
     step = _Step(recipe, roles, latents, next_phase)
-    if has_roles(recipe):
+    if recipe.has_critic:
         return {"student": step.generator, "critic": step.critic}
     return {"student": step.teacher if recipe.stage.name == "teacher" else step.forward}
 
@@ -79,6 +74,8 @@ class _Step:
         """The flow-map objective: all that needs no gradient in one pass, then the pass with it."""
         is_fused = self.stage.guidance_scale != 1
         with torch.no_grad():
+            if self.stage.name == "consistency":
+                self.ask("teacher", (2 if is_fused else 1) * self.batch, layout=self.layout)
             self.ask("student", (3 if is_fused else 2) * self.batch, layout=self.layout)
         self.next_phase()
         answer = self.ask("student", self.batch, layout=self.layout)

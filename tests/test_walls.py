@@ -14,7 +14,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 STREET = {
     *("assemble", "benchmark", "cli", "commands", "console", "curves", "encoding"),
-    *("finish", "launch", "plan", "plan_peak", "plan_simulate", "plan_turns", "ranks", "runs", "tracking"),
+    *("finish", "launch", "plan", "plan_peak", "plan_simulate", "plan_turns", "probes", "ranks", "runs", "tracking"),
 }
 """The street door and the launcher: they may use every room."""
 

@@ -24,10 +24,12 @@ from torch import Tensor
 
 from anyflow.backbone import far_pipeline
 from anyflow.backbone.codec import Codec
+from anyflow.backbone.load import SAMPLER_KEY
 from anyflow.backbone.lora import ADAPTER, LORA_FILE, lora_metadata, lora_state, merged_state
 from anyflow.backbone.model_card import ModelCard
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.errors import UserError
+from anyflow.flowmap.sampling import SamplerKind
 
 _WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 
@@ -40,6 +42,7 @@ def export_pipeline(
     card: ModelCard,
     *,
     weights: Mapping[str, Tensor] | None = None,
+    sampler: SamplerKind = "flowmap",
     dtype: torch.dtype = torch.bfloat16,
     codec_dtype: torch.dtype | None = None,
 ) -> Path:
@@ -52,6 +55,7 @@ def export_pipeline(
         shift: of the sampler's schedule: the one trained with.
         card: what the README says.
         weights: the transformer's state dict to write instead of its own: gathered from all ranks, or averaged.
+        sampler: how the model is sampled; other than a flow map's it is written down with the scheduler.
         dtype: precision of the transformer's weights.
         codec_dtype: precision of the autoencoder and text encoder. None: as they were, linked or copied from the folder
             that they came from.
@@ -69,13 +73,14 @@ def export_pipeline(
         raise UserError(f"{target} exists and is no exported model: choose another folder.")
     with _replacing(target) as place:
         _write_transformer(place / "transformer", transformer, merged_state(transformer, weights=weights), dtype)
-        FlowMapEulerDiscreteScheduler(shift=shift).save_pretrained(place / "scheduler")
+        _write_scheduler(place / "scheduler", shift, sampler)
         _write_codec(place, codec, codec_dtype)
         is_causal = isinstance(transformer, AnyFlowFARTransformer3DModel)
         _write_index(place, codec, type(transformer).__name__, "AnyFlowFARPipeline" if is_causal else "AnyFlowPipeline")
         if is_causal:
             shutil.copyfile(far_pipeline.__file__, place / "pipeline.py")
-        (place / "README.md").write_text(replace(card, causal=is_causal).render(), encoding="utf-8")
+        told = replace(card, causal=is_causal, sampler=sampler)
+        (place / "README.md").write_text(told.render(), encoding="utf-8")
     return target
 
 
@@ -124,6 +129,13 @@ def _write_transformer(place: Path, transformer: Any, state: dict[str, Tensor], 
     header = {"_class_name": type(transformer).__name__, "_diffusers_version": diffusers.__version__}
     _write_json(place / "config.json", {**header, **config})
     _save_weights(place, state, dtype)
+
+
+def _write_scheduler(place: Path, shift: float, sampler: SamplerKind) -> None:
+    FlowMapEulerDiscreteScheduler(shift=shift).save_pretrained(place)
+    if sampler != "flowmap":
+        file = place / "scheduler_config.json"
+        _write_json(file, {**json.loads(file.read_text(encoding="utf-8")), SAMPLER_KEY: sampler})
 
 
 def _write_codec(place: Path, codec: Codec, dtype: torch.dtype | None) -> None:

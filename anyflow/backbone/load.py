@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from anyflow.backbone.bidirectional import FLOAT32_PARTS, BidirectionalBackbone
 from anyflow.backbone.causal import CausalBackbone
 from anyflow.backbone.files import read_json, read_weights, resolve_folder
 from anyflow.errors import UserError
+from anyflow.flowmap.sampling import SamplerKind
 
 ARCHITECTURES: dict[str, tuple[type[BidirectionalBackbone], type[nn.Module]]] = {
     "bidirectional": (BidirectionalBackbone, AnyFlowTransformer3DModel),
@@ -34,6 +35,10 @@ FAR_PATCH = (1, 4, 4)
 
 CHUNKING = ("chunk_partition", "full_chunk_limit", "compressed_patch_size")
 """What a causal network's configuration has and a bidirectional one's lacks."""
+
+
+SAMPLER_KEY = "anyflow_sampler"
+"""Where the scheduler's configuration says how the model is sampled; diffusers warns that it does not know that."""
 
 _KINDS = (
     "WanTransformer3DModel",
@@ -190,6 +195,27 @@ def read_shift(path: str | Path) -> float:
     place = resolve_folder(path) / "scheduler" / "scheduler_config.json"
     config = read_json(place) if place.exists() else {}
     return float(config.get("shift") or config.get("flow_shift") or 5.0)
+
+
+def read_sampler(path: str | Path) -> SamplerKind:
+    """How a model must be sampled: as its export says (see :class:`anyflow.flowmap.sampling.Way`).
+
+    A folder that does not say holds a flow map, or a plain Wan transformer, whose only velocity is the instantaneous
+    one.
+
+    Raises:
+        UserError: the folder names a sampler that is not known.
+    """
+    folder = resolve_folder(path)
+    place = folder / "scheduler" / "scheduler_config.json"
+    named = read_json(place).get(SAMPLER_KEY) if place.exists() else None
+    if named is None:
+        network = folder / "transformer" / "config.json"
+        is_wan = network.exists() and read_json(network).get("_class_name") == _KINDS[0]
+        return "euler" if is_wan else "flowmap"
+    if named not in get_args(SamplerKind):
+        raise UserError(f"{place} asks for the sampler {named!r}: known are {', '.join(get_args(SamplerKind))}.")
+    return named
 
 
 def weight_precision(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -29,6 +29,8 @@ class ModelCard:
     """What it cannot do."""
     causal: bool = False
     """Whether it makes a video chunk by chunk; the export knows."""
+    sampler: str = "flowmap"
+    """How it is sampled; the export knows."""
 
     def render(self, lora: bool = False) -> str:
         """The text of README.md, with the Hub's header."""
@@ -54,6 +56,10 @@ class ModelCard:
 
     def _usage(self, lora: bool) -> str:
         size = "num_frames={}, height={}, width={}".format(*self.size)
+        if self.sampler != "flowmap" and not lora:
+            command = 'anyflow sample "..." --model path/to/this/folder --steps 4'
+            shape = f"Trained on clips of {size}, fps={self.fps:g}."
+            return f"```sh\n{command}\n```\n\n{_OTHER_SAMPLERS[self.sampler]}\n\n{shape}"
         place = self.base_model if lora else "."
         kind = "DiffusionPipeline" if self.causal else "AnyFlowPipeline"
         corrected = f', custom_pipeline="{place}", trust_remote_code=True' if self.causal else ""
@@ -73,6 +79,17 @@ class ModelCard:
             hints.append(_CAUSAL_HINT)
         return "\n".join(["```python", *code, "```", "", "\n\n".join(hints)])
 
+
+_OTHER_SAMPLERS = {
+    "euler": (
+        "This network knows velocities, not jumps: it takes many small steps (`anyflow_sampler: euler` in "
+        "`scheduler/scheduler_config.json`), and no few-step sampler serves it."
+    ),
+    "renoise": (
+        "This network jumps to the data and is noised again for a further step (`anyflow_sampler: renoise` in "
+        "`scheduler/scheduler_config.json`): `anyflow` does so by itself, diffusers' `AnyFlowPipeline` does not."
+    ),
+}
 
 _CAUSAL_HINT = (
     "This network makes a video chunk by chunk, and its first frames can be given: `pipe(..., video=frames)`. "

@@ -140,15 +140,21 @@ class FlowMapBackbone(nn.Module):
             first_frames: given clean latents ``[B, k, C, H, W]``, which come back as they are (image- or
                 video-to-video).
             ask: calls this network, in another role perhaps.
-            take: how each jump is taken (see :mod:`anyflow.flowmap.tape`).
+            take: how each jump is taken; a network that is no flow map needs another way than its default.
         """
         asked = ask or self
         yield follow(lambda z, t, r: asked(z, t, r, text), noise, jumps, first_frames=first_frames, take=take)
 
     @torch.no_grad()
     def sample(
-        self, text: Text, noise: Tensor, num_steps: int, shift: float, first_frames: Tensor | None = None
+        self,
+        text: Text,
+        noise: Tensor,
+        num_steps: int,
+        shift: float,
+        first_frames: Tensor | None = None,
+        take: Take = take_jump,
     ) -> Tensor:
         """The clean latents of a ``num_steps``-step sampler (sec. 6); the arguments are :meth:`generate`'s."""
-        parts = self.generate(text, noise, steps_of(num_steps, shift), first_frames=first_frames)
+        parts = self.generate(text, noise, steps_of(num_steps, shift), first_frames=first_frames, take=take)
         return torch.cat(list(parts), dim=1)

@@ -103,15 +103,24 @@ class SeparateRoles(Roles):
         student: trained.
         teacher: where the critic starts, too.
         trains_teacher: whether the teacher is trained (adapted to a domain) before it teaches.
+        has_critic: whether there is a critic.
     """
 
-    def __init__(self, student: FlowMapBackbone, teacher: FlowMapBackbone, *, trains_teacher: bool = False) -> None:
+    def __init__(
+        self,
+        student: FlowMapBackbone,
+        teacher: FlowMapBackbone,
+        *,
+        trains_teacher: bool = False,
+        has_critic: bool = True,
+    ) -> None:
         super().__init__(student)
-        critic = copy.deepcopy(teacher)
-        self._networks: dict[Role, FlowMapBackbone] = {"student": student, "critic": critic, "teacher": teacher}
-        critic.requires_grad_(True)
-        teacher.requires_grad_(trains_teacher)
-        self.others = {"critic": critic, **({"teacher": teacher} if trains_teacher else {})}
+        self._networks: dict[Role, FlowMapBackbone] = {"student": student}
+        if has_critic:
+            self._networks["critic"] = self.others["critic"] = copy.deepcopy(teacher).requires_grad_(True)
+        self._networks["teacher"] = teacher.requires_grad_(trains_teacher)
+        if trains_teacher:
+            self.others["teacher"] = teacher
         self.frozen = None if trains_teacher else teacher
 
     def __call__(
@@ -140,11 +149,18 @@ class AdapterRoles(Roles):
         backbone: a network that carries the student's adapter (``default``), and possibly one named ``teacher``.
         settings: of the adapters that are added; their targets lose the time embedders.
         trains_teacher: add a teacher's adapter to be trained (adapted to a domain) before it teaches.
+        has_critic: whether there is a critic.
         seed: of the new adapters' weights, which change nothing at first.
     """
 
     def __init__(
-        self, backbone: FlowMapBackbone, settings: LoraSettings, *, trains_teacher: bool = False, seed: int = 0
+        self,
+        backbone: FlowMapBackbone,
+        settings: LoraSettings,
+        *,
+        trains_teacher: bool = False,
+        has_critic: bool = True,
+        seed: int = 0,
     ) -> None:
         super().__init__(backbone)
         if not has_lora(backbone):
@@ -155,7 +171,8 @@ class AdapterRoles(Roles):
             settings = lora_settings(backbone, "teacher")  # so that the critic can start as its copy
         elif trains_teacher:
             add_lora(backbone, settings, seed=seed + 1, adapter="teacher")
-        add_lora(backbone, settings, seed=seed + 2, adapter="critic")
+        if has_critic:
+            add_lora(backbone, settings, seed=seed + 2, adapter="critic")
         self._adapters: dict[Role, str | None] = {
             "student": ADAPTER,
             "critic": "critic",
@@ -171,7 +188,8 @@ class AdapterRoles(Roles):
         if backbone.transformer.gradient_checkpointing:
             self._checkpoint = backbone.transformer._gradient_checkpointing_func
             backbone.transformer.enable_gradient_checkpointing(self._pinned_checkpoint)
-        self.copy("teacher", "critic")
+        if has_critic:
+            self.copy("teacher", "critic")
 
     def __call__(
         self, role: Role, latents: Tensor, timestep: Tensor, r_timestep: Tensor, text: Text, **view: Any

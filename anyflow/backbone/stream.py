@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.protocol import FlowMapBackbone
-from anyflow.flowmap.sampling import steps_of
+from anyflow.flowmap.sampling import Take, steps_of, take_jump
 
 
 @torch.no_grad()
@@ -21,6 +21,7 @@ def stream_video(
     num_steps: int,
     shift: float,
     first_frames: Tensor | None = None,
+    take: Take = take_jump,
 ) -> Iterator[Tensor]:
     """Yield frames uint8 ``[B, f, H, W, 3]``; joined they are the video.
 
@@ -36,10 +37,11 @@ def stream_video(
         num_steps: of the sampler, for every chunk.
         shift: of its schedule.
         first_frames: given latents ``[B, k, C, H, W]`` (``codec.encode_video`` of given frames); they are shown too.
+        take: how the network takes a jump.
     """
     text = codec.encode_text(captions)
     num_given = 0 if first_frames is None else first_frames.shape[1]
-    parts = backbone.generate(text, noise, steps_of(num_steps, shift), first_frames=first_frames)
+    parts = backbone.generate(text, noise, steps_of(num_steps, shift), first_frames=first_frames, take=take)
     if len(backbone.chunks_of(noise.shape[1], num_given)) == 1:
         yield from (codec.decode(part) for part in parts)
     else:

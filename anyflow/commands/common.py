@@ -20,6 +20,10 @@ Json = Annotated[
 ]
 
 
+SAMPLERS = ("flowmap", "euler", "renoise")
+"""How jumps can be taken: see :class:`anyflow.flowmap.sampling.SamplerKind`."""
+
+
 def print_json(document: Any) -> None:
     """One JSON document on stdout; paths and the like as text."""
     typer.echo(json.dumps(document, indent=2, default=str, ensure_ascii=False))
@@ -54,6 +58,31 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if not (width.isdigit() and height.isdigit()):
         raise UserError(f"--size {text!r}: write WIDTHxHEIGHT, such as 832x480")
     return int(width), int(height)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """``0,1,2`` as numbers, in that order and once each.
+
+    Raises:
+        UserError: one of them is no whole number from 0 up.
+    """
+    try:
+        seeds = list(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
+    except ValueError:
+        seeds = []
+    if not seeds or min(seeds) < 0:
+        raise UserError(f"--seeds {text!r} is no list of whole numbers from 0 up: write for example --seeds 0,1,2")
+    return seeds
+
+
+def check_sampler(sampler: str | None) -> None:
+    """Refuse a way of sampling that is not known; None leaves it to the model.
+
+    Raises:
+        UserError: it is not known.
+    """
+    if sampler is not None and sampler not in SAMPLERS:
+        raise UserError(f"--sampler {sampler!r} is not known: give one of {', '.join(SAMPLERS)}, or leave it out")
 
 
 def check_model(model: str) -> None:

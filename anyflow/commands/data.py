@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from anyflow.commands.common import Json, print_json
+from anyflow.commands.common import Json, check_model, print_json
 from anyflow.commands.data_encode import encode
 from anyflow.commands.data_import import import_footage
 from anyflow.errors import UserError
@@ -137,6 +137,36 @@ def check(
         raise UserError(f"{card} has {len(problems)} problems: repair them, or make or fetch the shards again")
     if not as_json:
         typer.echo(f"{card} is whole")
+
+
+@app.command("probe")
+def probe(
+    card: Card,
+    model: Annotated[str, typer.Option(help="Model whose clip shape is used.")] = "data/models/tiny",
+    as_json: Json = False,
+) -> None:
+    """Train the probe that judges generated clips of a data set by its own labels (once), and tell how good it is.
+
+    \b
+    Examples:
+      anyflow data probe driving
+      anyflow data probe games-full --json
+    """
+    check_model(model)
+    from anyflow.recipe import find_card
+
+    find_card(card)
+    from anyflow.commands.models import native_shape
+    from anyflow.console import progress_line
+    from anyflow.probes import probe_of
+
+    shape = native_shape(model, frames=None, height=None, width=None, fps=None)
+    with progress_line("training the probe") as on_progress:
+        made = probe_of(card, shape, on_progress=on_progress)
+    if as_json:
+        print_json({"card": card, "domain": made.domain, "accuracy": made.accuracy, "labels": made.labels})
+    else:
+        typer.echo("\n".join(made.notes()))
 
 
 def _print_progress(split: str, done: int, total: int) -> None:

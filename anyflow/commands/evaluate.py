@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anyflow.commands.common import Json, check_model, fresh_folder, parse_steps, print_json, whole_folder
+from anyflow.commands.common import (
+    SAMPLERS,
+    Json,
+    check_model,
+    check_sampler,
+    fresh_folder,
+    parse_seeds,
+    parse_steps,
+    print_json,
+    whole_folder,
+)
 
 if TYPE_CHECKING:
     from anyflow.evaluation.curve import CurveResult
@@ -20,11 +30,22 @@ def evaluate(
     steps: Annotated[str, typer.Option(help="Step counts.")] = "1,2,4,8,16,32",
     prompts: Annotated[int, typer.Option(help="Prompts, from the card's split.", min=1)] = 16,
     split: Annotated[str, typer.Option(help="Split that prompts and real clips come from.")] = "heldout",
-    seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0)] = 0,
+    seeds: Annotated[
+        str, typer.Option("--seeds", "--seed", help="Seeds of the noise; several give means with their intervals.")
+    ] = "0",
+    sampler: Annotated[
+        str | None, typer.Option(help=f"How jumps are taken, {' | '.join(SAMPLERS)}; else as the model says.")
+    ] = None,
     given_frames: Annotated[
         int, typer.Option(help="Latent frames given from each prompt's own clip: 1 is image-to-video.", min=0)
     ] = 0,
     batch_size: Annotated[int, typer.Option(help="Clips a pass.", min=1)] = 8,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Judge labels (task, scene ...) and features by the data set's own probe.")
+    ] = False,
+    encoder: Annotated[
+        Path | None, typer.Option(help="Distances by a video encoder too: a local transformers folder.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="A new folder; without it one under runs/evaluations.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -34,10 +55,13 @@ def evaluate(
     Examples:
       anyflow evaluate --model data/models/tiny --data driving
       anyflow evaluate --model runs/finetune-driving-tiny-001 --against data/models/tiny --data driving --prompts 32
+      anyflow evaluate --model data/models/tiny --data driving --seeds 0,1,2
       anyflow evaluate --model data/models/tiny --data driving --given-frames 1
+      anyflow evaluate --model data/models/tiny --data robotics --probe
       anyflow evaluate --model runs/tiny-forward --data games --steps 1,4,16 --out curves/games --json
     """
     counts = parse_steps(steps)
+    check_sampler(sampler)
     folder = fresh_folder(out, f"runs/evaluations/{Path(data).stem}")
     from anyflow.recipe import find_card
 
@@ -46,16 +70,17 @@ def evaluate(
         check_model(name)
     from anyflow.evaluation.report import write_report
 
-    settings = {
+    settings: dict[str, Any] = {
         "steps": counts,
         "prompts": prompts,
         "split": split,
-        "seed": seed,
+        "seeds": parse_seeds(seeds),
         "given_frames": given_frames,
         "batch_size": batch_size,
     }
-    before = _curve(against, data, "before", settings) if against else None
-    after = _curve(model, data, "after" if against else "model", settings)
+    settings["judging"], settings["notes"] = _judges(model, data, split, probe, encoder)
+    before = _curve(against, data, "before", sampler, settings) if against else None
+    after = _curve(model, data, "after" if against else "model", sampler, settings)
     with whole_folder(folder) as partial:
         write_report(partial, before=before, after=after, title=f"{model}, held-out prompts of {data}")
     if as_json:
@@ -68,7 +93,33 @@ def evaluate(
     typer.echo(f"\npicture, film, plot and numbers: {folder}")
 
 
-def _curve(model: str, data: str, label: str, settings: dict[str, object]) -> CurveResult:
+def _judges(
+    model: str, data: str, split: str, probe: bool, encoder: Path | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Further judges of the samples, and what is to be said of them."""
+    extractors: list[Any] = []
+    labels: list[Any] = []
+    notes: tuple[str, ...] = ()
+    if encoder is not None:
+        from anyflow.evaluation.encoder import VideoEncoder
+
+        extractors.append(VideoEncoder(encoder))
+    if probe:
+        from anyflow.commands.models import native_shape
+        from anyflow.console import progress_line
+        from anyflow.probes import probe_of
+
+        shape = native_shape(model, frames=None, height=None, width=None, fps=None)
+        with progress_line("training the probe") as on_progress:
+            trained = probe_of(data, shape, heldout=split, on_progress=on_progress)
+        extractors.append(trained)
+        labels.append(trained)
+        notes = tuple(trained.notes())
+    return {"extractors": extractors, "labels": labels}, notes
+
+
+def _curve(model: str, data: str, label: str, sampler: str | None, settings: dict[str, Any]) -> CurveResult:
+    from anyflow.backbone.load import read_sampler
     from anyflow.commands.models import load_model, native_shape
     from anyflow.console import progress_line
     from anyflow.curves import curve_of
@@ -83,6 +134,7 @@ def _curve(model: str, data: str, label: str, settings: dict[str, object]) -> Cu
             shape,
             shift=shift,
             label=label,
+            sampler=sampler or read_sampler(model),  # type: ignore[arg-type]
             on_progress=on_progress,
-            **settings,  # type: ignore[arg-type]
+            **settings,
         )

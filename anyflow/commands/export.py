@@ -80,8 +80,8 @@ def _export_run(run: Path, target: Path, lora: bool, precision: str) -> None:
         if lora:
             export_lora(target, parts.backbone, card)
         else:
-            dtype = _dtype(precision)
-            export_pipeline(target, parts.backbone.transformer, parts.codec, recipe.model.shift, card, dtype=dtype)
+            options: dict[str, Any] = {"dtype": _dtype(precision), "sampler": recipe.sampler}
+            export_pipeline(target, parts.backbone.transformer, parts.codec, recipe.model.shift, card, **options)
 
 
 def _load_weights(parts: Any, checkpoint: Path) -> None:
@@ -97,7 +97,7 @@ def _load_weights(parts: Any, checkpoint: Path) -> None:
 def _export_model(source: str, target: Path, precision: str) -> None:
     from anyflow.backbone.codec import Codec
     from anyflow.backbone.export import export_pipeline
-    from anyflow.backbone.load import load_backbone, read_shift
+    from anyflow.backbone.load import load_backbone, read_sampler, read_shift
     from anyflow.backbone.model_card import ModelCard
     from anyflow.commands.models import trained_shape
     from anyflow.console import quiet_libraries
@@ -113,7 +113,8 @@ def _export_model(source: str, target: Path, precision: str) -> None:
         size=(frames, height, width),
         fps=fps or 8.0,
     )
-    export_pipeline(target, backbone.transformer, codec, read_shift(source), card, dtype=dtype)
+    sampler = read_sampler(source)
+    export_pipeline(target, backbone.transformer, codec, read_shift(source), card, sampler=sampler, dtype=dtype)
 
 
 def _dtype(precision: str) -> Any:

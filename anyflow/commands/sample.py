@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anyflow.commands.common import Json, check_model, fresh_folder, parse_steps, print_json, whole_folder
+from anyflow.commands.common import (
+    SAMPLERS,
+    Json,
+    check_model,
+    check_sampler,
+    fresh_folder,
+    parse_steps,
+    print_json,
+    whole_folder,
+)
 from anyflow.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,6 +31,9 @@ def sample(
     model: Annotated[str, typer.Option(help="A model folder, a run's folder, or a hub id.")] = "data/models/tiny",
     steps: Annotated[str, typer.Option(help="Step counts, each from the same noise.")] = "1,4,16",
     seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0)] = 0,
+    sampler: Annotated[
+        str | None, typer.Option(help=f"How jumps are taken, {' | '.join(SAMPLERS)}; else as the model says.")
+    ] = None,
     frames: Annotated[int | None, typer.Option(help="Frames (4n+1); else as trained.", min=1)] = None,
     height: Annotated[int | None, typer.Option(help="Pixel rows (multiple of 16); else as trained.", min=16)] = None,
     width: Annotated[int | None, typer.Option(help="Pixel columns (multiple of 16); else as trained.", min=16)] = None,
@@ -47,15 +59,19 @@ def sample(
         raise UserError("PROMPT is empty: say what the clip shows")
     folder = fresh_folder(out, "runs/samples/sample")
     check_model(model)
+    check_sampler(sampler)
     given = _check_given(image, video, given)
     from anyflow.commands.models import load_model, native_shape
 
     shape = native_shape(model, frames=frames, height=height, width=width, fps=fps)
     pixels = _given_pixels(image or video, given, shape)
+    from anyflow.backbone.load import read_sampler
+
     codec, backbone, shift = load_model(model)
+    kind = sampler or read_sampler(model)
     latent_shape = codec.latent_shape(shape.frames, shape.height, shape.width)
     first_frames = None if pixels is None else codec.encode_video(pixels)
-    seconds, clips = _sample_all(codec, backbone, prompts, latent_shape, counts, shift, seed, first_frames)
+    seconds, clips = _sample_all(codec, backbone, prompts, latent_shape, counts, shift, kind, seed, first_frames)
     with whole_folder(folder) as partial:
         names = _write(partial, prompts, clips, shape.fps or 8.0, given)
     files = {kind: [folder / name for name in found] for kind, found in names.items()}
@@ -108,6 +124,7 @@ def _sample_all(
     shape: tuple[int, ...],
     counts: list[int],
     shift: float,
+    kind: Any,
     seed: int,
     first_frames: Tensor | None,
 ) -> tuple[dict[int, float], dict[int, Any]]:
@@ -116,7 +133,7 @@ def _sample_all(
 
     from anyflow.backbone.stream import stream_video
     from anyflow.console import progress_line
-    from anyflow.evaluation.curve import prompt_noise
+    from anyflow.evaluation.measure import prompt_noise, take_of
 
     noise = prompt_noise(shape, prompts, seed).to(codec.device)
     known = None if first_frames is None else first_frames.expand(len(prompts), -1, -1, -1, -1)
@@ -125,7 +142,8 @@ def _sample_all(
     with progress_line("sampling") as on_progress:
         for index, count in enumerate(counts):
             start, parts = time.perf_counter(), []
-            for part in stream_video(backbone, codec, prompts, noise, count, shift, known):
+            take = take_of(kind, prompts, seed)
+            for part in stream_video(backbone, codec, prompts, noise, count, shift, known, take):
                 parts.append(part.cpu())
                 on_progress(index * chunks + len(parts), len(counts) * chunks, f"{count} steps, chunk {len(parts)}")
             clips[count] = torch.cat(parts, dim=1)

@@ -5,7 +5,7 @@ Two views of the same clips:
 - ``sliced_wasserstein``: how far apart two sets of *latents* are, along fixed random directions.
 - ``frame_frechet``: the Frechet distance between Gaussians fitted to simple, fixed features of *frames* (colour
   layout, sharpness layout, motion layout). It is not FVD and not FID: no learned network is involved, and its
-  values compare only with each other.
+  values compare only with each other. ``frechet`` and ``kernel_distance`` take any other features, too.
 
 A distance between finite sets of one and the same distribution is not zero. So every figure is reported beside its
 **floor**: the distance between two disjoint sets of real clips of the same size.
@@ -15,7 +15,7 @@ Shapes: N clips, F frames, H height, W width, C channels. All arithmetic in floa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from torch.nn import functional
 
 PROJECTIONS = 256
 """Directions of the sliced distance."""
+
+KERNEL_SUBSET, KERNEL_SUBSETS = 2000, 20
+"""Of larger sets than this the kernel distance takes so many random subsets of this size, and their mean."""
 
 DIMENSIONS_AT_ONCE = 2**14
 """Dimensions whose directions are in memory together (32 MB)."""
@@ -89,6 +92,19 @@ class FrameFeatures(nn.Module):
         return functional.adaptive_avg_pool2d(maps, GRID).flatten(1)
 
 
+def frame_features(clips: Tensor) -> Tensor:
+    """``FrameFeatures`` of every pair of successive frames of uint8 clips ``[N, F, H, W, 3]``: ``[N * (F - 1), 120]``.
+
+    Raises:
+        ValueError: if there are fewer than two pairs of frames.
+    """
+    if clips.shape[0] * (clips.shape[1] - 1) < 2:
+        raise ValueError(f"at least two pairs of frames are needed, got clips of shape {tuple(clips.shape)}")
+    extract = FrameFeatures()
+    # Clip by clip: memory stays small at any resolution.
+    return torch.cat([extract(torch.stack([clip[:-1], clip[1:]], dim=1)) for clip in clips])
+
+
 def frame_frechet(first: Tensor, second: Tensor) -> float:
     """Frechet distance between Gaussians fitted to ``FrameFeatures`` of two sets of clips.
 
@@ -98,20 +114,59 @@ def frame_frechet(first: Tensor, second: Tensor) -> float:
     Raises:
         ValueError: if a set has fewer than two pairs of frames.
     """
+    return frechet(frame_features(first), frame_features(second))
+
+
+class _AsTheyAre(nn.Module):
+    """Stands where torchmetrics' metrics have their network: the features come in computed."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def frechet(first: Tensor, second: Tensor) -> float:
+    """Frechet distance between Gaussians fitted to two sets of features ``[M, D]``, M >= 2."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=FrameFeatures()).set_dtype(torch.float64)
-    for clips, real in ((first, True), (second, False)):
-        if clips.shape[0] * (clips.shape[1] - 1) < 2:
-            raise ValueError(f"at least two pairs of frames are needed, got clips of shape {tuple(clips.shape)}")
-        for pairs in _frame_pairs(clips):
-            metric.update(pairs, real=real)
+    metric = FrechetInceptionDistance(feature=_AsTheyAre(first.shape[1])).set_dtype(torch.float64)
+    metric.update(first.double(), real=True)
+    metric.update(second.double(), real=False)
     try:
         distance = float(metric.compute())
     except torch.linalg.LinAlgError:  # few or still clips: eigenvalues of a product of singular matrices were not found
         distance = _symmetric_frechet(metric)
     # Rounding can leave a tiny negative number where the two sets are one and the same.
     return max(0.0, distance)
+
+
+def kernel_distance(reference: Tensor, features: Tensor, *, seed: int = 0) -> float:
+    """Squared maximum mean discrepancy of two sets of features ``[M, D]`` under KID's cubic kernel; unbiased.
+
+    Each dimension is first brought to the reference's mean and spread, so that the kernel sees all of them. Unlike the
+    Frechet distance it fits no Gaussian and does not grow where clips are few; chance can bring it a little below 0.
+
+    Args:
+        reference: of the clips that distances are taken to.
+        features: of the clips that are judged.
+        seed: of the subsets; there is one, of everything, up to ``KERNEL_SUBSET`` features.
+    """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    spread, mean = torch.std_mean(reference.double(), dim=0)
+    count = min(len(reference), len(features))
+    size, subsets = (count, 1) if count <= KERNEL_SUBSET else (KERNEL_SUBSET, KERNEL_SUBSETS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that features are kept in memory, which they are already
+        metric = KernelInceptionDistance(feature=_AsTheyAre(reference.shape[1]), subsets=subsets, subset_size=size)
+    for values, real in ((reference, True), (features, False)):
+        metric.update((values.double() - mean) / spread.clamp(min=1e-6), real=real)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return float(metric.compute()[0])
 
 
 def _symmetric_frechet(metric: Any) -> float:
@@ -132,13 +187,30 @@ def _symmetric_frechet(metric: Any) -> float:
     return float((means[0] - means[1]).square().sum() - 2 * overlap) + traces
 
 
-def _frame_pairs(clips: Tensor) -> Iterator[Tensor]:
-    """Yield, clip by clip (memory stays small at any resolution), all pairs of successive frames."""
-    for clip in clips:
-        yield torch.stack([clip[:-1], clip[1:]], dim=1)
-
-
 def motion_energy(clips: Tensor) -> float:
     """Mean absolute change between successive frames, in grey levels (0..255), of uint8 clips ``[N, F, H, W, 3]``."""
     total = sum(float(clip.to(torch.float64).diff(dim=0).abs().mean()) for clip in clips)
     return total / max(1, clips.shape[0])
+
+
+def temporal_consistency(clips: Tensor) -> float:
+    """Mean structural similarity (SSIM) of successive frames of uint8 clips ``[N, F, H, W, 3]``; 1 is a still picture.
+
+    Flicker and things that appear and vanish lower it, and so does honest motion: read it beside the real clips'.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    found = []
+    for clip in clips:
+        frames = clip.permute(0, 3, 1, 2).float()
+        alike = structural_similarity_index_measure(frames[1:], frames[:-1], data_range=255.0)
+        found.append(float(torch.as_tensor(alike)))
+    return sum(found) / len(found)
+
+
+def given_frame_psnr(clips: Tensor, real: Tensor) -> float:
+    """Peak signal-to-noise ratio in decibels of given frames ``[N, k, H, W, 3]`` to the real ones, at most 100."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    ratio = peak_signal_noise_ratio(clips.double(), real.double(), data_range=255.0)
+    return min(100.0, float(ratio))

@@ -157,6 +157,25 @@ def motion_accuracy(
     )
 
 
+def path_error(path: Path2D, asked: Path2D) -> float | None:
+    """How far a path leaves the one asked for, in pixels: the mean distance of places, both paths begun at one point.
+
+    ``[F, 2]`` each; places where either was not seen (nan) are left out. None where fewer than half are seen.
+    """
+    seen = ~(np.isnan(path).any(1) | np.isnan(asked).any(1))
+    if np.count_nonzero(seen) < max(2, len(path) / 2):
+        return None
+    moved = (path[seen] - path[seen][0]) - (asked[seen] - asked[seen][0])
+    return float(np.hypot(*moved.T).mean())
+
+
+def mean_path_error(readings: Sequence[Reading | None], asked: Sequence[Reading | None]) -> float | None:
+    """The mean :func:`path_error` over the clips of which both paths could be read, None if there are none."""
+    pairs = [(made, wanted) for made, wanted in zip(readings, asked, strict=True) if made and wanted]
+    errors = [error for made, wanted in pairs if (error := path_error(made.path, wanted.path)) is not None]
+    return float(np.mean(errors)) if errors else None
+
+
 def read_ego(frames: Frames) -> Reading:
     """Read the green car's manoeuvre: ``keep``, ``left`` or ``right``.
 

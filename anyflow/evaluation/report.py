@@ -1,132 +1,36 @@
-"""A curve, or two side by side, as a table, a plot and a folder of both with the samples' picture.
+"""A curve, or two side by side, as a folder: tables, numbers, a plot, and the samples' picture and film.
 
-The table and the plot carry the real clips' own figures (the floor of a distance, the ceiling of an accuracy) beside
-the samples', and a 95 % interval beside each share, so that nobody reads noise as progress.
+The plot carries the real clips' own figures (the floor of a distance, the ceiling of an accuracy) beside the samples',
+and 95 % intervals, so that nobody reads noise as progress.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyflow.evaluation.curve import Curve, CurveResult, Marks
+from anyflow.evaluation.curve import Curve, CurveResult, Marks, pixel_frames
 from anyflow.evaluation.picture import Grid, Prompt, save_mp4, save_png
+from anyflow.evaluation.tables import (
+    COLUMNS,
+    Column,
+    check_comparable,
+    comparison_markdown,
+    comparison_text,
+    interval_of,
+)
+from anyflow.evaluation.tables import wilson_interval as wilson_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from rich.table import Table
 
 BEFORE_COLOUR, AFTER_COLOUR, REAL_COLOUR = "#b07010", "#185abe", "#4a4f57"
 
 FIGURES = ("curve.json", "curve.png", "table.md", "table.txt", "samples.png", "samples.mp4")
 """What a report's folder holds."""
-
-
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """Return the 95 % score interval of a share seen in ``count`` trials; it stays within 0 and 1 at any count."""
-    z = 1.96
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def _share(value: float | None, count: int) -> str:
-    if value is None:
-        return "-"
-    low, high = wilson_interval(value, count)
-    return f"{100 * value:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
-
-
-COLUMNS: tuple[tuple[str, Callable[[Marks, int], str]], ...] = (
-    ("motion right", lambda marks, count: _share(marks.motion_accuracy, count)),
-    ("frame Frechet", lambda marks, count: f"{marks.frame_frechet:.3f}"),
-    ("sliced W1", lambda marks, count: f"{marks.sliced_w1:.4f}"),
-    ("motion energy", lambda marks, count: f"{marks.motion_energy:.2f}"),
-)
-"""The table's measures: heading, and how a set of clips is written in it."""
-
-
-def table_cells(before: Curve | None, after: Curve) -> tuple[list[str], list[list[str]]]:
-    """Lay out one or two curves as headings and rows of text.
-
-    Each step count has a row and each measure a column; with two curves a cell reads ``before → after``. Two more
-    rows say what real clips get.
-    """
-    check_comparable(before, after)
-    headings = ["steps", *(title for title, _ in COLUMNS), "seconds a clip"]
-    rows = []
-    for row in after.rows:
-        shown = [*([before.row(row.num_steps)] if before is not None else []), row]
-        cells = [" → ".join(write(marks, after.clips) for marks in shown) for _, write in COLUMNS]
-        rows.append([str(row.num_steps), *cells, f"{row.sampling_seconds + row.decoding_seconds:.2f}"])
-    for name, marks in (("real clips", after.real), ("real, through the codec", after.codec)):
-        rows.append([name, *(write(marks, after.clips) for _, write in COLUMNS), "-"])
-    return headings, rows
-
-
-def check_comparable(before: Curve | None, after: Curve) -> None:
-    """Refuse two curves that were not measured the same way.
-
-    Raises:
-        ValueError: naming what differs: seed, number of clips, size, domain or step counts.
-    """
-    if before is None:
-        return
-    for name in ("seed", "clips", "size", "domain"):
-        if getattr(before, name) != getattr(after, name):
-            pair = f"{getattr(before, name)} before, {getattr(after, name)} after"
-            raise ValueError(f"the curves differ in {name}: {pair}; measure both alike")
-    if [row.num_steps for row in before.rows] != [row.num_steps for row in after.rows]:
-        raise ValueError("the curves have different step counts; measure both alike")
-
-
-def _table_title(before: Curve | None, after: Curve) -> str:
-    pair = f" ({before.label} → {after.label})" if before is not None else ""
-    return f"Any-step curve{pair}: {after.domain}, {after.clips} prompts, the same noise at every step count"
-
-
-def comparison_table(before: Curve | None, after: Curve) -> Table:
-    """Return the table for the terminal."""
-    from rich import box
-    from rich.table import Table
-
-    headings, rows = table_cells(before, after)
-    table = Table(title=_table_title(before, after), title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for index, cells in enumerate(rows):
-        table.add_row(*cells, end_section=index == len(after.rows) - 1)
-    return table
-
-
-def comparison_text(before: Curve | None, after: Curve) -> str:
-    """Return the table as plain text, as wide as it needs."""
-    import io
-
-    from rich.console import Console
-
-    sink = io.StringIO()
-    Console(file=sink, width=160, color_system=None).print(comparison_table(before, after))
-    return "\n".join(line.rstrip() for line in sink.getvalue().splitlines()).strip("\n") + "\n"
-
-
-def comparison_markdown(before: Curve | None, after: Curve) -> str:
-    """Return the table as Markdown, with the notes that a reader needs."""
-    headings, rows = table_cells(before, after)
-    lines = [f"**{_table_title(before, after)}**", "", f"| {' | '.join(headings)} |", f"|{'--:|' * len(headings)}"]
-    lines += [f"| {' | '.join(cells)} |" for cells in rows]
-    frames, height, width = after.size
-    notes = (
-        f"{after.clips} held-out prompts, {frames} frames of {width}x{height}, seed {after.seed}."
-        " Motion right: the motion asked for, read from the pixels (95 % interval)."
-        " Distances are to other real clips; lower is better, and the row of real clips is their floor."
-        " Frame Frechet is taken on fixed features of frames (it is not FVD). Motion energy: mean change from frame to"
-        " frame in grey levels; the nearer to the real clips the better."
-    )
-    return "\n".join(lines) + f"\n\n{notes}\n"
 
 
 def plot_curve(path: Path, before: Curve | None, after: Curve) -> None:
@@ -138,17 +42,17 @@ def plot_curve(path: Path, before: Curve | None, after: Curve) -> None:
     from matplotlib import pyplot
 
     has_motion = after.rows[0].motion_accuracy is not None
-    panels: list[tuple[str, str]] = [
-        ("frame_frechet", "Frechet distance of frames\n(lower is better)"),
-        ("sliced_w1", "sliced Wasserstein of latents\n(lower is better)"),
-        ("motion_energy", "motion energy, grey levels\n(as real clips have it)"),
+    panels: list[tuple[Column, str]] = [
+        (COLUMNS[1], "Frechet distance of frames\n(lower is better)"),
+        (COLUMNS[2], "sliced Wasserstein of latents\n(lower is better)"),
+        (COLUMNS[3], "motion energy, grey levels\n(as real clips have it)"),
     ]
     if has_motion:
-        panels.insert(0, ("motion_accuracy", "motion asked for, read from pixels\n(higher is better)"))
+        panels.insert(0, (COLUMNS[0], "motion asked for, read from pixels\n(higher is better)"))
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.1 * len(panels), 3.9), squeeze=False)
     try:
-        for axis, (name, title) in zip(axes[0], panels, strict=True):
-            _plot_panel(axis, name, title, before, after)
+        for axis, (column, title) in zip(axes[0], panels, strict=True):
+            _plot_panel(axis, column, title, before, after)
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
         figure.suptitle(
@@ -160,25 +64,34 @@ def plot_curve(path: Path, before: Curve | None, after: Curve) -> None:
         pyplot.close(figure)
 
 
-def _plot_panel(axis: Axes, name: str, title: str, before: Curve | None, after: Curve) -> None:
+def _number(marks: Marks, column: Column) -> float:
+    value = marks.figure(column.name)
+    return math.nan if value is None else value
+
+
+def _plot_panel(axis: Axes, column: Column, title: str, before: Curve | None, after: Curve) -> None:
     steps = [row.num_steps for row in after.rows]
     curves = [(before, BEFORE_COLOUR, "s"), (after, AFTER_COLOUR, "o")]
     for curve, colour, marker in curves:
         if curve is None:
             continue
-        values = [getattr(row, name) for row in curve.rows]
+        values = [_number(row, column) for row in curve.rows]
+        low, high = zip(*(interval_of(row, column, curve.clips) for row in curve.rows), strict=True)
         axis.plot(steps, values, marker=marker, color=colour, label=curve.label, zorder=3)
-        if name == "motion_accuracy":
-            low, high = zip(*(wilson_interval(value, curve.clips) for value in values), strict=True)
+        if len(curve.all_seeds) > 1:
+            whiskers = [[value - below for value, below in zip(values, low, strict=True)]]
+            whiskers.append([above - value for value, above in zip(values, high, strict=True)])
+            axis.errorbar(steps, values, yerr=whiskers, color=colour, linestyle="none", capsize=3, linewidth=1)
+        elif column.is_share:
             axis.fill_between(steps, low, high, color=colour, alpha=0.13, linewidth=0)
     for marks, style, label in ((after.real, "--", "real clips"), (after.codec, ":", "real clips through the codec")):
-        axis.axhline(getattr(marks, name), color=REAL_COLOUR, linestyle=style, linewidth=1, label=label)
+        axis.axhline(_number(marks, column), color=REAL_COLOUR, linestyle=style, linewidth=1, label=label)
     axis.set_xscale("log", base=2)
     axis.set_xticks(steps, [str(count) for count in steps])
     axis.minorticks_off()
     axis.set_xlabel("steps")
     axis.set_title(title, fontsize=10)
-    axis.set_ylim(bottom=0, top=1.03 if name == "motion_accuracy" else None)
+    axis.set_ylim(bottom=0, top=1.03 if column.is_share else None)
     axis.grid(alpha=0.25)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
@@ -205,11 +118,6 @@ def sample_grid(results: Sequence[CurveResult], title: str = "") -> Grid:
         title=title,
         given=pixel_frames(results[0].curve.given_frames),
     )
-
-
-def pixel_frames(latent_frames: int) -> int:
-    """Frames behind a video's first latent frames: 1, then 4 for each further one (Wan's codec)."""
-    return max(0, 4 * latent_frames - 3)
 
 
 def write_report(

@@ -22,6 +22,7 @@ float32 or better whatever the network's precision.
 """
 
 from anyflow.flowmap.chunks import ChunkLayout, Lesson, draw_layout, layout_of, partition_frames, teach
+from anyflow.flowmap.endpoint import Renoise, consistency_loss, guided_velocity, normalised
 from anyflow.flowmap.intervals import Intervals, draw_intervals, keep_first_frame
 from anyflow.flowmap.matching import (
     MatchingGradient,
@@ -40,8 +41,22 @@ from anyflow.flowmap.objective import (
     plain_flow_map_loss,
     rebalance,
 )
-from anyflow.flowmap.rollout import DEFAULT_BUDGETS, RELEASED_BUDGETS, BackwardSimulation, draw_simulation
-from anyflow.flowmap.sampling import BoundVelocity, follow, follow_chunks, sample
+from anyflow.flowmap.rollout import (
+    DEFAULT_BUDGETS,
+    RELEASED_BUDGETS,
+    BackwardSimulation,
+    RenoisingSimulation,
+    draw_simulation,
+)
+from anyflow.flowmap.sampling import (
+    BoundVelocity,
+    SamplerKind,
+    follow,
+    follow_chunks,
+    sample,
+    take_jump,
+    take_velocity,
+)
 from anyflow.flowmap.schedule import (
     TIMESTEPS,
     WeightKind,
@@ -66,8 +81,12 @@ __all__ = [
     "Intervals",
     "Lesson",
     "MatchingGradient",
+    "Renoise",
+    "RenoisingSimulation",
+    "SamplerKind",
     "Velocity",
     "WeightKind",
+    "consistency_loss",
     "critic_loss",
     "diffusion_statistics",
     "draw_intervals",
@@ -77,6 +96,7 @@ __all__ = [
     "flow_matching_loss",
     "follow",
     "follow_chunks",
+    "guided_velocity",
     "inference_timesteps",
     "interpolate",
     "keep_first_frame",
@@ -85,12 +105,15 @@ __all__ = [
     "matching_gradient",
     "matching_loss",
     "matching_timestep",
+    "normalised",
     "partition_frames",
     "plain_flow_map_loss",
     "rebalance",
     "sample",
     "shift_sigma",
     "step",
+    "take_jump",
+    "take_velocity",
     "teach",
     "train_weight",
     "weight_table",

@@ -63,6 +63,20 @@ class BackwardSimulation:
         return follow(velocity, noise, self.jumps, first_frames=first_frames)
 
 
+class RenoisingSimulation(BackwardSimulation):
+    """A sampler that noises afresh (:class:`~anyflow.flowmap.endpoint.Renoise`), stopped at its drawn step.
+
+    No jump leads over several of its steps, so the first ones are taken as they are, and the drawn one's answer is the
+    sample: trained on samples of all steps, the network learns each of them.
+    """
+
+    @property
+    def jumps(self) -> list[Jump]:
+        """The first steps, and a last one to the data."""
+        schedule = inference_timesteps(self.num_steps, self.shift).tolist()
+        return list(pairwise([*schedule[: self.index + 1], 0.0]))
+
+
 def draw_simulation(
     uniforms: Tensor, budgets: Sequence[int] = DEFAULT_BUDGETS, shift: float = 5.0
 ) -> BackwardSimulation:

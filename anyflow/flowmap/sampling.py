@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +24,11 @@ After = Callable[[Tensor, Sequence[int]], BoundVelocity]
 
 
 Take = Callable[[BoundVelocity, Tensor, Tensor, Tensor], Tensor]
-"""``take(velocity, latents, timestep, r_timestep)``: how a jump is taken; :func:`take_jump`, or a tape's."""
+"""``take(velocity, latents, timestep, r_timestep)``: how a jump is taken: :func:`take_jump`, a tape's, another way."""
+
+SamplerKind = Literal["flowmap", "euler", "renoise"]
+"""What a network must be asked: the mean velocity of a jump (:func:`take_jump`); the velocity where a jump begins, of
+plain flow matching (:func:`take_velocity`); or the way to the data (:class:`~anyflow.flowmap.endpoint.Renoise`)."""
 
 
 @torch.no_grad()
@@ -34,12 +39,13 @@ def sample(
     shift: float,
     on_step: Callable[[int, Tensor], None] | None = None,
     first_frames: Tensor | None = None,
+    take: Take | None = None,
 ) -> Tensor:
     """Turn noise ``[B, F, C, H, W]`` (any ``[B, ...]``) into clean latents in ``num_steps`` network calls (sec. 6).
 
-    Nothing is re-noised and guidance is 1: it is fused in the weights. The arguments are :func:`follow`'s.
+    Guidance is 1: it is fused in the weights. The arguments are :func:`follow`'s.
     """
-    return follow(velocity, noise, steps_of(num_steps, shift), on_step, first_frames)
+    return follow(velocity, noise, steps_of(num_steps, shift), on_step, first_frames, take or take_jump)
 
 
 def steps_of(num_steps: int, shift: float) -> list[Jump]:
@@ -52,6 +58,12 @@ def take_jump(velocity: BoundVelocity, latents: Tensor, timestep: Tensor, r_time
     """One jump of the flow map from ``[B, ...]``; times are float64, and reach the network in float32."""
     predicted = velocity(latents, timestep.float(), r_timestep.float())
     return step(latents, predicted, timestep, r_timestep)
+
+
+def take_velocity(velocity: BoundVelocity, latents: Tensor, timestep: Tensor, r_timestep: Tensor) -> Tensor:
+    """One Euler step of a network of plain flow matching, which knows one time: it is asked ``u(z, t, t)``."""
+    time = timestep.float()
+    return step(latents, velocity(latents, time, time), timestep, r_timestep)
 
 
 def follow(

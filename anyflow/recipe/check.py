@@ -53,7 +53,7 @@ def check_files(recipe: Recipe) -> None:
         needed.append(("model.weights", recipe.model.weights))
     if recipe.model.lora.enabled:
         needed.append(("model.lora.start", recipe.model.lora.start))
-    if recipe.stage.name == "onpolicy":
+    if recipe.has_teacher and not recipe.has_tail:
         needed.append(("stage.onpolicy.teacher", recipe.stage.onpolicy.teacher))
     for key, place in needed:
         if place and not Path(place).exists() and not is_hub_id(place):
@@ -267,18 +267,18 @@ def _check_onpolicy(recipe: Recipe) -> None:
             f"model.lora.start={recipe.model.lora.start!r} leaves an on-policy tail without an any-step base to make "
             "its teacher from: name the merged model (that run's folder 'model') in model.weights instead"
         )
-    if (recipe.has_tail or stage.name == "onpolicy") and not onpolicy.budgets:
+    if recipe.has_critic and not onpolicy.budgets:
         raise UserError("stage.onpolicy.budgets is empty: give the step counts to simulate, for example [1, 2, 4, 8]")
-    if stage.name != "onpolicy":
+    if not recipe.has_teacher or recipe.has_tail:
         return
-    if not recipe.model.lora.enabled and not onpolicy.teacher:
+    if stage.name == "onpolicy" and not recipe.model.lora.enabled and not onpolicy.teacher:
         raise UserError(
             "stage.onpolicy.teacher is empty: without LoRA there is no frozen base to teach, "
             "so name the folder of a flow-matching model of the same data (the teacher stage's run)"
         )
     if recipe.model.init == "new":
         raise UserError(
-            "stage onpolicy corrects an any-step model, and model.init='new' has none: set model.init=weights"
+            f"stage {stage.name} starts from a trained model, and model.init='new' has none: set model.init=weights"
         )
 
 

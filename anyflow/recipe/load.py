@@ -14,7 +14,7 @@ from anyflow.recipe.check import check_recipe, fit_batch, fit_strategy
 from anyflow.recipe.fields import all_fields, flatten, group_keys
 from anyflow.recipe.schema import GROUPS, Recipe
 
-STAGE_FOLDERS = ("codec", "teacher", "forward", "onpolicy", "finetune")
+STAGE_FOLDERS = ("codec", "teacher", "forward", "onpolicy", "finetune", "consistency", "dmd")
 COMMAND_LINE = "command line"
 DERIVED = "derived"
 NAMES_THE_MODEL = ("model.weights", "stage.onpolicy.teacher", "run.name")

@@ -102,10 +102,12 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True)
 class OnPolicyRecipe:
-    """The on-policy stage alone: the student is corrected on its own samples, against a teacher."""
+    """The on-policy stage, and the baselines: the student is corrected on its own samples, against a teacher."""
 
     teacher: str = _option(
-        "", "folder of the teacher: a model, or with LoRA an adapter on the same base; empty with LoRA: the base itself"
+        "",
+        "folder of the teacher: a model, or with LoRA an adapter on the same base; empty with LoRA, and for the "
+        "baselines: the network that training starts from",
     )
     budgets: list[int] = _option(
         [1, 2, 4, 8, 16, 50], "step counts that are simulated; the released list lacks 1 and loses quality there", low=1
@@ -113,7 +115,11 @@ class OnPolicyRecipe:
     extra_guidance: float = _option(
         3.0, "the teacher's: cond + extra * (cond - uncond), which is a usual guidance scale of 1 + extra", low=0
     )
-    forward_weight: float = _option(1.0, "weight of the forward loss on data in the same step; 0 leaves it out", low=0)
+    forward_weight: float = _option(
+        1.0,
+        "weight of the forward loss on data in the same step (dmd: of the consistency loss); 0 leaves it out",
+        low=0,
+    )
     critic_turns: int = _option(1, "updates of the critic for each of the student's", low=1)
     watch: bool = _option(
         True, "warn when the student's samples drift (collapse, still video, burnt colours) and say why"
@@ -137,7 +143,9 @@ class StageRecipe:
     """What is trained, and on which objective."""
 
     name: str = _option(
-        "finetune", "what kind of training this is", choices=("codec", "teacher", "forward", "finetune", "onpolicy")
+        "finetune",
+        "what kind of training this is (consistency and dmd are baselines, sampled by re-noising)",
+        choices=("codec", "teacher", "forward", "finetune", "onpolicy", "consistency", "dmd"),
     )
     steps: int = _option(200, "optimiser steps", low=1)
     guidance_scale: float = _option(3.0, "guidance fused into the weights; the result samples at scale 1", low=1)
@@ -322,6 +330,21 @@ class Recipe:
     def has_tail(self) -> bool:
         """Whether an on-policy tail follows the fine-tuning."""
         return self.stage.name == "finetune" and self.stage.tail.steps > 0
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic is trained beside the student."""
+        return self.stage.name in ("onpolicy", "dmd") or self.has_tail
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a second network teaches."""
+        return self.has_critic or self.stage.name == "consistency"
+
+    @property
+    def sampler(self) -> str:
+        """How what the stage trains is sampled: see :class:`anyflow.flowmap.sampling.Way`."""
+        return {"teacher": "euler", "consistency": "renoise", "dmd": "renoise"}.get(self.stage.name, "flowmap")
 
     @property
     def world_size(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,32 @@ def test_export_rewrites_a_model(small_model: Path, tmp_path: Path) -> None:
     assert "num_frames=17, height=64, width=96" in (target / "README.md").read_text()
 
 
+def test_a_model_remembers_how_it_is_sampled(small_model: Path, tmp_path: Path) -> None:
+    """Through training's export and a rewritten one, and what its README says of its size."""
+    from anyflow.assemble import assemble
+    from anyflow.backbone.export import export_pipeline
+    from anyflow.backbone.load import read_sampler
+    from anyflow.backbone.model_card import ModelCard
+    from anyflow.commands.models import trained_shape
+
+    recipe = load_recipe("dmd/tiny", overrides=[f"model.weights={small_model}", "data.precompute=false"])
+    assert (recipe.sampler, read_sampler(small_model)) == ("renoise", "flowmap")
+    parts = assemble(replace(recipe, data=replace(recipe.data, card=["driving"], batch_size=1)))
+    card = ModelCard("small", size=(17, 64, 96), fps=8.0)
+    made = export_pipeline(tmp_path / "made", parts.backbone.transformer, parts.codec, 3.0, card, sampler="renoise")
+    call("export", str(made), "--to", str(tmp_path / "again"))
+    for folder in (made, tmp_path / "again"):
+        assert read_sampler(folder) == "renoise" and trained_shape(str(folder)) == (17, 64, 96, 8.0)
+        assert "anyflow sample" in (folder / "README.md").read_text()
+    call("sample", "A car.", "--model", str(made), "--steps", "1,2", "--out", str(tmp_path / "re-noised"))
+    with pytest.raises(UserError, match="'heun' is not known"):
+        call("sample", "A car.", "--model", str(made), "--sampler", "heun")
+    scheduler = made / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("renoise", "heun"))
+    with pytest.raises(UserError, match="asks for the sampler 'heun'"):
+        read_sampler(made)
+
+
 def test_export_copies_a_finished_run(small_model: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -188,14 +215,20 @@ def test_mlflow_lists_the_newest_runs(tmp_path: Path) -> None:
     assert "mine" in call("mlflow", "--uri", uri) and "make mlflow" in call("mlflow", "--uri", uri)
 
 
-@pytest.mark.parametrize("model", ["tiny", "tiny-causal"])
-def test_a_dry_run_builds_everything_and_writes_no_run(small_model: Path, tmp_path: Path, model: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "model"),
+    [("finetune", "tiny"), ("finetune", "tiny-causal"), ("consistency", "tiny"), ("dmd", "tiny")],
+)
+def test_a_dry_run_builds_everything_and_writes_no_run(
+    small_model: Path, tmp_path: Path, stage: str, model: str
+) -> None:
     told = json.loads(
         call(
             "train",
-            "finetune/driving",
+            "finetune/driving" if stage == "finetune" else f"{stage}/tiny",
             "--model",
             model,
+            "data.card=driving",
             f"model.weights={small_model}",
             f"run.out={tmp_path}/runs",
             "data.precompute=false",
@@ -204,7 +237,7 @@ def test_a_dry_run_builds_everything_and_writes_no_run(small_model: Path, tmp_pa
             "--json",
         )
     )
-    assert told["exit_code"] == 0 and told["recipe"]["stage"]["name"] == "finetune"
+    assert told["exit_code"] == 0 and told["recipe"]["stage"]["name"] == stage
     assert not (tmp_path / "runs").exists()
 
 

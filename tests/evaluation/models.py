@@ -9,7 +9,8 @@ from scenes import lane_change
 from torch import Tensor
 from torch.nn import functional
 
-from anyflow.evaluation.curve import HeldOut, Sampler
+from anyflow.evaluation.curve import HeldOut
+from anyflow.evaluation.measure import Sampler
 from anyflow.flowmap.sampling import sample
 from anyflow.flowmap.schedule import like_latents
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from models import BlockCodec, exact_sampler, held_out, sampler_over
 from torch import Tensor
 
-from anyflow.evaluation.curve import Curve, CurveResult, prompt_noise, sampler_of
-from anyflow.evaluation.curve import measure_curve as measure_with_all_directions
+from anyflow.evaluation.curve import Curve, CurveResult, CurveRow, HeldOut, over_seeds
+from anyflow.evaluation.measure import measure_curve as measure_with_all_directions
+from anyflow.evaluation.measure import prompt_noise, sampler_of
+from anyflow.evaluation.tables import comparison_text
+from anyflow.flowmap.sampling import Take, sample
 
 # Few directions: the block codec's latents are as large as the pixels.
-measure_curve = partial(measure_with_all_directions, projections=16)
+measure_curve = partial(measure_with_all_directions, judging={"projections": 16})
 
 ITEMS, REFERENCE = held_out(6), held_out(6, offset=6)
 
@@ -30,7 +37,11 @@ def faulty() -> CurveResult:
 def test_an_exact_flow_map_gives_the_real_clips_figures_at_any_number_of_steps() -> None:
     result = measure_curve(exact_sampler(ITEMS), BlockCodec(), ITEMS, REFERENCE, steps=(1, 4), show=2)
     curve = result.curve
-    assert curve.real == curve.codec and curve.real.motion_accuracy == 1.0 and curve.real.sliced_w1 > 0
+    assert (
+        curve.real == replace(curve.codec, path_error=curve.real.path_error)
+        and curve.real.motion_accuracy == 1.0
+        and curve.real.sliced_w1 > 0
+    )
     for row in curve.rows:
         assert row.sliced_w1 == pytest.approx(curve.real.sliced_w1, rel=1e-3)
         assert row.frame_frechet == pytest.approx(curve.real.frame_frechet, rel=1e-2)
@@ -63,6 +74,90 @@ def test_the_noise_follows_seed_and_key_alone() -> None:
     assert torch.equal(prompt_noise(shape, ["b"], seed=1)[0], both[1])
     assert not torch.equal(both[0], both[1])
     assert not torch.equal(prompt_noise(shape, ["a"], seed=2)[0], both[0])
+
+
+def test_several_seeds_give_their_mean_its_interval_and_each_value() -> None:
+    """The real clips are encoded once; a row of three seeds is made of the rows of each."""
+
+    class Codec(BlockCodec):
+        encoded = 0
+
+        def encode_video(self, video: Tensor) -> Tensor:
+            self.encoded += len(video)
+            return super().encode_video(video)
+
+    codec, sampler = Codec(), exact_sampler(ITEMS, error=0.6)
+    several = measure_curve(sampler, codec, ITEMS[:2], REFERENCE, steps=(1,), seeds=(0, 3, 5))
+    assert codec.encoded == 2 * 2 and several.curve.seeds == (0, 3, 5) and several.curve.seed == 0
+    row = several.curve.rows[0]
+    alone = [
+        measure_curve(sampler, codec, ITEMS[:2], REFERENCE, steps=(1,), seeds=(seed,)).curve.rows[0]
+        for seed in (0, 3, 5)
+    ]
+    values = [each.sliced_w1 for each in alone]
+    assert row.each["sliced_w1"] == values and row.sliced_w1 == pytest.approx(sum(values) / 3)
+    spread = statistics.stdev(values)
+    assert row.interval["sliced_w1"] == pytest.approx(4.3027 * spread / 3**0.5, rel=1e-4) and spread > 0
+    assert alone[0].interval == {} and alone[0].each == {}
+    kinds = {type(value) for value in json.loads(json.dumps(row.to_json())).values()}
+    assert kinds <= {int, float, dict, type(None)}, "every number of a row is a figure"
+    assert Curve.from_json(json.loads(json.dumps(several.curve.to_json()))) == several.curve
+
+
+def test_a_figure_that_a_seed_lacks_has_no_interval() -> None:
+    row = CurveRow(
+        sliced_w1=1.0,
+        frame_frechet=1.0,
+        motion_accuracy=None,
+        motion_unread=None,
+        motion_energy=1.0,
+        num_steps=2,
+        nfe=2,
+        sampling_seconds=0.0,
+        decoding_seconds=0.0,
+        more={"seen": 1.0},
+    )
+    pooled = over_seeds([row, replace(row, sliced_w1=3.0, more={})])
+    assert pooled.sliced_w1 == 2.0 and pooled.motion_accuracy is None and pooled.figure("seen") == 1.0
+    assert set(pooled.interval) == {
+        "sliced_w1",
+        "frame_frechet",
+        "motion_energy",
+        "sampling_seconds",
+        "decoding_seconds",
+    }
+
+
+def test_a_model_is_sampled_its_own_way_and_re_noised_by_seed_and_key_alone() -> None:
+    asked: list[tuple[str, Tensor]] = []
+
+    def sampler(
+        captions: list[str], noise: Tensor, steps: int, shift: float, first: Tensor | None, **way: Take
+    ) -> Tensor:
+        def velocity(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            asked.append((captions[0], z))
+            assert not way or torch.equal(t, r)
+            return z
+
+        return sample(velocity, noise, steps, shift, first_frames=first, **way)
+
+    curves = {
+        (kind, size): measure_curve(
+            sampler,
+            BlockCodec(),
+            ITEMS[:2],
+            REFERENCE,
+            steps=(2,),
+            kind=kind,
+            batch_size=size,
+            show=2,  # type: ignore[arg-type]
+        )
+        for kind, size in (("euler", 2), ("renoise", 2), ("renoise", 1))
+    }
+    shown = {name: result.samples[2] for name, result in curves.items()}
+    assert torch.equal(shown["renoise", 2], shown["renoise", 1])
+    assert not torch.equal(shown["renoise", 2], shown["euler", 2])
+    assert [result.curve.sampler for result in curves.values()] == ["euler", "renoise", "renoise"]
 
 
 def test_every_step_count_starts_from_the_same_noise() -> None:
@@ -106,8 +201,6 @@ def test_progress_reaches_its_total_and_too_few_reference_clips_are_refused() ->
 
 
 def test_a_domain_without_a_probe_has_no_accuracy() -> None:
-    from dataclasses import replace
-
     items = [replace(item, domain="cooking") for item in ITEMS[:2]]
     curve = measure_curve(exact_sampler(items), BlockCodec(), items, REFERENCE, steps=(1,)).curve
     assert curve.rows[0].motion_accuracy is None and curve.real.motion_accuracy is None
@@ -128,6 +221,42 @@ def test_given_frames_come_from_the_prompts_own_clips() -> None:
     assert torch.equal(given.samples[1][:, 0], torch.stack([item.frames[0] for item in ITEMS]))
     free = measure_curve(sampler, BlockCodec(), ITEMS[:2], REFERENCE, steps=(1,))
     assert seen[-1] is None and not torch.equal(free.samples[1][:, 0], given.samples[1][:2, 0])
+
+
+def test_further_figures_stand_beside_their_floor() -> None:
+    """Exact samples: the path asked for, the given frames as they were, and what the extras say."""
+
+    class Brightness:
+        name = "light"
+
+        def __call__(self, clips: Tensor) -> Tensor:
+            return clips.double().mean((2, 3)).flatten(1)
+
+    class Always:
+        def accuracies(self, clips: Tensor, items: Sequence[HeldOut]) -> dict[str, float]:
+            return {"colour_right": len(clips) / len(items)}
+
+    extras: dict[str, Any] = {"extractors": [Brightness()], "labels": [Always()], "projections": 16}
+    curve = measure_curve(
+        exact_sampler(ITEMS), BlockCodec(), ITEMS[:3], REFERENCE, steps=(1,), given_frames=1, judging=extras
+    ).curve
+    row, real = curve.rows[0], curve.real
+    assert row.path_error == pytest.approx(0, abs=0.1) and real.path_error is not None and real.path_error > 0.2
+    assert row.given_frame_psnr == 100
+    assert row.temporal_consistency == pytest.approx(real.temporal_consistency, abs=1e-3)
+    assert row.frame_kernel == pytest.approx(real.frame_kernel, abs=1e-2)
+    assert set(row.more) == {"light_frechet", "light_kernel", "colour_right"} == set(real.more)
+    text = comparison_text(None, curve)
+    for heading in (
+        "frame kernel",
+        "temporal SSIM",
+        "path error, px",
+        "given frames, dB",
+        "light kernel",
+        "colour right",
+    ):
+        assert heading in text
+    assert Curve.from_json(json.loads(json.dumps(curve.to_json()))) == curve
 
 
 def test_the_models_own_sampler_gets_the_captions_embeddings() -> None:

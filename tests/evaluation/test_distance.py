@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from scenes import lane_change
 from torch import Tensor
 
-from anyflow.evaluation.distance import FrameFeatures, frame_frechet, motion_energy, sliced_wasserstein
+from anyflow.evaluation.distance import (
+    FrameFeatures,
+    frame_features,
+    frame_frechet,
+    given_frame_psnr,
+    kernel_distance,
+    motion_energy,
+    sliced_wasserstein,
+    temporal_consistency,
+)
 
 
 def _points(count: int = 12, seed: int = 0, dimensions: tuple[int, ...] = (5, 4)) -> Tensor:
@@ -124,3 +133,67 @@ def test_motion_energy_is_the_mean_change() -> None:
     clips[:, 1] = 10
     assert motion_energy(clips) == pytest.approx(10)
     assert motion_energy(torch.full_like(clips, 200)) == 0
+
+
+def test_the_kernel_distance_is_none_within_a_distribution_and_grows_with_a_shift() -> None:
+    first, second = _points(400, 1, (6,)), _points(400, 2, (6,))
+    assert kernel_distance(first, second) == pytest.approx(0, abs=0.05)
+    near, far = kernel_distance(first, second + 0.5), kernel_distance(first, second + 1)
+    assert far > near > 0.3
+    # units do not matter: each dimension is brought to the reference's spread
+    scale = torch.tensor([1, 10, 100, 0.1, 3, 7.0], dtype=torch.float64)
+    assert kernel_distance(first * scale, (second + 1) * scale) == pytest.approx(far, rel=1e-6)
+
+
+def test_the_kernel_distance_is_the_unbiased_cubic_one() -> None:
+    """Written out: mean off-diagonal kernel within each set, minus twice the mean between them."""
+    first, second = _points(7, 1, (3,)), _points(7, 2, (3,)) * 2
+    spread, mean = torch.std_mean(first, dim=0)
+    x, y = (first - mean) / spread, (second - mean) / spread
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / 3 + 1) ** 3
+
+    within = sum((kernel(a, a).sum() - kernel(a, a).trace()) / 42 for a in (x, y))
+    assert kernel_distance(first, second) == pytest.approx(float(within - 2 * kernel(x, y).mean()), rel=1e-6)
+
+
+def test_large_sets_take_subsets_that_follow_the_seed_and_leave_the_global_draws_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("anyflow.evaluation.distance.KERNEL_SUBSET", 20)
+    first, second = _points(60, 1, (3,)), _points(60, 2, (3,)) + 1
+    torch.manual_seed(5)
+    before = torch.rand(1)
+    torch.manual_seed(5)
+    value = kernel_distance(first, second)
+    assert torch.equal(torch.rand(1), before)
+    assert value == kernel_distance(first, second) != kernel_distance(first, second, seed=1)
+    assert value > 0.5
+
+
+def test_a_still_dimension_does_no_harm() -> None:
+    first, second = _points(12, 1, (3,)), _points(12, 2, (3,))
+    first[:, 0] = second[:, 0] = 0.3
+    assert math.isfinite(kernel_distance(first, second))
+
+
+def test_flicker_and_vanishing_lower_the_temporal_consistency() -> None:
+    clips = _clips(2)
+    honest, still = temporal_consistency(clips), temporal_consistency(clips[:, :1].expand_as(clips))
+    flicker = clips.clone()
+    flicker[:, ::2] //= 2
+    assert still == pytest.approx(1, abs=1e-5) and 0.8 < honest < 1
+    assert temporal_consistency(flicker) < honest
+
+
+def test_given_frames_are_compared_in_decibels() -> None:
+    real = torch.full((2, 1, 8, 8, 3), 100, dtype=torch.uint8)
+    assert given_frame_psnr(real, real) == 100
+    assert given_frame_psnr(real + 10, real) == pytest.approx(20 * math.log10(25.5))
+
+
+def test_frame_features_of_clips_are_those_of_their_pairs() -> None:
+    clips = _clips(2)[:, :3]
+    assert torch.equal(frame_features(clips)[2:3], FrameFeatures()(clips[1:2, :2]))
+    assert frame_features(clips).shape == (4, 120)

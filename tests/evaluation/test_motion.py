@@ -12,8 +12,11 @@ from scenes import FRAMES, drive, grip, lane_change, look, put_car, road
 
 from anyflow.evaluation.motion import (
     PROBES,
+    Reading,
     asked_motion,
+    mean_path_error,
     motion_accuracy,
+    path_error,
     read_ego,
     read_gripper,
     read_motion,
@@ -176,3 +179,18 @@ def test_the_probe_reads_the_shipped_held_out_clips(domain: str) -> None:
     score = motion_accuracy(frames, [clip.attributes for clip in clips], domain)
     assert score.clips == len(clips) >= 32
     assert score.accuracy is not None and score.accuracy >= 0.95
+
+
+def test_a_paths_error_is_measured_from_a_common_start() -> None:
+    asked = np.stack([np.arange(5.0), np.zeros(5)], axis=1)
+    assert path_error(asked + 7, asked) == pytest.approx(0)
+    aside = asked + np.stack([np.zeros(5), np.arange(5.0)], axis=1)  # leaves it by 0, 1, 2, 3, 4 pixels
+    assert path_error(aside, asked) == pytest.approx(2)
+    hidden = aside.copy()
+    hidden[4] = np.nan
+    assert path_error(hidden, asked) == pytest.approx(1.5)
+    hidden[1:] = np.nan
+    assert path_error(hidden, asked) is None
+    readings = [Reading("keep", 1.0, aside), Reading(None, 0.0, hidden), None]
+    assert mean_path_error(readings, [Reading("keep", 1.0, asked)] * 3) == pytest.approx(2)
+    assert mean_path_error([None], [None]) is None

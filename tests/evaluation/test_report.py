@@ -8,23 +8,25 @@ from pathlib import Path
 import pytest
 from models import BlockCodec, exact_sampler, held_out
 
-from anyflow.evaluation.curve import CurveResult, measure_curve
-from anyflow.evaluation.report import (
-    FIGURES,
-    comparison_markdown,
-    comparison_text,
-    read_report,
-    sample_grid,
-    wilson_interval,
-    write_report,
-)
+from anyflow.evaluation.curve import CurveResult
+from anyflow.evaluation.measure import measure_curve
+from anyflow.evaluation.report import FIGURES, read_report, sample_grid, write_report
+from anyflow.evaluation.tables import comparison_markdown, comparison_text, wilson_interval
 
 ITEMS, REFERENCE = held_out(3), held_out(3, offset=3)
+QUICK = {"projections": 16}
 
 
 def _measure(label: str, error: float) -> CurveResult:
     return measure_curve(
-        exact_sampler(ITEMS, error), BlockCodec(), ITEMS, REFERENCE, label=label, steps=(1, 4), show=1, projections=16
+        exact_sampler(ITEMS, error),
+        BlockCodec(),
+        ITEMS,
+        REFERENCE,
+        label=label,
+        steps=(1, 4),
+        show=1,
+        judging=QUICK,
     )
 
 
@@ -57,8 +59,27 @@ def test_the_tables_say_before_and_after_beside_the_floor(pair: tuple[CurveResul
         assert "→ 100 % (44-100)" in text and "real clips" in text and f"{after.real.sliced_w1:.4f}" in text
 
 
+def test_several_seeds_show_their_intervals(tmp_path: Path) -> None:
+    result = measure_curve(
+        exact_sampler(ITEMS, 0.8),
+        BlockCodec(),
+        ITEMS,
+        REFERENCE,
+        steps=(1, 4),
+        seeds=(0, 1),
+        show=1,
+        judging=QUICK,
+    )
+    row, text = result.curve.row(1), comparison_text(None, result.curve)
+    assert f"{row.sliced_w1:.4f} ±{row.interval['sliced_w1']:.4f}" in text and "2 seeds of noise" in text
+    assert "seed 0, 1." in comparison_markdown(None, result.curve)
+    paths = write_report(tmp_path, None, result)
+    assert read_report(paths["curve.json"]) == (None, result.curve)
+
+
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"clips": 4}, {"size": (5, 64, 96)}, {"domain": "games"}, {"rows": ()}]
+    "change",
+    [{"seeds": (1,)}, {"seeds": (0, 1)}, {"clips": 4}, {"size": (5, 64, 96)}, {"domain": "games"}, {"rows": ()}],
 )
 def test_curves_that_were_measured_differently_are_refused(
     tmp_path: Path, pair: tuple[CurveResult, CurveResult], change: dict[str, object]

@@ -1,0 +1,81 @@
+"""Features of clips by a published video encoder (VideoMAE, ViViT, TimeSformer, V-JEPA ...) from a local folder.
+
+The folder is a transformers one; safetensors alone are read, and no code that comes with it is run. Its features make
+distances that other people's evaluations can be compared with, where the domain is natural video.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from anyflow.errors import UserError
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and deviation of colours, for an encoder that does not say its own."""
+
+
+class VideoEncoder:
+    """A frozen encoder: the mean of its last layer's tokens.
+
+    Attributes:
+        name: of its distances: ``encoder_frechet`` and ``encoder_kernel``.
+
+    Raises:
+        UserError: the folder is missing, is no encoder of videos, or holds weights only as pickles.
+    """
+
+    name = "encoder"
+
+    def __init__(self, path: str | Path, device: torch.device | str = "cpu", batch_size: int = 4) -> None:
+        from transformers import AutoModel
+
+        folder = Path(path).expanduser()
+        if not (folder / "config.json").is_file():
+            raise UserError(f"--encoder {path}: there is no config.json: give a local folder in transformers' layout")
+        try:
+            model: Any = AutoModel.from_pretrained(
+                str(folder), use_safetensors=True, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise UserError(
+                f"--encoder {path} cannot be read ({str(error).splitlines()[0]}): give a transformers video encoder "
+                "with safetensors"
+            ) from error
+        self.model = model.eval().requires_grad_(False).to(device)
+        config = model.config
+        self.frames = int(getattr(config, "num_frames", 0) or getattr(config, "frames_per_clip", 0))
+        size = getattr(config, "image_size", None) or getattr(config, "crop_size", None)
+        if not self.frames or size is None:
+            raise UserError(f"--encoder {path} ({config.model_type}) takes no videos: give an encoder of clips")
+        self.size = (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        self.mean, self.spread = (torch.tensor(values, device=device) for values in self._colours(folder))
+        self.device, self.batch_size = device, batch_size
+
+    @torch.no_grad()
+    def __call__(self, clips: Tensor) -> Tensor:
+        """Features ``[N, D]`` of uint8 clips ``[N, F, H, W, 3]``, float64 on the CPU."""
+        return torch.cat([self._encode(part) for part in clips.split(self.batch_size)])
+
+    def _encode(self, clips: Tensor) -> Tensor:
+        chosen = torch.linspace(0, clips.shape[1] - 1, self.frames).round().long()
+        frames = (clips[:, chosen].to(self.device).float() / 255 - self.mean) / self.spread
+        flat = frames.permute(0, 1, 4, 2, 3).flatten(0, 1)
+        flat = functional.interpolate(flat, size=self.size, mode="bilinear", antialias=True)
+        video = flat.unflatten(0, (len(clips), self.frames))
+        answer = self.model(**{self.model.main_input_name: video}).last_hidden_state
+        return answer.flatten(1, -2).mean(1).double().cpu()
+
+    @staticmethod
+    def _colours(folder: Path) -> tuple[Any, Any]:
+        import json
+
+        for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
+            if (folder / name).is_file():
+                found = json.loads((folder / name).read_text(encoding="utf-8"))
+                return found.get("image_mean", IMAGENET[0]), found.get("image_std", IMAGENET[1])
+        return IMAGENET

@@ -1,0 +1,244 @@
+"""Measuring the any-step curve: the same prompts from the same noise at every number of steps.
+
+What makes two rows of a curve, or two curves, comparable is that everything but the number of steps (or the model) is
+the same: the prompts, the initial noise of each prompt (from the seed and the prompt's key alone, so neither the batch
+size nor the selection changes it), the real clips, the projections.
+
+Shapes: latents ``[B, F, C, H, W]`` float32 normalised; clips uint8 ``[B, F, H, W, 3]``; timestep = 1000 * sigma.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from anyflow.evaluation.curve import STEPS, Curve, CurveResult, CurveRow, HeldOut, over_seeds, pixel_frames
+from anyflow.evaluation.judge import Judge
+from anyflow.flowmap.endpoint import Renoise
+from anyflow.flowmap.sampling import SamplerKind, Take, take_jump, take_velocity
+
+Sampler = Callable[..., Tensor]
+"""``(captions, noise, num_steps, shift, first_frames)`` to clean latents: a model's own sampler, text encoder included.
+
+``first_frames`` are given clean latents ``[B, k, C, H, W]``, or None. A model that is no flow map is also given
+``take=``: how its jumps are taken.
+"""
+
+OnProgress = Callable[[int, int, str], None]
+"""``(done, total, what)``: called after each batch."""
+
+
+class CurveCodec(Protocol):
+    """The part of the codec that a curve needs."""
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        """Map uint8 clips ``[B, F, H, W, 3]`` to latents ``[B, f, C, h, w]``."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Map latents to uint8 clips."""
+
+
+def prompt_noise(shape: Sequence[int], keys: Sequence[str], seed: int) -> Tensor:
+    """Draw each prompt's initial noise from the seed and its key alone.
+
+    Args:
+        shape: of one clip's latents ``(F, C, H, W)``.
+        keys: one a prompt.
+        seed: of the whole curve.
+    Returns:
+        float32 ``[len(keys), F, C, H, W]`` on the CPU.
+    """
+    return torch.stack([torch.randn(tuple(shape), generator=_generator(seed, key)) for key in keys])
+
+
+def take_of(kind: SamplerKind, keys: Sequence[str], seed: int) -> Take:
+    """How a model takes the jumps of one sampling; re-noising draws, like the first noise, from seed and key alone."""
+    if kind != "renoise":
+        return take_velocity if kind == "euler" else take_jump
+    generators = [_generator(seed, f"{key}\nfresh") for key in keys]
+
+    def draw(like: Tensor) -> Tensor:
+        return torch.stack([torch.randn(like.shape[1:], generator=generator) for generator in generators]).to(like)
+
+    return Renoise(draw)
+
+
+def _generator(seed: int, key: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}\n{key}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def sampler_of(backbone: Any, codec: Any) -> Sampler:
+    """The sampler of a ``FlowMapBackbone`` with the ``Codec`` whose text encoder it was trained with."""
+
+    def sample(
+        captions: list[str], noise: Tensor, num_steps: int, shift: float, first_frames: Tensor | None, **way: Take
+    ) -> Tensor:
+        return backbone.sample(codec.encode_text(captions), noise, num_steps, shift, first_frames, **way)
+
+    return sample
+
+
+@torch.no_grad()
+def measure_curve(
+    sampler: Sampler,
+    codec: CurveCodec,
+    items: Sequence[HeldOut],
+    reference: Sequence[HeldOut],
+    *,
+    label: str = "after",
+    steps: Sequence[int] = STEPS,
+    shift: float = 5.0,
+    seeds: Sequence[int] = (0,),
+    given_frames: int = 0,
+    kind: SamplerKind = "flowmap",
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    show: int = 6,
+    judging: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
+    on_progress: OnProgress | None = None,
+) -> CurveResult:
+    """Sample the same prompts from the same noise at each step count and measure what comes out.
+
+    Args:
+        sampler: the model's (``sampler_of``).
+        codec: encodes and decodes; frozen.
+        items: the prompts, with their own real clips.
+        reference: other real clips, to which distances are taken; at least as many as items (the first are used:
+            sets of one size have one floor). Real clips against them give the floor.
+        label: names the curve in tables and plots.
+        steps: step counts.
+        shift: of the inference schedule.
+        seeds: of the noise; every prompt is sampled with each of them, the real clips are encoded once.
+        given_frames: latent frames that are given from each prompt's own clip: 1 is image-to-video.
+        kind: how the model takes its jumps.
+        batch_size: clips a pass; changes speed and memory, not the draws.
+        device: where the model runs.
+        show: of how many prompts (the first) the samples are kept for the picture.
+        judging: options of :class:`~anyflow.evaluation.judge.Judge`: further extractors and labels.
+        notes: what is to be said of these, beside the figures.
+        on_progress: called after each batch.
+    Raises:
+        ValueError: if there are no items or seeds, or fewer reference clips than items.
+    """
+    if not items or not seeds or len(reference) < len(items):
+        raise ValueError(f"{len(items)} prompts need as many reference clips, got {len(reference)}, and a seed")
+    counts = sorted(set(steps))
+    progress = _Progress((len(counts) * len(seeds) + 2) * -(-len(items) // batch_size), on_progress)
+    runner = _Runner(codec, batch_size, device, progress, given_frames, kind)
+    real_clips, other_clips = _stack(items), _stack(reference[: len(items)])
+    real_latents, decoded = runner.encode_and_decode(real_clips)
+    other_latents, _ = runner.encode_and_decode(other_clips, decode=False)
+    options = {"given": pixel_frames(given_frames), **(judging or {})}
+    judge = Judge(items, reference[: len(items)], other_clips, other_latents, **options)
+
+    rows: list[CurveRow] = []
+    kept: dict[int, Tensor] = {}
+    for num_steps in counts:
+        of_seeds = []
+        for seed in seeds:
+            clips, latents, cost = runner.sample(sampler, items, real_latents, num_steps, shift, seed)
+            marks = judge(clips, latents, real_clips).to_json()
+            of_seeds.append(CurveRow.from_json({**marks, "num_steps": num_steps, "nfe": num_steps, **cost}))
+            kept.setdefault(num_steps, clips[:show].clone())
+        rows.append(over_seeds(of_seeds))
+    curve = Curve(
+        label=label,
+        domain="+".join(sorted({item.domain for item in items})),
+        clips=len(items),
+        seed=seeds[0],
+        seeds=tuple(seeds),
+        given_frames=given_frames,
+        sampler=kind,
+        notes=tuple(notes),
+        shift=shift,
+        size=(real_clips.shape[1], real_clips.shape[2], real_clips.shape[3]),
+        rows=tuple(rows),
+        real=judge.of_real(real_clips, real_latents),
+        codec=judge(decoded, real_latents, real_clips),
+    )
+    return CurveResult(curve, tuple(items[:show]), kept)
+
+
+class _Progress:
+    """Counts batches."""
+
+    def __init__(self, total: int, on_progress: OnProgress | None) -> None:
+        self.done, self.total, self.on_progress = 0, total, on_progress
+
+    def __call__(self, what: str) -> None:
+        self.done += 1
+        if self.on_progress is not None:
+            self.on_progress(self.done, self.total, what)
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """Runs codec and sampler batch by batch; what comes out lies on the CPU."""
+
+    codec: CurveCodec
+    batch_size: int
+    device: torch.device | str
+    progress: _Progress
+    given_frames: int = 0
+    kind: SamplerKind = "flowmap"
+
+    def encode_and_decode(self, clips: Tensor, decode: bool = True) -> tuple[Tensor, Tensor]:
+        """Return the clips' latents, and the clips after the codec (as given, if they are not to be decoded)."""
+        latents, decoded = [], []
+        for batch in clips.split(self.batch_size):
+            encoded = self.codec.encode_video(batch.to(self.device))
+            latents.append(encoded.float().cpu())
+            decoded.append(self.codec.decode(encoded).cpu() if decode else batch)
+            self.progress("real clips through the codec" if decode else "reference clips")
+        return torch.cat(latents), torch.cat(decoded)
+
+    def sample(
+        self,
+        sampler: Sampler,
+        items: Sequence[HeldOut],
+        like: Tensor,
+        num_steps: int,
+        shift: float,
+        seed: int,
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Sample every prompt; return clips, latents, and the seconds of a clip.
+
+        ``like`` are the prompts' real latents, which the samples are shaped as and begin with where frames are given.
+        """
+        clips, all_latents = [], []
+        sampling = decoding = 0.0
+        for start in range(0, len(items), self.batch_size):
+            batch = items[start : start + self.batch_size]
+            given = like[start : start + self.batch_size, : self.given_frames].to(self.device)
+            first_frames = given if self.given_frames else None
+            keys = [item.key for item in batch]
+            noise = prompt_noise(like.shape[1:], keys, seed).to(self.device)
+            way = {} if self.kind == "flowmap" else {"take": take_of(self.kind, keys, seed)}
+            begin = _now(self.device)
+            latents = sampler([item.caption for item in batch], noise, num_steps, shift, first_frames, **way)
+            middle = _now(self.device)
+            clips.append(self.codec.decode(latents).cpu())
+            sampling, decoding = sampling + middle - begin, decoding + _now(self.device) - middle
+            all_latents.append(latents.float().cpu())
+            self.progress(f"{num_steps} step{'s' if num_steps > 1 else ''}")
+        cost = {"sampling_seconds": sampling / len(items), "decoding_seconds": decoding / len(items)}
+        return torch.cat(clips), torch.cat(all_latents), cost
+
+
+def _stack(items: Sequence[HeldOut]) -> Tensor:
+    return torch.stack([torch.as_tensor(item.frames) for item in items])
+
+
+def _now(device: torch.device | str) -> float:
+    """Read the clock once the device has finished what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

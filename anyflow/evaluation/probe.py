@@ -1,0 +1,261 @@
+"""A probe: a small network that reads a domain's own labels (task, scene, lane, speed ...) from the pixels of a clip.
+
+It is trained on the labels that the simulator or the importer wrote beside real clips, and judges generated ones: does
+a sample show the object, the scene, the manoeuvre that its prompt names? A judge must be known: of each label its
+accuracy on real held-out clips is measured and told, and a label that it reads wrong in more than a tenth is not used.
+The layer before its answers also gives features of whole clips, for distances that see what matters in this domain.
+
+Clips of any size and length are brought to one small shape, all frames as channels of one picture: a whole training
+takes a minute or two on two cores.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from anyflow.errors import UserError
+from anyflow.evaluation.curve import HeldOut
+
+TRUSTED = 0.9
+"""Accuracy on real held-out clips below which a label is not used."""
+
+MOST_VALUES = 16
+"""A label of more values is a name or a number, and is not learnt."""
+
+FEWEST = 8
+"""A value of fewer training clips is not learnt: clips that show it are left out of this label."""
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """How a probe sees clips and learns.
+
+    Attributes:
+        frames: that a clip is thinned out to.
+        height: that its frames are brought to.
+        width: likewise.
+        channels: of the four layers.
+        features: width of the layer before the answers.
+        epochs: passes over the training clips.
+        batch_size: clips a step.
+        lr: largest learning rate; it rises and falls in one cycle.
+        seed: of weights, order and disturbances.
+    """
+
+    frames: int = 9
+    height: int = 64
+    width: int = 96
+    channels: tuple[int, ...] = (32, 64, 96, 128)
+    features: int = 64
+    epochs: int = 24
+    batch_size: int = 32
+    lr: float = 3e-3
+    seed: int = 0
+
+
+class ProbeNetwork(nn.Module):
+    """Clips to features ``[N, D]``, and features to answers, one for each label."""
+
+    def __init__(self, settings: ProbeSettings, labels: Mapping[str, Sequence[str]]) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        width = 3 * settings.frames
+        for index, channels in enumerate(settings.channels):
+            size = 5 if index == 0 else 3
+            convolution = nn.Conv2d(width, channels, size, stride=2, padding=size // 2, bias=False)
+            layers += [convolution, nn.BatchNorm2d(channels), nn.ReLU()]
+            width = channels
+        # Where something is matters (which lane), so the last maps are not averaged away but into six places.
+        layers += [nn.AdaptiveAvgPool2d((2, 3)), nn.Flatten(), nn.Linear(6 * width, settings.features), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+        self.heads = nn.ModuleDict({name: nn.Linear(settings.features, len(kinds)) for name, kinds in labels.items()})
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Features of pictures ``[N, 3 * frames, H, W]`` in -1..1."""
+        return self.body(pictures)
+
+
+class Probe:
+    """A trained probe.
+
+    Attributes:
+        name: of its distances: ``probe_frechet`` and ``probe_kernel``.
+        domain: whose clips it judges.
+        labels: the values that it tells apart, by label.
+        accuracy: share of real held-out clips that it reads right, by label.
+    """
+
+    name = "probe"
+
+    def __init__(
+        self,
+        network: ProbeNetwork,
+        settings: ProbeSettings,
+        domain: str,
+        labels: Mapping[str, Sequence[str]],
+        accuracy: Mapping[str, float],
+    ) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.settings, self.domain, self.labels, self.accuracy = settings, domain, labels, accuracy
+
+    def __call__(self, clips: Tensor) -> Tensor:
+        """Features ``[N, D]`` of uint8 clips ``[N, F, H, W, 3]``, float64."""
+        return torch.cat([self.network(pictures(part, self.settings)) for part in clips.split(64)]).double()
+
+    def read(self, clips: Tensor) -> dict[str, list[str]]:
+        """The value of each label in each clip, trusted or not."""
+        features = self(clips).float()
+        return {
+            name: [self.labels[name][index] for index in head(features).argmax(1).tolist()]
+            for name, head in self.network.heads.items()
+        }
+
+    def accuracies(self, clips: Tensor, items: Sequence[HeldOut]) -> dict[str, float]:
+        """``LABEL_right``: the share of clips that show what was asked for, of trusted labels, in this domain."""
+        read, found = self.read(clips), {}
+        for name in self.labels:
+            asked = [_value(item, name) if item.domain == self.domain else None for item in items]
+            right = [one == other for one, other in zip(read[name], asked, strict=True) if other is not None]
+            if self.accuracy[name] >= TRUSTED and right:
+                found[f"{name}_right"] = sum(right) / len(right)
+        return found
+
+    def notes(self) -> list[str]:
+        """What is to be said of each label beside figures that come from it."""
+        return [
+            f"probe of {self.domain}, {name}: right in {100 * share:.0f} % of real held-out clips"
+            + ("" if share >= TRUSTED else f"; below {100 * TRUSTED:.0f} %, so it is not used")
+            for name, share in self.accuracy.items()
+        ]
+
+    def save(self, folder: Path) -> None:
+        """Write the probe: weights as safetensors, the rest as JSON."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = {"domain": self.domain, "labels": self.labels, "accuracy": self.accuracy}
+        weights = folder / "probe.safetensors.partial"
+        save_file(self.network.state_dict(), weights)
+        weights.replace(folder / "probe.safetensors")
+        about = folder / "probe.json.partial"
+        about.write_text(json.dumps({**facts, "settings": asdict(self.settings)}, indent=1) + "\n", encoding="utf-8")
+        about.replace(folder / "probe.json")  # last: who finds it finds the weights
+
+    @classmethod
+    def load(cls, folder: Path) -> Probe | None:
+        """The probe of a folder, None if there is none.
+
+        Raises:
+            UserError: what is there cannot be read.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        if not (folder / "probe.json").is_file():
+            return None
+        try:
+            facts = json.loads((folder / "probe.json").read_text(encoding="utf-8"))
+            channels = tuple(facts["settings"].pop("channels"))
+            settings = ProbeSettings(channels=channels, **facts.pop("settings"))
+            network = ProbeNetwork(settings, facts["labels"])
+            network.load_state_dict(load_file(folder / "probe.safetensors"))
+            return cls(network, settings, **facts)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{folder} holds no whole probe ({error}): delete it, and it is trained again") from error
+
+
+def pictures(clips: Tensor, settings: ProbeSettings) -> Tensor:
+    """Clips uint8 ``[N, F, H, W, 3]`` as the network takes them: ``[N, 3 * frames, height, width]`` in -1..1."""
+    chosen = torch.linspace(0, clips.shape[1] - 1, settings.frames).round().long()
+    frames = clips[:, chosen].permute(0, 1, 4, 2, 3).flatten(1, 2).float() / 127.5 - 1
+    size = (settings.height, settings.width)
+    return frames if frames.shape[-2:] == size else functional.interpolate(frames, size=size, mode="area")
+
+
+def labels_of(clips: Sequence[HeldOut]) -> dict[str, list[str]]:
+    """The labels that can be learnt, each with its values: at least two values, each in enough clips, not too many."""
+    names = sorted({name for clip in clips for name in clip.attributes})
+    counts = {name: Counter(value for clip in clips if (value := _value(clip, name)) is not None) for name in names}
+    kept = {name: sorted(value for value, seen in count.items() if seen >= FEWEST) for name, count in counts.items()}
+    return {name: values for name, values in kept.items() if len(values) >= 2 and len(counts[name]) <= MOST_VALUES}
+
+
+def train_probe(
+    clips: Sequence[HeldOut],
+    real: Sequence[HeldOut],
+    settings: ProbeSettings | None = None,
+    on_progress: Callable[[int, int, str], None] | None = None,
+) -> Probe:
+    """Train a probe on real clips of one domain, and measure it on others that it never saw.
+
+    Raises:
+        UserError: the clips have no label with two values or more.
+    """
+    settings, labels = settings or ProbeSettings(), labels_of(clips)
+    if not labels:
+        raise UserError(
+            "the training clips have no attribute of two values or more that each stand beside at least "
+            f"{FEWEST} clips: a probe has nothing to learn; write attributes into the shards, or do without a probe"
+        )
+    generator = torch.Generator().manual_seed(settings.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        network = ProbeNetwork(settings, labels)
+    # thinned out and shrunk once; as bytes, since thousands of clips are in memory
+    seen = torch.cat([_bytes(pictures(torch.as_tensor(clip.frames)[None], settings)) for clip in clips])
+    targets = {name: torch.tensor([_index(clip, name, values) for clip in clips]) for name, values in labels.items()}
+    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=0.05)
+    steps = settings.epochs * -(-len(clips) // settings.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=steps)
+    for epoch in range(settings.epochs):
+        network.train()
+        for rows in torch.randperm(len(clips), generator=generator).split(settings.batch_size):
+            features = network(disturbed(seen[rows].float() / 127.5 - 1, generator))
+            losses = [
+                functional.cross_entropy(head(features), targets[name][rows], ignore_index=-1)
+                for name, head in network.heads.items()
+                if bool((targets[name][rows] >= 0).any())
+            ]
+            optimizer.zero_grad()
+            if losses:
+                torch.stack(losses).sum().backward()
+                optimizer.step()
+            schedule.step()
+        if on_progress is not None:
+            on_progress(epoch + 1, settings.epochs, "epochs of the probe")
+    probe = Probe(network, settings, clips[0].domain, labels, dict.fromkeys(labels, 1.0))
+    right = probe.accuracies(torch.stack([torch.as_tensor(clip.frames) for clip in real]), real)
+    probe.accuracy = {name: right.get(f"{name}_right", 0.0) for name in labels}
+    return probe
+
+
+def disturbed(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Training clips as a codec or a generator might leave them: some blurred, some noisy, all a little shifted."""
+    blur, noise, shift = torch.rand(3, generator=generator).tolist()
+    if blur < 0.4:
+        pictures = functional.avg_pool2d(pictures, 3, stride=1, padding=1, count_include_pad=False)
+    if noise < 0.4:
+        pictures = pictures + 0.1 * noise * torch.randn(pictures.shape, generator=generator)
+    return pictures.roll((int(shift * 5) - 2, int(shift * 25) % 5 - 2), dims=(-2, -1))
+
+
+def _value(clip: HeldOut, name: str) -> str | None:
+    value = clip.attributes.get(name)
+    return str(value) if isinstance(value, str | int | bool) else None
+
+
+def _index(clip: HeldOut, name: str, values: Sequence[str]) -> int:
+    value = _value(clip, name)
+    return values.index(value) if value in values else -1
+
+
+def _bytes(pictures: Tensor) -> Tensor:
+    return ((pictures + 1) * 127.5).round().clamp(0, 255).byte()

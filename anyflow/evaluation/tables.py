@@ -1,0 +1,190 @@
+"""Curves as tables: figures with their intervals beside those of real clips, for terminals and for Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from anyflow.evaluation.curve import Curve, CurveRow, Marks
+from anyflow.evaluation.retention import DISTANCES, SHARES, few_step_ratio, retention
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Return the 95 % score interval of a share seen in ``count`` trials; it stays within 0 and 1 at any count."""
+    z = 1.96
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A measure of the table.
+
+    Attributes:
+        name: of the figure.
+        heading: what stands above it.
+        digits: after the point.
+        is_share: whether it is a share of the clips, written in percent.
+    """
+
+    name: str
+    heading: str
+    digits: int = 3
+    is_share: bool = False
+
+    def write(self, marks: Marks, count: int) -> str:
+        """The cell of a set of ``count`` clips: the figure with its interval, if that is known."""
+        value = marks.figure(self.name)
+        if value is None:
+            return "-"
+        low, high = interval_of(marks, self, count)
+        if self.is_share:
+            return f"{100 * value:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
+        half = f" ±{(high - low) / 2:.{self.digits}f}" if high > low else ""
+        return f"{value:.{self.digits}f}{half}"
+
+
+COLUMNS = (
+    Column("motion_accuracy", "motion right", is_share=True),
+    Column("frame_frechet", "frame Frechet"),
+    Column("sliced_w1", "sliced W1", 4),
+    Column("motion_energy", "motion energy", 2),
+)
+"""The measures of the first table, and of the plot."""
+
+DETAILS = (
+    Column("frame_kernel", "frame kernel"),
+    Column("temporal_consistency", "temporal SSIM"),
+    Column("path_error", "path error, px", 2),
+    Column("given_frame_psnr", "given frames, dB", 1),
+)
+"""The measures of the second table; figures that only some models have follow them."""
+
+
+def detail_columns(curve: Curve) -> tuple[Column, ...]:
+    """The columns of the second table: those that the curve has any figure for."""
+    more = dict.fromkeys(name for marks in (*curve.rows, curve.real) for name in marks.more)
+    further = [Column(name, name.replace("_", " "), is_share=name.endswith("_right")) for name in more]
+    return tuple(column for column in (*DETAILS, *further) if any(_has(row, column) for row in curve.rows))
+
+
+def _has(marks: Marks, column: Column) -> bool:
+    return marks.figure(column.name) is not None
+
+
+def interval_of(marks: Marks, column: Column, count: int) -> tuple[float, float]:
+    """A figure's 95 % interval: over the seeds; of a share measured once, over the clips; else the figure alone."""
+    value = marks.figure(column.name)
+    if value is None:
+        return math.nan, math.nan
+    half = marks.interval.get(column.name) if isinstance(marks, CurveRow) else None
+    if half is not None:
+        low, high = value - half, value + half
+        return (max(0.0, low), min(1.0, high)) if column.is_share else (low, high)
+    return wilson_interval(value, count) if column.is_share else (value, value)
+
+
+def table_cells(
+    before: Curve | None, after: Curve, columns: Sequence[Column] = COLUMNS
+) -> tuple[list[str], list[list[str]]]:
+    """Lay out one or two curves as headings and rows of text.
+
+    Each step count has a row and each measure a column; with two curves a cell reads ``before → after``. Two more
+    rows say what real clips get.
+    """
+    check_comparable(before, after)
+    headings = ["steps", *(column.heading for column in columns), "seconds a clip"]
+    rows = []
+    for row in after.rows:
+        shown = [*([before.row(row.num_steps)] if before is not None else []), row]
+        cells = [" → ".join(column.write(marks, after.clips) for marks in shown) for column in columns]
+        rows.append([str(row.num_steps), *cells, f"{row.sampling_seconds + row.decoding_seconds:.2f}"])
+    for name, marks in (("real clips", after.real), ("real, through the codec", after.codec)):
+        rows.append([name, *(column.write(marks, after.clips) for column in columns), "-"])
+    return headings, rows
+
+
+def few_step_lines(before: Curve | None, after: Curve) -> list[str]:
+    """What few steps cost in a word for each figure, and what is left of the few-step ability before."""
+    lines = []
+    for column in (*COLUMNS, *DETAILS):
+        if column.name not in (*DISTANCES, *SHARES):
+            continue
+        ratios = [few_step_ratio(curve, column.name) for curve in (before, after) if curve is not None]
+        if any(ratio is None for ratio in ratios):
+            continue
+        kept = retention(before, after, column.name) if before is not None else None
+        told = f"{column.heading}: few-step ratio {' → '.join(map(str, ratios))}"
+        lines.append(told + (f", retention {kept}" if kept is not None else ""))
+    return lines
+
+
+def check_comparable(before: Curve | None, after: Curve) -> None:
+    """Refuse two curves that were not measured the same way.
+
+    Raises:
+        ValueError: naming what differs: seeds, number of clips, size, domain or step counts.
+    """
+    if before is None:
+        return
+    for name, field in (("seeds", "all_seeds"), ("clips", "clips"), ("size", "size"), ("domain", "domain")):
+        if getattr(before, field) != getattr(after, field):
+            pair = f"{getattr(before, field)} before, {getattr(after, field)} after"
+            raise ValueError(f"the curves differ in {name}: {pair}; measure both alike")
+    if [row.num_steps for row in before.rows] != [row.num_steps for row in after.rows]:
+        raise ValueError("the curves have different step counts; measure both alike")
+
+
+def _title(before: Curve | None, after: Curve) -> str:
+    pair = f" ({before.label} → {after.label})" if before is not None else ""
+    noise = f"{len(after.all_seeds)} seeds of noise, the same" if len(after.all_seeds) > 1 else "the same noise"
+    return f"Any-step curve{pair}: {after.domain}, {after.clips} prompts, {noise} at every step count"
+
+
+def comparison_text(before: Curve | None, after: Curve) -> str:
+    """Return the tables as plain text, as wide as they need."""
+    import io
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    sink = io.StringIO()
+    console = Console(file=sink, width=240, color_system=None)
+    for title, columns in ((_title(before, after), COLUMNS), ("More of the same samples", detail_columns(after))):
+        headings, rows = table_cells(before, after, columns)
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        for heading in headings:
+            table.add_column(heading, justify="right", no_wrap=True)
+        for index, cells in enumerate(rows):
+            table.add_row(*cells, end_section=index == len(after.rows) - 1)
+        if columns:
+            console.print(table)
+    for line in (*few_step_lines(before, after), *after.notes):
+        console.print(line)
+    return "\n".join(line.rstrip() for line in sink.getvalue().splitlines()).strip("\n") + "\n"
+
+
+def comparison_markdown(before: Curve | None, after: Curve) -> str:
+    """Return the tables as Markdown, with the notes that a reader needs."""
+    lines = [f"**{_title(before, after)}**"]
+    for columns in (COLUMNS, detail_columns(after)):
+        if columns:
+            headings, rows = table_cells(before, after, columns)
+            lines += ["", f"| {' | '.join(headings)} |", f"|{'--:|' * len(headings)}"]
+            lines += [f"| {' | '.join(cells)} |" for cells in rows]
+    if told := [*few_step_lines(before, after), *after.notes]:
+        lines += ["", *(f"- {line}" for line in told)]
+    frames, height, width = after.size
+    notes = [
+        f"{after.clips} held-out prompts, {frames} frames of {width}x{height}, "
+        f"seed {', '.join(map(str, after.all_seeds))}.",
+        "Means over the seeds with their 95 % interval." if len(after.all_seeds) > 1 else "",
+        "Motion right: the motion asked for, read from the pixels (95 % interval). Distances are to other real clips; "
+        "lower is better, and the row of real clips is their floor. Frame Frechet is taken on fixed features of frames "
+        "(it is not FVD). Motion energy: mean change from frame to frame in grey levels; the nearer to the real clips "
+        "the better. Few-step ratio: 4 steps against 32, 1 is no loss; retention: before over after, 1 is kept.",
+    ]
+    return "\n".join(lines) + f"\n\n{' '.join(filter(None, notes))}\n"
