@@ -22,10 +22,10 @@ from anyflow.callbacks.progress import clock
 from anyflow.console import progress_line, quiet_libraries
 from anyflow.data.locks import locked
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER, UserError
-from anyflow.experiment.jobs import Job, curve_state, jobs_of, left, measured_on, training_of
+from anyflow.experiment.jobs import Job, curve_state, jobs_of, left, measured_on, training_of, with_speeds
 from anyflow.experiment.pieces import Piece, curve_folder, read_curve
 from anyflow.experiment.schema import Experiment
-from anyflow.tracking import LOCAL_STORE, record_curves
+from anyflow.tracking import record_curves
 
 SHOW_EVERY = 20.0
 """Seconds between two lines about a training that goes on."""
@@ -54,11 +54,11 @@ def run_pieces(experiment: Experiment, pieces: Sequence[Piece]) -> dict[str, str
         with locked(home / ".lock", wait=False) as lock, _terminable():
             jobs = jobs_of(experiment, pieces)
             _say(f"experiment {experiment.name}: {len(jobs)} pieces of work, {left(jobs, clock)}")
-            for job in jobs:
-                if job.state != "done":
-                    _do(experiment, job, failed, lock)
-                    if job.piece.name not in failed:
-                        _say(f"  {left(jobs_of(experiment, pieces), clock)}")
+            todo = [job for job in jobs if job.state != "done"]
+            for index, job in enumerate(todo):
+                _do(experiment, job, failed, lock)
+                rest = [later for later in todo[index + 1 :] if later.piece.name not in failed]
+                _say(f"  {left(with_speeds(experiment, pieces, rest), clock)}")
     except BlockingIOError:
         raise UserError(
             f"another process is at experiment {experiment.name}, or a training of it still runs: wait for its end"
@@ -201,21 +201,21 @@ def _evaluate(experiment: Experiment, piece: Piece, card: str) -> None:
     seconds = round(time.monotonic() - began, 1)
     found = {"curve": result.curve.to_json(), "measured_on": stands_on, "seconds": seconds}
     write_atomically(folder / f"{Path(card).stem}.json", json.dumps(found, indent=1) + "\n")
-    uri = piece.recipe.run.tracking_uri if piece.recipe is not None else LOCAL_STORE
-    record_curves(piece.run, uri=uri, experiment=experiment.name, curves=_named(piece), tags=_tags(piece))
+    record_piece(experiment, piece, [card])
 
 
-def _named(piece: Piece) -> dict[str, list[dict[str, Any]]]:
-    """A piece's curves by the names that a training gives them: ``after``, or ``after/CARD`` of several."""
-    found = {card: read_curve(piece, card) for card in piece.cards}
+def record_piece(experiment: Experiment, piece: Piece, cards: Sequence[str]) -> None:
+    """Give curves of a piece to the tracker: named ``after`` as a training's, or ``after/CARD`` if it has several."""
+    found = {card: read_curve(piece, card) for card in cards}
     rows = {card: document["curve"]["rows"] for card, document in found.items() if document is not None}
-    if len(piece.cards) == 1:
-        return {"after": rows[piece.cards[0]]} if rows else {}
-    return {f"after/{Path(card).stem}": found for card, found in rows.items()}
-
-
-def _tags(piece: Piece) -> dict[str, str]:
-    return {"anyflow.arm": piece.arm, "anyflow.seed": str(piece.seed), "anyflow.cards": " ".join(piece.cards)}
+    several = len(piece.cards) > 1
+    record_curves(
+        piece.run,
+        uri=piece.tracking_uri,
+        experiment=experiment.name,
+        curves={f"after/{Path(card).stem}" if several else "after": curve for card, curve in rows.items()},
+        tags={"anyflow.arm": piece.arm, "anyflow.seed": str(piece.seed), "anyflow.cards": " ".join(piece.cards)},
+    )
 
 
 @contextmanager

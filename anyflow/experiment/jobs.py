@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from anyflow.errors import UserError
@@ -70,7 +70,6 @@ def jobs_of(experiment: Experiment, pieces: Sequence[Piece]) -> list[Job]:
     Raises:
         UserError: a card's shards are missing.
     """
-    speeds = Speeds(experiment, pieces)
     jobs: list[Job] = []
     stale: set[str] = set()
     for piece in pieces:
@@ -78,11 +77,17 @@ def jobs_of(experiment: Experiment, pieces: Sequence[Piece]) -> list[Job]:
         if state != "done":
             stale.add(piece.name)
         if piece.recipe is not None:
-            jobs.append(Job(piece, "", state, reason, 0.0 if state == "done" else speeds.training(piece, state)))
+            jobs.append(Job(piece, "", state, reason))
         for card in piece.cards if piece.is_shown else ():
             found, why = ("missing", "") if state != "done" else curve_state(experiment, piece, card)
-            jobs.append(Job(piece, card, found, why, 0.0 if found == "done" else speeds.curve(piece)))
-    return jobs
+            jobs.append(Job(piece, card, found, why))
+    return with_speeds(experiment, pieces, jobs)
+
+
+def with_speeds(experiment: Experiment, pieces: Sequence[Piece], jobs: Sequence[Job]) -> list[Job]:
+    """The jobs with estimates of their time from what the pieces took so far."""
+    speeds = Speeds(experiment, pieces)
+    return [replace(job, seconds=0.0 if job.state == "done" else speeds.of(job)) for job in jobs]
 
 
 def training_of(piece: Piece, stale: set[str] | frozenset[str] = frozenset()) -> tuple[str, str]:
@@ -128,15 +133,14 @@ class Speeds:
                 if found is not None:
                     self.whole_curve.setdefault(piece.arm, []).append(found["seconds"])
 
-    def training(self, piece: Piece, state: str) -> float | None:
-        """Seconds that a training has left."""
+    def of(self, job: Job) -> float | None:
+        """Seconds that a job has left; None before one of its kind was seen."""
+        piece = job.piece
+        if not job.is_training:
+            return _mean(self.whole_curve, piece.arm)
         step = _mean(self.step, piece.arm)
-        spent = piece.run.status.get("train_seconds", 0.0) if state == "cut" else 0.0
+        spent = piece.run.status.get("train_seconds", 0.0) if job.state == "cut" else 0.0
         return None if step is None else max(10.0, step * piece.steps - spent)
-
-    def curve(self, piece: Piece) -> float | None:
-        """Seconds of a curve."""
-        return _mean(self.whole_curve, piece.arm)
 
 
 def _mean(seen: dict[str, list[float]], arm: str) -> float | None:

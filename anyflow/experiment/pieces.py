@@ -16,7 +16,7 @@ from typing import Any
 from anyflow.errors import UserError
 from anyflow.experiment.load import ARM_MODEL, in_order, needed_arms
 from anyflow.experiment.schema import Arm, Experiment
-from anyflow.recipe import Recipe, load_recipe
+from anyflow.recipe import Recipe, RunRecipe, load_recipe
 from anyflow.runs import RunFolder, changed_fields
 
 ROOT = Path("runs/experiments")
@@ -37,6 +37,7 @@ class Piece:
         needs: names of the folders of the pieces that must be trained before.
         given_frames: latent frames that are given when it is evaluated.
         is_shown: whether it is evaluated.
+        tracking_uri: where it is recorded; a finished model where the trained arms are.
     """
 
     arm: str
@@ -49,6 +50,7 @@ class Piece:
     needs: tuple[str, ...]
     given_frames: int
     is_shown: bool
+    tracking_uri: str
 
     @property
     def name(self) -> str:
@@ -110,7 +112,14 @@ def _piece(experiment: Experiment, home: Path, name: str, seed: int, card: str |
         needs=tuple(folder.name for needed, folder in folders.items() if not experiment.arms[needed].folder),
         given_frames=arm.given_frames if arm.given_frames >= 0 else experiment.evaluation.given_frames,
         is_shown=arm.shown,
+        tracking_uri=_tracking_uri(experiment),
     )
+
+
+def _tracking_uri(experiment: Experiment) -> str:
+    """What the overrides of all arms say, or the recipes' default."""
+    given = [text.partition("=")[2] for text in experiment.overrides if text.startswith("run.tracking_uri=")]
+    return given[-1] if given else RunRecipe().tracking_uri
 
 
 def _folder(experiment: Experiment, arm: str, seed: int, card: str | None) -> str:

@@ -23,7 +23,7 @@ from anyflow.experiment.pieces import Piece
 from anyflow.experiment.plots import film, picture, plot_cost, plot_curves, sample_grids
 from anyflow.experiment.schema import Experiment, Metric
 from anyflow.experiment.statistics import Estimate
-from anyflow.tracking import LOCAL_STORE, code_version, machine, record_report
+from anyflow.tracking import code_version, machine, record_report
 
 PAGE_BYTES = 2_900_000
 """Of the whole page."""
@@ -72,8 +72,9 @@ def write_report(experiment: Experiment, pieces: Sequence[Piece], missing: int) 
                 path.unlink()
         for path in partial.iterdir():
             shutil.move(path, folder / path.name)
-    uri = next((piece.recipe.run.tracking_uri for piece in pieces if piece.recipe is not None), LOCAL_STORE)
-    record_report(uri, experiment.name, mean_curves(measured), folder, "FINISHED" if not missing else "RUNNING")
+    record_report(
+        pieces[0].tracking_uri, experiment.name, mean_curves(measured), folder, "FINISHED" if not missing else "RUNNING"
+    )
     return folder, answers
 
 

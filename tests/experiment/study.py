@@ -28,7 +28,7 @@ arms:
   base: {folder: data/models/tiny}
   plain: {overrides: [stage.diffusion_share=1, stage.consistency_share=0]}
   more: {start_from: plain}
-overrides: [stage.steps=20]
+overrides: [stage.steps=20, "run.tracking_uri="]
 budget: {steps: 20, batch: 8}
 evaluation: {prompts: 4, steps: [1, 4, 32]}
 metrics:
