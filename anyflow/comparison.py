@@ -2,7 +2,7 @@
 
 A side is a run's folder, a run id of MLflow, or an arm of an experiment (``runs/experiments/NAME/ARM``: its seeds
 together). A figure is marked as the better one only where its interval is clear of all others: the spread over seeds,
-the interval that a curve itself tells (``NAME_low``, ``NAME_high``), or the score interval of a share.
+the half width that a curve's row tells itself (``interval``), or the score interval of a share.
 """
 
 from __future__ import annotations
@@ -147,16 +147,15 @@ def _pool(curves: Sequence[Mapping[str, Any]]) -> Figures:
 
 
 def _metrics(row: Mapping[str, Any]) -> list[str]:
-    ends = ("_low", "_high")
     numbers = [k for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool) and v == v]
-    return [key for key in numbers if key not in ("num_steps", "nfe") and not key.endswith(ends)]
+    return [key for key in numbers if key not in ("num_steps", "nfe")]
 
 
 def _own(row: Mapping[str, Any], metric: str, clips: int) -> Estimate:
     """A single curve's figure, with the interval that it tells, or a share's."""
-    value, ends = float(row[metric]), (row.get(f"{metric}_low"), row.get(f"{metric}_high"))
-    if ends[0] is not None and ends[1] is not None:
-        return Estimate(value, float(ends[0]), float(ends[1]), clips)
+    value, half = float(row[metric]), (row.get("interval") or {}).get(metric)
+    if half is not None and half == half:
+        return Estimate(value, value - half, value + half, clips)
     if metric.endswith(SHARES) and 0 <= value <= 1:
         return Estimate(value, *wilson_interval(value, clips), clips)
     return Estimate(value, None, None, 1)

@@ -12,10 +12,12 @@ from study import TEXT, invent, write_study
 
 from anyflow.experiment.claims import FAILS, HOLDS, OPEN, answer
 from anyflow.experiment.figures import few_step_ratio, measure, retention
+from anyflow.experiment.pieces import Piece
 from anyflow.experiment.report import mean_curves, write_report
-from anyflow.experiment.schema import Claim
+from anyflow.experiment.schema import Claim, Experiment
 
 PROJECT = Path(__file__).resolve().parents[2]
+Study = tuple[Experiment, list[Piece]]
 LEVEL = {"base": 1.0, "plain": 0.9, "more": 0.6}
 ROT = {"base": 1.0, "plain": 2.0, "more": 1.1}
 """How many times as bad fewer steps are than 32."""
@@ -24,6 +26,14 @@ ROT = {"base": 1.0, "plain": 2.0, "more": 1.1}
 @pytest.fixture(autouse=True)
 def in_project(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(PROJECT)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """An experiment with all curves, which the tests only read."""
+    experiment, pieces = write_study(tmp_path_factory.mktemp("study"))
+    invent(experiment, pieces, distance, with_samples=True)
+    return experiment, pieces
 
 
 def distance(arm: str, card: str, seed: int, steps: int) -> float:
@@ -48,10 +58,8 @@ def distance(arm: str, card: str, seed: int, steps: int) -> float:
         (Claim("x", "more", "plain", [1], cards=["games"]), HOLDS, "(3 pairs)"),
     ],
 )
-def test_a_claim_is_answered_by_pairs(tmp_path: Path, claim: Claim, verdict: str, told: str) -> None:
-    experiment, pieces = write_study(tmp_path)
-    invent(experiment, pieces, distance)
-    found = answer(measure(experiment, pieces), claim)
+def test_a_claim_is_answered_by_pairs(study: Study, claim: Claim, verdict: str, told: str) -> None:
+    found = answer(measure(*study), claim)
     assert found.verdict == verdict and any(told in reason for reason in found.reasons), found
 
 
@@ -62,10 +70,8 @@ def test_one_seed_decides_nothing(tmp_path: Path) -> None:
     assert found.verdict == OPEN and "no interval" in found.reasons[0]
 
 
-def test_ratio_and_retention_are_taken_seed_by_seed(tmp_path: Path) -> None:
-    experiment, pieces = write_study(tmp_path)
-    invent(experiment, pieces, distance)
-    measured, metric = measure(experiment, pieces), experiment.metrics[0]
+def test_ratio_and_retention_are_taken_seed_by_seed(study: Study) -> None:
+    measured, metric = measure(*study), study[0].metrics[0]
     ratio, kept = few_step_ratio(measured, "plain", metric), retention(measured, "plain", metric)
     assert ratio is not None and ratio.mean == pytest.approx(2, rel=0.02) and ratio.count == 6
     assert kept is not None and kept.mean == pytest.approx(0.5, rel=0.02)
@@ -73,12 +79,11 @@ def test_ratio_and_retention_are_taken_seed_by_seed(tmp_path: Path) -> None:
     assert retention(measured, "base", metric) is None
 
 
-def test_the_page_has_everything_inside(tmp_path: Path) -> None:
-    experiment, pieces = write_study(tmp_path)
-    invent(experiment, pieces, distance, with_samples=True)
-    (tmp_path / "results" / "study").mkdir(parents=True)
-    (tmp_path / "results" / "study" / "samples-old.png").touch()
-    folder, answers = write_report(experiment, pieces, missing=2)
+def test_the_page_has_everything_inside(study: Study) -> None:
+    old = study[0].results / "samples-old.png"
+    old.parent.mkdir(parents=True)
+    old.touch()
+    folder, answers = write_report(*study, missing=2)
     assert [found.verdict for found in answers] == [HOLDS]
     pictures = {"curves.png", "cost.png", "samples-driving.png", "samples-games.png"}
     assert {path.name for path in folder.iterdir()} == pictures | {"report.html", "report.md", "figures.json"}
@@ -111,9 +116,7 @@ def test_text_of_the_file_is_no_html(tmp_path: Path) -> None:
     assert "<script>" not in (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_mean_curves_have_the_step_count_and_the_cards(tmp_path: Path) -> None:
-    experiment, pieces = write_study(tmp_path)
-    invent(experiment, pieces, distance)
-    curves = mean_curves(measure(experiment, pieces))
+def test_mean_curves_have_the_step_count_and_the_cards(study: Study) -> None:
+    curves = mean_curves(measure(*study))
     assert set(curves) == {name for arm in LEVEL for name in (arm, f"{arm}/driving", f"{arm}/games")}
     assert [row["num_steps"] for row in curves["base"]] == [1, 4, 32]
