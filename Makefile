@@ -12,12 +12,14 @@ RECIPE ?=
 MODEL ?=
 HARDWARE ?=
 ARGS ?=
+NAME ?=
 DOMAIN ?= driving
 CLIPS ?= 1000
 export PROMPT ?= A green car drives slowly and changes left from the middle lane to the left lane.
 
 .DEFAULT_GOAL := help
-.PHONY: help install finetune teacher forward onpolicy consistency dmd codec base sample plan data mlflow bench test test-slow lint
+.PHONY: help install finetune teacher forward onpolicy consistency dmd codec base sample plan data experiment mlflow bench
+.PHONY: test test-slow lint
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -71,6 +73,11 @@ sample: $(VENV)/.installed ## clips of a prompt at several step counts: PROMPT="
 
 plan: $(VENV)/.installed ## the memory that a recipe needs on GPUs: RECIPE=forward/wan2.1-t2v-14b [MODEL=...] [HARDWARE=...]
 	$(ANYFLOW) plan $(or $(RECIPE),forward/wan2.1-t2v-14b) $(if $(MODEL),--model $(MODEL)) $(if $(HARDWARE),--hardware $(HARDWARE)) $(ARGS)
+
+experiment: $(VENV)/.installed ## answer a question by its arms and seeds: NAME=any-step|retention|causal|ablation
+	@test -n "$(NAME)" || { echo 'which one? make experiment NAME=..., where NAME is one of:' \
+		$(patsubst experiments/%.yaml,%,$(wildcard experiments/*.yaml)) >&2; exit 2; }
+	$(ANYFLOW) experiment $(NAME) $(ARGS)
 
 mlflow: $(VENV)/.installed ## the runs in a browser, on this machine only (127.0.0.1)
 	$(ANYFLOW) mlflow --serve $(ARGS)

@@ -9,7 +9,20 @@ import sys
 import typer
 
 from anyflow import __version__
-from anyflow.commands import bench, data, evaluate, export, plan, recipes, sample, tracking, train
+from anyflow.commands import (
+    bench,
+    compare,
+    data,
+    evaluate,
+    experiment,
+    export,
+    plan,
+    recipes,
+    sample,
+    sync,
+    tracking,
+    train,
+)
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
 from anyflow.ranks import leave_report
 
@@ -40,11 +53,14 @@ def _top(
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
+app.command("experiment")(experiment.experiment)
 app.command("export")(export.export)
 app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
 app.command("plan")(plan.plan)
 app.command("bench")(bench.bench)
+app.command("sync")(sync.sync)
 app.command("mlflow")(tracking.mlflow)
 
 

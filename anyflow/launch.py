@@ -36,19 +36,13 @@ from anyflow.callbacks.sampling import Sampling
 from anyflow.callbacks.sharded import AnyCheckpoint, ShardedStrategy
 from anyflow.console import quiet_libraries
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
+from anyflow.fingerprints import facts_of
 from anyflow.finish import describe_parts, finish_codec, finish_flow, measure, report_skipped, summary
 from anyflow.plan import memory_here, plan
-from anyflow.recipe import Recipe, check_files, load_recipe, save_recipe, to_dict
+from anyflow.recipe import Recipe, check_files, save_recipe, to_dict
 from anyflow.recipe.fields import flatten
-from anyflow.runs import RunFolder, open_run
-from anyflow.tracking import EXPERIMENT, close_tracking, log_artifact, open_tracking
-
-FREE_ON_RESUME = (
-    *("run.", "hardware.", "checkpoint.", "sampling."),
-    *("data.num_workers", "data.error_budget", "data.batch_size"),
-)
-"""Fields that may change when a run goes on: they do not touch what is computed. (A rank's batch may change with the
-number of ranks; that the batch over all ranks does not, the data's plan sees to.)"""
+from anyflow.runs import RunFolder, changed_fields, open_run
+from anyflow.tracking import close_tracking, code_version, log_artifact, open_tracking
 
 
 def train(
@@ -130,13 +124,14 @@ def _open_records(recipe: Recipe, run: RunFolder) -> MLFlowLogger | None:
     """The run's folder with its recipe, and the tracker."""
     run.path.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, run.recipe)
-    run.note(state="running")
+    facts = facts_of(recipe)
+    run.note(state="running", **facts, code=code_version())
     logger = open_tracking(
         run,
         uri=recipe.run.tracking_uri,
-        experiment=EXPERIMENT,
+        experiment=recipe.run.experiment,
         parameters=dict(flatten(to_dict(recipe))),
-        tags={"stage": recipe.stage.name, "model": recipe.model.name, "recipe": recipe.run.recipe},
+        tags={"stage": recipe.stage.name, "model": recipe.model.name, "recipe": recipe.run.recipe, **facts},
     )
     log_artifact(logger, run.recipe)
     return logger
@@ -248,13 +243,9 @@ def _refuse_another_recipe(run: RunFolder, recipe: Recipe, accept: bool) -> bool
     Raises:
         UserError: fields differ, and that was not accepted.
     """
-    if not run.recipe.exists():
-        return False
-    saved = dict(flatten(to_dict(load_recipe(str(run.recipe)))))
-    now = dict(flatten(to_dict(recipe)))
-    changed = [key for key in now if saved.get(key) != now[key] and not key.startswith(FREE_ON_RESUME)]
+    changed = changed_fields(run, recipe)
     if changed:
-        listed = "; ".join(f"{key} was {saved.get(key)!r} and is {now[key]!r}" for key in changed[:5])
+        listed = "; ".join(f"{key} was {was!r} and is {now!r}" for key, was, now in changed[:5])
         listed += f" ({len(changed) - 5} more)" if len(changed) > 5 else ""
         if not accept:
             raise UserError(

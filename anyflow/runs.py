@@ -17,6 +17,16 @@ from typing import Any
 
 from anyflow.callbacks.checkpoints import latest_checkpoint, write_atomically
 from anyflow.errors import UserError
+from anyflow.recipe import Recipe, load_recipe, to_dict
+from anyflow.recipe.fields import flatten
+
+FREE_ON_RESUME = (
+    *("run.recipe", "run.name", "run.out", "run.tracking_uri", "run.experiment"),
+    *("hardware.", "checkpoint.", "sampling."),
+    *("data.num_workers", "data.error_budget", "data.batch_size"),
+)
+"""Fields that may change when a run goes on: they do not touch what is computed. (A rank's batch may change with the
+number of ranks; that the batch over all ranks does not, the data's plan sees to.)"""
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,16 @@ def open_run(root: Path, name: str, *, out: Path | None, resume: str | None) -> 
             return RunFolder(path)
     known = ", ".join(sorted(path.parent.name for path in root.glob("*/recipe.yaml"))) or "none yet"
     raise UserError(f"--resume {resume}: there is no such run in {root} (runs: {known})")
+
+
+def changed_fields(run: RunFolder, recipe: Recipe) -> list[tuple[str, Any, Any]]:
+    """``(key, was, is)`` of each field that a recipe computes something else by than the run that was started."""
+    if not run.recipe.exists():
+        return []
+    saved = dict(flatten(to_dict(load_recipe(str(run.recipe)))))
+    now = dict(flatten(to_dict(recipe)))
+    different = [key for key in now if saved.get(key) != now[key] and not key.startswith(FREE_ON_RESUME)]
+    return [(key, saved.get(key), now[key]) for key in different]
 
 
 def _numbered(root: Path, name: str) -> dict[int, Path]:

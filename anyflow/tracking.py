@@ -1,6 +1,8 @@
 """MLflow: where runs are compared. A run is logged with its recipe, code, machine, curves, pictures and files.
 
-Tracking must never cost a training: a store that fails is reported once and the run goes on, its files being on disk.
+Local first: runs are recorded in a database on this machine, whatever the recipe names; :mod:`anyflow.sync` sends them
+to a server when one asks for it. Tracking must never cost a training: a store that fails is reported once and the run
+goes on, its files being on disk.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,41 +22,156 @@ from lightning.pytorch.loggers import MLFlowLogger
 
 from anyflow.runs import RunFolder
 
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # no word on making its tables
+
 EXPERIMENT = "anyflow"
+"""MLflow's experiment of runs that belong to none."""
+LOCAL_STORE = "sqlite:///runs/mlflow.db"
+PARENT_TAG = "mlflow.parentRunId"
+ROLE_TAG = "anyflow.role"
+MAX_PARAM = 500
+"""Characters of a parameter's value; MLflow refuses long ones."""
+
+
+class SafeLogger(MLFlowLogger):
+    """Lightning's logger, whose failures are told once and stop nothing."""
+
+    is_broken = False
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # type: ignore[override]
+        self._safely(super().log_metrics, metrics, step)
+
+    def log_hyperparams(self, params: Any) -> None:  # type: ignore[override]
+        self._safely(super().log_hyperparams, params)
+
+    def finalize(self, status: str = "success") -> None:
+        self._safely(super().finalize, status)
+
+    def _safely(self, action: Any, *arguments: Any) -> None:
+        try:
+            action(*arguments)
+        except Exception as error:
+            if not self.is_broken:
+                print(f"MLflow does not take this run's figures ({_first_line(error)}); it goes on", file=sys.stderr)
+            self.is_broken = True
+
+
+def local_store(uri: str) -> tuple[str, str]:
+    """``(database, folder of artifacts)`` that runs are recorded in: the database of a ``sqlite:///`` address.
+
+    A server's address gives the usual database of this machine, and a line that says how the runs get there.
+    """
+    if not uri.startswith("sqlite:///"):
+        print(f"runs are recorded in {LOCAL_STORE}; send them by: anyflow sync --to {uri}", file=sys.stderr)
+        uri = LOCAL_STORE
+    store = Path(uri.removeprefix("sqlite:///")).resolve()
+    store.parent.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{store}", (store.parent / "mlflow-artifacts").as_uri()
 
 
 def open_tracking(
     run: RunFolder, *, uri: str, experiment: str, parameters: Mapping[str, Any], tags: Mapping[str, str]
-) -> MLFlowLogger | None:
-    """A logger on a new MLflow run, or on the resumed run's own; None if tracking is off or out of reach."""
+) -> SafeLogger | None:
+    """A logger on a new MLflow run, or on the resumed run's own; None if tracking is off or fails.
+
+    A run of an ``experiment`` stands below that experiment's own run.
+    """
     if not uri:
         return None
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
-        artifacts = None
-        if uri.startswith("sqlite:///"):
-            store = Path(uri.removeprefix("sqlite:///")).resolve()
-            store.parent.mkdir(parents=True, exist_ok=True)
-            uri, artifacts = f"sqlite:///{store}", (store.parent / "mlflow-artifacts").as_uri()
-        logger = MLFlowLogger(
-            experiment_name=experiment,
+        store, artifacts = local_store(uri)
+        parent = {PARENT_TAG: experiment_run(store, artifacts, experiment)[1]} if experiment else {}
+        logger = SafeLogger(
+            experiment_name=experiment or EXPERIMENT,
             run_name=run.name,
-            tracking_uri=uri,
+            tracking_uri=store,
             artifact_location=artifacts,
             run_id=run.status.get("mlflow_run_id"),
-            tags={**tags, **code_version(), **machine()},
+            tags={**tags, **parent, **code_version(), **machine()},
         )
         client, run_id = logger.experiment, logger.run_id
         if run.status.get("mlflow_run_id") is None:
-            for start in range(0, len(parameters), 50):
-                part = dict(list(parameters.items())[start : start + 50])
-                logger.log_hyperparams({key: str(value)[:500] for key, value in part.items()})
+            _log_params(client, str(run_id), parameters)
         client.set_terminated(run_id, status="RUNNING")  # a resumed run would otherwise stay FINISHED
         run.note(mlflow_run_id=run_id)
         return logger
     except Exception as error:  # any store, any failure: training matters more
         print(f"MLflow at {uri} cannot be used ({error}); the run goes on without it", file=sys.stderr)
         return None
+
+
+def experiment_run(store: str, artifacts: str, name: str) -> tuple[Any, str]:
+    """MLflow's client and the id of an experiment's own run, below which its runs stand; made if there is none."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=store)
+    known = client.get_experiment_by_name(name)
+    number = known.experiment_id if known else client.create_experiment(name, artifact_location=artifacts)
+    found = client.search_runs([number], filter_string=f"tags.`{ROLE_TAG}` = 'experiment'", max_results=1)
+    if found:
+        return client, found[0].info.run_id
+    made = client.create_run(number, run_name=name, tags={ROLE_TAG: "experiment", **code_version(), **machine()})
+    return client, made.info.run_id
+
+
+def record_curves(
+    run: RunFolder,
+    *,
+    uri: str,
+    experiment: str,
+    curves: Mapping[str, Iterable[Mapping[str, Any]]],
+    tags: dict[str, str],
+) -> None:
+    """Add curves to the run of one arm and seed, which a finished model does not have yet.
+
+    Args:
+        run: the arm's folder.
+        uri: the recipe's or the usual database; empty: tracking is off.
+        experiment: name of the experiment.
+        curves: name of the curve (``after``, ``after/driving``): its rows.
+        tags: added to the run.
+    """
+
+    def record(client: Any, parent: str) -> None:
+        run_id = run.status.get("mlflow_run_id")
+        if run_id is None:
+            number = client.get_run(parent).info.experiment_id
+            made = client.create_run(
+                number, run_name=run.name, tags={PARENT_TAG: parent, **code_version(), **machine()}
+            )
+            run_id = made.info.run_id
+            run.note(mlflow_run_id=run_id)
+            client.set_terminated(run_id)
+        for key, value in tags.items():
+            client.set_tag(run_id, key, value)
+        for name, rows in curves.items():
+            _log_rows(client, run_id, name, rows)
+
+    _with_experiment(uri, experiment, record)
+
+
+def record_report(
+    uri: str, experiment: str, curves: Mapping[str, Iterable[Mapping[str, Any]]], folder: Path, state: str
+) -> None:
+    """Give an experiment's own run its arms' mean curves and its report as artifacts."""
+
+    def record(client: Any, run_id: str) -> None:
+        for name, rows in curves.items():
+            _log_rows(client, run_id, name, rows)
+        client.log_artifacts(run_id, str(folder), "report")
+        client.set_terminated(run_id, status=state)
+
+    _with_experiment(uri, experiment, record)
+
+
+def _with_experiment(uri: str, experiment: str, action: Any) -> None:
+    if not uri:
+        return
+    try:
+        action(*experiment_run(*local_store(uri), experiment))
+    except Exception as error:
+        print(f"MLflow did not take this: {_first_line(error)}", file=sys.stderr)
 
 
 def log_artifacts(logger: MLFlowLogger | None, folder: Path, name: str) -> None:
@@ -66,16 +184,31 @@ def log_artifact(logger: MLFlowLogger | None, path: Path) -> None:
     _quietly(logger, lambda client, run_id: client.log_artifact(run_id, str(path)))
 
 
-def log_curve(logger: MLFlowLogger | None, when: str, rows: list[Mapping[str, Any]]) -> None:
+def log_curve(logger: MLFlowLogger | None, when: str, rows: Iterable[Mapping[str, Any]]) -> None:
     """Log a curve's figures, with the number of steps as MLflow's step: ``before/motion_accuracy`` over 1, 2, 4 ..."""
+    _quietly(logger, lambda client, run_id: _log_rows(client, run_id, when, rows))
 
-    def send(client: Any, run_id: str) -> None:
-        for row in rows:
-            for name, value in row.items():
-                if name != "num_steps" and isinstance(value, int | float) and value == value:
-                    client.log_metric(run_id, f"{when}/{name}", float(value), step=int(row["num_steps"]))
 
-    _quietly(logger, send)
+def _log_rows(client: Any, run_id: str, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    figures = [
+        Metric(f"{name}/{key}", float(value), now, int(row["num_steps"]))
+        for row in rows
+        for key, value in row.items()
+        if key != "num_steps" and isinstance(value, int | float) and value == value
+    ]
+    for start in range(0, len(figures), 500):
+        client.log_batch(run_id, metrics=figures[start : start + 500])
+
+
+def _log_params(client: Any, run_id: str, parameters: Mapping[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    params = [Param(key, str(value)[:MAX_PARAM]) for key, value in parameters.items()]
+    for start in range(0, len(params), 50):
+        client.log_batch(run_id, params=params[start : start + 50])
 
 
 def close_tracking(logger: MLFlowLogger | None, status: str) -> None:
@@ -115,4 +248,8 @@ def _quietly(logger: MLFlowLogger | None, action: Any) -> None:
     try:
         action(logger.experiment, logger.run_id)
     except Exception as error:
-        print(f"MLflow did not take this: {error}", file=sys.stderr)
+        print(f"MLflow did not take this: {_first_line(error)}", file=sys.stderr)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

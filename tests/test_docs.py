@@ -14,13 +14,14 @@ import pytest
 import typer
 
 from anyflow.cli import app
+from anyflow.experiment.load import load_experiment
 from anyflow.recipe import load_recipe
 
 PROJECT = Path(__file__).resolve().parents[1]
 PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
 RECIPE_HEADS = sorted((PROJECT / "recipes").glob("*/*.yaml"))
 TARGETS = set(re.findall(r"^([a-z-]+):", (PROJECT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-VARIABLES = {"RECIPE", "MODEL", "HARDWARE", "ARGS", "DOMAIN", "CLIPS", "PROMPT", "STEPS", "PYTHON"}
+VARIABLES = {"RECIPE", "MODEL", "HARDWARE", "ARGS", "DOMAIN", "CLIPS", "PROMPT", "STEPS", "PYTHON", "NAME"}
 PLACEHOLDER = re.compile(r"path/to/|my-data/|/FORWARD/")
 """What stands for the user's own files: such a value is not looked up."""
 
@@ -62,6 +63,8 @@ def check_make(words: list[str]) -> None:
     given = dict(word.split("=", 1) for word in settings)
     assert target in TARGETS
     assert given.keys() <= VARIABLES
+    if target == "experiment":
+        check_anyflow(["experiment", given["NAME"], *shlex.split(given.get("ARGS", ""))])
     if "RECIPE" in given:
         options = [f"--{name.lower()}={given[name]}" for name in ("MODEL", "HARDWARE") if name in given]
         check_anyflow(["train", f"{target}/{given['RECIPE']}", *options, *shlex.split(given.get("ARGS", ""))])
@@ -73,6 +76,8 @@ def check_anyflow(words: list[str]) -> None:
         assert words[0] in command.commands, f"there is no command {words[0]}"
         command, words = command.commands[words[0]], words[1:]
     parsed = command.make_context(command.name, list(words)).params
+    if command.name == "experiment" and parsed["name"] and not PLACEHOLDER.search(parsed["name"]):
+        load_experiment(parsed["name"])
     if command.name == "train":
         overrides = [text for text in parsed["overrides"] or () if not PLACEHOLDER.search(text)]
         card = ["data.card=driving"] if len(overrides) < len(parsed["overrides"] or ()) else []

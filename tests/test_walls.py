@@ -13,8 +13,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "anyflow"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 STREET = {
-    *("assemble", "benchmark", "cli", "commands", "console", "curves", "encoding"),
-    *("finish", "launch", "plan", "plan_peak", "plan_simulate", "plan_turns", "probes", "ranks", "runs", "tracking"),
+    *("assemble", "benchmark", "cli", "commands", "comparison", "console", "curves", "encoding"),
+    *("experiment", "fingerprints", "finish", "launch", "plan", "plan_peak", "plan_simulate", "plan_turns", "probes"),
+    *("ranks", "runs", "sync", "tracking"),
 }
 """The street door and the launcher: they may use every room."""
 
@@ -38,7 +39,13 @@ THIRD_PARTY: dict[str, set[str]] = {
 """Rooms that may import these libraries alone."""
 
 ONLY_IN: dict[str, set[str]] = {
-    "mlflow": {"anyflow/tracking.py", "anyflow/launch.py", "anyflow/commands/tracking.py"},
+    "mlflow": {
+        "anyflow/tracking.py",
+        "anyflow/sync.py",
+        "anyflow/comparison.py",
+        "anyflow/launch.py",
+        "anyflow/commands/tracking.py",
+    },
     "torch.distributed": {
         "anyflow/backbone/parallelize.py",
         "anyflow/stages/base.py",

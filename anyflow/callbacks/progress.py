@@ -61,7 +61,7 @@ class TrainingProgress(Callback):
             left = elapsed / steps * (self.total_steps - stage.step)
             print(
                 f"{self.title}  step {stage.step}/{self.total_steps}  loss {self._loss:.4g}  "
-                f"{speed:.1f} clips/s  {_clock(left)} left",
+                f"{speed:.1f} clips/s  {clock(left)} left",
                 file=sys.stderr,
                 flush=True,
             )
@@ -72,7 +72,8 @@ class TrainingProgress(Callback):
             self._progress = None
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as ``1:05`` or ``2:01:05``."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -33,6 +33,8 @@ GAP = 8
 MARGIN = 20
 CAPTION_WIDTH = 230
 LABEL_WIDTH = 74
+LABEL_LETTER = 11
+"""Pixels of a letter of a label, the widest ones apart."""
 HEADER_HEIGHT = 34
 TITLE_HEIGHT = 76
 MIN_TITLED_WIDTH = 980
@@ -126,7 +128,9 @@ class _Layout:
         height, width = grid._all()[0].shape[2:4]
         self.cell = (CELL_WIDTH, round(CELL_WIDTH * height / width))
         self.grid = grid
-        self.labels = LABEL_WIDTH if len(grid.variants) > 1 or grid.headings is not None else 0
+        longest = max(map(len, map(str, grid.variants)), default=0)
+        widest = max(LABEL_WIDTH, LABEL_LETTER * longest)
+        self.labels = widest if len(grid.variants) > 1 or grid.headings is not None else 0
         self.columns = len(grid.steps) + (grid.real is not None)
         self.caption_x = MARGIN
         self.real_x = MARGIN + CAPTION_WIDTH + GAP
@@ -216,7 +220,7 @@ def save_png(grid: Grid, path: Path) -> None:
     still(grid).save(path, optimize=True)
 
 
-def save_mp4(grid: Grid, path: Path, *, fps: float = 8.0, loops: int = 3, hold: int = 4) -> None:
+def save_mp4(grid: Grid, path: Path, *, fps: float = 8.0, loops: int = 3, hold: int = 4, quality: int = 18) -> None:
     """Write the moving grid as h264 (yuv420p, so that every browser plays it).
 
     Args:
@@ -225,13 +229,14 @@ def save_mp4(grid: Grid, path: Path, *, fps: float = 8.0, loops: int = 3, hold: 
         fps: of the clips.
         loops: how many times it plays.
         hold: frames for which the end of each loop stands still.
+        quality: h264's constant rate factor: 18 looks like the original, each 6 more halve the bytes.
     """
     frames = list(moving(grid))
     frames += [frames[-1]] * hold
-    write_mp4(path, frames * loops, fps)
+    write_mp4(path, frames * loops, fps, quality)
 
 
-def write_mp4(path: Path, frames: Sequence[NDArray[np.uint8]], fps: float) -> None:
+def write_mp4(path: Path, frames: Sequence[NDArray[np.uint8]], fps: float, quality: int = 18) -> None:
     """Encode uint8 RGB frames ``[H, W, 3]`` of even sizes as h264, yuv420p, playable while it loads."""
     from fractions import Fraction
 
@@ -241,7 +246,7 @@ def write_mp4(path: Path, frames: Sequence[NDArray[np.uint8]], fps: float) -> No
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "18", "preset": "medium"}
+        stream.options = {"crf": str(quality), "preset": "medium"}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode(None))

@@ -26,7 +26,7 @@ def check_recipe(recipe: Recipe) -> None:
         UserError: the first field at fault, its value, and what to give instead.
     """
     for key, info in all_fields().items():
-        _check_range(recipe, info, value_of(recipe, key))
+        check_range(info, value_of(recipe, key), recipe.sources.get(key, "default"))
     _check_names(recipe)
     _check_geometry(recipe)
     _check_model(recipe)
@@ -111,8 +111,13 @@ def fit_batch(recipe: Recipe) -> Recipe:
     )
 
 
-def _check_range(recipe: Recipe, info: FieldInfo, value: Any) -> None:
-    where = f"{info.key}={value!r} ({recipe.sources.get(info.key, 'default')})"
+def check_range(info: FieldInfo, value: Any, source: str) -> None:
+    """That a field's value, or each of a list's, is within its limits; ``source`` says who set it.
+
+    Raises:
+        UserError: it is not.
+    """
+    where = f"{info.key}={value!r} ({source})"
     for item in value if isinstance(value, list) else [value]:
         if "choices" in info.limits and item not in info.limits["choices"]:
             close = difflib.get_close_matches(str(item), info.limits["choices"], n=1)

@@ -50,7 +50,7 @@ def load_recipe(
         UserError: an unknown name or key, a wrong type, a value out of range, or fields that contradict each other.
     """
     path = _find(name)
-    stage = _read(path)
+    stage = read_yaml(path)
     complete = stage.pop("complete", False)
     defaults = _defaults(stage.pop("defaults", {}), path)
     if complete and (model or hardware):
@@ -59,7 +59,7 @@ def load_recipe(
     if not complete:
         model_path = _find_part("models", model or defaults.get("model", "tiny"))
         hardware_path = _find_part("hardware", hardware or defaults.get("hardware", "cpu"))
-        layers = [(str(model_path), _read(model_path)), *layers, (str(hardware_path), _read(hardware_path))]
+        layers = [(str(model_path), read_yaml(model_path)), *layers, (str(hardware_path), read_yaml(hardware_path))]
         layers.append((DERIVED, {"run": {"recipe": _short_name(path)}}))
     layers += [(COMMAND_LINE, _parse_override(text)) for text in overrides]
     return _finish(_merge(layers))
@@ -251,8 +251,12 @@ def _short_name(path: Path) -> str:
     return f"{parent}/{path.stem}" if parent in STAGE_FOLDERS else path.stem
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A YAML mapping from a file."""
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file, without the keys that have no value.
+
+    Raises:
+        UserError: it cannot be read, is no YAML, or holds something else.
+    """
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

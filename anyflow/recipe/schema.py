@@ -35,6 +35,10 @@ def _option(default: Any, help: str, **limits: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+option = _option
+"""For the schemas of other files, which have the same kinds of fields (experiments)."""
+
+
 @dataclass(frozen=True)
 class LoraRecipe:
     """Which weights a LoRA run trains; without LoRA every weight of the network is trained."""
@@ -302,7 +306,10 @@ class RunRecipe:
     name: str = _option("", "name of the run and of its folder; empty: made of recipe and model")
     seed: int = _option(0, "seed of every draw", low=0, high=2**31 - 1)
     out: str = _option("runs", "folder that run folders are made in")
-    tracking_uri: str = _option("sqlite:///runs/mlflow.db", "MLflow's database or server")
+    tracking_uri: str = _option(
+        "sqlite:///runs/mlflow.db", "MLflow's database on this machine; `anyflow sync` sends it to a server"
+    )
+    experiment: str = _option("", "experiment that the run belongs to; in MLflow it stands below that experiment's run")
 
 
 @dataclass(frozen=True)

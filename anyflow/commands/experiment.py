@@ -1,0 +1,141 @@
+"""``anyflow experiment``: run what is missing of an experiment, and write its report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anyflow.commands.common import Json, print_json
+from anyflow.errors import UserError
+
+if TYPE_CHECKING:
+    from anyflow.experiment.jobs import Job
+    from anyflow.experiment.pieces import Piece
+    from anyflow.experiment.schema import Experiment
+
+
+def experiment(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A file of experiments/, or a path.")] = None,
+    only: Annotated[str, typer.Option(help="Arms, and what they start from: for example forward,plain.")] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds: for example 0,1.")] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what is done and what is missing; run nothing.")
+    ] = False,
+    report: Annotated[bool, typer.Option("--report", help="Write the report of what there is; run nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run an experiment: its arms and seeds, one after the other, then the report that answers its question.
+
+    \b
+    Examples:
+      anyflow experiment
+      anyflow experiment retention --dry-run
+      anyflow experiment any-step --only forward --seeds 0
+      anyflow experiment any-step --report
+    \b
+    Start it again after an interruption: finished pieces stay, a training that was cut goes on. Exit codes as of
+    anyflow train; 1: a piece failed, and the others were done.
+    """
+    from anyflow.experiment.load import load_experiment
+
+    if name is None:
+        _list(as_json)
+        return
+    found = load_experiment(name)
+    from anyflow.experiment.jobs import jobs_of, select
+    from anyflow.experiment.pieces import pieces_of
+
+    every = pieces_of(found)
+    chosen = select(found, every, _words(only), _numbers(seeds))
+    if dry_run:
+        jobs = jobs_of(found, chosen)
+        print_json(_jobs_document(found, jobs)) if as_json else _show_jobs(found, jobs)
+        return
+    failed = {} if report else _run(found, chosen)
+    missing = sum(job.state != "done" for job in jobs_of(found, every))
+    _report(found, every, missing, as_json, failed)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _list(as_json: bool) -> None:
+    from anyflow.experiment.load import list_experiments, load_experiment
+
+    known = {name: load_experiment(name).question for name in list_experiments()}
+    if as_json:
+        print_json(known)
+        return
+    for name, question in known.items():
+        typer.echo(f"{name:<14}{question}")
+
+
+def _run(found: Experiment, pieces: list[Piece]) -> dict[str, str]:
+    from anyflow.data.card import load_card
+    from anyflow.experiment.execute import Stopped, run_pieces
+
+    for card in found.cards:
+        load_card(card)
+    try:
+        return run_pieces(found, pieces)
+    except Stopped as stop:
+        typer.echo(f"\nStopped; to go on: anyflow experiment {found.file}", err=True)
+        raise typer.Exit(stop.code) from None
+
+
+def _report(found: Experiment, pieces: list[Piece], missing: int, as_json: bool, failed: dict[str, str]) -> None:
+    from anyflow.console import quiet_libraries
+    from anyflow.experiment.report import write_report
+
+    quiet_libraries()
+    folder, answers = write_report(found, pieces, missing)
+    if as_json:
+        told = [{"say": a.claim.say, "verdict": a.verdict, "reasons": a.reasons} for a in answers]
+        print_json({"experiment": found.name, "missing": missing, "failed": failed, "answers": told, "report": folder})
+        return
+    typer.echo(found.question)
+    for answer in answers:
+        typer.echo(f"  {answer.verdict:<14}{answer.claim.say}")
+    for name, why in failed.items():
+        typer.echo(f"  failed        {name}: {why}")
+    if missing:
+        typer.echo(f"{missing} trainings and curves are missing: anyflow experiment {found.file}")
+    typer.echo(f"report: {folder / 'report.html'}   in MLflow: make mlflow")
+
+
+def _show_jobs(found: Experiment, jobs: list[Job]) -> None:
+    from anyflow.callbacks.progress import clock
+    from anyflow.experiment.jobs import left
+
+    typer.echo(found.question)
+    for job in jobs:
+        time = "" if job.state == "done" else clock(job.seconds) if job.seconds is not None else "?"
+        typer.echo(f"  {job.state:<8} {time:>8}  {job.title}{f' ({job.reason})' if job.reason else ''}")
+    typer.echo(f"{len(jobs)} trainings and curves, {left(jobs, clock)}")
+
+
+def _jobs_document(found: Experiment, jobs: list[Job]) -> dict[str, Any]:
+    rows = [
+        {
+            "run": job.piece.run.path,
+            "arm": job.piece.arm,
+            "seed": job.piece.seed,
+            "evaluates": job.card or None,
+            "state": job.state,
+            "reason": job.reason,
+            "seconds": job.seconds,
+        }
+        for job in jobs
+    ]
+    return {"experiment": found.name, "question": found.question, "jobs": rows}
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in _words(text)]
+    except ValueError:
+        raise UserError(f"--seeds {text!r} is no list of whole numbers: write for example --seeds 0,1") from None

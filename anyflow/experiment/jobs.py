@@ -1,0 +1,158 @@
+"""What of an experiment is done and what is missing, and how long that may take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from anyflow.errors import UserError
+from anyflow.experiment.pieces import Piece, curve_settings, read_curve, training_state
+from anyflow.experiment.schema import Experiment
+from anyflow.fingerprints import data_fingerprint, facts_of, model_fingerprint
+
+TRAIN = "train"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training, or one curve.
+
+    Attributes:
+        piece: whose.
+        card: the data set that a curve is measured on; empty for the training.
+        state: ``done``, ``missing``, ``cut`` (it goes on from its checkpoint) or ``changed`` (it is done again).
+        reason: what changed.
+        seconds: an estimate of what is left, from the speeds seen so far; None before anything was seen.
+    """
+
+    piece: Piece
+    card: str
+    state: str
+    reason: str = ""
+    seconds: float | None = None
+
+    @property
+    def is_training(self) -> bool:
+        """Whether it trains."""
+        return not self.card
+
+    @property
+    def title(self) -> str:
+        """What stands on the screen."""
+        what = f"train {self.piece.steps} steps" if self.is_training else f"evaluate on {self.card}"
+        return f"{self.piece.name}: {what}"
+
+
+def select(experiment: Experiment, pieces: Sequence[Piece], only: Sequence[str], seeds: Sequence[int]) -> list[Piece]:
+    """The pieces of some arms and seeds (all, where none are named), and those that they need.
+
+    Raises:
+        UserError: an arm or seed that the experiment does not have.
+    """
+    for arm in only:
+        if arm not in experiment.arms:
+            raise UserError(f"--only {arm}: experiment {experiment.name} has the arms {', '.join(experiment.arms)}")
+    known = {piece.seed for piece in pieces}
+    for seed in seeds:
+        if seed not in known:
+            raise UserError(f"--seeds {seed}: experiment {experiment.name} has the seeds {sorted(known)}")
+    wanted = {p.name for p in pieces if (not only or p.arm in only) and (not seeds or p.seed in seeds)}
+    for piece in reversed(pieces):  # what needs something stands behind it
+        if piece.name in wanted:
+            wanted |= set(piece.needs)
+    return [piece for piece in pieces if piece.name in wanted]
+
+
+def jobs_of(experiment: Experiment, pieces: Sequence[Piece]) -> list[Job]:
+    """All trainings and curves of some pieces, with their state.
+
+    Raises:
+        UserError: a card's shards are missing.
+    """
+    jobs: list[Job] = []
+    stale: set[str] = set()
+    for piece in pieces:
+        state, reason = training_of(piece, stale)
+        if state != "done":
+            stale.add(piece.name)
+        if piece.recipe is not None:
+            jobs.append(Job(piece, "", state, reason))
+        for card in piece.cards if piece.is_shown else ():
+            found, why = ("missing", "") if state != "done" else curve_state(experiment, piece, card)
+            jobs.append(Job(piece, card, found, why))
+    return with_speeds(experiment, pieces, jobs)
+
+
+def with_speeds(experiment: Experiment, pieces: Sequence[Piece], jobs: Sequence[Job]) -> list[Job]:
+    """The jobs with estimates of their time from what the pieces took so far."""
+    speeds = Speeds(experiment, pieces)
+    return [replace(job, seconds=0.0 if job.state == "done" else speeds.of(job)) for job in jobs]
+
+
+def training_of(piece: Piece, stale: set[str] | frozenset[str] = frozenset()) -> tuple[str, str]:
+    """A training's state and what changed; ``stale`` names the pieces that are not trained as they should be."""
+    state, reason = training_state(piece, facts_of(piece.recipe) if piece.recipe is not None else {})
+    waits_for = [name for name in piece.needs if name in stale]
+    if waits_for and state in ("done", "cut", "changed"):
+        return "changed", reason or f"it starts from {waits_for[0]}"
+    return state, reason
+
+
+def measured_on(experiment: Experiment, piece: Piece, card: str) -> dict[str, Any]:
+    """What a curve stands on: model, data and settings."""
+    return {
+        "model": model_fingerprint(piece.model),
+        "data": data_fingerprint(card, experiment.evaluation.split),
+        **curve_settings(experiment, piece),
+    }
+
+
+def curve_state(experiment: Experiment, piece: Piece, card: str) -> tuple[str, str]:
+    """A curve's state and what changed."""
+    found = read_curve(piece, card)
+    if found is None:
+        return "missing", ""
+    now, was = measured_on(experiment, piece, card), found["measured_on"]
+    changes = [f"{key} was {was.get(key)!r} and is {value!r}" for key, value in now.items() if was.get(key) != value]
+    return ("changed", "; ".join(changes[:3])) if changes else ("done", "")
+
+
+class Speeds:
+    """Seconds that trainings and curves took: of the same arm if it was seen, else of any."""
+
+    def __init__(self, experiment: Experiment, pieces: Sequence[Piece]) -> None:
+        self.step: dict[str, list[float]] = {}
+        self.whole_curve: dict[str, list[float]] = {}
+        for piece in pieces:
+            status = piece.run.status
+            if piece.recipe is not None and status.get("state") == "finished" and status.get("train_seconds"):
+                self.step.setdefault(piece.arm, []).append(status["train_seconds"] / piece.steps)
+            for card in piece.cards:
+                found = read_curve(piece, card)
+                if found is not None:
+                    self.whole_curve.setdefault(piece.arm, []).append(found["seconds"])
+
+    def of(self, job: Job) -> float | None:
+        """Seconds that a job has left; None before one of its kind was seen."""
+        piece = job.piece
+        if not job.is_training:
+            return _mean(self.whole_curve, piece.arm)
+        step = _mean(self.step, piece.arm)
+        spent = piece.run.status.get("train_seconds", 0.0) if job.state == "cut" else 0.0
+        return None if step is None else max(10.0, step * piece.steps - spent)
+
+
+def _mean(seen: dict[str, list[float]], arm: str) -> float | None:
+    values = seen.get(arm) or [value for found in seen.values() for value in found]
+    return sum(values) / len(values) if values else None
+
+
+def left(jobs: Sequence[Job], clock: Callable[[float], str]) -> str:
+    """How much is missing, in words: ``12 to go, about 34:00``."""
+    todo = [job for job in jobs if job.state != "done"]
+    known = [job.seconds for job in todo if job.seconds is not None]
+    if not todo:
+        return "nothing to do"
+    more = f" and {len(todo) - len(known)} whose speed is not known yet" if len(known) < len(todo) else ""
+    return f"{len(todo)} to go" + (f", about {clock(sum(known))}{more}" if known else ", no speed seen yet")

@@ -1,0 +1,222 @@
+"""Experiments from files: read, typed, and checked before anything is loaded or trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from anyflow.errors import UserError
+from anyflow.experiment.schema import Claim, Experiment
+from anyflow.recipe import find_card
+from anyflow.recipe.check import check_range
+from anyflow.recipe.fields import FieldInfo
+from anyflow.recipe.load import read_yaml
+
+FOLDER = Path("experiments")
+_PROJECT = Path(__file__).resolve().parents[2]
+_NAME = re.compile(r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*")
+ARM_MODEL = re.compile(r"\{arm\.([\w.-]+)\}")
+"""What stands for another arm's model in a recipe, an override or a folder."""
+
+
+def experiments_folder() -> Path:
+    """``experiments/`` of the working folder, else the project's own."""
+    return FOLDER if FOLDER.is_dir() else _PROJECT / FOLDER
+
+
+def list_experiments() -> list[str]:
+    """Names of the shipped files."""
+    return sorted(path.stem for path in experiments_folder().glob("*.yaml"))
+
+
+def load_experiment(name: str) -> Experiment:
+    """An experiment by name (a file of ``experiments/``) or by the path of its file, checked.
+
+    Raises:
+        UserError: no such file, a key that is unknown, of the wrong type or out of range, or keys that contradict each
+            other.
+    """
+    path = _find(name)
+    experiment = dataclasses.replace(_typed(path), file=str(path))
+    for where, info, value in _values("", experiment):
+        check_range(dataclasses.replace(info, key=where), value, str(path))
+    _check_arms(experiment, path)
+    _check_metrics(experiment, path)
+    for index, claim in enumerate(experiment.claims):
+        _check_claim(experiment, claim, f"{path}: claims[{index}]")
+    return experiment
+
+
+def needed_arms(experiment: Experiment, arm: str) -> list[str]:
+    """The arms of this experiment whose models an arm begins with or is taught by."""
+    found = experiment.arms[arm]
+    texts = (found.recipe, found.folder, *experiment.overrides, *found.overrides)
+    named = [match for text in texts for match in ARM_MODEL.findall(text)]
+    return list(dict.fromkeys(filter(None, [found.start_from, *named])))
+
+
+def in_order(experiment: Experiment) -> list[str]:
+    """The arms, each after those that it needs.
+
+    Raises:
+        UserError: arms that need each other.
+    """
+    order: list[str] = []
+
+    def visit(arm: str, path: tuple[str, ...]) -> None:
+        if arm in path:
+            raise UserError(f"arms.{arm} starts from itself ({' -> '.join((*path, arm))}): break the circle")
+        for needed in needed_arms(experiment, arm):
+            visit(needed, (*path, arm))
+        if arm not in order:
+            order.append(arm)
+
+    for arm in experiment.arms:
+        visit(arm, ())
+    return order
+
+
+def _find(name: str) -> Path:
+    given = Path(name)
+    if given.suffix in (".yaml", ".yml"):
+        if given.is_file():
+            return given
+        raise UserError(f"the experiment's file {name} does not exist: check the path")
+    found = experiments_folder() / f"{name}.yaml"
+    if found.is_file():
+        return found
+    known = list_experiments()
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known) or 'none'}"
+    raise UserError(f"there is no experiment {name!r}: {hint}")
+
+
+def _typed(path: Path) -> Experiment:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    tree = read_yaml(path)
+    _check_keys("", tree, Experiment, path)
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Experiment), tree))  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: {error.full_key or 'a key'} is not of the right type ({reason})") from None
+
+
+def _check_keys(prefix: str, tree: Any, kind: Any, path: Path) -> None:
+    """That every key of a mapping is a field of its dataclass."""
+    if not isinstance(tree, dict) or not dataclasses.is_dataclass(kind):
+        return
+    hints = typing.get_type_hints(kind)
+    for key, value in tree.items():
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), list(hints), n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(hints)}"
+            raise UserError(f"{path}: unknown key {prefix + str(key)!r}: {hint}")
+        where, inner = f"{prefix}{key}", typing.get_args(hints[key])
+        if isinstance(value, list) and inner:
+            for index, item in enumerate(value):
+                _check_keys(f"{where}[{index}].", item, inner[0], path)
+        elif isinstance(value, dict) and inner:
+            for name, item in value.items():
+                _check_keys(f"{where}.{name}.", item, inner[1], path)
+        else:
+            _check_keys(f"{where}.", value, hints[key], path)
+
+
+def _values(prefix: str, value: Any) -> Iterator[tuple[str, FieldInfo, Any]]:
+    """``(dotted key, field, value)`` of everything that has a range."""
+    hints = typing.get_type_hints(type(value))
+    for item in dataclasses.fields(value):
+        where, found = f"{prefix}{item.name}", getattr(value, item.name)
+        if dataclasses.is_dataclass(found):
+            yield from _values(f"{where}.", found)
+        elif isinstance(found, dict):
+            for name, inner in found.items():
+                yield from _values(f"{where}.{name}.", inner)
+        elif isinstance(found, list) and found and dataclasses.is_dataclass(found[0]):
+            for index, inner in enumerate(found):
+                yield from _values(f"{where}[{index}].", inner)
+        else:
+            limits = {name: limit for name, limit in item.metadata.items() if name != "help"}
+            default = [] if isinstance(found, list) else item.default
+            yield where, FieldInfo(where, hints[item.name], item.metadata.get("help", ""), limits, default), found
+
+
+def _check_arms(experiment: Experiment, path: Path) -> None:
+    if not experiment.question:
+        raise UserError(f"{path}: question is empty: say in one sentence what is asked")
+    for key in ("arms", "cards", "seeds", "metrics"):
+        if not getattr(experiment, key):
+            raise UserError(f"{path}: {key} is empty: an experiment needs at least one of them")
+    if not experiment.shown:
+        raise UserError(f"{path}: no arm is shown: leave out 'shown: false' where the report should look")
+    for card in experiment.cards:
+        find_card(card)
+    for name, arm in experiment.arms.items():
+        if not _NAME.fullmatch(name):
+            raise UserError(f"{path}: arms.{name} cannot be part of a folder's name: use letters, digits and dashes")
+        trained = {"recipe": arm.recipe, "model": arm.model, "start_from": arm.start_from, "overrides": arm.overrides}
+        too_much = [key for key, value in trained.items() if value]
+        if arm.folder and too_much:
+            raise UserError(
+                f"{path}: arms.{name} has a folder, so nothing is trained, and {too_much[0]} has no effect: "
+                "leave one of them out"
+            )
+        if not arm.folder and not arm.recipe and not experiment.recipe:
+            raise UserError(f"{path}: arms.{name} has neither recipe nor folder: give one, or a recipe for all arms")
+        for needed in needed_arms(experiment, name):
+            if needed not in experiment.arms:
+                raise UserError(f"{path}: arms.{name} needs arm {needed!r}, and known are {_list(experiment.arms)}")
+        if len(set(arm.seeds)) != len(arm.seeds):
+            raise UserError(f"{path}: arms.{name}.seeds={arm.seeds} repeats itself: give each once")
+    if len(set(experiment.seeds)) != len(experiment.seeds):
+        raise UserError(f"{path}: seeds={experiment.seeds} repeats itself: give each once")
+    if experiment.before and experiment.before not in experiment.shown:
+        raise UserError(f"{path}: before={experiment.before!r} is no shown arm: known are {_list(experiment.shown)}")
+    in_order(experiment)
+
+
+def _check_metrics(experiment: Experiment, path: Path) -> None:
+    steps = experiment.evaluation.steps
+    if not steps or len(set(steps)) != len(steps):
+        raise UserError(f"{path}: evaluation.steps={steps} is empty or repeats itself: give each number once")
+    if experiment.few not in steps:
+        raise UserError(
+            f"{path}: few={experiment.few} is not among evaluation.steps={steps}: add it, or choose another"
+        )
+    for index, metric in enumerate(experiment.metrics):
+        if not metric.name:
+            raise UserError(f"{path}: metrics[{index}] has no name: name a field of a curve's rows, such as sliced_w1")
+
+
+def _check_claim(experiment: Experiment, claim: Claim, where: str) -> None:
+    known = {metric.name for metric in experiment.metrics}
+    if not claim.say:
+        raise UserError(f"{where}.say is empty: write the sentence that the report answers")
+    for key in ("arm", "than"):
+        name = getattr(claim, key)
+        if name not in experiment.shown and (name or key == "arm"):
+            raise UserError(f"{where}.{key}={name!r} is no shown arm: known are {_list(experiment.shown)}")
+    if claim.metric and claim.metric not in known:
+        raise UserError(f"{where}.metric={claim.metric!r} is not among metrics: known are {_list(known)}")
+    for count in (*claim.steps, *([claim.of] if claim.of else [])):
+        if count not in experiment.evaluation.steps:
+            raise UserError(f"{where} names {count} steps, which evaluation.steps={experiment.evaluation.steps} lacks")
+    if not claim.steps:
+        raise UserError(f"{where}.steps is empty: name the step counts that must agree")
+    if not claim.than and not claim.of:
+        raise UserError(f"{where} compares {claim.arm!r} with itself at the same steps: give 'than' or 'of'")
+    for card in claim.cards:
+        if card not in experiment.cards:
+            raise UserError(f"{where}.cards names {card!r}, which is not among cards: {_list(experiment.cards)}")
+
+
+def _list(names: Any) -> str:
+    return ", ".join(sorted(names))

@@ -1,0 +1,171 @@
+"""The pictures of a report: curves with error bars against steps and time, and the arms' samples side by side."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anyflow.curves import load_curve
+from anyflow.evaluation.curve import CurveResult
+from anyflow.evaluation.picture import Grid, save_mp4, still
+from anyflow.evaluation.report import REAL_COLOUR, sample_grid
+from anyflow.experiment.figures import Measured, short
+from anyflow.experiment.pieces import Piece, curve_folder
+from anyflow.experiment.schema import Metric
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = ("#185abe", "#b07010", "#16804a", "#783ca0", "#c8322d", "#2a8c9a", "#6b6b6b", "#d0589a")
+MARKERS = "osD^vPX*"
+CELLS = 8
+"""Rows of samples in a picture, at most (prompts x arms, but one prompt at least)."""
+FILM_QUALITIES = (23, 28, 33, 38, 43)
+
+
+def plot_curves(path: Path, measured: Measured) -> None:
+    """A panel for each metric (rows) and data set (columns): every arm's mean and 95 % interval over its seeds."""
+    experiment, cards = measured.experiment, measured.cards()
+    with _figure(path, len(experiment.metrics), len(cards)) as axes:
+        counts = sorted(experiment.evaluation.steps)
+        for row, metric in enumerate(experiment.metrics):
+            for column, card in enumerate(cards):
+                axis = axes[row][column]
+                _panel(axis, measured, metric, card)
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(counts, [str(count) for count in counts])
+                axis.minorticks_off()
+                axis.set_xlabel("steps")
+                axis.set_title(short(card), fontsize=10)
+                if not column:
+                    axis.set_ylabel(f"{metric.title or metric.name}\n({metric.better} is better)", fontsize=9)
+
+
+def plot_cost(path: Path, measured: Measured) -> None:
+    """The deciding metric against the seconds that a clip takes."""
+    metric, cards = measured.experiment.metrics[0], measured.cards()
+    with _figure(path, 1, len(cards)) as axes:
+        for column, card in enumerate(cards):
+            axis = axes[0][column]
+            _panel(axis, measured, metric, card, against_time=True)
+            axis.set_xscale("log")
+            axis.set_xlabel("seconds a clip")
+            axis.set_title(short(card), fontsize=10)
+        axes[0][0].set_ylabel(f"{metric.title or metric.name}\n({metric.better} is better)", fontsize=9)
+
+
+class _figure:
+    """A figure of panels that is laid out, saved and closed at the end of the block."""
+
+    def __init__(self, path: Path, rows: int, columns: int) -> None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        self.path, self.pyplot = path, pyplot
+        size = (max(5.5, 4.2 * columns), 3.3 * rows + 0.7)
+        self.figure, self.axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
+
+    def __enter__(self) -> Any:
+        return self.axes
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            if kind is None:
+                handles, labels = self.axes[0][0].get_legend_handles_labels()
+                columns = min(len(labels), max(3, 3 * len(self.axes[0])))
+                self.figure.legend(handles, labels, loc="lower center", ncols=columns, frameon=False, fontsize=9)
+                lines = -(-len(labels) // max(columns, 1))
+                self.figure.tight_layout(rect=(0, 0.26 * lines / self.figure.get_figheight() + 0.01, 1, 1))
+                self.figure.savefig(self.path, dpi=100)
+        finally:
+            self.pyplot.close(self.figure)
+
+
+def _panel(axis: Axes, measured: Measured, metric: Metric, card: str, *, against_time: bool = False) -> None:
+    arms = measured.experiment.shown
+    for index, arm in enumerate(arms):
+        curve = measured.curve(arm, card, metric.name)
+        if not curve:
+            continue
+        spread = 1 + 0.035 * (index - (len(arms) - 1) / 2)  # beside each other, so that no bar hides another
+        places = [count * spread for count in curve]
+        if against_time:
+            places = [_seconds(measured, arm, card, count) for count in curve]
+        found = list(curve.values())
+        ends = [
+            (e.mean - e.low, e.high - e.mean) if e.low is not None and e.high is not None else (0, 0) for e in found
+        ]
+        axis.errorbar(
+            places,
+            [estimate.mean for estimate in found],
+            yerr=list(zip(*ends, strict=True)),
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=4.5,
+            linewidth=1.4,
+            capsize=2.5,
+            label=arm,
+        )
+    floor = measured.real[card].get(metric.name)
+    if isinstance(floor, int | float):
+        axis.axhline(floor, color=REAL_COLOUR, linestyle="--", linewidth=1, label="real clips")
+    axis.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
+def _seconds(measured: Measured, arm: str, card: str, steps: int) -> float:
+    parts = [measured.values(arm, card, steps, name) for name in ("sampling_seconds", "decoding_seconds")]
+    return sum(sum(part) / len(part) for part in parts if part) or float("nan")
+
+
+def sample_grids(measured: Measured, pieces: Sequence[Piece]) -> dict[str, Grid]:
+    """For each data set the same prompts and noise by every arm, at the first, the few and the most steps."""
+    grids = {}
+    for card in measured.cards():
+        found = [result for piece in pieces if card in piece.cards and (result := _samples(piece, card)) is not None]
+        if found:
+            kept = [_cut(measured, result, max(1, min(3, CELLS // len(found)))) for result in found]
+            alike = [result for result in kept if _keys(result) == _keys(kept[0])]
+            grids[card] = sample_grid(alike, f"{measured.experiment.name}: {short(card)}, the first seed of every arm")
+    return grids
+
+
+def _samples(piece: Piece, card: str) -> CurveResult | None:
+    """The samples that a piece kept: those of its arm's first seed."""
+    found = load_curve(curve_folder(piece), short(card)) if piece.is_shown else None
+    return None if found is None else replace(found, curve=replace(found.curve, label=piece.arm))
+
+
+def _cut(measured: Measured, result: CurveResult, prompts: int) -> CurveResult:
+    experiment = measured.experiment
+    counts = sorted({min(experiment.evaluation.steps), experiment.few, experiment.most} & set(result.samples))
+    samples = {count: result.samples[count][:prompts] for count in counts}
+    return replace(result, shown=result.shown[:prompts], samples=samples)
+
+
+def _keys(result: CurveResult) -> list[str]:
+    return [item.key for item in result.shown]
+
+
+def picture(grid: Grid) -> bytes:
+    """The still picture as a JPEG."""
+    sink = io.BytesIO()
+    still(grid).save(sink, "JPEG", quality=78, optimize=True)
+    return sink.getvalue()
+
+
+def film(grid: Grid, path: Path, most_bytes: int, fps: float = 8.0) -> bytes:
+    """The moving picture, played once, at the best quality that fits ``most_bytes`` (or the least, if none does)."""
+    for quality in FILM_QUALITIES:
+        save_mp4(grid, path, fps=fps, loops=1, quality=quality)
+        if path.stat().st_size <= most_bytes:
+            break
+    content = path.read_bytes()
+    path.unlink()
+    return content

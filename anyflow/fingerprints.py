@@ -1,0 +1,65 @@
+"""What a run stands on, in a few digits: its clips and the model that it starts from.
+
+Two runs with the same recipe are the same only if these are the same too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from anyflow.data.reader import find_split
+from anyflow.data.shards import load_index
+from anyflow.recipe import Recipe, is_hub_id
+
+DIGITS = 12
+ENDS = 2**20
+"""Bytes at each end of a file that are read: training changes every weight, so nothing hides between."""
+
+
+def data_fingerprint(card: str, split: str) -> str:
+    """Of the bytes of a split's shards, as its index knows them.
+
+    Raises:
+        UserError: there is no such card or split.
+    """
+    found = find_split(card, split)
+    names = [f"{shard.name} {shard.bytes} {shard.sha256}" for shard in load_index(found.folder).shards]
+    return _digest("\n".join([str(found.caption), *names]).encode())
+
+
+def model_fingerprint(model: str) -> str:
+    """Of a model folder's weights and settings; a hub id is its own, and a folder that is not there has none."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return model if is_hub_id(model) else ""
+    folder = folder / "model" if (folder / "model").is_dir() else folder
+    kinds = (".json", ".safetensors")
+    parts = []
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in kinds and path.is_file()):
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            ends = file.read(ENDS)
+            if size > ENDS:
+                file.seek(max(ENDS, size - ENDS))
+                ends += file.read()
+        parts.append(f"{path.relative_to(folder)} {size} {_digest(ends)}")
+    return _digest("\n".join(parts).encode())
+
+
+def facts_of(recipe: Recipe) -> dict[str, str]:
+    """The fingerprints of what a recipe trains on: ``data``, and ``start`` if it starts from weights.
+
+    Raises:
+        UserError: a card is missing.
+    """
+    data = [data_fingerprint(card, recipe.data.split) for card in recipe.data.card]
+    starts = [recipe.model.weights] if recipe.model.init == "weights" else []
+    starts += filter(None, [recipe.model.codec, recipe.model.lora.start])
+    if recipe.stage.name == "onpolicy":
+        starts += filter(None, [recipe.stage.onpolicy.teacher])
+    return {"data": " ".join(data), "start": " ".join(model_fingerprint(start) for start in starts)}
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:DIGITS]

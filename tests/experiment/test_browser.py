@@ -1,0 +1,199 @@
+"""In a real browser: the runs in MLflow, the any-step curve in its comparison, and the report with its films.
+
+Needs Debian's packages chromium and chromium-driver, and selenium (`pip install -e '.[dev]'`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from study import TEXT, invent, invent_training, write_study
+
+PROJECT = Path(__file__).resolve().parents[2]
+WAIT = 180
+"""Seconds that a page may take on a busy machine."""
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Site:
+    """A server with an experiment in it: its address, the ids, and the report's folder."""
+
+    address: str
+    experiment: str
+    runs: dict[str, str]
+    report: Path
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """An experiment whose curves are invented, recorded and reported as a real one is."""
+    from mlflow import MlflowClient
+
+    from anyflow.experiment.execute import record_piece
+    from anyflow.experiment.report import write_report
+
+    place = tmp_path_factory.mktemp("site")
+    store = f"sqlite:///{place}/mlflow.db"
+    before = Path.cwd()
+    os.chdir(PROJECT)
+    try:
+        experiment, pieces = write_study(place, TEXT.replace("run.tracking_uri=", f"run.tracking_uri={store}"))
+        for piece in pieces:
+            if piece.recipe is not None:
+                invent_training(piece)
+        falls = {"base": 1.0, "plain": 1.3, "more": 0.6}
+        invent(experiment, pieces, lambda arm, _, seed, n: falls[arm] * (1 + 1 / n + seed / 50), with_samples=True)
+        for piece in pieces:
+            record_piece(experiment, piece, piece.cards)
+        report, _ = write_report(experiment, pieces, missing=0)
+    finally:
+        os.chdir(before)
+    client = MlflowClient(tracking_uri=store)
+    number = client.get_experiment_by_name("study").experiment_id  # type: ignore[union-attr]
+    runs = {run.info.run_name: run.info.run_id for run in client.search_runs([number])}
+    return Site(store, number, {str(name): run for name, run in runs.items()}, report)
+
+
+@pytest.fixture(scope="module")
+def site(recorded: Site) -> Iterator[Site]:
+    """The same, served by the command that a user types."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "anyflow.cli", "mlflow", "--serve", "--uri", recorded.address, "--port", str(port)]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + WAIT
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, "the server did not start"
+                time.sleep(0.3)
+        yield Site(f"http://127.0.0.1:{port}", recorded.experiment, recorded.runs, recorded.report)
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's chromium without a window."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is missing: pip install -e '.[dev]'")
+    paths = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
+    if not all(paths.values()):
+        pytest.skip("chromium is missing: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = paths["chromium"]
+    for option in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1600,1400"):
+        options.add_argument(option)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(paths["chromedriver"]))
+    driver.set_page_load_timeout(WAIT)
+    driver.set_script_timeout(WAIT)
+    yield driver
+    driver.quit()
+
+
+def wait_for(browser: Any, found: Callable[[], Any], what: str) -> Any:
+    """What ``found`` gives as soon as it is something."""
+    deadline = time.monotonic() + WAIT
+    while time.monotonic() < deadline:
+        value = found()
+        if value:
+            return value
+        time.sleep(0.5)
+    keep = os.environ.get("ANYFLOW_SCREENSHOTS")
+    if keep:
+        browser.save_screenshot(str(Path(keep) / "failed.png"))
+    raise AssertionError(f"{what} did not appear; the page says: {text_of(browser)[:1500]}")
+
+
+def text_of(browser: Any) -> str:
+    return str(browser.execute_script("return document.body ? document.body.innerText : ''"))
+
+
+def keep_picture(browser: Any, name: str) -> None:
+    """A screenshot for people, where ANYFLOW_SCREENSHOTS names a folder."""
+    folder = os.environ.get("ANYFLOW_SCREENSHOTS")
+    if folder:
+        browser.save_screenshot(str(Path(folder) / f"{name}.png"))
+
+
+def test_the_experiments_runs_are_there(browser: Any, site: Site) -> None:
+    browser.get(f"{site.address}/#/experiments/{site.experiment}/runs?compareRunsMode=TABLE")
+    wait_for(browser, lambda: "study" in text_of(browser) and "base-0" in text_of(browser), "the table of runs")
+    keep_picture(browser, "runs")
+
+
+def test_the_comparison_draws_the_any_step_curve(browser: Any, site: Site) -> None:
+    """Each arm's run is a line over the step counts 1, 4 and 32."""
+    chosen = [site.runs[name] for name in ("plain-0-games", "more-0-games")]
+    listed = "[" + ",".join(f'"{run}"' for run in chosen) + "]"
+    metric = "after%2Fsliced_w1"
+    browser.get(f'{site.address}/#/metric/{metric}?runs={listed}&experiments=["{site.experiment}"]&x_axis=step')
+    lines = wait_for(
+        browser,
+        lambda: len(browser.find_elements("css selector", ".scatterlayer .trace path.js-line")) >= 2,
+        "the two curves",
+    )
+    assert lines
+    text = text_of(browser)
+    assert "plain-0-games" in text and "more-0-games" in text
+    keep_picture(browser, "curve")
+
+
+def test_the_report_plays_its_films(browser: Any, site: Site) -> None:
+    """From the disk, and from MLflow's artifacts: pictures are decoded, films have frames, nothing is fetched."""
+    served = f"{site.address}/get-artifact?path=report/report.html&run_uuid={site.runs['study']}"
+    for address in (site.report.joinpath("report.html").as_uri(), served):
+        if address == served and not re.search("<html", fetch(served)):
+            pytest.fail("MLflow does not give the report")
+        if address == served:
+            path = site.report.parent / "served.html"  # MLflow gives files as downloads
+            path.write_text(fetch(served), encoding="utf-8")
+            address = path.as_uri()
+        browser.get(address)
+        assert "Does it matter?" in text_of(browser)
+        films = "return [...document.querySelectorAll('video')].map(v => [v.readyState, v.videoWidth, v.duration])"
+        wait_for(
+            browser,
+            lambda: len(shown := browser.execute_script(films)) == 2 and all(s[0] >= 2 for s in shown),  # noqa: B023
+            "two films that play",
+        )
+        assert all(width > 0 and seconds > 0 for _, width, seconds in browser.execute_script(films))
+        images = "return [...document.images].map(i => i.complete && i.naturalWidth > 0)"
+        assert browser.execute_script(images) == [True] * 4
+        assert (
+            browser.execute_script(
+                "return performance.getEntriesByType('resource').filter(e => e.name.startsWith('http')).length"
+            )
+            == 0
+        )
+    keep_picture(browser, "report")
+
+
+def fetch(address: str) -> str:
+    from urllib.request import urlopen
+
+    with urlopen(address, timeout=60) as answer:
+        return str(answer.read().decode())

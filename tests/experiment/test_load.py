@@ -1,0 +1,99 @@
+"""Experiments' files: those that ship hold, and every mistake is one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from study import TEXT, write_study
+
+from anyflow.errors import UserError
+from anyflow.experiment.load import list_experiments, load_experiment, needed_arms
+from anyflow.experiment.pieces import pieces_of
+
+PROJECT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted((PROJECT / "experiments").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def in_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT)
+
+
+def test_the_promised_experiments_ship() -> None:
+    assert {"ablation", "any-step", "causal", "retention"} <= set(list_experiments())
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_experiments_hold(path: Path) -> None:
+    """All recipes resolve, every arm keeps the budget, and the file says how it is run."""
+    experiment = load_experiment(path.stem)
+    pieces = pieces_of(experiment)
+    assert {piece.arm for piece in pieces} == set(experiment.arms)
+    assert len({piece.name for piece in pieces}) == len(pieces)
+    assert len(experiment.seeds) >= 3 and experiment.claims and experiment.expect and experiment.budget.steps
+    place = {piece.name: index for index, piece in enumerate(pieces)}
+    assert all(place[needed] < place[piece.name] for piece in pieces for needed in piece.needs)
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first == f"# make experiment NAME={path.stem}      (anyflow experiment {path.stem})"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("qestion", "x", "did you mean 'question'"),
+        ("question", "", "question is empty"),
+        ("seeds", [0, 0], "repeats itself"),
+        ("seeds", ["a"], "seeds"),
+        ("seeds", [-1], "too small"),
+        ("cards", ["drivin"], "did you mean driving"),
+        ("evaluation", {"steps": [1, 2]}, "few=4 is not among"),
+        ("evaluation", {"prompts": 1}, "evaluation.prompts=1 .* too small"),
+        ("evaluation", {"promts": 1}, "unknown key 'evaluation.promts'"),
+        ("before", "nobody", "is no shown arm"),
+        ("metrics", [{"better": "lower"}], r"metrics\[0\] has no name"),
+        ("metrics", [{"name": "sliced_w1", "better": "more"}], r"metrics\[0\].better='more' .* lower, higher"),
+        ("budget", {"steps": 30}, "arm plain trains 20 steps, its budget is 30"),
+        ("budget", {"steps": 20, "batch": 4}, "takes 8 clips a step, budget.batch is 4"),
+        ("arms", {"a": {"start_from": "b"}, "b": {"start_from": "a"}}, "starts from itself"),
+        ("arms", {"a": {"start_from": "none"}}, "needs arm 'none'"),
+        ("arms", {"a": {"overrides": ["optimizer.lrr=1"]}}, "did you mean 'optimizer.lr'"),
+        ("arms", {"a": {"folder": "x", "overrides": ["stage.steps=1"]}}, "overrides has no effect"),
+        ("arms", {"a": {"shown": False}}, "no arm is shown"),
+        ("arms", {"a b": {}}, "folder's name"),
+        (
+            "claims",
+            [{"say": "x", "arm": "plain", "than": "no", "steps": [1]}],
+            "than=.no. is no shown arm",
+        ),
+        ("claims", [{"say": "x", "arm": "plain", "than": "base", "steps": [3]}], "names 3 steps"),
+        ("claims", [{"say": "x", "arm": "plain", "steps": [1]}], "give 'than' or 'of'"),
+        ("claims", [{"say": "x", "arm": "plain", "than": "base", "steps": [1], "metric": "m"}], "is not among metrics"),
+        ("claims", [{"arm": "plain", "than": "base", "steps": [1]}], "say is empty"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path: Path, key: str, value: object, told: str) -> None:
+    tree = {**yaml.safe_load(TEXT), key: value}
+    if key == "arms":
+        del tree["claims"], tree["before"]
+    with pytest.raises(UserError, match=told) as caught:
+        write_study(tmp_path, yaml.safe_dump(tree))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_name_offers_a_known_one() -> None:
+    with pytest.raises(UserError, match="did you mean retention"):
+        load_experiment("retentoin")
+
+
+def test_needs_are_read_from_every_text(tmp_path: Path) -> None:
+    tree = yaml.safe_load(TEXT)
+    tree["arms"]["taught"] = {"overrides": ["stage.onpolicy.teacher={arm.base}", "stage.steps=20"]}
+    tree["arms"]["again"] = {"folder": "{arm.more}", "given_frames": 1}
+    experiment, pieces = write_study(tmp_path, yaml.safe_dump(tree))
+    assert needed_arms(experiment, "taught") == ["base"] and needed_arms(experiment, "again") == ["more"]
+    again = next(piece for piece in pieces if piece.arm == "again" and piece.cards == ("games",))
+    assert again.model == str(tmp_path / "runs" / "study" / "more-0-games" / "model") and again.given_frames == 1
+    taught = next(piece for piece in pieces if piece.arm == "taught")
+    assert taught.recipe is not None and taught.recipe.stage.onpolicy.teacher == "data/models/tiny"

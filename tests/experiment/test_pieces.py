@@ -1,0 +1,142 @@
+"""Pieces and their state: what is done stays done until its recipe, data or start changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from study import TEXT, invent_curve, invent_training, write_study
+
+from anyflow.errors import UserError
+from anyflow.experiment import execute
+from anyflow.experiment.jobs import jobs_of, left, select
+from anyflow.experiment.pieces import Piece
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def in_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT)
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Trainings and curves that take no time; the list says in which order they were done."""
+    order: list[str] = []
+
+    def train(piece: Piece, lock: Any) -> str:
+        order.append(piece.name)
+        if "broken" in piece.words[-1]:
+            return "it is broken"
+        invent_training(piece)
+        return ""
+
+    def evaluate(experiment: Any, piece: Piece, card: str) -> None:
+        order.append(f"{piece.name} on {card}")
+        invent_curve(experiment, piece, card, lambda *_: 1.0)
+
+    monkeypatch.setattr(execute, "_train", train)
+    monkeypatch.setattr(execute, "_evaluate", evaluate)
+    return order
+
+
+def test_a_piece_has_its_folder_recipe_and_start(tmp_path: Path) -> None:
+    _, pieces = write_study(tmp_path)
+    names = [piece.name for piece in pieces]
+    assert names[:5] == ["base-0", "plain-0-driving", "plain-0-games", "more-0-driving", "more-0-games"]
+    assert len(names) == 15 and names[5] == "base-1"
+    more = pieces[4]
+    assert more.recipe is not None and more.needs == ("plain-0-games",)
+    assert more.recipe.model.weights == str(tmp_path / "runs" / "study" / "plain-0-games" / "model")
+    assert more.recipe.data.card == ["games"] and more.recipe.sampling.prompts == 0
+    assert (more.recipe.run.seed, more.recipe.run.experiment) == (0, "study")
+    assert pieces[0].cards == ("driving", "games") and pieces[0].recipe is None
+
+
+def test_arms_and_seeds_bring_what_they_need(tmp_path: Path) -> None:
+    experiment, pieces = write_study(tmp_path)
+    chosen = select(experiment, pieces, ["more"], [1])
+    assert [piece.name for piece in chosen] == [
+        f"{arm}-1-{card}" for arm in ("plain", "more") for card in ("driving", "games")
+    ]
+    with pytest.raises(UserError, match="--only les"):
+        select(experiment, pieces, ["les"], [])
+    with pytest.raises(UserError, match="--seeds 7"):
+        select(experiment, pieces, [], [7])
+
+
+def test_what_is_missing_is_done_once(tmp_path: Path, done: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    experiment, pieces = write_study(tmp_path)
+    chosen = select(experiment, pieces, [], [0])
+    assert execute.run_pieces(experiment, chosen) == {}
+    assert done[:4] == ["base-0 on driving", "base-0 on games", "plain-0-driving", "plain-0-driving on driving"]
+    assert len(done) == 10
+    jobs = jobs_of(experiment, pieces)
+    assert sum(job.state == "done" for job in jobs) == 10 and sum(job.state == "missing" for job in jobs) == 20
+    assert left(jobs, str) == f"20 to go, about {8 * 40.0 + 12 * 10.0}"
+    execute.run_pieces(experiment, chosen)
+    assert len(done) == 10 and "nothing to do" in capsys.readouterr().err
+
+
+def test_what_has_changed_is_done_again_and_kept(
+    tmp_path: Path, done: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment, pieces = write_study(tmp_path)
+    execute.run_pieces(experiment, select(experiment, pieces, [], [0]))
+    done.clear()
+    longer = TEXT.replace("consistency_share=0]", "consistency_share=0, optimizer.lr=3e-4]")
+    experiment, pieces = write_study(tmp_path, longer)
+    states = {job.title: (job.state, job.reason) for job in jobs_of(experiment, select(experiment, pieces, [], [0]))}
+    assert states["plain-0-games: train 20 steps"] == ("changed", "optimizer.lr was 0.0002 and is 0.0003")
+    assert states["more-0-games: train 20 steps"] == ("changed", "it starts from plain-0-games")
+    assert states["base-0: evaluate on games"] == ("done", "")
+    execute.run_pieces(experiment, select(experiment, pieces, ["plain"], [0]))
+    assert "plain-0-driving" in done and "more-0-driving" not in done
+    assert (tmp_path / "runs" / "study" / "replaced" / "plain-0-driving-1" / "recipe.yaml").is_file()
+    assert "optimizer.lr was" in capsys.readouterr().err
+
+
+def test_other_data_and_another_start_change_a_training(tmp_path: Path, done: list[str]) -> None:
+    experiment, pieces = write_study(tmp_path)
+    chosen = select(experiment, pieces, ["more"], [0])
+    execute.run_pieces(experiment, chosen)
+    chosen[0].run.note(data="0123")
+    states = {job.title: (job.state, job.reason) for job in jobs_of(experiment, chosen)}
+    assert states["plain-0-driving: train 20 steps"] == ("changed", "data is another one")
+    (chosen[1].run.model / "weights.safetensors").write_text("other")
+    states = {job.title: (job.state, job.reason) for job in jobs_of(experiment, chosen)}
+    assert states["more-0-games: train 20 steps"] == ("changed", "start is another one")
+    assert states["plain-0-games: evaluate on games"][0] == "changed"
+
+
+def test_a_cut_training_goes_on(tmp_path: Path, done: list[str]) -> None:
+    experiment, pieces = write_study(tmp_path)
+    chosen = select(experiment, pieces, ["plain"], [0])
+    execute.run_pieces(experiment, chosen)
+    chosen[0].run.note(state="running", train_seconds=30.0)
+    jobs = jobs_of(experiment, chosen)
+    assert (jobs[0].state, jobs[0].seconds) == ("cut", 10.0)
+    assert jobs[1].state == "missing"  # what it will be measured as is not known yet
+
+
+def test_a_failure_leaves_the_others(tmp_path: Path, done: list[str]) -> None:
+    experiment, pieces = write_study(tmp_path, TEXT.replace("consistency_share=0]", "consistency_share=0, run.out=x]"))
+    broken = [
+        piece if piece.arm != "plain" else Piece(**{**vars(piece), "words": (*piece.words, "broken")})
+        for piece in select(experiment, pieces, [], [0])
+    ]
+    failed = execute.run_pieces(experiment, broken)
+    assert failed["plain-0-games"] == "it is broken" and failed["more-0-games"] == "it needs plain-0-games"
+    assert "base-0 on games" in done
+
+
+def test_one_process_at_a_time(tmp_path: Path, done: list[str]) -> None:
+    from anyflow.data.locks import locked
+
+    experiment, pieces = write_study(tmp_path)
+    home = pieces[0].run.path.parent
+    home.mkdir(parents=True)
+    with locked(home / ".lock"), pytest.raises(UserError, match="another process"):
+        execute.run_pieces(experiment, pieces)

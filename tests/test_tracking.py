@@ -1,0 +1,204 @@
+"""Local first: what a run records never waits for a server, is sent later, once, and survives every failure."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from anyflow.errors import UserError
+from anyflow.runs import RunFolder
+from anyflow.sync import DONE_TAG, LOCAL_TAG, sync
+from anyflow.tracking import PARENT_TAG, close_tracking, log_curve, open_tracking, record_curves, record_report
+
+ROWS = [{"num_steps": n, "sliced_w1": 1.0 / n, "nothing": None} for n in (1, 4, 32)]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An experiment with a parent, a training and a finished model, recorded in a local store."""
+    folder = tmp_path_factory.mktemp("local")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        record()
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def local(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The store, and the working folder is its own."""
+    monkeypatch.chdir(tmp_path)
+    return f"sqlite:///{template}/runs/mlflow.db"
+
+
+def record() -> None:
+    run = RunFolder(Path("runs/experiments/study/plain-0"))
+    run.path.mkdir(parents=True)
+    logger = open_tracking(
+        run, uri="http://127.0.0.1:9", experiment="study", parameters={"optimizer.lr": 0.1}, tags={"data": "aa"}
+    )
+    assert logger is not None
+    logger.log_metrics({"loss": 2.0}, step=1)
+    logger.log_metrics({"loss": 1.0}, step=2)
+    log_curve(logger, "before", ROWS)
+    close_tracking(logger, "FINISHED")
+    uri = "sqlite:///runs/mlflow.db"
+    record_curves(run, uri=uri, experiment="study", curves={"after": ROWS}, tags={"anyflow.arm": "plain"})
+    base = RunFolder(Path("runs/experiments/study/base-0"))
+    base.path.mkdir()
+    record_curves(base, uri=uri, experiment="study", curves={"after": ROWS}, tags={"anyflow.arm": "base"})
+    report = Path("report")
+    (report / "deep").mkdir(parents=True)
+    (report / "report.html").write_text("<p>it holds</p>")
+    (report / "deep" / "figures.json").write_text("{}")
+    record_report(uri, "study", {"plain": ROWS}, report, "FINISHED")
+
+
+def runs_of(uri: str) -> dict[str, Any]:
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("study")
+    assert experiment is not None
+    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+
+def test_runs_of_an_experiment_stand_below_its_own(local: str) -> None:
+    runs = runs_of(local)
+    assert set(runs) == {"study", "plain-0", "base-0"}
+    parent = runs["study"].info.run_id
+    assert {runs[name].data.tags[PARENT_TAG] for name in ("plain-0", "base-0")} == {parent}
+    history = MlflowClient(tracking_uri=local).get_metric_history(runs["base-0"].info.run_id, "after/sliced_w1")
+    assert [(point.step, point.value) for point in history] == [(1, 1.0), (4, 0.25), (32, 1 / 32)]
+    assert runs["plain-0"].data.metrics.keys() >= {"loss", "before/sliced_w1", "after/sliced_w1"}
+    assert runs["study"].data.metrics.keys() == {"plain/sliced_w1"} and runs["study"].info.status == "FINISHED"
+
+
+def test_a_servers_address_is_not_waited_for(template: Path) -> None:
+    """The recorded run had a dead server's address: it is in the local store, and was told how to get there."""
+    assert (template / "runs" / "mlflow.db").is_file()
+
+
+def test_a_store_that_breaks_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    from anyflow.tracking import SafeLogger
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError("database is locked\nand more")
+
+    monkeypatch.setattr(MLFlowLogger, "log_metrics", broken)
+    logger = SafeLogger(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    for step in range(3):
+        logger.log_metrics({"loss": 1.0}, step)
+    told = capsys.readouterr().err
+    assert told.count("database is locked") == 1 and "and more" not in told
+
+
+def check_copy(local: str, to: str) -> None:
+    """Everything is at the server once, however often it is sent."""
+    sent = sync(local, to)
+    assert (sent.runs, sent.unchanged, sent.files) == (3, 0, 2) and sent.figures == 2 + 4 * 3
+    again = sync(local, to)
+    assert (again.runs, again.unchanged, again.figures, again.files) == (0, 3, 0, 0)
+    here, there = runs_of(local), runs_of(to)
+    assert set(there) == set(here)
+    server = MlflowClient(tracking_uri=to)
+    for name, run in there.items():
+        assert run.data.params == here[name].data.params and run.data.metrics == here[name].data.metrics
+        assert run.info.status == here[name].info.status and run.info.end_time == here[name].info.end_time
+        assert run.data.tags[LOCAL_TAG] == here[name].info.run_id
+    assert there["plain-0"].data.tags[PARENT_TAG] == there["study"].info.run_id
+    history = server.get_metric_history(there["plain-0"].info.run_id, "after/sliced_w1")
+    assert [point.step for point in history] == [1, 4, 32]
+    fetched = server.download_artifacts(there["study"].info.run_id, "report/report.html")
+    assert Path(fetched).read_text() == "<p>it holds</p>"
+
+
+def test_what_was_cut_in_the_middle_is_completed(local: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that fails after the run is made and some figures are there: the next time nothing is doubled."""
+    from anyflow import sync as module
+
+    to = f"sqlite:///{tmp_path}/server.db"
+    number = MlflowClient(tracking_uri=to).create_experiment("study", artifact_location=(tmp_path / "files").as_uri())
+    assert number
+    send_files = module._Copy.send_files
+
+    def fails(self: Any, run_id: str, files: list[Any]) -> int:
+        raise OSError("the line is cut")
+
+    monkeypatch.setattr(module._Copy, "send_files", fails)
+    with pytest.raises(UserError, match=r"the line is cut\); 0 of 3 are there, nothing here is lost"):
+        sync(local, to)
+    assert [DONE_TAG in run.data.tags for run in runs_of(to).values()] == [False]
+    monkeypatch.setattr(module._Copy, "send_files", send_files)
+    sent = sync(local, to)
+    assert sent.runs == 3 and len(runs_of(to)) == 3
+    assert sync(local, to).figures == 0
+
+
+def test_a_dead_server_is_one_sentence(local: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(UserError, match="nothing listens there") as caught:
+        sync(local, f"http://127.0.0.1:{port}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_never_answers_is_one_sentence(local: str) -> None:
+    with socket.socket() as stalls:
+        stalls.bind(("127.0.0.1", 0))
+        stalls.listen()
+        with pytest.raises(UserError, match="does not answer in time"):
+            sync(local, f"http://127.0.0.1:{stalls.getsockname()[1]}", timeout=1)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """A real MLflow server on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    place = tmp_path / "server"
+    place.mkdir()
+    stores = ["--backend-store-uri", "sqlite:///server.db", "--artifacts-destination", str(place / "files")]
+    process = subprocess.Popen([*command, *stores], cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, "the server did not start"
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+@pytest.mark.slow
+def test_a_real_server_gets_everything_once(local: str, server: str) -> None:
+    check_copy(local, server)
+
+
+@pytest.mark.slow
+def test_the_command_says_what_it_did(local: str, server: str, anyflow: Any) -> None:
+    done = anyflow("sync", "--to", server, "--uri", local, timeout=300)
+    assert done.returncode == 0 and "3 runs sent" in done.stdout, done.stderr
+    dead = anyflow("sync", "--to", "http://127.0.0.1:9", "--uri", local, timeout=300)
+    assert dead.returncode == 2 and dead.stderr.startswith("anyflow: --to http://127.0.0.1:9") and dead.stdout == ""
