@@ -146,8 +146,9 @@ def frechet(first: Tensor, second: Tensor) -> float:
 def kernel_distance(reference: Tensor, features: Tensor, *, seed: int = 0) -> float:
     """Squared maximum mean discrepancy of two sets of features ``[M, D]`` under KID's cubic kernel; unbiased.
 
-    Each dimension is first brought to the reference's mean and spread, so that the kernel sees all of them. Unlike the
-    Frechet distance it fits no Gaussian and does not grow where clips are few; chance can bring it a little below 0.
+    The features are first brought to the reference's mean, and to its spread over all dimensions: one unit for all, for a
+    dimension that hardly varies in the reference (a patch of sky) would drown the others. Unlike the Frechet distance
+    it fits no Gaussian and does not grow where clips are few; chance can bring it a little below 0.
 
     Args:
         reference: of the clips that distances are taken to.
@@ -156,14 +157,15 @@ def kernel_distance(reference: Tensor, features: Tensor, *, seed: int = 0) -> fl
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    spread, mean = torch.std_mean(reference.double(), dim=0)
+    variance, mean = torch.var_mean(reference.double(), dim=0)
+    unit = variance.mean().sqrt().clamp(min=1e-6)
     count = min(len(reference), len(features))
     size, subsets = (count, 1) if count <= KERNEL_SUBSET else (KERNEL_SUBSET, KERNEL_SUBSETS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that features are kept in memory, which they are already
         metric = KernelInceptionDistance(feature=_AsTheyAre(reference.shape[1]), subsets=subsets, subset_size=size)
     for values, real in ((reference, True), (features, False)):
-        metric.update((values.double() - mean) / spread.clamp(min=1e-6), real=real)
+        metric.update((values.double() - mean) / unit, real=real)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return float(metric.compute()[0])

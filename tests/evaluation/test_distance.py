@@ -140,16 +140,18 @@ def test_the_kernel_distance_is_none_within_a_distribution_and_grows_with_a_shif
     assert kernel_distance(first, second) == pytest.approx(0, abs=0.05)
     near, far = kernel_distance(first, second + 0.5), kernel_distance(first, second + 1)
     assert far > near > 0.3
-    # units do not matter: each dimension is brought to the reference's spread
-    scale = torch.tensor([1, 10, 100, 0.1, 3, 7.0], dtype=torch.float64)
-    assert kernel_distance(first * scale, (second + 1) * scale) == pytest.approx(far, rel=1e-6)
+    # the unit does not matter, and a dimension that hardly varies in the reference says no more than its size
+    assert kernel_distance(first * 100, (second + 1) * 100) == pytest.approx(far, rel=1e-6)
+    still = torch.full((400, 1), 0.5, dtype=first.dtype)
+    apart = kernel_distance(torch.cat([first, still], 1), torch.cat([second, still + 0.1], 1))
+    assert apart == pytest.approx(0, abs=0.1)
 
 
 def test_the_kernel_distance_is_the_unbiased_cubic_one() -> None:
     """Written out: mean off-diagonal kernel within each set, minus twice the mean between them."""
     first, second = _points(7, 1, (3,)), _points(7, 2, (3,)) * 2
-    spread, mean = torch.std_mean(first, dim=0)
-    x, y = (first - mean) / spread, (second - mean) / spread
+    variance, mean = torch.var_mean(first, dim=0)
+    x, y = ((points - mean) / variance.mean().sqrt() for points in (first, second))
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.T / 3 + 1) ** 3
