@@ -146,8 +146,8 @@ def frechet(first: Tensor, second: Tensor) -> float:
 def kernel_distance(reference: Tensor, features: Tensor, *, seed: int = 0) -> float:
     """Squared maximum mean discrepancy of two sets of features ``[M, D]`` under KID's cubic kernel; unbiased.
 
-    The features are first brought to the reference's mean, and to its spread over all dimensions: one unit for all, for a
-    dimension that hardly varies in the reference (a patch of sky) would drown the others. Unlike the Frechet distance
+    The features are first brought to the reference's mean, and to its spread over all dimensions: one unit for all, or
+    a dimension that hardly varies in the reference (a patch of sky) would drown the others. Unlike the Frechet distance
     it fits no Gaussian and does not grow where clips are few; chance can bring it a little below 0.
 
     Args:
