@@ -69,7 +69,13 @@ def assemble(recipe: Recipe, *, leave_stored: bool = False, encode: bool = True)
     Raises:
         UserError: A checkpoint, card or clip does not fit the recipe.
     """
-    codec, backbone = load_model(recipe, leave_stored=leave_stored or is_sharded(recipe))
+    codec, backbone = load_networks(recipe, leave_stored=leave_stored or is_sharded(recipe))
+    return Parts(codec, backbone, build_stage(recipe, codec, backbone), build_data(recipe, codec, encode=encode))
+
+
+def load_networks(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, FlowMapBackbone]:
+    """Codec and network, the adapter of a LoRA run on it."""
+    codec, backbone = load_model(recipe, leave_stored=leave_stored)
     if recipe.stage.name != "codec":
         shape = codec.latent_shape(recipe.data.frames, recipe.data.height, recipe.data.width)
         backbone.fit_clip(shape[0])
@@ -78,7 +84,7 @@ def assemble(recipe: Recipe, *, leave_stored: bool = False, encode: bool = True)
             load_lora(backbone, recipe.model.lora.start)
         else:
             add_lora(backbone, lora_settings(recipe))
-    return Parts(codec, backbone, build_stage(recipe, codec, backbone), build_data(recipe, codec, encode=encode))
+    return codec, backbone
 
 
 def load_model(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, FlowMapBackbone]:

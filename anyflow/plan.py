@@ -135,10 +135,6 @@ def plan(recipe: Recipe, *, gpus: int | None = None, gpu_memory: float = 80.0, r
 
 def _need(recipe: Recipe, gpu_memory: float, simulate: Simulate) -> Need:
     config, latents = transformer_config_of(recipe), latent_shape(recipe)
-    if recipe.model.architecture != "bidirectional":
-        raise UserError(
-            f"model.architecture={recipe.model.architecture!r}: plan simulates bidirectional networks alone"
-        )
     memory = simulate(recipe, config, latents)
     hardware = recipe.hardware
     on_host = memory.states if hardware.offload else 0.0
@@ -182,6 +178,8 @@ def changes(recipe: Recipe) -> Iterator[tuple[str, Recipe, str]]:
         yield "hardware.gradient_checkpointing=true", on("hardware", gradient_checkpointing=True), "a third more time"
     elif hardware.keep_attention:
         yield "hardware.keep_attention=false", on("hardware", keep_attention=False), "more recomputation"
+    if not hardware.recompute_jumps and (recipe.stage.name == "onpolicy" or recipe.has_tail):
+        yield "hardware.recompute_jumps=true", on("hardware", recompute_jumps=True), "a tenth more time"
     if data.batch_size > 1:
         smaller = on("data", batch_size=1)
         accumulate = hardware.accumulate * data.batch_size
@@ -262,7 +260,10 @@ def transformer_config_of(recipe: Recipe) -> dict[str, Any]:
 EMBEDDED = ("tiny", "tiny-causal")
 """Models whose dimensions are known before their weights are there."""
 
-_NEEDED = {*_SHARED, "num_attention_heads", "ffn_dim", "num_layers", "eps"}
+_NEEDED = {
+    *(*_SHARED, "num_attention_heads", "ffn_dim", "num_layers", "eps"),
+    *("chunk_partition", "full_chunk_limit", "compressed_patch_size"),
+}
 
 
 def latent_shape(recipe: Recipe) -> tuple[int, int, int, int]:

@@ -28,7 +28,8 @@ from anyflow.plan_turns import turns
 from anyflow.recipe import Recipe
 
 DEPTHS = (4, 6)
-"""Layers that are simulated, enough for blocks to be gathered ahead; a network of fewer is simulated whole."""
+"""Layers that are simulated, enough for blocks to be gathered ahead; a network of no more than the second is simulated
+whole."""
 
 
 @dataclass(frozen=True)

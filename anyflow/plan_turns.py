@@ -6,7 +6,7 @@ rollout takes all three jumps, and a causal network trains its longest layout an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,14 +43,16 @@ class _Step:
         self.stage, self.batch = recipe.stage, recipe.data.batch_size
         self.recompute_jumps = recipe.hardware.recompute_jumps
         self.roles, self.latents, self.next_phase = roles, latents, next_phase
-        self.jumps = JUMPS[: max(self.stage.onpolicy.budgets)]
         self.layout = _longest_layout(roles, latents[0])
 
     def generator(self) -> None:
         """Samples with their graph, judged; the loss on data with its own."""
+        jumps = JUMPS[: max(self.stage.onpolicy.budgets)]
         parts = len(self.roles.student.chunks_of(self.latents[0]))
-        tape = Tape(len(self.jumps) * parts - 1 if self.recompute_jumps else 0)
-        samples = self.rollout(tape.take)
+        if self.recompute_jumps:  # what is taken again holds nothing until then: as few as show both kinds
+            jumps = jumps[: 2 if parts == 1 else 1]
+        tape = Tape(len(jumps) * parts - 1 if self.recompute_jumps else 0)
+        samples = self.rollout(jumps, tape.take)
         self.next_phase()
         with torch.no_grad():
             judged = [self.ask(role, self.batch) for role in ("critic", "teacher", "teacher")]  # type: ignore[arg-type]
@@ -66,7 +68,7 @@ class _Step:
     def critic(self) -> None:
         """Fresh samples without graph, and flow matching on them."""
         with torch.no_grad():
-            self.rollout()
+            self.rollout(JUMPS[:1])  # the others would find what this one found
         self.next_phase()
         self.learn("critic", self.ask("critic", self.batch))
 
@@ -102,11 +104,11 @@ class _Step:
         torch.stack([answer.square().mean() for answer in answers]).sum().backward()
         self.next_phase()
 
-    def rollout(self, take: Take = take_jump) -> Tensor:
+    def rollout(self, jumps: Sequence[Jump], take: Take = take_jump) -> Tensor:
         """Samples of the student."""
         noise = torch.empty(self.batch, *self.latents)
         first_frames = noise[:, :1] if self.stage.i2v_prob > 0 else None
-        parts = self.roles.generate("student", self.text(self.batch), noise, self.jumps, first_frames, take)
+        parts = self.roles.generate("student", self.text(self.batch), noise, jumps, first_frames, take)
         return torch.cat(list(parts), dim=1)
 
     def ask(self, role: Role, clips: int, layout: ChunkLayout | None = None) -> Tensor:

@@ -45,6 +45,7 @@ def export_pipeline(
     sampler: SamplerKind = "flowmap",
     dtype: torch.dtype = torch.bfloat16,
     codec_dtype: torch.dtype | None = None,
+    single_file: bool = False,
 ) -> Path:
     """Write a complete pipeline folder: all of it, or (when interrupted) none of it.
 
@@ -59,6 +60,7 @@ def export_pipeline(
         dtype: precision of the transformer's weights.
         codec_dtype: precision of the autoencoder and text encoder. None: as they were, linked or copied from the folder
             that they came from.
+        single_file: all of the transformer's weights in one file, instead of several of at most 10 GB with an index.
 
     Returns:
         The folder.
@@ -72,7 +74,8 @@ def export_pipeline(
     if target.exists() and not (target / "model_index.json").exists() and (target.is_file() or any(target.iterdir())):
         raise UserError(f"{target} exists and is no exported model: choose another folder.")
     with _replacing(target) as place:
-        _write_transformer(place / "transformer", transformer, merged_state(transformer, weights=weights), dtype)
+        merged = merged_state(transformer, weights=weights)
+        _write_transformer(place / "transformer", transformer, merged, dtype, single_file)
         _write_scheduler(place / "scheduler", shift, sampler)
         _write_codec(place, codec, codec_dtype)
         is_causal = isinstance(transformer, AnyFlowFARTransformer3DModel)
@@ -123,12 +126,14 @@ def export_lora(
     return target / LORA_FILE
 
 
-def _write_transformer(place: Path, transformer: Any, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+def _write_transformer(
+    place: Path, transformer: Any, state: dict[str, Tensor], dtype: torch.dtype, single_file: bool
+) -> None:
     place.mkdir()
     config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
     header = {"_class_name": type(transformer).__name__, "_diffusers_version": diffusers.__version__}
     _write_json(place / "config.json", {**header, **config})
-    _save_weights(place, state, dtype)
+    _save_weights(place, state, dtype, single_file)
 
 
 def _write_scheduler(place: Path, shift: float, sampler: SamplerKind) -> None:
@@ -153,10 +158,12 @@ def _write_codec(place: Path, codec: Codec, dtype: torch.dtype | None) -> None:
     encoder.save_pretrained(place / "text_encoder", state_dict=state)
 
 
-def _save_weights(place: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+def _save_weights(place: Path, state: dict[str, Tensor], dtype: torch.dtype, single_file: bool = False) -> None:
     place.mkdir(exist_ok=True)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
-    save_torch_state_dict(tensors, place, filename_pattern=_WEIGHTS_PATTERN, max_shard_size="10GB")
+    save_torch_state_dict(
+        tensors, place, filename_pattern=_WEIGHTS_PATTERN, max_shard_size="1000GB" if single_file else "10GB"
+    )
 
 
 def _write_index(place: Path, codec: Codec, transformer: str, pipeline: str) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from anyflow.commands.common import Json, check_model, fresh_folder, print_json, whole_folder
 from anyflow.errors import UserError
+
+if TYPE_CHECKING:
+    from anyflow.recipe import Recipe
 
 PRECISIONS = ("bfloat16", "float16", "float32")
 
@@ -19,6 +24,9 @@ def export(
     to: Annotated[Path, typer.Option("--to", help="A new folder.")],
     lora: Annotated[
         bool, typer.Option("--lora/--merge", help="The adapter alone, or a whole pipeline with the adapter merged.")
+    ] = False,
+    single_file: Annotated[
+        bool, typer.Option("--single-file", help="All of the network's weights in one file, however large.")
     ] = False,
     precision: Annotated[str, typer.Option(help=f"Of the network's weights: {', '.join(PRECISIONS)}.")] = "bfloat16",
     as_json: Json = False,
@@ -37,14 +45,14 @@ def export(
         raise UserError(f"--precision {precision!r} is not known: give one of {', '.join(PRECISIONS)}")
     target = fresh_folder(to, str(to))
     if (Path(source) / "recipe.yaml").is_file():
-        _export_run(Path(source), target, lora, precision)
+        _export_run(Path(source), target, lora, precision, single_file)
     elif lora:
         raise UserError(
             f"--lora: {source} is not a run, so no adapter is known of it: name a run's folder, or use --merge"
         )
     else:
         check_model(source)
-        _export_model(source, target, precision)
+        _export_model(source, target, precision, single_file)
     if as_json:
         print_json({"source": source, "folder": target, "kind": "lora" if lora else "pipeline"})
     else:
@@ -54,11 +62,11 @@ def export(
         typer.echo(f"{target}   (load it by {loader}({str(target)!r}))")
 
 
-def _export_run(run: Path, target: Path, lora: bool, precision: str) -> None:
-    from anyflow.assemble import Parts, assemble
+def _export_run(run: Path, target: Path, lora: bool, precision: str, single_file: bool) -> None:
+    """From the newest checkpoint, of any number of ranks, on this process: neither GPU nor data are needed."""
     from anyflow.backbone.export import export_lora, export_pipeline
     from anyflow.console import quiet_libraries
-    from anyflow.finish import averaged, model_card
+    from anyflow.finish import model_card
     from anyflow.recipe import load_recipe
     from anyflow.runs import RunFolder
 
@@ -66,35 +74,43 @@ def _export_run(run: Path, target: Path, lora: bool, precision: str) -> None:
     if lora and not recipe.model.lora.enabled:
         raise UserError(f"--lora: {run} trained every weight (model.lora.enabled=false): export it with --merge")
     finished = run / ("lora" if lora else "model")
-    if finished.is_dir() and precision == "bfloat16":
+    if finished.is_dir() and precision == "bfloat16" and not single_file:
         _copy(finished, target)
         return
     checkpoint = RunFolder(run).checkpoint
     if checkpoint is None:
         raise UserError(f"{run} has neither a finished model nor a checkpoint: train it first")
     quiet_libraries()
-    parts: Parts = assemble(recipe)
-    _load_weights(parts, checkpoint)
+    codec, backbone, stage = _restored(recipe, checkpoint)
     card = model_card(recipe, {})
-    with averaged(parts):
+    with stage.ema.applied() if stage.ema is not None else nullcontext():
         if lora:
-            export_lora(target, parts.backbone, card)
+            export_lora(target, backbone, card)
         else:
-            options: dict[str, Any] = {"dtype": _dtype(precision), "sampler": recipe.sampler}
-            export_pipeline(target, parts.backbone.transformer, parts.codec, recipe.model.shift, card, **options)
+            options: dict[str, Any] = {
+                "dtype": _dtype(precision),
+                "sampler": recipe.sampler,
+                "single_file": single_file,
+            }
+            export_pipeline(target, backbone.transformer, codec, recipe.model.shift, card, **options)
 
 
-def _load_weights(parts: Any, checkpoint: Path) -> None:
-    """The stage's trained weights and their average, from a checkpoint of the same recipe, sharded or not."""
+def _restored(recipe: Recipe, checkpoint: Path) -> tuple[Any, Any, Any]:
+    """Codec, network and stage with the trained weights and their average of a checkpoint, sharded or not."""
+    from anyflow.assemble import build_stage, load_networks
     from anyflow.callbacks.sharded import read_checkpoint
     from anyflow.stages.base import check_complete
 
+    recipe = replace(recipe, hardware=replace(recipe.hardware, accelerator="cpu", compile=False))
+    codec, backbone = load_networks(recipe)
+    stage = build_stage(recipe, codec, backbone)
     weights = read_checkpoint(checkpoint)["state_dict"]
-    check_complete(parts.stage, weights)
-    parts.stage.load_state_dict(weights, strict=False)
+    check_complete(stage, weights)
+    stage.load_state_dict(weights, strict=False)
+    return codec, backbone, stage
 
 
-def _export_model(source: str, target: Path, precision: str) -> None:
+def _export_model(source: str, target: Path, precision: str, single_file: bool) -> None:
     from anyflow.backbone.codec import Codec
     from anyflow.backbone.export import export_pipeline
     from anyflow.backbone.load import load_backbone, read_sampler, read_shift
@@ -113,8 +129,8 @@ def _export_model(source: str, target: Path, precision: str) -> None:
         size=(frames, height, width),
         fps=fps or 8.0,
     )
-    sampler = read_sampler(source)
-    export_pipeline(target, backbone.transformer, codec, read_shift(source), card, sampler=sampler, dtype=dtype)
+    options: dict[str, Any] = {"dtype": dtype, "sampler": read_sampler(source), "single_file": single_file}
+    export_pipeline(target, backbone.transformer, codec, read_shift(source), card, **options)
 
 
 def _dtype(precision: str) -> Any:

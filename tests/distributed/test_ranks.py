@@ -112,6 +112,30 @@ def test_a_killed_rank_ends_all_with_one_report(killed: tuple[Path, int, str, in
     assert not alive(first)
 
 
+def test_one_process_exports_what_two_ranks_saved(
+    killed: tuple[Path, int, str, int], small_model: Path, tmp_path: Path
+) -> None:
+    """The average of the newest checkpoint, merged, in one file; neither ranks nor data are there."""
+    from anyflow.backbone.load import load_backbone
+    from anyflow.backbone.lora import LoraSettings, add_lora
+
+    out, target = killed[0], tmp_path / "exported"
+    finish(["export", str(out), "--to", str(target), "--single-file", "--precision", "float32"])
+    assert len(list((target / "transformer").glob("*.safetensors"))) == 1
+    path = latest_checkpoint(out / "checkpoints")
+    assert path is not None and is_sharded_checkpoint(path)
+    saved = read_checkpoint(path)["state_dict"]
+    adapted = load_backbone(small_model)
+    add_lora(adapted, LoraSettings(4, 256.0))
+    names = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
+    average = {name: saved[f"ema.shadow_{index}"] for index, name in enumerate(names)}
+    layer = "transformer.blocks.0.attn1.to_q"
+    down, up = (average[f"{layer}.lora_{part}.default.weight"] for part in "AB")
+    scale = 256 / 4  # alpha over rank
+    base, exported = (load_backbone(place).transformer.blocks[0].attn1.to_q.weight for place in (small_model, target))
+    torch.testing.assert_close(exported, base + scale * (up @ down), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.slow
 def test_what_two_ranks_saved_goes_on_bitwise_on_two_and_closely_on_one(
     killed: tuple[Path, int, str, int], small_model: Path, tmp_path: Path
