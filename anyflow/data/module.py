@@ -92,6 +92,8 @@ class VideoDataModule(pl.LightningDataModule):
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         dataset, skipped = self._open(rank, world_size)
         self.stream = ClipStream(dataset, self.steps, self.error_budget, skipped)
+        if skipped:  # encoded under another budget, perhaps
+            self.stream.check_budget()
         if self._pending is not None:
             self.stream.load_state_dict(self._pending)
         if self.trainer:

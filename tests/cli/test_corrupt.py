@@ -82,7 +82,8 @@ def test_over_the_budget_the_run_stops_with_the_same_report(card: Path, small_mo
 
 @pytest.mark.slow
 def test_encoding_over_the_budget_stops_with_the_same_report(card: Path, small_model: Path, tmp_path: Path) -> None:
-    done = run(*train(card, small_model, tmp_path / "run", "true", 0.005))
+    words = [*train(card, small_model, tmp_path / "run", "true", 0.005), "data.height=16"]  # not encoded yet
+    done = run(*words)
     assert done.returncode == 2 and "more than error_budget 0.005 allows" in done.stderr
     (report,) = [path for path in (card.parent / "cache").rglob("skipped.json") if ".part" in str(path)]
     assert str(report) in done.stderr.replace("\n", "") and named(report) == {f"clip-{n:03d}" for n in BAD}

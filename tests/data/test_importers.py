@@ -25,10 +25,12 @@ from footage_files import (
 from anyflow.data.captions import Captions
 from anyflow.data.card import check_shards, load_card
 from anyflow.data.clip import Clip
-from anyflow.data.decode import ClipShape, decode_clip
+from anyflow.data.decode import ClipShape, DecodeError, decode_clip
 from anyflow.data.import_finish import ImportReport
 from anyflow.data.importing import ImportOptions, import_dataset
+from anyflow.data.recording import Recording, VideoFile
 from anyflow.data.shards import load_index, read_clip
+from anyflow.data.sources import bdd100k, gf_minecraft
 from anyflow.data.sources.formats import FORMATS, detect_format, snapshot, source_of
 from anyflow.errors import UserError
 
@@ -141,6 +143,29 @@ def test_bdd100k(tmp_path: Path) -> None:
         path = np.array(clip.controls["trajectory"])
         assert np.allclose(path[:, 2], TURN * np.arange(FRAMES) / 10, atol=0.05)
         assert np.allclose(path[-1, 0], SPEED * 0.7, rtol=0.03)  # fixes once a second: chords of the circle
+
+
+def test_bdd100k_where_gps_knows_no_course_or_speed(tmp_path: Path) -> None:
+    """-1 stands for what is not known: that fix is left out of what it is not known of."""
+    fix = {"latitude": 40.0, "longitude": -73.0, "course": 90.0, "speed": 5.0, "accuracy": 5}
+    changes: list[dict[str, float]] = [{}, {"course": -1}, {"speed": -1, "course": -1}, {}]
+    fixes = [{**fix, "timestamp": 1000 + 1000 * number, **change} for number, change in enumerate(changes)]
+    info = put(tmp_path / "info.json", {"rideID": "r", "startTime": 1000, "endTime": 5000, "locations": fixes})
+    tracks = bdd100k.controls(tmp_path, Recording("a", "a", VideoFile("a.mov"), details={"info": str(info)}))
+    assert tracks["speed"].times.tolist() == [0, 1, 3] and tracks["trajectory"].times.tolist() == [0, 3]
+
+
+def test_gf_minecrafts_frames_are_numbered_by_their_keys(tmp_path: Path) -> None:
+    actions = {str(number): {"ws": 1, "yaw_delta": float(number)} for number in (12, 3, 2, 5, 4)}
+    metadata = put(tmp_path / "m.json", {"biome": "plains", "actions": actions})
+    details = {"metadata": str(metadata), "first": 3, "last": 6, "fps": 16.0}
+    tracks = gf_minecraft.controls(tmp_path, Recording("a", "a", VideoFile("a.mp4"), details=details))
+    assert [action["yaw_delta"] for action in tracks["actions"].values] == [3.0, 4.0, 5.0]
+    assert (tracks["actions"].times * 16).tolist() == [0, 1, 2]
+    with pytest.raises(DecodeError, match="no actions for the frames 20 to 30"):
+        gf_minecraft.controls(
+            tmp_path, Recording("a", "a", VideoFile("a.mp4"), details={**details, "first": 20, "last": 30})
+        )
 
 
 def test_vpt(tmp_path: Path) -> None:

@@ -276,6 +276,24 @@ def test_changed_bytes_in_a_bucket_are_bad_clips(bucket: Any) -> None:
         reader.read(1, reader.sample(1, 0), "mp4")
 
 
+def test_a_data_set_in_a_google_bucket_reads_as_one_on_disk(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Google's own client, against a server that answers as the JSON interface does; faults are tried again too."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", web.url)
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it would ask for the bucket's kind by gRPC
+    gcsfs = pytest.importorskip("gcsfs", reason="pip install '.[remote]'")
+    import fsspec
+
+    monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    web.faults["tiny-000001.tar"] = ["error", "truncated"]
+    reader = reader_of("gs://footage")
+    assert read_all(reader) == read_all(ShardReader([web.folder / "train"]))
+    assert any(path.startswith("/download/storage/v1/b/footage/o/train%2F") and span for path, span in web.asked)
+    with pytest.raises(UserError, match=r"there is no gs://footage/nothing/card\.yaml"):
+        load_card("gs://footage/nothing")
+    gcsfs.GCSFileSystem.clear_instance_cache()
+
+
 def test_a_mirrors_mark_is_plain(web: Web) -> None:
     folder = remote.mirror(f"{web.url}/train/")
     assert json.loads((folder / remote.MARK).read_text()) == {"url": f"{web.url}/train"}

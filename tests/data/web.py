@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 Fault = str
 """error, refused, truncated, stalled, changed: what becomes of one answer. whole: the range is ignored."""
@@ -52,9 +53,15 @@ def serve(folder: Path) -> Iterator[Web]:
         server.server_close()
 
 
+def place_of(asked: str) -> str:
+    """The file that is asked for, by its path or as an object of a Google bucket."""
+    found = re.fullmatch(r"/download/storage/v1/b/[^/]+/o/([^?]+)\?alt=media", asked)
+    return unquote(found[1]) if found else asked.lstrip("/")
+
+
 def answer(request: BaseHTTPRequestHandler, web: Web) -> None:
     """One answer, with the file's next fault if there is one."""
-    path = web.folder / request.path.lstrip("/")
+    path = web.folder / place_of(request.path)
     span = request.headers.get("Range")
     web.asked.append((request.path, span))
     faults = web.faults.get(path.name, [])

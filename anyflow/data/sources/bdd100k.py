@@ -1,7 +1,9 @@
 """BDD100K: videos/[SPLIT/]ID.mov with info/[100k/]SPLIT/ID.json (GPS, IMU); weather and such from the labels.
 
-The layout is that of https://doc.bdd100k.com/format.html. The videos have no captions: write a template over the
-labels, such as ``--caption "Driving at {timeofday} in {weather} weather, {scene}"``, or give a default.
+The folders are those of https://doc.bdd100k.com/download.html; what the info files hold (locations with timestamps in
+milliseconds, and -1 for a speed or course that is not known) is as the data set's authors read it in
+github.com/gy20073/BDD_Driving_Model. The videos have no captions: write a template over the labels, such as
+``--caption "Driving at {timeofday} in {weather} weather, {scene}"``, or give a default.
 """
 
 from __future__ import annotations
@@ -86,9 +88,11 @@ def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
     north = (table[:, 1] - table[0, 1]) * METRES_A_DEGREE
     east = (table[:, 2] - table[0, 2]) * METRES_A_DEGREE * np.cos(np.radians(table[0, 1]))
     tracks = {"speed": Track(times, table[:, 3], linear=True)}
-    if (table[:, 4] >= 0).all():  # the compass course, clockwise from north
-        heading = np.degrees(np.unwrap(np.radians(90 - table[:, 4])))
-        tracks["trajectory"] = Track(times, np.stack([east, north, heading], axis=1), linear=True, relative=True)
+    known = table[:, 4] >= 0  # the compass course, clockwise from north; a car that stands has none
+    if known.any():
+        heading = np.degrees(np.unwrap(np.radians(90 - table[known, 4])))
+        path = np.stack([east[known], north[known], heading], axis=1)
+        tracks["trajectory"] = Track(times[known], path, linear=True, relative=True)
     return tracks
 
 

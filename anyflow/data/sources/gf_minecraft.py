@@ -1,4 +1,9 @@
-"""GF-Minecraft of GameFactory: annotation.csv (video, start, end, prompt), metadata/*.json (actions), video/*.mp4."""
+"""GF-Minecraft of GameFactory: annotation.csv (video, start, end, prompt), metadata/*.json (actions), video/*.mp4.
+
+The layout is that of the data set's card (https://huggingface.co/datasets/KwaiVGI/GameFactory-Dataset) and of a public
+reader of data_2003: ``biome``, ``initial_weather``, ``start_time`` and ``actions``, whose keys are the frames' numbers.
+The annotation's columns are found by the words in their names; a file of the release itself was not at hand.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,8 @@ NAME = "gf-minecraft"
 LOOKS_FOR = "annotation.csv beside the folders video and metadata, here or in data_*"
 DOMAIN = "games"
 CONTROLS = {
-    "actions": "per frame: ws, ad and scs (movement keys), pitch_delta and yaw_delta, as the data set codes them",
+    "actions": "per frame: ws (1 forward, 2 back), ad (1 left, 2 right), scs (1 jump, 2 sneak, 3 sprint), "
+    "pitch_delta and yaw_delta as the data set codes them",
     "trajectory": "per frame: [x, y, z, yaw, pitch], in blocks and degrees",
 }
 
@@ -45,13 +51,13 @@ def recordings(folder: Path) -> Iterator[Found]:
 
 def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
     """Actions and pose of the stretch's frames."""
-    actions, poses = _actions(recording.details["metadata"])
-    first, rate = recording.details["first"], recording.details["fps"]
-    last = min(recording.details["last"], len(actions))
-    if last <= first:
-        raise DecodeError(f"its actions end at frame {len(actions)}, before frame {first}")
-    times = np.arange(last - first) / rate
-    return {"actions": Track(times, actions[first:last]), "trajectory": Track(times, poses[first:last])}
+    numbers, actions, poses = _actions(recording.details["metadata"])
+    first, last, rate = (recording.details[name] for name in ("first", "last", "fps"))
+    start, end = np.searchsorted(numbers, [first, last])
+    if start == end:
+        raise DecodeError(f"it has no actions for the frames {first} to {last}")
+    times = (numbers[start:end] - first) / rate
+    return {"actions": Track(times, actions[start:end]), "trajectory": Track(times, poses[start:end])}
 
 
 def _parts(folder: Path) -> list[Path]:
@@ -83,7 +89,7 @@ def _recording(folder: Path, part: Path, row: Mapping[str, Any]) -> Recording:
         start=first / fps,
         end=last / fps,
         caption=_column(row, "prompt"),
-        fields={key: described[key] for key in ("biome", "initial_weather", "weather") if key in described},
+        fields={key: described[key] for key in ("biome", "initial_weather", "start_time") if key in described},
         details={"metadata": str(metadata), "first": first, "last": last, "fps": fps},
     )
 
@@ -108,8 +114,8 @@ def _described(metadata: str) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _actions(metadata: str) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """(action of every frame, [N, 5] poses). Frames are the keys "0", "1", ...; the last file is kept."""
+def _actions(metadata: str) -> tuple[np.ndarray, list[dict[str, Any]], np.ndarray]:
+    """(frames' numbers [N], ascending; each one's action; [N, 5] poses). The last file is kept."""
     document = read_json_object(Path(metadata))
     frames = document.get("actions")
     if not isinstance(frames, dict):
@@ -117,11 +123,12 @@ def _actions(metadata: str) -> tuple[list[dict[str, Any]], np.ndarray]:
     actions: list[dict[str, Any]] = []
     poses: list[list[float]] = []
     try:
-        for number in range(len(frames)):
-            frame = frames[str(number)]
+        numbers = {int(key): key for key in frames}
+        for number in sorted(numbers):
+            frame = frames[numbers[number]]
             actions.append({name: frame.get(name, 0) for name in ("ws", "ad", "scs", "pitch_delta", "yaw_delta")})
             position = [float(value) for value in frame.get("pos") or (0, 0, 0)][:3]
             poses.append([*position, float(frame.get("yaw", 0)), float(frame.get("pitch", 0))])
-        return actions, np.array(poses).reshape(-1, 5)
+        return np.array(sorted(numbers), dtype=np.int64), actions, np.array(poses).reshape(-1, 5)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DecodeError(f"{Path(metadata).name}: frame {len(actions)} is damaged ({error!r})") from error
