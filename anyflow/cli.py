@@ -9,7 +9,7 @@ import sys
 import typer
 
 from anyflow import __version__
-from anyflow.commands import bench, data, evaluate, export, plan, recipes, sample, tracking, train
+from anyflow.commands import bench, data, evaluate, export, plan, recipes, sample, tracking, train, vbench
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
 from anyflow.ranks import leave_report
 
@@ -40,6 +40,7 @@ def _top(
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
 app.command("evaluate")(evaluate.evaluate)
+app.command("vbench")(vbench.vbench)
 app.command("export")(export.export)
 app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
