@@ -22,6 +22,7 @@ from anyflow.commands import (
     sync,
     tracking,
     train,
+    vbench,
 )
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
 from anyflow.ranks import leave_report
@@ -55,6 +56,7 @@ app.command("sample")(sample.sample)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("experiment")(experiment.experiment)
+app.command("vbench")(vbench.vbench)
 app.command("export")(export.export)
 app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")

@@ -64,7 +64,7 @@ def sample(
     from anyflow.commands.models import load_model, native_shape
 
     shape = native_shape(model, frames=frames, height=height, width=width, fps=fps)
-    pixels = _given_pixels(image or video, given, shape)
+    pixels = given_pixels(image or video, given, shape)
     from anyflow.backbone.load import read_sampler
 
     codec, backbone, shift = load_model(model)
@@ -95,7 +95,7 @@ def _check_given(image: Path | None, video: Path | None, given: int) -> int:
     return given if video is not None else 1 if image is not None else 0
 
 
-def _given_pixels(path: Path | None, given: int, shape: ClipShape) -> Tensor | None:
+def given_pixels(path: Path | None, given: int, shape: ClipShape) -> Tensor | None:
     """The given frames uint8 ``[1, F, H, W, 3]``, scaled and cropped to the clip's size; None without any."""
     import dataclasses
 

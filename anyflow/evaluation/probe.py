@@ -51,11 +51,11 @@ class ProbeSettings:
     """
 
     frames: int = 9
-    height: int = 64
-    width: int = 96
+    height: int = 32
+    width: int = 48
     channels: tuple[int, ...] = (32, 64, 96, 128)
     features: int = 64
-    epochs: int = 24
+    epochs: int = 20
     batch_size: int = 32
     lr: float = 3e-3
     seed: int = 0

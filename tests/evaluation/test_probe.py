@@ -11,7 +11,7 @@ import torch
 
 from anyflow.errors import UserError
 from anyflow.evaluation.curve import HeldOut
-from anyflow.evaluation.probe import Probe, ProbeSettings, labels_of, pictures, train_probe
+from anyflow.evaluation.probe import Probe, ProbeNetwork, ProbeSettings, labels_of, pictures, train_probe
 
 SMALL = ProbeSettings(frames=3, height=16, width=24, channels=(8, 16), features=8, epochs=12, batch_size=16)
 
@@ -100,3 +100,24 @@ def test_labels_need_two_values_with_enough_clips() -> None:
 def test_clips_of_any_size_become_one_shape() -> None:
     assert pictures(torch.zeros(2, 81, 48, 80, 3, dtype=torch.uint8), SMALL).shape == (2, 9, 16, 24)
     assert pictures(torch.full((1, 5, 16, 24, 3), 255, dtype=torch.uint8), SMALL).unique().tolist() == [1.0]
+
+
+def test_a_data_sets_probe_is_trained_once_for_each_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from anyflow import probes
+    from anyflow.data.decode import ClipShape
+
+    trained: list[tuple[str, str]] = []
+
+    def train(clips: str, real: str, settings: ProbeSettings, on_progress: None) -> Probe:
+        trained.append((clips, real))
+        labels = {"colour": ["blue", "red"]}
+        return Probe(ProbeNetwork(settings, labels), settings, "driving", labels, {"colour": 1.0})
+
+    monkeypatch.setattr(probes, "held_out", lambda cards, split, shape: split)
+    monkeypatch.setattr(probes, "train_probe", train)
+    for shape in (ClipShape(17, 64, 96), ClipShape(17, 64, 96), ClipShape(5, 64, 96)):
+        made = probes.probe_of("driving", shape, settings=SMALL, root=tmp_path)
+        assert made.accuracy == {"colour": 1.0}
+    assert trained == [("train", "heldout")] * 2
+    probes.probe_of("driving", ClipShape(17, 64, 96), settings=replace(SMALL, seed=1), root=tmp_path)
+    assert len(trained) == 3 and len(list(tmp_path.iterdir())) == 3
