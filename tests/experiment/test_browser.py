@@ -8,12 +8,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,32 +65,10 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 @pytest.fixture(scope="module")
-def site(recorded: Site) -> Iterator[Site]:
+def site(recorded: Site, serve: Any) -> Iterator[Site]:
     """The same, served by the command that a user types."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "anyflow.cli", "mlflow", "--serve", "--uri", recorded.address, "--port", str(port)]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(PROJECT)},
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + WAIT
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline, "the server did not start"
-                time.sleep(0.3)
-        yield Site(f"http://127.0.0.1:{port}", recorded.experiment, recorded.runs, recorded.report)
-    finally:
-        os.killpg(process.pid, 15)
-        process.wait(timeout=60)
+    with serve("-m", "anyflow.cli", "mlflow", "--serve", "--uri", recorded.address) as address:
+        yield replace(recorded, address=address)
 
 
 @pytest.fixture(scope="module")
