@@ -107,8 +107,7 @@ def experiment_run(store: str, artifacts: str, name: str) -> tuple[Any, str]:
 
     client = MlflowClient(tracking_uri=store)
     known = client.get_experiment_by_name(name)
-    kind = {"mlflow.experimentKind": "custom_model_development"}  # its pages open on training, not on chat
-    number = known.experiment_id if known else client.create_experiment(name, artifacts, kind)
+    number = known.experiment_id if known else client.create_experiment(name, artifact_location=artifacts)
     found = client.search_runs([number], filter_string=f"tags.`{ROLE_TAG}` = 'experiment'", max_results=1)
     if found:
         return client, found[0].info.run_id

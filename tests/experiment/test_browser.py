@@ -128,7 +128,7 @@ def test_the_comparison_draws_the_any_step_curve(browser: Any, site: Site) -> No
     """Two runs compared; behind the metric's name each is a line over the step counts 1, 4 and 32."""
     chosen = ",".join(f'"{site.runs[name]}"' for name in ("plain-0-games", "more-0-games"))
     browser.get(f'{site.address}/#/compare-runs?runs=[{chosen}]&experiments=["{site.experiment}"]')
-    links = wait_for(browser, lambda: browser.find_elements("link text", "after/sliced_w1"), "the metric's row")
+    links = wait_for(browser, lambda: browser.find_elements("partial link text", "after/sliced_w1"), "the metric's row")
     assert "Comparing 2 Runs" in text_of(browser)
     address = str(links[0].get_attribute("href"))
     assert "x_axis=" in address
