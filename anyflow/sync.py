@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,11 @@ class _Copy:
     run: Any
     remote_of: Mapping[str, str]
 
+    @cached_property
+    def histories(self) -> dict[str, list[Any]]:
+        """Every point of every figure."""
+        return {key: self.local.get_metric_history(self.run.info.run_id, key) for key in self.run.data.metrics}
+
     def send(self, experiment: str, there: Any, sent: Sent) -> str:
         """Send what the server lacks; returns the server's id of the run."""
         files = list(_files(self.local, self.run.info.run_id))
@@ -146,8 +152,8 @@ class _Copy:
 
     def digest(self, files: list[tuple[str, int]]) -> str:
         """Of everything that a run has: it changes when something is added."""
-        latest = {key: [value] for key, value in self.run.data.metrics.items()}
-        facts = [self.run.info.status, self.run.info.end_time, self.run.data.params, self.run.data.tags, latest, files]
+        points = {key: [_point(metric) for metric in history] for key, history in self.histories.items()}
+        facts = [self.run.info.status, self.run.info.end_time, self.run.data.params, self.run.data.tags, points, files]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def send_params(self, there: Any) -> None:
@@ -161,8 +167,7 @@ class _Copy:
     def send_metrics(self, there: Any) -> int:
         """Points of every figure that the server does not have; returns how many."""
         missing = []
-        for key in self.run.data.metrics:
-            history = self.local.get_metric_history(self.run.info.run_id, key)
+        for key, history in self.histories.items():
             known = key in there.data.metrics
             has = {_point(m) for m in self.server.get_metric_history(there.info.run_id, key)} if known else set()
             missing += [metric for metric in history if _point(metric) not in has]

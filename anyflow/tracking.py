@@ -190,14 +190,21 @@ def log_curve(logger: MLFlowLogger | None, when: str, rows: Iterable[Mapping[str
 
 
 def _log_rows(client: Any, run_id: str, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Log a curve's numbers, but those that stand there already: a report that is written again adds nothing."""
     from mlflow.entities import Metric
+
+    known = [key for key in client.get_run(run_id).data.metrics if key.startswith(f"{name}/")]
+    there = {(key, point.step, point.value) for key in known for point in client.get_metric_history(run_id, key)}
 
     now = int(time.time() * 1000)
     figures = [
         Metric(f"{name}/{key}", float(value), now, int(row["num_steps"]))
         for row in rows
         for key, value in row.items()
-        if key != "num_steps" and isinstance(value, int | float) and value == value
+        if key != "num_steps"
+        and isinstance(value, int | float)
+        and value == value
+        and (f"{name}/{key}", int(row["num_steps"]), float(value)) not in there
     ]
     for start in range(0, len(figures), 500):
         client.log_batch(run_id, metrics=figures[start : start + 500])

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,7 +54,8 @@ def record() -> None:
     record_curves(run, uri=uri, experiment="study", curves={"after": ROWS}, tags={"anyflow.arm": "plain"})
     base = RunFolder(Path("runs/experiments/study/base-0"))
     base.path.mkdir()
-    record_curves(base, uri=uri, experiment="study", curves={"after": ROWS}, tags={"anyflow.arm": "base"})
+    for _ in range(2):  # what stands there already is not added again
+        record_curves(base, uri=uri, experiment="study", curves={"after": ROWS}, tags={"anyflow.arm": "base"})
     report = Path("report")
     (report / "deep").mkdir(parents=True)
     (report / "report.html").write_text("<p>it holds</p>")
@@ -166,29 +164,13 @@ def test_a_server_that_never_answers_is_one_sentence(local: str) -> None:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
+def server(tmp_path: Path, serve: Any) -> Iterator[str]:
     """A real MLflow server on this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     place = tmp_path / "server"
     place.mkdir()
     stores = ["--backend-store-uri", "sqlite:///server.db", "--artifacts-destination", str(place / "files")]
-    process = subprocess.Popen([*command, *stores], cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline, "the server did not start"
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
+    with serve("-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1", *stores, cwd=place) as address:
+        yield address
 
 
 @pytest.mark.slow

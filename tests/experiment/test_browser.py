@@ -8,12 +8,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,32 +65,10 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 @pytest.fixture(scope="module")
-def site(recorded: Site) -> Iterator[Site]:
+def site(recorded: Site, serve: Any) -> Iterator[Site]:
     """The same, served by the command that a user types."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "anyflow.cli", "mlflow", "--serve", "--uri", recorded.address, "--port", str(port)]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(PROJECT)},
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + WAIT
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline, "the server did not start"
-                time.sleep(0.3)
-        yield Site(f"http://127.0.0.1:{port}", recorded.experiment, recorded.runs, recorded.report)
-    finally:
-        os.killpg(process.pid, 15)
-        process.wait(timeout=60)
+    with serve("-m", "anyflow.cli", "mlflow", "--serve", "--uri", recorded.address) as address:
+        yield replace(recorded, address=address)
 
 
 @pytest.fixture(scope="module")
@@ -139,61 +114,65 @@ def keep_picture(browser: Any, name: str) -> None:
         browser.save_screenshot(str(Path(folder) / f"{name}.png"))
 
 
-def test_the_experiments_runs_are_there(browser: Any, site: Site) -> None:
+def test_the_experiments_runs_stand_below_it(browser: Any, site: Site) -> None:
     browser.get(f"{site.address}/#/experiments/{site.experiment}/runs?compareRunsMode=TABLE")
-    wait_for(browser, lambda: "study" in text_of(browser) and "base-0" in text_of(browser), "the table of runs")
+    expander = ".ag-row button[data-component-id*='runnamecellrenderer']"
+    wait_for(browser, lambda: browser.find_elements("css selector", expander), "the experiment's own run")
+    assert "base-0" not in text_of(browser)
+    browser.find_element("css selector", expander).click()
+    wait_for(browser, lambda: "base-0" in text_of(browser) and "more-2-games" in text_of(browser), "the runs below it")
     keep_picture(browser, "runs")
 
 
 def test_the_comparison_draws_the_any_step_curve(browser: Any, site: Site) -> None:
-    """Each arm's run is a line over the step counts 1, 4 and 32."""
-    chosen = [site.runs[name] for name in ("plain-0-games", "more-0-games")]
-    listed = "[" + ",".join(f'"{run}"' for run in chosen) + "]"
-    metric = "after%2Fsliced_w1"
-    browser.get(f'{site.address}/#/metric/{metric}?runs={listed}&experiments=["{site.experiment}"]&x_axis=step')
-    lines = wait_for(
-        browser,
-        lambda: len(browser.find_elements("css selector", ".scatterlayer .trace path.js-line")) >= 2,
-        "the two curves",
-    )
-    assert lines
+    """Two runs compared; behind the metric's name each is a line over the step counts 1, 4 and 32."""
+    chosen = ",".join(f'"{site.runs[name]}"' for name in ("plain-0-games", "more-0-games"))
+    browser.get(f'{site.address}/#/compare-runs?runs=[{chosen}]&experiments=["{site.experiment}"]')
+    links = wait_for(browser, lambda: browser.find_elements("partial link text", "after/sliced_w1"), "the metric's row")
+    assert "Comparing 2 Runs" in text_of(browser)
+    address = str(links[0].get_attribute("href"))
+    assert "x_axis=" in address
+    browser.get(re.sub(r"x_axis=[a-z]+", "x_axis=step", address))
+    lines = ".scatterlayer .trace path.js-line"
+    wait_for(browser, lambda: len(browser.find_elements("css selector", lines)) == 2, "the two curves")
     text = text_of(browser)
     assert "plain-0-games" in text and "more-0-games" in text
+    data = "return [...document.querySelectorAll('.js-plotly-plot')].flatMap(p => p.data.map(t => t.x))"
+    assert browser.execute_script(data) == [[1, 4, 32], [1, 4, 32]]
     keep_picture(browser, "curve")
 
 
-def test_the_report_plays_its_films(browser: Any, site: Site) -> None:
-    """From the disk, and from MLflow's artifacts: pictures are decoded, films have frames, nothing is fetched."""
-    served = f"{site.address}/get-artifact?path=report/report.html&run_uuid={site.runs['study']}"
-    for address in (site.report.joinpath("report.html").as_uri(), served):
-        if address == served and not re.search("<html", fetch(served)):
-            pytest.fail("MLflow does not give the report")
-        if address == served:
-            path = site.report.parent / "served.html"  # MLflow gives files as downloads
-            path.write_text(fetch(served), encoding="utf-8")
-            address = path.as_uri()
-        browser.get(address)
-        assert "Does it matter?" in text_of(browser)
-        films = "return [...document.querySelectorAll('video')].map(v => [v.readyState, v.videoWidth, v.duration])"
-        wait_for(
-            browser,
-            lambda: len(shown := browser.execute_script(films)) == 2 and all(s[0] >= 2 for s in shown),  # noqa: B023
-            "two films that play",
-        )
-        assert all(width > 0 and seconds > 0 for _, width, seconds in browser.execute_script(films))
-        images = "return [...document.images].map(i => i.complete && i.naturalWidth > 0)"
-        assert browser.execute_script(images) == [True] * 4
-        assert (
-            browser.execute_script(
-                "return performance.getEntriesByType('resource').filter(e => e.name.startsWith('http')).length"
-            )
-            == 0
-        )
+def check_report(browser: Any) -> None:
+    """Every picture is decoded, every film has frames, and nothing is fetched from elsewhere."""
+    films = "return [...document.querySelectorAll('video')].map(v => [v.readyState, v.videoWidth, v.duration])"
+
+    def played() -> bool:
+        shown = browser.execute_script(films)
+        return len(shown) == 2 and all(ready >= 2 for ready, _, _ in shown)
+
+    wait_for(browser, played, "two films that play")
+    assert "Does it matter?" in text_of(browser)
+    assert all(width > 0 and seconds > 0 for _, width, seconds in browser.execute_script(films))
+    images = "return [...document.images].map(i => i.complete && i.naturalWidth > 0)"
+    assert browser.execute_script(images) == [True] * 4
+    fetched = "return performance.getEntriesByType('resource').map(e => e.name).filter(n => n.startsWith('http'))"
+    assert browser.execute_script(fetched) == []
+
+
+def test_the_report_plays_its_films_from_the_disk(browser: Any, site: Site) -> None:
+    browser.get(site.report.joinpath("report.html").as_uri())
+    check_report(browser)
     keep_picture(browser, "report")
 
 
-def fetch(address: str) -> str:
-    from urllib.request import urlopen
-
-    with urlopen(address, timeout=60) as answer:
-        return str(answer.read().decode())
+def test_the_report_plays_its_films_in_mlflow(browser: Any, site: Site) -> None:
+    """As the artifact of the experiment's own run."""
+    run = f"{site.address}/#/experiments/{site.experiment}/runs/{site.runs['study']}"
+    browser.get(f"{run}/artifacts/report/report.html")
+    frames = wait_for(browser, lambda: browser.find_elements("css selector", "iframe#html"), "the report's frame")
+    browser.switch_to.frame(frames[0])
+    try:
+        check_report(browser)
+    finally:
+        browser.switch_to.default_content()
+    keep_picture(browser, "artifact")
