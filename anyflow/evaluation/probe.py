@@ -119,13 +119,13 @@ class Probe:
         }
 
     def accuracies(self, clips: Tensor, items: Sequence[HeldOut]) -> dict[str, float]:
-        """``LABEL_right``: the share of clips that show what was asked for, of trusted labels, in this domain."""
+        """``probe_LABEL_right``: the share of clips that show what was asked for, of trusted labels, in this domain."""
         read, found = self.read(clips), {}
         for name in self.labels:
             asked = [_value(item, name) if item.domain == self.domain else None for item in items]
             right = [one == other for one, other in zip(read[name], asked, strict=True) if other is not None]
             if self.accuracy[name] >= TRUSTED and right:
-                found[f"{name}_right"] = sum(right) / len(right)
+                found[f"probe_{name}_right"] = sum(right) / len(right)
         return found
 
     def notes(self) -> list[str]:
@@ -233,7 +233,7 @@ def train_probe(
             on_progress(epoch + 1, settings.epochs, "epochs of the probe")
     probe = Probe(network, settings, clips[0].domain, labels, dict.fromkeys(labels, 1.0))
     right = probe.accuracies(torch.stack([torch.as_tensor(clip.frames) for clip in real]), real)
-    probe.accuracy = {name: right.get(f"{name}_right", 0.0) for name in labels}
+    probe.accuracy = {name: right.get(f"probe_{name}_right", 0.0) for name in labels}
     return probe
 
 

@@ -49,12 +49,12 @@ def test_a_probe_learns_what_can_be_seen_and_says_what_it_cannot(probe: Probe) -
 def test_only_trusted_labels_judge_and_only_clips_of_the_domain(probe: Probe) -> None:
     asked = REAL[:8]
     clips = torch.stack([item.frames for item in asked])
-    assert probe.accuracies(clips, asked) == {"colour_right": 1.0, "side_right": 1.0}
+    assert probe.accuracies(clips, asked) == {"probe_colour_right": 1.0, "probe_side_right": 1.0}
     swapped = [replace(item, attributes={**item.attributes, "colour": "red"}) for item in asked]
-    assert probe.accuracies(clips, swapped)["colour_right"] == 0.5
+    assert probe.accuracies(clips, swapped)["probe_colour_right"] == 0.5
     assert probe.accuracies(clips, [replace(item, domain="other") for item in asked]) == {}
     unlabelled = [replace(item, attributes={}) for item in asked[:4]] + asked[4:]
-    assert probe.accuracies(clips, unlabelled)["side_right"] == 1.0
+    assert probe.accuracies(clips, unlabelled)["probe_side_right"] == 1.0
 
 
 def test_features_tell_sets_apart(probe: Probe) -> None:
