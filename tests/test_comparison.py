@@ -32,7 +32,7 @@ def make_run(folder: Path, values: dict[int, float], *overrides: str, accuracy: 
 
 def test_what_differs_comes_first_and_names_do_not_count(tmp_path: Path) -> None:
     one = make_run(tmp_path / "one", {1: 1.0}, "optimizer.lr=1e-4", "run.name=one")
-    two = make_run(tmp_path / "two", {1: 1.0}, "run.name=two", data="bb")
+    two = make_run(tmp_path / "two", {1: 1.0}, "optimizer.lr=2e-4", "run.name=two", data="bb")
     sides = [read_side(str(path), "") for path in (one, two)]
     assert dict(differences(sides)) == {"optimizer.lr": ["0.0001", "0.0002"], "data (fingerprint)": ["aa", "bb"]}
 

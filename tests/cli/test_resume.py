@@ -221,13 +221,13 @@ def test_a_changed_recipe_that_is_accepted_goes_on(small_model: Path, uninterrup
     shutil.copytree(uninterrupted, out)
     shutil.rmtree(out / "checkpoints" / f"step_{STEPS:08d}")
     RunFolder(out).note(state="preempted")
-    words = training(small_model, out, "optimizer.lr=1e-3", "--resume", str(out))
+    words = training(small_model, out, "optimizer.lr=5e-4", "--resume", str(out))
     finished = run(*words, "--accept-changes")
     assert finished.returncode == 0, finished.stderr
     assert "goes on with another recipe" in finished.stderr and "optimizer.lr was" in finished.stderr
     weights, others = state(out), state(uninterrupted)
     assert any(not torch.equal(weights[name], others[name]) for name in weights)
-    assert "lr: 0.001" in RunFolder(out).recipe.read_text()
+    assert "lr: 0.0005" in RunFolder(out).recipe.read_text()
 
 
 def test_the_exported_model_is_the_average_and_loads_in_diffusers(uninterrupted: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,9 @@ def write_study(folder: Path, text: str = TEXT) -> tuple[Experiment, list[Piece]
 
 
 def invented(kind: type, **values: Any) -> Any:
-    """A dataclass of numbers: 1 wherever nothing is given."""
-    return kind(**{item.name: values.get(item.name, 1.0) for item in fields(kind)})
+    """A dataclass of numbers: 1 wherever nothing is given; its mappings stay empty."""
+    numbers = [item.name for item in fields(kind) if item.default_factory is MISSING]
+    return kind(**{name: values.get(name, 1.0) for name in numbers})
 
 
 def invent_curve(experiment: Experiment, piece: Piece, card: str, value: Value, with_samples: bool = False) -> None:
