@@ -150,9 +150,10 @@ def fit(
     ``more`` are further callbacks.
     """
     hardware = recipe.hardware
-    saving = recipe.checkpoint
-    writer = BackgroundWriter() if saving.background else Writer()
-    checkpoints = Checkpoints(run.checkpoints, every_steps=saving.every_steps, keep=saving.keep, writer=writer)
+    writer = BackgroundWriter() if recipe.checkpoint.background else Writer()
+    checkpoints = Checkpoints(
+        run.checkpoints, every_steps=recipe.checkpoint.every_steps, keep=recipe.checkpoint.keep, writer=writer
+    )
     preemption = Preemption(checkpoints)
     callbacks: list[Any] = [checkpoints, TrainingProgress(recipe.stage.name, recipe.total_steps), preemption, *more]
     if recipe.sampling.every_steps and recipe.stage.name != "codec":
