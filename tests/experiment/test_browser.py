@@ -137,11 +137,12 @@ def test_the_comparison_draws_the_any_step_curve(browser: Any, site: Site) -> No
     assert "x_axis=step" in address
     browser.get(re.sub(r"after(%2F|/)[a-z_0-9]+", r"after\1sliced_w1", address))
     lines = ".scatterlayer .trace path.js-line"
-    wait_for(browser, lambda: len(browser.find_elements("css selector", lines)) == 2, "the two curves")
+    wait_for(browser, lambda: len(browser.find_elements("css selector", lines)) >= 2, "the two curves")
     text = text_of(browser)
     assert "plain-0-games" in text and "more-0-games" in text
     data = "return [...document.querySelectorAll('.js-plotly-plot')].flatMap(p => p.data.map(t => t.x))"
-    assert browser.execute_script(data) == [[1, 4, 32], [1, 4, 32]]
+    drawn = browser.execute_script(data)  # each run's line, and its smoothed one
+    assert len(drawn) >= 2 and all(steps == [1, 4, 32] for steps in drawn)
     keep_picture(browser, "curve")
 
 
