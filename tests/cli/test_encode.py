@@ -37,7 +37,7 @@ def alone(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_encode_writes_latents_and_each_text_once(alone: Path) -> None:
     facts = json.loads((alone / "cache.json").read_text())
-    assert facts["texts"] == 35 and [shape["width"] for shape in facts["shapes"]] == [32, 48]
+    assert facts["texts"] == 36 and [shape["width"] for shape in facts["shapes"]] == [32, 48]
     assert facts["latent_shapes"] == [None, [2, 16, 4, 6]], "the footage is 3:2: none of it is cropped to a square"
     assert [path.name for path in alone.parent.iterdir()] == [alone.name]
 

@@ -89,7 +89,7 @@ def test_what_has_changed_is_done_again_and_kept(
     longer = TEXT.replace("consistency_share=0]", "consistency_share=0, optimizer.lr=3e-4]")
     experiment, pieces = write_study(tmp_path, longer)
     states = {job.title: (job.state, job.reason) for job in jobs_of(experiment, select(experiment, pieces, [], [0]))}
-    assert states["plain-0-games: train 20 steps"] == ("changed", "optimizer.lr was 0.0002 and is 0.0003")
+    assert states["plain-0-games: train 20 steps"] == ("changed", "optimizer.lr was 0.001 and is 0.0003")
     assert states["more-0-games: train 20 steps"] == ("changed", "it starts from plain-0-games")
     assert states["base-0: evaluate on games"] == ("done", "")
     execute.run_pieces(experiment, select(experiment, pieces, ["plain"], [0]))
