@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,14 @@ def train(
 
 def _train(recipe: Recipe, run: RunFolder, more: list[Any]) -> int:
     parts = assemble(recipe)
+    with run.held() if rank_and_size()[0] == 0 else nullcontext():
+        return _train_parts(recipe, run, parts, more)
+
+
+def _train_parts(recipe: Recipe, run: RunFolder, parts: Parts, more: list[Any]) -> int:
     is_first = rank_and_size()[0] == 0
+    if is_first and run.checkpoint is not None:
+        print(f"going on with {run.path} from {run.checkpoint.parent.name}", file=sys.stderr)
     logger = _open_records(recipe, run) if is_first else None
     is_codec = recipe.stage.name == "codec"
     try:

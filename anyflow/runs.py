@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anyflow.callbacks.checkpoints import latest_checkpoint, write_atomically
+from anyflow.data.locks import locked
 from anyflow.errors import UserError
 from anyflow.recipe import Recipe, load_recipe, to_dict
 from anyflow.recipe.fields import flatten
@@ -69,6 +73,31 @@ class RunFolder:
     def note(self, **facts: Any) -> None:
         """Add facts to the status, atomically."""
         write_atomically(self.path / "status.json", json.dumps({**self.status, **facts}, indent=2) + "\n")
+
+    @contextmanager
+    def held(self, patience: float = 10.0) -> Iterator[None]:
+        """Keep other processes from training in this folder; the hold ends with the process, however that ends.
+
+        Args:
+            patience: seconds to wait for another holder: the workers of a killed one take a moment to leave.
+
+        Raises:
+            UserError: another process still trains in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + patience
+        with ExitStack() as stack:
+            while True:
+                try:
+                    stack.enter_context(locked(self.path / ".lock", wait=False))
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() > deadline:
+                        raise UserError(
+                            f"{self.path} is being trained by another process: stop that one first, or start a new run"
+                        ) from error
+                    time.sleep(0.2)
+            yield
 
     @property
     def checkpoint(self) -> Path | None:
