@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -85,18 +84,13 @@ class RunFolder:
             UserError: another process still trains in it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        deadline = time.monotonic() + patience
         with ExitStack() as stack:
-            while True:
-                try:
-                    stack.enter_context(locked(self.path / ".lock", wait=False))
-                    break
-                except BlockingIOError as error:
-                    if time.monotonic() > deadline:
-                        raise UserError(
-                            f"{self.path} is being trained by another process: stop that one first, or start a new run"
-                        ) from error
-                    time.sleep(0.2)
+            try:
+                stack.enter_context(locked(self.path / ".lock", patience))
+            except BlockingIOError as error:
+                raise UserError(
+                    f"{self.path} is being trained by another process: stop that one first, or start a new run"
+                ) from error
             yield
 
     @property

@@ -198,7 +198,7 @@ def read_shift(path: str | Path) -> float:
 
 
 def read_sampler(path: str | Path) -> SamplerKind:
-    """How a model must be sampled: as its export says (see :class:`anyflow.flowmap.sampling.Way`).
+    """How a model must be sampled: as its export says (see :class:`anyflow.flowmap.sampling.SamplerKind`).
 
     A folder that does not say holds a flow map, or a plain Wan transformer, whose only velocity is the instantaneous
     one.

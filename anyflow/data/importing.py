@@ -118,7 +118,7 @@ def import_dataset(
     options = replace(options, licence=options.licence or licence_of(folder))
     work.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(work / "lock", wait=False):
+        with locked(work / "lock", patience=0):
             try:
                 return _import(source, folder, name, out, work, options, progress)
             finally:

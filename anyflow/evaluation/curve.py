@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from anyflow.evaluation.intervals import half_interval
+
 STEPS = (1, 2, 4, 8, 16, 32)
 
 _Kind = TypeVar("_Kind", bound="Marks")
@@ -204,10 +206,3 @@ def over_seeds(rows: Sequence[CurveRow]) -> CurveRow:
     whole = {name: values for name, values in found.items() if len(values) == len(rows)}
     interval = {name: half_interval(values) for name, values in whole.items()}
     return CurveRow.from_json({**tables[0], **means, "interval": interval, "each": whole})
-
-
-def half_interval(values: Sequence[float]) -> float:
-    """Half the width of the 95 % interval of the mean of independent values (Student's t); at least two of them."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / len(values) ** 0.5

@@ -22,7 +22,6 @@ from anyflow.evaluation.tables import (
     comparison_text,
     interval_of,
 )
-from anyflow.evaluation.tables import wilson_interval as wilson_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

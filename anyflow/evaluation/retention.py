@@ -19,7 +19,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from anyflow.evaluation.curve import Curve, CurveRow, half_interval
+from anyflow.evaluation.curve import Curve, CurveRow
+from anyflow.evaluation.intervals import half_interval
 
 FEW, MANY = 4, 32
 

@@ -7,15 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from anyflow.evaluation.curve import Curve, CurveRow, Marks
+from anyflow.evaluation.intervals import wilson_interval
 from anyflow.evaluation.retention import DISTANCES, SHARES, few_step_ratio, retention
-
-
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """Return the 95 % score interval of a share seen in ``count`` trials; it stays within 0 and 1 at any count."""
-    z = 1.96
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def run_pieces(experiment: Experiment, pieces: Sequence[Piece]) -> dict[str, str
     home.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
     try:
-        with locked(home / ".lock", wait=False) as lock, _terminable():
+        with locked(home / ".lock", patience=0) as lock, _terminable():
             jobs = jobs_of(experiment, pieces)
             _say(f"experiment {experiment.name}: {len(jobs)} pieces of work, {left(jobs, clock)}")
             todo = [job for job in jobs if job.state != "done"]

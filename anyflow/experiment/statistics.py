@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-LEVEL = 0.95
+from anyflow.evaluation.intervals import t_quantile
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,6 @@ def estimate(strata: Sequence[Sequence[float]]) -> Estimate:
     error = math.sqrt(variance * sum(1 / len(values) for values in strata)) / len(strata)
     half = t_quantile(freedom) * error
     return Estimate(mean, mean - half, mean + half, count)
-
-
-def t_quantile(freedom: int) -> float:
-    """How many standard errors the 95 % interval reaches to each side."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(freedom, 0.5 + LEVEL / 2))
 
 
 def badness_ratio(one: float, other: float, better: str) -> float:

@@ -350,7 +350,7 @@ class Recipe:
 
     @property
     def sampler(self) -> str:
-        """How what the stage trains is sampled: see :class:`anyflow.flowmap.sampling.Way`."""
+        """How what the stage trains is sampled: see :class:`anyflow.flowmap.sampling.SamplerKind`."""
         return {"teacher": "euler", "consistency": "renoise", "dmd": "renoise"}.get(self.stage.name, "flowmap")
 
     @property

@@ -9,9 +9,10 @@ import pytest
 from models import BlockCodec, exact_sampler, held_out
 
 from anyflow.evaluation.curve import CurveResult
+from anyflow.evaluation.intervals import wilson_interval
 from anyflow.evaluation.measure import measure_curve
 from anyflow.evaluation.report import FIGURES, read_report, sample_grid, write_report
-from anyflow.evaluation.tables import comparison_markdown, comparison_text, wilson_interval
+from anyflow.evaluation.tables import comparison_markdown, comparison_text
 
 ITEMS, REFERENCE = held_out(3), held_out(3, offset=3)
 QUICK = {"projections": 16}

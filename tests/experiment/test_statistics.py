@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyflow.experiment.statistics import badness_ratio, estimate, t_quantile
+from anyflow.evaluation.intervals import t_quantile
+from anyflow.experiment.statistics import badness_ratio, estimate
 
 VALUES = st.lists(st.floats(-100, 100), min_size=2, max_size=6)
 
