@@ -31,7 +31,7 @@ def compare(
     without an interval nothing is marked.
     """
     if not 2 <= len(runs) <= 3:
-        raise UserError(f"{len(runs)} runs are given: name two or three")
+        raise UserError(f"name two or three runs, not {len(runs)}")
     from anyflow.comparison import differences, figure_rows, read_side
 
     sides = [read_side(text, uri) for text in runs]
