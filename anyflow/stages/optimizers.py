@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from anyflow.stages.muon import Muon
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,9 @@ class MuonWithAdamW(Optimizer):
     ) -> None:
         groups = [{"params": matrices, "lr": lr}, {"params": others, "lr": lr * adamw_ratio}]
         super().__init__([group for group in groups if group["params"]], {"lr": lr})
-        self._matrices = matrices
-        self._flat = [nn.Parameter(p.detach().flatten(1)) for p in matrices]
         self._inner: list[Optimizer] = []
         if matrices:
-            self._inner.append(Muon(self._flat, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+            self._inner.append(Muon(matrices, lr=lr, weight_decay=weight_decay))
         if others:
             self._inner.append(AdamW(others, lr=lr * adamw_ratio, betas=betas, weight_decay=weight_decay))
 
@@ -92,9 +92,6 @@ class MuonWithAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for flat, parameter in zip(self._flat, self._matrices, strict=True):
-            flat.data = parameter.data.flatten(1)  # a view: Muon writes through it
-            flat.grad = None if parameter.grad is None else parameter.grad.flatten(1)
         for inner, group in zip(self._inner, self.param_groups, strict=True):
             inner.param_groups[0]["lr"] = group["lr"]
             inner.step()

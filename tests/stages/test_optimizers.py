@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from anyflow.stages.ema import Ema, EmaSettings
+from anyflow.stages.muon import Muon, orthogonalise
 from anyflow.stages.optimizers import MuonWithAdamW, OptimizerSettings, build_optimizer, build_schedule
 
 
@@ -35,18 +36,40 @@ def test_muon_takes_matrices_and_kernels_and_adamw_the_rest() -> None:
     assert {tuple(p.shape) for p in adamw["params"]} == {(8,), (3,)}
 
 
-def test_muon_on_a_kernel_is_muon_on_its_flattened_matrix() -> None:
-    net = network()
-    kernel = net[0].weight
-    gradient = torch.randn(kernel.shape)
-    flat = nn.Parameter(kernel.detach().flatten(1).clone())
-    ours = MuonWithAdamW([kernel], [], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
-    theirs = torch.optim.Muon([flat], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    for _ in range(3):
-        kernel.grad, flat.grad = gradient.clone(), gradient.flatten(1).clone()
-        ours.step()
-        theirs.step()
-    torch.testing.assert_close(kernel.flatten(1), flat, rtol=0, atol=0)
+def test_muon_is_torchs_on_flattened_kernels_in_more_digits() -> None:
+    """Alike weights go together, tall and wide ones apart; torch's own orthogonalises in bfloat16."""
+    shapes = [(8, 4, 3, 3, 3), (6, 16), (16, 6), (6, 16)]
+    ours = [nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(9))) for shape in shapes]
+    theirs = [nn.Parameter(weight.detach().flatten(1).clone()) for weight in ours]
+    optimizer = MuonWithAdamW(ours, [], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    reference = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    before = [weight.detach().clone() for weight in theirs]
+    for step in range(3):
+        for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            one.grad = torch.randn(one.shape, generator=torch.Generator().manual_seed(10 * step + index))
+            other.grad = one.grad.flatten(1).clone()
+        optimizer.step()
+        reference.step()
+    for start, one, other in zip(before, ours, theirs, strict=True):
+        moved, expected = one.detach().flatten(1) - start, other.detach() - start
+        assert float((moved - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 16), (1, 16, 6), (2, 8, 8)])
+def test_a_direction_has_singular_values_near_one(shape: tuple[int, int, int]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.tensor(7.0)
+    found = orthogonalise(matrices)
+    values = torch.linalg.svdvals(found)
+    assert float(values.min()) > 0.3 and float(values.max()) < 1.3
+    whole = torch.stack([orthogonalise(matrix[None])[0] for matrix in matrices])
+    torch.testing.assert_close(found, whole)
+
+
+def test_a_weight_without_gradient_stays() -> None:
+    one, other = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2, 3))
+    one.grad = torch.ones(2, 3)
+    Muon([one, other], lr=0.1).step()
+    assert not torch.equal(one.detach(), torch.ones(2, 3)) and torch.equal(other.detach(), torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
