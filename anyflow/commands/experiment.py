@@ -19,19 +19,26 @@ def experiment(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A file of experiments/, or a path.")] = None,
     only: Annotated[str, typer.Option(help="Arms, and what they start from: for example forward,plain.")] = "",
     seeds: Annotated[str, typer.Option(help="Seeds: for example 0,1.")] = "",
+    jobs: Annotated[
+        int,
+        typer.Option(
+            help="Trainings and curves at once; the GPUs are dealt out in turn, the processors shared.", min=1
+        ),
+    ] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what is done and what is missing; run nothing.")
     ] = False,
     report: Annotated[bool, typer.Option("--report", help="Write the report of what there is; run nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run an experiment: its arms and seeds, one after the other, then the report that answers its question.
+    """Run an experiment: what is missing of its arms and seeds, then the report that answers its question.
 
     \b
     Examples:
       anyflow experiment
       anyflow experiment retention --dry-run
-      anyflow experiment any-step --only forward --seeds 0
+      anyflow experiment any-step --only flow-map --seeds 0
+      anyflow experiment retention --jobs 8
       anyflow experiment any-step --report
     \b
     Start it again after an interruption: finished pieces stay, a training that was cut goes on. Exit codes as of
@@ -49,10 +56,10 @@ def experiment(
     every = pieces_of(found)
     chosen = select(found, every, _words(only), _numbers(seeds))
     if dry_run:
-        jobs = jobs_of(found, chosen)
-        print_json(_jobs_document(found, jobs)) if as_json else _show_jobs(found, jobs)
+        listed = jobs_of(found, chosen)
+        print_json(_jobs_document(found, listed)) if as_json else _show_jobs(found, listed)
         return
-    failed = {} if report else _run(found, chosen)
+    failed = {} if report else _run(found, chosen, jobs)
     missing = sum(job.state != "done" for job in jobs_of(found, every))
     _report(found, every, missing, as_json, failed)
     if failed:
@@ -70,14 +77,15 @@ def _list(as_json: bool) -> None:
         typer.echo(f"{name:<14}{question}")
 
 
-def _run(found: Experiment, pieces: list[Piece]) -> dict[str, str]:
+def _run(found: Experiment, pieces: list[Piece], at_once: int) -> dict[str, str]:
     from anyflow.data.card import load_card
-    from anyflow.experiment.execute import Stopped, run_pieces
+    from anyflow.experiment.children import Stopped
+    from anyflow.experiment.execute import run_pieces
 
     for card in found.cards:
         load_card(card)
     try:
-        return run_pieces(found, pieces)
+        return run_pieces(found, pieces, at_once)
     except Stopped as stop:
         typer.echo(f"\nStopped; to go on: anyflow experiment {found.file}", err=True)
         raise typer.Exit(stop.code) from None

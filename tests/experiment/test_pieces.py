@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 from study import TEXT, invent_curve, invent_training, write_study
 
 from anyflow.errors import UserError
-from anyflow.experiment import execute
+from anyflow.experiment import execute, together
 from anyflow.experiment.jobs import jobs_of, left, select
 from anyflow.experiment.pieces import Piece
 
@@ -26,14 +28,14 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Trainings and curves that take no time; the list says in which order they were done."""
     order: list[str] = []
 
-    def train(piece: Piece, lock: Any) -> str:
+    def train(piece: Piece, *_: Any) -> str:
         order.append(piece.name)
         if "broken" in piece.words[-1]:
             return "it is broken"
         invent_training(piece)
         return ""
 
-    def evaluate(experiment: Any, piece: Piece, card: str) -> None:
+    def evaluate(experiment: Any, piece: Piece, card: str, place: Any) -> None:
         order.append(f"{piece.name} on {card}")
         invent_curve(experiment, piece, card, lambda *_: 1.0)
 
@@ -140,3 +142,46 @@ def test_one_process_at_a_time(tmp_path: Path, done: list[str]) -> None:
     home.mkdir(parents=True)
     with locked(home / ".lock"), pytest.raises(UserError, match="another process"):
         execute.run_pieces(experiment, pieces)
+
+
+def test_jobs_at_once_wait_for_what_they_need(tmp_path: Path, done: list[str]) -> None:
+    experiment, pieces = write_study(tmp_path)
+    assert execute.run_pieces(experiment, select(experiment, pieces, [], [0]), at_once=3) == {}
+    assert len(done) == 4 + 6 and len(set(done)) == 10
+    for card in ("driving", "games"):
+        assert done.index(f"plain-0-{card}") < done.index(f"more-0-{card}") < done.index(f"more-0-{card} on {card}")
+    assert {job.state for job in jobs_of(experiment, select(experiment, pieces, [], [0]))} == {"done"}
+
+
+def test_places_share_the_gpus_and_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    found = together.places(4)
+    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in found] == ["3", "5", "3", "5"]
+    assert int(found[0].environment["OMP_NUM_THREADS"]) >= 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "CUDA_VISIBLE_DEVICES" not in together.places(1)[0].environment
+
+
+def test_a_failure_of_a_job_stops_those_beside_it(tmp_path: Path, done: list[str], monkeypatch: Any) -> None:
+    """What is told is the failure, and what was done before stays done."""
+
+    def evaluate(*_: Any) -> None:
+        raise UserError("no clips")
+
+    monkeypatch.setattr(execute, "_evaluate", evaluate)
+    experiment, pieces = write_study(tmp_path)
+    with pytest.raises(UserError, match="no clips"):
+        execute.run_pieces(experiment, pieces, at_once=2)
+
+
+def test_a_place_keeps_its_process_and_tells_of_its_death() -> None:
+    place = together.Place({"OMP_NUM_THREADS": "1", "SAID": "yes"}, threading.Lock())
+    place.run(check_environment, "SAID", "yes")
+    with pytest.raises(UserError, match="fewer --jobs"):
+        place.run(os._exit, 1)
+    place.run(check_environment, "SAID", "yes")
+    place.close()
+
+
+def check_environment(name: str, value: str) -> None:
+    assert os.environ[name] == value

@@ -1,0 +1,115 @@
+"""A training as a process of its own: the command that a user would type, its output in a file."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TextIO
+
+from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER
+from anyflow.experiment.pieces import Piece
+
+SHOW_EVERY = 20.0
+"""Seconds between two lines about a training that goes on."""
+
+
+class Stopped(Exception):
+    """A signal came; ``code`` is the exit code that says so."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class Children:
+    """The trainings that run, so that a signal reaches all of them."""
+
+    def __init__(self, lock: TextIO) -> None:
+        """``lock`` is handed to each of them: it is held until the last has ended."""
+        self._lock = lock
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._guard = threading.Lock()
+        self._stopping = False
+
+    def train(self, piece: Piece, environment: Mapping[str, str], say: Callable[[str], None]) -> str:
+        """Run or resume a training; returns why it failed, or nothing.
+
+        Raises:
+            Stopped: It was told to stop; so far it is saved.
+        """
+        words = ["train", *piece.words, "--out", str(piece.run.path), "--resume", "auto"]
+        piece.run.path.parent.mkdir(parents=True, exist_ok=True)
+        log = piece.run.path.parent / f"{piece.name}.log"
+        began = time.monotonic()
+        with open(log, "ab") as sink:
+            start = sink.tell()
+            process = self._start([sys.executable, "-m", "anyflow.cli", *words], sink, environment)
+            try:
+                code = _follow(process, log, start, say)
+            except (KeyboardInterrupt, Stopped) as stop:
+                self.stop(stop)
+                raise
+            finally:
+                self._running.discard(process)
+                if piece.run.path.is_dir():
+                    spent = piece.run.status.get("train_seconds", 0.0) + time.monotonic() - began
+                    piece.run.note(train_seconds=round(spent, 1))
+        if code in (EXIT_PREEMPTED, EXIT_INTERRUPTED):
+            raise Stopped(code)
+        if code == 0:
+            return ""
+        last = next((line for line in reversed(_lines(log, start)) if line.strip()), "no output").strip()
+        told = last if code == EXIT_USER else f"exit code {code}, see {log}: {last}"
+        return told.removeprefix("anyflow: ")
+
+    def stop(self, reason: KeyboardInterrupt | Stopped) -> None:
+        """Have all of them save and end, and wait for it; none is started any more."""
+        number = signal.SIGTERM if isinstance(reason, Stopped) else signal.SIGINT
+        with self._guard:
+            self._stopping = True
+            running = list(self._running)
+        for process in running:
+            process.send_signal(number)
+        for process in running:
+            process.wait()
+
+    def _start(self, command: list[str], sink: object, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        with self._guard:
+            if self._stopping:
+                raise Stopped(EXIT_INTERRUPTED)
+            process = subprocess.Popen(
+                command,
+                stdout=sink,  # type: ignore[call-overload]
+                stderr=sink,
+                stdin=subprocess.DEVNULL,
+                env=dict(environment),
+                pass_fds=[self._lock.fileno()],
+                start_new_session=True,  # a Ctrl-C comes to it from here alone, once
+            )
+            self._running.add(process)
+            return process
+
+
+def _follow(process: subprocess.Popen[bytes], log: Path, start: int, say: Callable[[str], None]) -> int:
+    """Wait for a training, and show now and then where it is."""
+    shown, newest = time.monotonic(), ""
+    while process.poll() is None:
+        time.sleep(0.2)
+        if time.monotonic() - shown > SHOW_EVERY:
+            shown = time.monotonic()
+            told = next((line.strip() for line in reversed(_lines(log, start)) if line.endswith(" left")), newest)
+            if told != newest:
+                newest = told
+                say(f"  {newest}")
+    return process.returncode
+
+
+def _lines(log: Path, start: int) -> list[str]:
+    with open(log, "rb") as file:
+        file.seek(start)
+        return file.read().decode(errors="replace").splitlines()

@@ -1,0 +1,67 @@
+"""Measuring a piece's any-step curve, here or in a process beside it."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from anyflow.callbacks.checkpoints import write_atomically
+from anyflow.experiment.jobs import measured_on
+from anyflow.experiment.pieces import Piece, curve_folder, read_curve
+from anyflow.experiment.schema import Experiment
+from anyflow.tracking import record_curves
+
+
+def measure(experiment: Experiment, piece: Piece, card: str, on_progress: Callable[..., None] | None = None) -> None:
+    """Measure the any-step curve of a piece on a card, and keep it in the piece's folder."""
+    from anyflow.backbone.load import read_sampler
+    from anyflow.commands.models import load_model, native_shape
+    from anyflow.curves import curve_of, save_curve
+
+    began, settings = time.monotonic(), experiment.evaluation
+    stands_on = measured_on(experiment, piece, card)
+    shape = native_shape(piece.model, frames=None, height=None, width=None, fps=None)
+    codec, backbone, shift = load_model(piece.model)
+    result = curve_of(
+        backbone,
+        codec,
+        [card],
+        shape,
+        prompts=settings.prompts,
+        steps=settings.steps,
+        shift=shift,
+        seeds=(piece.seed,),
+        sampler=read_sampler(piece.model),
+        label=Path(card).stem,
+        split=settings.split,
+        given_frames=piece.given_frames,
+        batch_size=settings.batch_size,
+        on_progress=on_progress,
+    )
+    del codec, backbone
+    gc.collect()
+    folder = curve_folder(piece)
+    folder.mkdir(parents=True, exist_ok=True)
+    if piece.seed == experiment.seeds_of(piece.arm)[0]:  # one seed's samples make the picture
+        save_curve(folder, result)
+    seconds = round(time.monotonic() - began, 1)
+    found = {"curve": result.curve.to_json(), "measured_on": stands_on, "seconds": seconds}
+    write_atomically(folder / f"{Path(card).stem}.json", json.dumps(found, indent=1) + "\n")
+
+
+def record_piece(experiment: Experiment, piece: Piece, cards: Sequence[str]) -> None:
+    """Give curves of a piece to the tracker: named ``after`` as a training's, or ``after/CARD`` if it has several."""
+    found = {card: read_curve(piece, card) for card in cards}
+    rows: dict[str, Any] = {card: document["curve"]["rows"] for card, document in found.items() if document is not None}
+    several = len(piece.cards) > 1
+    record_curves(
+        piece.run,
+        uri=piece.tracking_uri,
+        experiment=experiment.name,
+        curves={f"after/{Path(card).stem}" if several else "after": curve for card, curve in rows.items()},
+        tags={"anyflow.arm": piece.arm, "anyflow.seed": str(piece.seed), "anyflow.cards": " ".join(piece.cards)},
+    )
