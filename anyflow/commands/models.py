@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from anyflow.data.decode import ClipShape
 
 
-def load_model(model: str) -> tuple[Codec, FlowMapBackbone, float]:
+def load_model(model: str, precision: str = "") -> tuple[Codec, FlowMapBackbone, float]:
     """Codec, network and the shift of its schedule, on the GPU in bfloat16 if there is one, else on the CPU in float32.
+
+    Args:
+        model: folder or hub id.
+        precision: ``float32`` or ``bfloat16`` instead of the device's.
 
     Raises:
         UserError: the folder or hub name holds no such model.
@@ -30,7 +34,7 @@ def load_model(model: str) -> tuple[Codec, FlowMapBackbone, float]:
     quiet_libraries()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, precision or ("bfloat16" if device == "cuda" else "float32"))
     codec = Codec.from_folder(model, dtype=dtype, device=device)
     backbone = load_backbone(model, dtype=dtype, device=device)
     backbone.requires_grad_(False)

@@ -25,7 +25,7 @@ def measure(experiment: Experiment, piece: Piece, card: str, on_progress: Callab
     began, settings = time.monotonic(), experiment.evaluation
     stands_on = measured_on(experiment, piece, card)
     shape = native_shape(piece.model, frames=None, height=None, width=None, fps=None)
-    codec, backbone, shift = load_model(piece.model)
+    codec, backbone, shift = load_model(piece.model, settings.precision)
     result = curve_of(
         backbone,
         codec,

@@ -206,4 +206,6 @@ def curve_settings(experiment: Experiment, piece: Piece) -> dict[str, Any]:
     """How a piece's curves are measured: equal settings on equal models and data give equal curves."""
     settings = dataclasses.asdict(experiment.evaluation)
     del settings["batch_size"]
+    if not settings["precision"]:
+        del settings["precision"]  # the device's: equal curves but for rounding
     return {**settings, "steps": sorted(settings["steps"]), "given_frames": piece.given_frames, "seed": piece.seed}

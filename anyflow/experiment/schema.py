@@ -74,6 +74,9 @@ class Evaluation:
     given_frames: int = option(0, "latent frames given from each prompt's own clip: 1 is image-to-video", low=0)
     split: str = option("heldout", "split that prompts and real clips come from")
     batch_size: int = option(8, "clips a pass", low=1)
+    precision: str = option(
+        "", "of sampling; empty: bfloat16 on a GPU, float32 on the CPU", choices=("", "float32", "bfloat16")
+    )
 
 
 @dataclass(frozen=True)

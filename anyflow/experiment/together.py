@@ -76,13 +76,12 @@ def work_together(
         with ThreadPoolExecutor(at_once) as threads:
             try:
                 while waiting or running:
-                    for job in [
-                        job for job in waiting if _is_ready(job, [*waiting, *(j for j, _ in running.values())])
-                    ]:
-                        if free:
-                            place = free.pop(0)
-                            waiting.remove(job)
-                            running[threads.submit(do, job, place)] = (job, place)
+                    under_way = [job for job, _ in running.values()]
+                    ready = [job for job in waiting if _is_ready(job, [*waiting, *under_way])]
+                    for job in sorted(ready, key=lambda job: not job.is_training)[: len(free)]:  # others wait for them
+                        place = free.pop(0)
+                        waiting.remove(job)
+                        running[threads.submit(do, job, place)] = (job, place)
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         _, place = running.pop(future)
                         free.append(place)
