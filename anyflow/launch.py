@@ -21,6 +21,7 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
 from anyflow.assemble import Parts, assemble, batches_of
 from anyflow.backbone.parallelize import (
+    accelerator_here,
     from_rank_zero,
     is_sharded_module,
     join_ranks,
@@ -69,7 +70,7 @@ def train(
     if dry_run:
         for line in describe_parts(recipe, assemble(recipe, leave_stored=True, encode=False)):
             print(line)
-        if recipe.hardware.accelerator != "cpu":
+        if accelerator_here(recipe.hardware.accelerator) == "gpu":
             print("\n".join(plan(recipe, gpu_memory=memory_here() or 80.0).lines()))
         return 0
     join_ranks(recipe.hardware.accelerator)
@@ -165,7 +166,7 @@ def fit(
     manual = not parts.stage.automatic_optimization  # such a stage has several optimisers and counts its own steps
     turns = batches_of(recipe) // recipe.total_steps if manual else 1
     trainer = lightning.Trainer(
-        accelerator=hardware.accelerator,
+        accelerator=accelerator_here(hardware.accelerator),
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
         **_strategy(recipe, manual, writer),

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +247,10 @@ def machine() -> dict[str, str]:
     }
     if torch.cuda.is_available():
         facts["machine.devices"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    return facts | {f"version.{name}": version(name) for name in ("torch", "lightning", "diffusers", "anyflow")}
+    for name in ("torch", "lightning", "diffusers", "anyflow"):
+        with suppress(PackageNotFoundError):  # run from its folder, without installation
+            facts[f"version.{name}"] = version(name)
+    return facts
 
 
 def _quietly(logger: MLFlowLogger | None, action: Any) -> None:

@@ -29,7 +29,8 @@ def test_layers_win_in_order_and_say_so() -> None:
     assert recipe.optimizer.lr == 3e-4 and rows["optimizer.lr"].source == "command line"
     assert recipe.model.weights == "data/models/tiny" and rows["model.weights"].source == "recipes/models/tiny.yaml"
     assert rows["stage.steps"].source == "recipes/finetune/driving.yaml"
-    assert recipe.hardware.accelerator == "cpu" and rows["hardware.accelerator"].source == "recipes/hardware/cpu.yaml"
+    assert recipe.hardware.accelerator == "auto"
+    assert rows["hardware.accelerator"].source == "recipes/hardware/local.yaml"
     assert rows["stage.delta"].source == "default" and rows["stage.delta"].value == 5.0
     assert rows["run.name"].value == "finetune-driving-tiny" and rows["run.name"].source == "derived"
 
@@ -45,6 +46,25 @@ def test_stage_names_its_model_and_hardware() -> None:
     recipe = load(name="forward/wan2.1-t2v-14b")
     assert (recipe.model.name, recipe.hardware.name) == ("wan2.1-t2v-14b", "8gpu")
     assert load(name="forward/wan2.1-t2v-14b", hardware="1gpu").world_size == 1
+    assert load().hardware.name == "local" and load(hardware="cpu").hardware.accelerator == "cpu"
+    assert load(model="anyflow-wan2.1-t2v-1.3b").hardware.name == "1gpu", "a large model asks for a GPU itself"
+    assert load(model="anyflow-wan2.1-t2v-14b").hardware.name == "8gpu"
+
+
+def test_a_model_file_names_no_other_model(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("defaults: {model: tiny}\nmodel: {name: own, weights: data/models/tiny}\n")
+    with pytest.raises(UserError, match="'defaults' names a hardware file and nothing else"):
+        load(model=str(path))
+
+
+@pytest.mark.parametrize(("is_there", "found"), [(True, "gpu"), (False, "cpu")])
+def test_auto_is_a_gpu_if_there_is_one(is_there: bool, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never what Lightning would take besides: the rest of the code knows these two."""
+    from anyflow.backbone.parallelize import accelerator_here
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: is_there)
+    assert accelerator_here("auto") == found and accelerator_here("cpu") == "cpu"
 
 
 @pytest.mark.parametrize(("size", "steps", "batch"), [("1.3b", 6000, 32), ("14b", 4000, 16)])

@@ -199,13 +199,18 @@ def whole(tensor: Tensor) -> Tensor:
 # Ranks ----------------------------------------------------------------------------------------------------------------
 
 
+def accelerator_here(accelerator: str) -> str:
+    """``gpu`` or ``cpu``: what ``auto`` is on this machine; anything else is what it says."""
+    return ("gpu" if torch.cuda.is_available() else "cpu") if accelerator == "auto" else accelerator
+
+
 def join_ranks(accelerator: str) -> torch.device:
     """Meet the other ranks if this process is one of several (torchrun's variables say so); returns its device.
 
     Raises:
         ValueError: the machine has fewer GPUs than local ranks.
     """
-    on_gpu = accelerator == "gpu" or (accelerator == "auto" and torch.cuda.is_available())
+    on_gpu = accelerator_here(accelerator) == "gpu"
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if on_gpu and local >= torch.cuda.device_count():
         raise ValueError(f"local rank {local} finds {torch.cuda.device_count()} GPUs")

@@ -1,6 +1,6 @@
 """Recipes: what to train, on what, with what; the schema, loading, overrides, validation. Nothing heavy is imported.
 
-recipe = load_recipe("finetune/driving", model="tiny", hardware="cpu", overrides=["stage.steps=100"])
+recipe = load_recipe("finetune/driving", model="tiny", hardware="1gpu", overrides=["stage.steps=100"])
 for row in describe(recipe):
     print(row.key, row.value, row.meaning, row.source)
 """

@@ -44,7 +44,8 @@ def load_recipe(
 
     ``name`` is ``stage/name`` under ``recipes/``, a YAML file, or a run's folder (its ``recipe.yaml``, which is
     complete and takes neither model nor hardware). ``model`` and ``hardware`` are names of files, or paths; without
-    them the stage file's ``defaults`` decide, else ``tiny`` and ``cpu``. ``overrides`` are ``dotted.key=value``.
+    them the stage file's ``defaults`` decide, then the model file's, else ``tiny`` and ``local``. ``overrides`` are
+    ``dotted.key=value``.
 
     Raises:
         UserError: an unknown name or key, a wrong type, a value out of range, or fields that contradict each other.
@@ -52,14 +53,16 @@ def load_recipe(
     path = _find(name)
     stage = read_yaml(path)
     complete = stage.pop("complete", False)
-    defaults = _defaults(stage.pop("defaults", {}), path)
+    defaults = _defaults(stage.pop("defaults", {}), path, ("model", "hardware"))
     if complete and (model or hardware):
         raise UserError(f"{path} is a complete recipe: leave --model and --hardware out, or start from its stage file")
     layers: list[tuple[str, Mapping[str, Any]]] = [(str(path), stage)]
     if not complete:
         model_path = _find_part("models", model or defaults.get("model", "tiny"))
-        hardware_path = _find_part("hardware", hardware or defaults.get("hardware", "cpu"))
-        layers = [(str(model_path), read_yaml(model_path)), *layers, (str(hardware_path), read_yaml(hardware_path))]
+        network = read_yaml(model_path)
+        defaults = {**_defaults(network.pop("defaults", {}), model_path, ("hardware",)), **defaults}
+        hardware_path = _find_part("hardware", hardware or defaults.get("hardware", "local"))
+        layers = [(str(model_path), network), *layers, (str(hardware_path), read_yaml(hardware_path))]
         layers.append((DERIVED, {"run": {"recipe": _short_name(path)}}))
     layers += [(COMMAND_LINE, _parse_override(text)) for text in overrides]
     return _finish(_merge(layers))
@@ -200,10 +203,11 @@ def _type_error(group: str, error: Any, merged: Mapping[str, Any], sources: Mapp
     )
 
 
-def _defaults(tree: Any, path: Path) -> dict[str, str]:
-    if not isinstance(tree, Mapping) or set(tree) - {"model", "hardware"}:
+def _defaults(tree: Any, path: Path, parts: Sequence[str]) -> dict[str, str]:
+    if not isinstance(tree, Mapping) or set(tree) - set(parts):
         raise UserError(
-            f"{path}: 'defaults' names a model and a hardware file and nothing else, for example {{model: tiny}}"
+            f"{path}: 'defaults' names a {' and a '.join(parts)} file and nothing else, for example {{{parts[0]}: "
+            f"{'tiny' if parts[0] == 'model' else '1gpu'}}}"
         )
     return {str(key): str(value) for key, value in tree.items()}
 

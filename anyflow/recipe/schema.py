@@ -263,8 +263,8 @@ class CheckpointRecipe:
 class HardwareRecipe:
     """On what it runs, and how it is made to fit."""
 
-    name: str = _option("cpu", "name of the hardware file, for the record")
-    accelerator: str = _option("cpu", "kind of device", choices=("auto", "cpu", "gpu"))
+    name: str = _option("local", "name of the hardware file, for the record")
+    accelerator: str = _option("auto", "kind of device; auto: a GPU if there is one", choices=("auto", "cpu", "gpu"))
     devices: int = _option(1, "devices of a node", low=1)
     num_nodes: int = _option(1, "machines that the run spans", low=1)
     precision: str = _option(
