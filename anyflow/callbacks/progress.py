@@ -21,13 +21,12 @@ class TrainingProgress(Callback):
         self.plain_every = plain_every
         self._progress: Progress | None = None
         self._loss = float("nan")
-        self._started = (0.0, 0)
+        self._started = (0.0, 0)  # the end of the first batch: that one also warms up, and says little of the others
         self._clips = 0
         self._spoke = 0.0
 
     def on_train_start(self, trainer: lightning.Trainer, stage: Any) -> None:
-        self._started = (time.monotonic(), stage.step)
-        self._clips = 0
+        self._clips = -1
         if not trainer.is_global_zero or not sys.stderr.isatty():
             return
         self._progress = Progress(
@@ -47,24 +46,25 @@ class TrainingProgress(Callback):
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         value = float(loss.detach()) if loss is not None else float("nan")
         self._loss = value if self._loss != self._loss else 0.95 * self._loss + 0.05 * value
-        self._clips += len(batch["caption"]) * trainer.world_size
+        if self._clips < 0:
+            self._started, self._clips = (time.monotonic(), stage.step), 0
+        else:
+            self._clips += len(batch["caption"]) * trainer.world_size
         elapsed = time.monotonic() - self._started[0]
-        speed = self._clips / elapsed
+        speed = f"{self._clips / elapsed:.1f}" if self._clips else "-"
         if self._progress is not None:
             task = self._progress.task_ids[0]
-            self._progress.update(task, completed=stage.step, loss=f"{self._loss:.4g}", speed=f"{speed:.1f}")
+            self._progress.update(task, completed=stage.step, loss=f"{self._loss:.4g}", speed=speed)
         elif trainer.is_global_zero and (
             time.monotonic() - self._spoke > self.plain_every or stage.step == self.total_steps
         ):
             self._spoke = time.monotonic()
-            steps = max(1, stage.step - self._started[1])
-            left = elapsed / steps * (self.total_steps - stage.step)
-            print(
-                f"{self.title}  step {stage.step}/{self.total_steps}  loss {self._loss:.4g}  "
-                f"{speed:.1f} clips/s  {clock(left)} left",
-                file=sys.stderr,
-                flush=True,
-            )
+            told = f"{self.title}  step {stage.step}/{self.total_steps}  loss {self._loss:.4g}"
+            steps = stage.step - self._started[1]
+            if steps > 0:
+                left = elapsed / steps * (self.total_steps - stage.step)
+                told += f"  {speed} clips/s  {clock(left)} left"
+            print(told, file=sys.stderr, flush=True)
 
     def teardown(self, *_: Any, **__: Any) -> None:
         if self._progress is not None:

@@ -36,9 +36,10 @@ def show_list(as_json: Json = False) -> None:
     if as_json:
         print_json(found)
         return
+    titles = {folder: {"models": "--model", "hardware": "--hardware"}.get(folder, f"{folder}/") for folder in found}
+    width = max(map(len, titles.values())) + 2
     for folder, names in found.items():
-        option = {"models": "--model", "hardware": "--hardware"}.get(folder, folder + "/")
-        typer.echo(f"{option:<12}{', '.join(names)}")
+        typer.echo(f"{titles[folder]:<{width}}{', '.join(names)}")
 
 
 @app.command("show")
@@ -66,8 +67,7 @@ def show(
         if row.key.partition(".")[0] != group:
             group = row.key.partition(".")[0]
             typer.secho(f"\n{group}", bold=True)
-        value = str(row.value) if len(str(row.value)) <= 48 else f"{str(row.value)[:45]}..."
-        typer.echo(f"  {row.key:<34} {value:<48} {row.source}\n      {row.meaning}")
+        typer.echo(f"  {row.key:<34} {row.value!s:<48} {row.source}\n      {row.meaning}")
 
 
 @app.command("check")

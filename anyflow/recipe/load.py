@@ -244,8 +244,10 @@ def _find_part(folder: str, name: str) -> Path:
     option, known = folder.removesuffix("s"), list_recipes().get(folder, [])
     if folder == "models" and given.is_dir():
         raise UserError(f"--model {name} is a folder of weights, not a model file: pass model.weights={name} instead")
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if folder == "hardware" and len(close) > 1:  # 1gpu and 8gpu are as close to gpu
+        close = close[:0]
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
     raise UserError(f"there is no --{option} {name!r}: {hint}")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes.util
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,24 @@ def frames_of(clip: Clip) -> np.ndarray:
 
 def test_run_jobs_keeps_order() -> None:
     assert list(sources.run_jobs(math.factorial, range(5), workers=1)) == [1, 1, 2, 6, 24]
+
+
+def die_once(job: tuple[Path, int]) -> int:
+    marker, number = job
+    if number == 2 and not marker.exists():
+        marker.touch()
+        os._exit(9)
+    return number
+
+
+def test_a_killed_process_is_replaced_and_its_jobs_are_done_again(tmp_path: Path) -> None:
+    jobs = [(tmp_path / "died", number) for number in range(5)]
+    assert list(sources.run_jobs(die_once, jobs, workers=1)) == [0, 1, 2, 3, 4] and jobs[0][0].exists()
+
+
+def test_processes_that_die_again_and_again_are_told() -> None:
+    with pytest.raises(UserError, match="killed 3 times in a row"):
+        list(sources.run_jobs(os._exit, [9, 9], workers=1))
 
 
 def test_clips_never_share_a_generator() -> None:

@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from types import ModuleType
@@ -82,25 +83,47 @@ def area_downscale(image: np.ndarray, factor: int) -> np.ndarray:
     return np.rint(squares.mean(axis=(1, 3))).astype(np.uint8)
 
 
+MAX_DEATHS = 3
+"""Processes of a rendering that may be killed one after another without a clip between."""
+
+
 def run_jobs(
     function: Callable[[Job], Result], jobs: Iterable[Job], workers: int, jobs_per_process: int | None = None
 ) -> Iterator[Result]:
     """Results in the order of the jobs, from ``workers`` processes; few jobs are in flight, so memory stays small.
 
-    ``jobs_per_process=1`` gives each job a process of its own, for simulators that cannot be opened twice.
+    ``jobs_per_process=1`` gives each job a process of its own, for simulators that cannot be opened twice. A process
+    that is killed is replaced, and its jobs are done again.
+
+    Raises:
+        UserError: no worker, or processes that are killed again and again.
     """
     if workers < 1:
         raise UserError(f"workers {workers}: give at least 1")
     context = multiprocessing.get_context("spawn")
-    remaining = iter(jobs)
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_end_with_parent, max_tasks_per_child=jobs_per_process
-    ) as pool:
-        pending: list[Future[Result]] = [pool.submit(function, job) for job in islice(remaining, 2 * workers)]
-        while pending:
-            result = pending.pop(0).result()
-            pending += [pool.submit(function, job) for job in islice(remaining, 1)]
-            yield result
+    remaining, waiting, deaths = iter(jobs), list[Job](), 0
+    while deaths < MAX_DEATHS:
+        with ProcessPoolExecutor(
+            workers, mp_context=context, initializer=_end_with_parent, max_tasks_per_child=jobs_per_process
+        ) as pool:
+            waiting += islice(remaining, 2 * workers - len(waiting))
+            try:
+                pending: list[Future[Result]] = [pool.submit(function, job) for job in waiting]
+                while pending:
+                    result = pending.pop(0).result()
+                    waiting.pop(0)
+                    deaths = 0
+                    for job in islice(remaining, 1):
+                        waiting.append(job)
+                        pending.append(pool.submit(function, job))
+                    yield result
+                return
+            except BrokenProcessPool:
+                deaths += 1
+    raise UserError(
+        f"a process that renders was killed {MAX_DEATHS} times in a row, by a lack of memory or from outside: "
+        "give fewer --workers, or close other programs"
+    )
 
 
 def _end_with_parent() -> None:
