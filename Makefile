@@ -71,8 +71,8 @@ base: $(VENV)/.installed-sim ## the embedded tiny models from nothing: render, c
 sample: $(VENV)/.installed ## clips of a prompt at several step counts: PROMPT="..." [MODEL=folder] [STEPS=1,4,16]
 	$(ANYFLOW) sample "$$PROMPT" --model $(or $(MODEL),data/models/tiny) --steps $(or $(STEPS),1,4,16) $(ARGS)
 
-plan: $(VENV)/.installed ## the memory that a recipe needs on GPUs: RECIPE=forward/wan2.1-t2v-14b [MODEL=...] [HARDWARE=...]
-	$(ANYFLOW) plan $(or $(RECIPE),forward/wan2.1-t2v-14b) $(if $(MODEL),--model $(MODEL)) $(if $(HARDWARE),--hardware $(HARDWARE)) $(ARGS)
+plan: $(VENV)/.installed ## the memory that recipes need on GPUs, all of them or RECIPE=forward/wan2.1-t2v-14b [MODEL=...] [HARDWARE=...]
+	$(ANYFLOW) plan $(RECIPE) $(if $(MODEL),--model $(MODEL)) $(if $(HARDWARE),--hardware $(HARDWARE)) $(ARGS)
 
 experiment: $(VENV)/.installed ## answer a question by its arms and seeds: NAME=any-step|retention|causal|ablation
 	@test -n "$(NAME)" || { echo 'which one? make experiment NAME=..., where NAME is one of:' \

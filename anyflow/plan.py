@@ -26,6 +26,9 @@ GIB, GB = 2**30, 10**9
 RESERVE_GIB = 3.0
 """CUDA context, NCCL's buffers and fragmentation of one GPU."""
 
+CODEC, RESERVE = "text encoder and autoencoder", "context, NCCL, fragmentation"
+"""Parts of what is needed, beside those of the training step."""
+
 _SHARED = {
     "patch_size": [1, 2, 2],
     "attention_head_dim": 128,
@@ -144,8 +147,8 @@ def _need(recipe: Recipe, gpu_memory: float, simulate: Simulate) -> Need:
         "optimiser": memory.optimizer,
         "moving average": memory.ema,
         "activations, gathered blocks": memory.activations,
-        "text encoder and autoencoder": 0.0 if hardware.park_codec or recipe.data.precompute else codec_bytes(recipe),
-        "context, NCCL, fragmentation": RESERVE_GIB * GIB if hardware.accelerator != "cpu" else 0.0,
+        CODEC: 0.0 if hardware.park_codec or recipe.data.precompute else codec_bytes(recipe),
+        RESERVE: RESERVE_GIB * GIB if hardware.accelerator != "cpu" else 0.0,
     }
     if hardware.offload:
         parts |= dict.fromkeys(("weights", "gradients between passes", "optimiser", "moving average"), 0.0)

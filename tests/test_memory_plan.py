@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 import subprocess
 from collections.abc import Callable
@@ -219,6 +220,25 @@ def test_the_command(anyflow: Run) -> None:
     done = anyflow("plan", "finetune/driving", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["fits"]
+
+
+@pytest.mark.slow
+def test_the_table_in_readme_is_what_the_command_prints(project: Path) -> None:
+    from anyflow.commands.plan import gpu_recipes, table_row
+
+    readme = (project / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in readme.splitlines() if re.match(r"\| `(teacher|forward|onpolicy|finetune)/", line)]
+    recipes = gpu_recipes()
+    assert [row.split("`")[1] for row in rows] == list(recipes)
+    for row, (name, recipe) in zip(rows, recipes.items(), strict=True):
+        found = table_row(name, planning.plan(recipe, remedies=False))
+        told, now = ([float(cell) for cell in text.split("|")[2:-1]] for text in (row, found))
+        assert now == pytest.approx(told, abs=1.0), f"README has {row}, anyflow plan {found}"
+
+
+def test_all_are_planned_only_as_they_are(anyflow: Run) -> None:
+    done = anyflow("plan", "--hardware", "8gpu")
+    assert done.returncode == 2 and "name one to change it" in done.stderr
 
 
 def test_the_commands_of_the_page_hold(project: Path) -> None:

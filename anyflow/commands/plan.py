@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from anyflow.commands.common import Json, print_json
 from anyflow.commands.recipes import Hardware, Model, Overrides
-from anyflow.recipe import load_recipe
+from anyflow.errors import UserError
+from anyflow.recipe import Recipe, list_recipes, load_recipe
+
+if TYPE_CHECKING:
+    from anyflow.plan import Need
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="stage/name, a YAML file, or a run's folder.")],
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE]", help="stage/name, a YAML file, or a run's folder; without it all that ask for GPUs."
+        ),
+    ] = None,
     overrides: Overrides = None,
     model: Model = None,
     hardware: Hardware = None,
@@ -24,18 +33,66 @@ def plan(
 
     \b
     Examples:
+      anyflow plan
       anyflow plan forward/wan2.1-t2v-14b
       anyflow plan finetune/driving --model anyflow-wan2.1-t2v-14b --hardware 8gpu --gpu-memory 80
       anyflow plan forward/wan2.1-t2v-14b model.lora.enabled=false --gpus 16 --json
     """
-    resolved = load_recipe(recipe, model=model, hardware=hardware, overrides=overrides or ())
     from anyflow.console import quiet_libraries
     from anyflow.plan import plan as work_out
 
     quiet_libraries()
+    if recipe is None:
+        if overrides or model or hardware or gpus:
+            raise UserError("without a RECIPE the shipped ones are planned as they are: name one to change it")
+        _plan_all(gpu_memory, as_json)
+        return
+    resolved = load_recipe(recipe, model=model, hardware=hardware, overrides=overrides or ())
     need = work_out(resolved, gpus=gpus, gpu_memory=gpu_memory)
     if as_json:
         print_json(need.to_json())
         return
     for line in need.lines():
         typer.echo(line)
+
+
+def gpu_recipes() -> dict[str, Recipe]:
+    """The shipped recipes that ask for GPUs, by what one types; fine-tuning once for each model, driving for all."""
+    found = {}
+    for folder, names in list_recipes().items():
+        if folder in ("models", "hardware"):
+            continue
+        for name in names if folder != "finetune" else ():
+            found[f"{folder}/{name}"] = load_recipe(f"{folder}/{name}")
+    for model in list_recipes()["models"]:
+        if model.startswith("anyflow-"):
+            found[f"finetune/driving --model {model}"] = load_recipe("finetune/driving", model=model)
+    return {name: recipe for name, recipe in found.items() if recipe.hardware.accelerator == "gpu"}
+
+
+def table_row(name: str, need: Need) -> str:
+    """A row of Markdown: GPUs, and GiB of the step alone, of all together, and of a checkpoint."""
+    from anyflow.plan import CODEC, GIB, RESERVE
+
+    step = need.needed - need.parts[CODEC] - need.parts[RESERVE]
+    sizes = (step, need.needed, need.checkpoint)
+    return f"| `{name}` | {need.gpus} | " + " | ".join(f"{size / GIB:.0f}" for size in sizes) + " |"
+
+
+def _plan_all(gpu_memory: float, as_json: bool) -> None:
+    from anyflow.console import progress_line
+    from anyflow.plan import GB, GIB
+    from anyflow.plan import plan as work_out
+
+    recipes, needs = gpu_recipes(), {}
+    with progress_line("simulating") as on_progress:
+        for done, (name, recipe) in enumerate(recipes.items(), start=1):
+            needs[name] = work_out(recipe, gpu_memory=gpu_memory, remedies=False)
+            on_progress(done, len(recipes), name)
+    if as_json:
+        print_json({name: need.to_json() for name, need in needs.items()})
+        return
+    typer.echo(f"| recipe | GPUs | step | of {gpu_memory * GB / GIB:.1f} GiB, together | a checkpoint |")
+    typer.echo("|---|--:|--:|--:|--:|")
+    for name, need in needs.items():
+        typer.echo(table_row(name, need))
