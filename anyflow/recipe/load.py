@@ -245,9 +245,8 @@ def _find_part(folder: str, name: str) -> Path:
     if folder == "models" and given.is_dir():
         raise UserError(f"--model {name} is a folder of weights, not a model file: pass model.weights={name} instead")
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if folder == "hardware" and len(close) > 1:  # 1gpu and 8gpu are as close to gpu
-        close = close[:0]
-    hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
+    is_one = close and (folder == "models" or len(close) == 1)  # 1gpu, 8gpu and 64gpu are all close to gpu
+    hint = f"did you mean {close[0]}?" if is_one else f"known are {', '.join(known)}"
     raise UserError(f"there is no --{option} {name!r}: {hint}")
 
 
