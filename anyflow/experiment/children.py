@@ -105,7 +105,7 @@ def _follow(process: subprocess.Popen[bytes], log: Path, start: int, say: Callab
             told = next((line.strip() for line in reversed(_lines(log, start)) if line.endswith(" left")), newest)
             if told != newest:
                 newest = told
-                say(f"  {newest}")
+                say(newest)
     return process.returncode
 
 

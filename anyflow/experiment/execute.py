@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from anyflow.callbacks.progress import clock
@@ -74,10 +75,10 @@ def _do(
 
     Without a ``place`` it is the only one, and its curves are measured in this process.
     """
-    piece, prefix = job.piece, f"{job.piece.name}: " if place else ""
+    piece, what = job.piece, "training" if job.is_training else job.card
 
     def say(text: str) -> None:
-        _say(f"{'  ' if prefix else ''}{prefix}{text.strip()}" if prefix else text)
+        _say(f"  {piece.name}: {text}" if place else f"  {text}")
 
     if piece.name in failed:
         return
@@ -90,25 +91,22 @@ def _do(
         return
     _say(f"{job.title}{' (goes on)' if state == 'cut' else ''}")
     if state == "changed":
-        say(f"  is done again: {reason}")
+        say(f"is done again: {reason}")
     began = time.monotonic()
     if job.is_training:
         if state == "changed":
-            say(f"  what was there is kept in {_replace(piece)}")
+            say(f"what was there is kept in {_replace(piece)}")
         why = _train(piece, children, place, say)
         if why:
             failed[piece.name] = why
-            say(f"  failed: {why}")
+            say(f"failed: {why}")
             return
     else:
         _evaluate(experiment, piece, job.card, place)
-    say(
-        f"  {'' if place is None else ('training' if job.is_training else job.card) + ' '}done in "
-        f"{clock(time.monotonic() - began)}"
-    )
+    say(f"{what} done in {clock(time.monotonic() - began)}" if place else f"done in {clock(time.monotonic() - began)}")
 
 
-def _replace(piece: Piece) -> Any:
+def _replace(piece: Piece) -> Path:
     """Put a folder aside, under a name that is free; returns its new path."""
     aside = piece.run.path.parent / "replaced"
     aside.mkdir(exist_ok=True)

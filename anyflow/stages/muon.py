@@ -34,10 +34,7 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every weight that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         for group in self.param_groups:
             moved = [weight for weight in group["params"] if weight.grad is not None]
             for weights in _alike(moved):
@@ -56,6 +53,14 @@ class Muon(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(gradient)
         state["momentum_buffer"].lerp_(gradient, 1 - momentum)
         return gradient.lerp(state["momentum_buffer"], momentum).flatten(1)
+
+
+def evaluate(closure: Callable[[], Any] | None) -> Any:
+    """The loss of an optimiser step's closure, with gradients; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:

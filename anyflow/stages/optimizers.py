@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from anyflow.stages.muon import Muon
+from anyflow.stages.muon import Muon, evaluate
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,7 @@ class MuonWithAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of both."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         for inner, group in zip(self._inner, self.param_groups, strict=True):
             inner.param_groups[0]["lr"] = group["lr"]
             inner.step()
