@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from anyflow.backbone.codec import Codec
+from anyflow.backbone.codec import Codec, codec_dtypes
 from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build_vae, transformer_config
 from anyflow.backbone.load import load_backbone, new_backbone
 from anyflow.backbone.lora import LoraSettings, add_lora, load_lora
@@ -97,8 +97,7 @@ def load_model(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, Fl
             build_vae(recipe.run.seed), tokenizer, build_text_encoder(len(tokenizer), recipe.run.seed), source=None
         )
     else:
-        text_dtype = torch.float32 if hardware.precision == "32-true" else torch.bfloat16
-        codec_dtype = torch.bfloat16 if hardware.precision == "bf16-true" else torch.float32
+        codec_dtype, text_dtype = codec_dtypes(hardware.precision)
         folder, stored = model.codec or model.weights, is_precomputed(recipe)
         codec = Codec.from_folder(folder, dtype=codec_dtype, text_dtype=text_dtype, stored=stored)
         codec.is_parked = stored or hardware.park_codec

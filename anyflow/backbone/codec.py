@@ -42,6 +42,15 @@ class KnownTexts(Protocol):
         ...
 
 
+def codec_dtypes(precision: str) -> tuple[torch.dtype, torch.dtype]:
+    """Of autoencoder and text encoder (``dtype``, ``text_dtype``) for training in a precision of Lightning's.
+
+    Under ``bf16-mixed`` the autoencoder stays in float32: what it encodes is stored and trained on for good.
+    """
+    latents = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    return latents, torch.float32 if precision == "32-true" else torch.bfloat16
+
+
 class Codec(nn.Module):
     """Autoencoder, tokenizer and text encoder of a pipeline folder; frozen, in evaluation mode, without gradient.
 

@@ -9,7 +9,7 @@ import typer
 
 from anyflow.commands.common import Json, check_model, parse_size, print_json
 from anyflow.ranks import end_with_watcher, needs_watcher, watch
-from anyflow.recipe import parse_shape
+from anyflow.recipe import load_recipe, parse_shape
 
 
 def encode(
@@ -23,6 +23,9 @@ def encode(
     fps: Annotated[float | None, typer.Option(help="Frames a second; without it the model's own.")] = None,
     buckets: Annotated[str, typer.Option(help="Further shapes, FRAMESxHEIGHTxWIDTH with commas.")] = "",
     devices: Annotated[int, typer.Option(help="Processes, one a device; 0: all GPUs, or one on the CPU.", min=0)] = 0,
+    precision: Annotated[
+        str, typer.Option(help="hardware.precision of the training to come; without it that of the model's recipe.")
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="Where the cache is made; without it beside the card.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -36,17 +39,19 @@ def encode(
       anyflow data encode driving --frames 17 --size 96x64 --buckets 9x64x96 --devices 2
     """
     check_model(model)
+    if precision:
+        load_recipe("finetune/driving", overrides=[f"hardware.precision={precision}"])  # or its sentence
     width, height = parse_size(size) or (None, None)
     further = [parse_shape(text.strip(), "--buckets") for text in filter(None, buckets.split(","))]
     if devices > 1 and needs_watcher(devices):
         raise typer.Exit(watch(devices, 1))
     from anyflow.encoding import devices_here
 
-    accelerator, count = devices_here()
+    _, count = devices_here()
     if not devices and needs_watcher(count):
         raise typer.Exit(watch(count, 1))
     end_with_watcher()
-    folders = _encode(card, model, splits, (frames, height, width, fps), further, accelerator, devices or count, out)
+    folders = _encode(card, model, splits, (frames, height, width, fps), further, precision, devices or count, out)
     if as_json:
         print_json({"card": card, "model": model, "caches": folders})
     else:
@@ -60,33 +65,34 @@ def _encode(
     splits: str,
     wanted: tuple[int | None, int | None, int | None, float | None],
     buckets: list[tuple[int, int, int]],
-    accelerator: str,
+    precision: str,
     devices: int,
     out: Path | None,
 ) -> dict[str, Path]:
     """Split -> its cache; called on every rank."""
-    import torch
-
-    from anyflow.backbone.codec import Codec
+    from anyflow.backbone.codec import Codec, codec_dtypes
     from anyflow.backbone.parallelize import leave_ranks
-    from anyflow.commands.models import native_shape, negative_prompt
+    from anyflow.commands.models import native_shape, recipe_of
     from anyflow.console import quiet_libraries
     from anyflow.data.decode import ClipShape
     from anyflow.data.encode import Encoding
-    from anyflow.encoding import encode_on_ranks
+    from anyflow.encoding import devices_here, encode_on_ranks
 
     quiet_libraries()
     frames, height, width, fps = wanted
     own = native_shape(model, frames=frames, height=height, width=width, fps=fps)
-    # the precisions of training on this kind of device; in others, training would refuse what is made here
-    text_dtype = torch.bfloat16 if accelerator == "gpu" else torch.float32
-    codec = Codec.from_folder(model, text_dtype=text_dtype, stored=True)
+    recipe = recipe_of(model)
+    accelerator, _ = devices_here()
+    usual = recipe.hardware.precision if recipe else "bf16-mixed" if accelerator == "gpu" else "32-true"
+    # training refuses what was made in another precision than its own
+    dtype, text_dtype = codec_dtypes(precision or usual)
+    codec = Codec.from_folder(model, dtype=dtype, text_dtype=text_dtype, stored=True)
     shapes = [own, *(ClipShape(*shape, own.fps) for shape in buckets)]
     for shape in shapes:
         codec.check_video_shape(shape.frames, shape.height, shape.width)
     folders = {}
     for split in filter(None, (name.strip() for name in splits.split(","))):
-        encoding = Encoding(card, split, codec, shapes, out, prompts=[negative_prompt(model)])
+        encoding = Encoding(card, split, codec, shapes, out, prompts=[recipe.model.negative_prompt if recipe else ""])
         encode_on_ranks(encoding, codec, accelerator, devices)
         folders[split] = encoding.folder
     leave_ranks()

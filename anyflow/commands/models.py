@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from anyflow.backbone.codec import Codec
     from anyflow.backbone.protocol import FlowMapBackbone
     from anyflow.data.decode import ClipShape
+    from anyflow.recipe import Recipe
 
 
 def load_model(model: str, precision: str = "") -> tuple[Codec, FlowMapBackbone, float]:
@@ -63,32 +64,32 @@ Shape = tuple[int, int, int, float]
 
 
 def trained_shape(model: str) -> Shape | None:
-    """The clip shape that a model was trained on, if that is known.
+    """The clip shape that a model was trained on, if its recipe (:func:`recipe_of`) or README (an export) says it."""
+    recipe = recipe_of(model)
+    if recipe is None:
+        return _from_readme(Path(model))
+    return recipe.data.frames, recipe.data.height, recipe.data.width, recipe.data.fps
 
-    From the recipe beside the weights (a run), from the model file of the recipes that names these weights (a published
-    model), or from the model's README (an export).
+
+def recipe_of(model: str) -> Recipe | None:
+    """The recipe that tells how a model is trained, if there is one.
+
+    It lies beside the weights (a run), or a model file of the recipes names these weights (a published model): then
+    with the hardware that this file asks for.
     """
-    return _from_run(Path(model)) or _from_presets(model) or _from_readme(Path(model))
-
-
-def negative_prompt(model: str) -> str:
-    """The text that a model was trained to be steered away from, if that is known: from the same places."""
     for folder in (Path(model), Path(model).parent):
         if (folder / "recipe.yaml").is_file():
-            return load_recipe(str(folder / "recipe.yaml")).model.negative_prompt
+            return load_recipe(str(folder / "recipe.yaml"))
     for name in list_recipes().get("models", []):
-        preset = load_recipe("finetune/driving", model=name).model
-        if preset.weights == model.rstrip("/"):
-            return preset.negative_prompt
-    return ""
-
-
-def _from_run(folder: Path) -> Shape | None:
-    for path in (folder / "recipe.yaml", folder.parent / "recipe.yaml"):
-        if path.is_file():
-            data = load_recipe(str(path)).data
-            return data.frames, data.height, data.width, data.fps
+        recipe = load_recipe("finetune/driving", model=name)
+        if _is_same(recipe.model.weights, model):
+            return recipe
     return None
+
+
+def _is_same(weights: str, model: str) -> bool:
+    """The same folder, however it is written, or the same hub id."""
+    return weights == model.rstrip("/") or (Path(model).is_dir() and Path(weights).resolve() == Path(model).resolve())
 
 
 def _from_readme(folder: Path) -> Shape | None:
@@ -102,11 +103,3 @@ def _from_readme(folder: Path) -> Shape | None:
     if size is None or fps is None:
         return None
     return int(size[1]), int(size[2]), int(size[3]), float(fps[1].rstrip("."))
-
-
-def _from_presets(model: str) -> Shape | None:
-    for name in list_recipes().get("models", []):
-        recipe = load_recipe("finetune/driving", model=name)
-        if recipe.model.weights == model.rstrip("/"):
-            return recipe.data.frames, recipe.data.height, recipe.data.width, recipe.data.fps
-    return None

@@ -42,6 +42,29 @@ def test_encode_writes_latents_and_each_text_once(alone: Path) -> None:
     assert [path.name for path in alone.parent.iterdir()] == [alone.name]
 
 
+def test_a_model_is_encoded_for_the_precision_that_its_recipe_trains_in(project: Path) -> None:
+    """On any device: a cache made on a GPU must not be refused by training in float32 there."""
+    import torch
+
+    from anyflow.backbone.codec import codec_dtypes
+    from anyflow.commands.models import recipe_of, trained_shape
+
+    for name in ("data/models/tiny", f"{project}/data/models/tiny", str(project / "data/../data/models/tiny/")):
+        recipe = recipe_of(name)
+        assert recipe is not None and recipe.model.name == "tiny", name
+        assert codec_dtypes(recipe.hardware.precision) == (torch.float32, torch.float32)
+        assert trained_shape(name) == (17, 64, 96, 0), "each domain's own frame rate, not that of the README's example"
+    large = recipe_of("Wan-AI/Wan2.1-T2V-14B-Diffusers")
+    assert large is not None and codec_dtypes(large.hardware.precision) == (torch.float32, torch.bfloat16)
+    assert recipe_of("somebody/else") is None
+
+
+def test_an_unknown_precision_is_one_sentence(small_model: Path, tmp_path: Path) -> None:
+    done = run(*encode(small_model, tmp_path, "--precision", "fp8"))
+    assert done.returncode == 2 and "hardware.precision" in done.stderr and "bf16-mixed" in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_two_ranks_make_the_same_cache(small_model: Path, alone: Path, tmp_path: Path) -> None:
     done = run(*encode(small_model, tmp_path, "--buckets", "5x32x48", "--devices", "2"))
