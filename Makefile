@@ -91,7 +91,7 @@ data: $(VENV)/.installed-sim ## render more clips: DOMAIN=driving|robotics|games
 # --- checking ---------------------------------------------------------------------------------------------------------
 
 test: $(VENV)/.installed-dev ## the quick tests
-	$(VENV)/bin/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/.installed-dev ## the tests that take minutes
 	$(VENV)/bin/python -m pytest -m slow $(ARGS)

@@ -17,7 +17,7 @@ from typing import Any
 from anyflow.curves import load_curve
 from anyflow.errors import UserError
 from anyflow.evaluation.intervals import wilson_interval
-from anyflow.experiment.statistics import Estimate, estimate
+from anyflow.evaluation.statistics import Estimate, estimate
 from anyflow.recipe import load_recipe, to_dict
 from anyflow.recipe.fields import flatten
 from anyflow.runs import RunFolder

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from anyflow.cli import app
 from anyflow.comparison import best, differences, direction, figure_rows, read_side
 from anyflow.errors import UserError
-from anyflow.experiment.statistics import Estimate
+from anyflow.evaluation.statistics import Estimate
 from anyflow.recipe import load_recipe, save_recipe
 from anyflow.runs import RunFolder
 

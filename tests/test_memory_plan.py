@@ -77,6 +77,7 @@ REAL: dict[str, tuple[str, tuple[str, ...]]] = {
         (*LORA, "model.architecture=causal", CHECKPOINTED, "hardware.recompute_jumps=true"),
     ),
 }
+SLOW = ("on-policy, jumps again", "causal on-policy")
 HEAVIEST = (
     *("data.global_batch=2", "data.batch_size=2", "optimizer.name=adamw"),
     *("stage.diffusion_share=0", "stage.consistency_share=0", "stage.text_drop=0"),
@@ -85,7 +86,7 @@ HEAVIEST = (
 """What the simulation takes for granted: every sample moves, three jumps, the longest layout."""
 
 
-@pytest.mark.parametrize("case", list(REAL))
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c in SLOW)) for c in REAL])
 def test_the_simulation_agrees_with_a_real_step(case: str) -> None:
     """Bytes that PyTorch's own profiler saw allocated in a step of the real stage on the CPU: within 15 %."""
     name, options = REAL[case]

@@ -12,7 +12,7 @@ from anyflow.errors import UserError
 
 if TYPE_CHECKING:
     from anyflow.comparison import Side
-    from anyflow.experiment.statistics import Estimate
+    from anyflow.evaluation.statistics import Estimate
 
 
 def compare(

@@ -9,18 +9,17 @@ The loss of a figure is written so that 1 is no loss and more is worse, whatever
 
 A ratio of distances and not of what lies above the floor: near the floor that is a quotient of noise. A ratio says
 nothing of how good a model is at all, so it stands beside the curve and never in its place. The seeds of both curves
-are the same noise, so the ratio is taken seed by seed and its interval is that of their mean (Student's t).
+are the same noise, so the ratio is taken seed by seed; the mean and its interval (Student's t) are those of the
+logarithms, in which half and twice are equally far from 1.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from anyflow.evaluation.curve import Curve, CurveRow
-from anyflow.evaluation.intervals import half_interval
+from anyflow.evaluation.statistics import Estimate, badness_ratio, estimate
 
 FEW, MANY = 4, 32
 
@@ -31,25 +30,14 @@ SHARES = ("motion_accuracy",)
 """Figures of which more is better."""
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A number and half the width of its 95 % interval, which is None from one seed."""
-
-    value: float
-    half: float | None = None
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f}" + (f" ±{self.half:.2f}" if self.half is not None else "")
-
-
 def few_step_ratio(curve: Curve, name: str, few: int = FEW, many: int = MANY) -> Estimate | None:
     """The few-step ratio of a figure; None where a step count or the figure is missing, or it is 0 where it divides.
 
     Raises:
         KeyError: the figure is of a kind that has no ratio.
     """
-    ratios = _ratios(curve, name, few, many)
-    return None if ratios is None else _estimate(ratios)
+    logs = _log_ratios(curve, name, few, many)
+    return None if logs is None else estimate([logs]).map(math.exp)
 
 
 def retention(before: Curve, after: Curve, name: str, few: int = FEW, many: int = MANY) -> Estimate | None:
@@ -61,30 +49,25 @@ def retention(before: Curve, after: Curve, name: str, few: int = FEW, many: int 
     """
     if before.all_seeds != after.all_seeds:
         raise ValueError(f"the curves have seeds {before.all_seeds} and {after.all_seeds}; measure both alike")
-    first, second = (_ratios(curve, name, few, many) for curve in (before, after))
+    first, second = (_log_ratios(curve, name, few, many) for curve in (before, after))
     if first is None or second is None:
         return None
-    return _estimate([earlier / later for earlier, later in zip(first, second, strict=True)])
+    return estimate([[earlier - later for earlier, later in zip(first, second, strict=True)]]).map(math.exp)
 
 
-def _ratios(curve: Curve, name: str, few: int, many: int) -> list[float] | None:
+def _log_ratios(curve: Curve, name: str, few: int, many: int) -> list[float] | None:
     if name not in (*DISTANCES, *SHARES):
         raise KeyError(f"{name} has no few-step ratio: it is neither a distance nor a share")
     rows = {row.num_steps: row for row in curve.rows}
     if few not in rows or many not in rows:
         return None
     few_values, many_values = (_values(rows[count], name) for count in (few, many))
-    above, below = (few_values, many_values) if name in DISTANCES else (many_values, few_values)
-    if not above or len(above) != len(below) or min(*above, *below) <= 0:
+    if not few_values or len(few_values) != len(many_values) or min(*few_values, *many_values) <= 0:
         return None
-    return [one / other for one, other in zip(above, below, strict=True)]
+    better = "lower" if name in DISTANCES else "higher"
+    return [math.log(badness_ratio(one, other, better)) for one, other in zip(few_values, many_values, strict=True)]
 
 
 def _values(row: CurveRow, name: str) -> Sequence[float]:
     value = row.figure(name)
     return row.each.get(name, []) if row.each else [] if value is None else [value]
-
-
-def _estimate(values: Sequence[float]) -> Estimate:
-    half = half_interval(values) if len(values) > 1 else None
-    return Estimate(statistics.fmean(values), None if half is None or math.isnan(half) else half)

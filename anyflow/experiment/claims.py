@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from anyflow.evaluation.statistics import Estimate, badness_ratio, estimate
 from anyflow.experiment.figures import Measured, ratio
 from anyflow.experiment.schema import Claim, Metric
-from anyflow.experiment.statistics import Estimate, badness_ratio, estimate
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decided"
 

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from anyflow.evaluation.statistics import Estimate, badness_ratio, estimate
 from anyflow.experiment.pieces import Piece, read_curve
 from anyflow.experiment.schema import Experiment, Metric
-from anyflow.experiment.statistics import Estimate, badness_ratio, estimate
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.evaluation.picture import save_png
+from anyflow.evaluation.statistics import Estimate
 from anyflow.experiment.claims import Answer, answer
 from anyflow.experiment.figures import Measured, few_step_ratio, figures_of, measure, retention, short
 from anyflow.experiment.pieces import Piece
 from anyflow.experiment.plots import film, picture, plot_cost, plot_curves, sample_grids
 from anyflow.experiment.schema import Experiment, Metric
-from anyflow.experiment.statistics import Estimate
 from anyflow.tracking import code_version, machine, record_report
 
 PAGE_BYTES = 2_900_000

@@ -30,27 +30,28 @@ def test_one_is_no_loss_and_more_is_worse_for_distances_and_shares_alike() -> No
     worse = curve([0.3], [0.2], (0.5, 0.75))
     for name in ("sliced_w1", "motion_accuracy"):
         ratio = few_step_ratio(worse, name)
-        assert ratio is not None and ratio.value == pytest.approx(1.5) and ratio.half is None
+        assert ratio is not None and ratio.mean == pytest.approx(1.5) and ratio.low is None
         even = few_step_ratio(curve([0.2], [0.2]), name)
-        assert even is not None and even.value == 1
+        assert even is not None and even.mean == 1
 
 
 def test_retention_is_below_one_where_few_steps_were_lost() -> None:
     before, after = curve([0.22], [0.2]), curve([0.3], [0.15])
     kept = retention(before, after, "sliced_w1")
-    assert kept is not None and kept.value == pytest.approx(1.1 / 2)
+    assert kept is not None and kept.mean == pytest.approx(1.1 / 2)
     same = retention(before, before, "sliced_w1")
-    assert same is not None and same.value == 1
+    assert same is not None and same.mean == 1
 
 
 def test_seeds_are_paired() -> None:
     """Noise that both step counts share cancels: the interval is that of the ratios, not of the distances."""
     apart = curve([0.2, 0.4, 0.6], [0.1, 0.2, 0.3])
     ratio = few_step_ratio(apart, "frame_frechet")
-    assert ratio is not None and ratio.value == pytest.approx(2) and ratio.half == pytest.approx(0, abs=1e-9)
-    assert str(ratio) == "2.00 ±0.00"
+    assert ratio is not None and ratio.mean == pytest.approx(2) and ratio.low == pytest.approx(2)
+    assert str(ratio) == "2.00 [2.00, 2.00]"
     spread = few_step_ratio(curve([0.2, 0.4], [0.2, 0.2]), "frame_frechet")
-    assert spread is not None and spread.half == pytest.approx(12.706 * 0.5**0.5 / 2**0.5, rel=1e-3)
+    assert spread is not None and spread.mean == pytest.approx(2**0.5), "1 and 2: half and twice are equally far from 1"
+    assert spread.high == pytest.approx(2 ** (0.5 + 12.706 * 0.5), rel=1e-3)
 
 
 def test_what_has_no_ratio() -> None:

@@ -29,6 +29,9 @@ class Estimate:
         low = None if self.low is None else function(self.low)
         return Estimate(function(self.mean), low, None if self.high is None else function(self.high), self.count)
 
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" + (f" [{self.low:.2f}, {self.high:.2f}]" if self.low is not None else "")
+
 
 def estimate(strata: Sequence[Sequence[float]]) -> Estimate:
     """The mean of the strata's means, with its interval.

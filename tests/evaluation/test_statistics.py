@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anyflow.evaluation.intervals import t_quantile
-from anyflow.experiment.statistics import badness_ratio, estimate
+from anyflow.evaluation.statistics import badness_ratio, estimate
 
 VALUES = st.lists(st.floats(-100, 100), min_size=2, max_size=6)
 
