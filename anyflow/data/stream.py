@@ -144,14 +144,14 @@ class ClipStream:
         dataset: the batches.
         steps: the declared length: batches that the run asks for in all.
         error_budget: largest share of bad clips that is tolerated.
-        skipped: clips known to be left out already, for the record.
+        skipped: clips that encoding left out, beside those of ``dataset``: it has read all of them.
     """
 
     def __init__(
         self, dataset: BatchDataset, steps: int, error_budget: float = 0.01, skipped: Sequence[Skip] = ()
     ) -> None:
         self.dataset, self.steps, self.error_budget = dataset, steps, error_budget
-        self.position = 0
+        self.position, self.left_out = 0, len(skipped)
         self.skipped = {(skip.shard, skip.key): skip for skip in skipped}
 
     def advance(self, batch: Batch) -> None:
@@ -185,8 +185,9 @@ class ClipStream:
             UserError: the budget is spent; names the first offenders.
         """
         plan = self.dataset.plan
+        total = plan.num_samples + self.left_out
         read = ((self.position if position is None else position) + 1) * plan.global_batch
-        enforce_budget(list(self.skipped.values()), read, plan.num_samples, self.error_budget)
+        enforce_budget(list(self.skipped.values()), total if self.left_out else read, total, self.error_budget)
 
     def state_dict(self) -> dict[str, Any]:
         """{epoch, batch, plan_hash, plan, skipped}: the place in the stream, for any number of ranks and workers.

@@ -191,6 +191,16 @@ def test_the_budget_stops_the_run_and_names_the_first_offenders(make_shards: Mak
         assert "clip-003 (no caption)" in message and "clip-009 (" in message and "\n" not in message
 
 
+def test_clips_that_encoding_left_out_count_among_those_it_read(make_shards: MakeShards) -> None:
+    """One of 24 was bad: 23 are in the cache, and a twenty-fourth is tolerated there as it was while encoding."""
+    dataset = open_stream(make_shards({})).dataset
+    left_out = [Skip("tiny-000000.tar", "gone", "the video cannot be decoded")]
+    clips = dataset.plan.num_samples
+    ClipStream(dataset, 5, 1 / (clips + 1), left_out).check_budget()
+    with pytest.raises(UserError, match=f"1 of {clips + 1} clips"):
+        ClipStream(dataset, 5, 0.9 / (clips + 1), left_out).check_budget()
+
+
 def test_the_budget_counts_a_clip_once(make_shards: MakeShards) -> None:
     stream = open_stream(make_shards({3: bad_parts("no caption")}), steps=40, error_budget=0.05)
     assert len(run(stream)) == 40 and len(stream.skipped) == 1
