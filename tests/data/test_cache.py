@@ -169,7 +169,7 @@ def test_bad_clips_are_left_out_named_and_budgeted(make_shards: MakeShards) -> N
         encode(folder, MeanCodec())
     made = encode(folder, MeanCodec(), error_budget=0.1)
     assert [skip.key for skip in load_cache(made).skipped] == ["clip-003", "clip-005"]
-    with pytest.raises(UserError, match=r"2 of 21 clips cannot be used, more than error_budget 0\.05"):
+    with pytest.raises(UserError, match=r"2 of 23 clips cannot be used, more than error_budget 0\.05"):
         module(folder, cache=made, error_budget=0.05)
     data = module(folder, cache=made, error_budget=0.1)
     keys = [key for batch in data.train_dataloader() for key in batch["key"]]
