@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,27 @@ def held_out(cards: Sequence[str], split: str, shape: ClipShape, count: int | No
     per_card = [list(_clips(card, split, shape, count)) for card in cards]
     dealt = [clips[i] for i in range(max(map(len, per_card))) for clips in per_card if i < len(clips)]
     return dealt[:count]
+
+
+def as_asked(clips: Sequence[HeldOut]) -> list[HeldOut]:
+    """Leave out the attributes that a caption leaves open: a sample of that prompt cannot show them wrongly.
+
+    They are those in which two clips of one caption differ: all of them where one caption stands for the whole data
+    set, and the like of a seed or a measured speed where captions tell what happens.
+    """
+    values: dict[tuple[str, str], set[str]] = {}
+    for clip in clips:
+        for name, value in clip.attributes.items():
+            values.setdefault((clip.caption, name), set()).add(json.dumps(value, sort_keys=True, default=str))
+    return [
+        replace(
+            clip,
+            attributes={
+                name: value for name, value in clip.attributes.items() if len(values[clip.caption, name]) == 1
+            },
+        )
+        for clip in clips
+    ]
 
 
 def _clips(card: str, split: str, shape: ClipShape, count: int | None) -> Iterator[HeldOut]:
@@ -77,7 +99,7 @@ def curve_of(
     Raises:
         UserError: The data has too few clips.
     """
-    clips = held_out(cards, split, shape)
+    clips = as_asked(held_out(cards, split, shape))
     items, reference = clips[:prompts], clips[prompts : 2 * prompts]
     if len(items) < prompts:
         raise UserError(f"sampling.prompts={prompts}, but the {split} split has {len(items)} clips; ask for fewer")

@@ -56,7 +56,8 @@ class Prompt:
     Attributes:
         caption: the text, wrapped in the picture.
         domain: whose motion probe reads the samples; empty or unknown: none does.
-        attributes: of the clip; the motion asked for is read from here for the mark.
+        attributes: of the clip; the motion asked for is read from here for the mark. If they name none, the prompt
+            leaves the motion open, and nothing is read.
     """
 
     caption: str
@@ -67,6 +68,11 @@ class Prompt:
     def asked(self) -> str | None:
         """The motion that the prompt asks for, where it is known."""
         return asked_motion(self.domain, self.attributes) if self.attributes is not None else None
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the motion of its samples is read and drawn."""
+        return self.domain in PROBES and (self.attributes is None or self.asked is not None)
 
 
 @dataclass(frozen=True)
@@ -191,7 +197,7 @@ def still(grid: Grid) -> Image:
     for cell in layout.cells():
         x, y, width, height = cell.box
         page.paste(_scaled(cell.clip[-1], (width, height)), (x, y))
-        reading = read_motion(cell.clip, cell.prompt.domain)
+        reading = read_motion(cell.clip, cell.prompt.domain) if cell.prompt.is_read else None
         if reading is not None:
             _draw_path(pen, reading, cell)
             _draw_mark(pen, reading, cell)
@@ -287,9 +293,9 @@ def _background(layout: _Layout) -> tuple[Image, ImageDraw]:
 def _legend(grid: Grid) -> list[str]:
     """Return one or two lines that say how to read the picture."""
     lines = ["Each row: the same prompt and the same noise at every step count."]
-    if any(prompt.domain in PROBES for prompt in grid.prompts):
+    if any(prompt.is_read for prompt in grid.prompts):
         lines.append("Line: the motion read from the pixels; ✓ it is what the prompt asks for, ✗ it is not.")
-    if any(prompt.domain == "driving" for prompt in grid.prompts):
+    if any(prompt.domain == "driving" and prompt.is_read for prompt in grid.prompts):
         lines[-1] += " (Seen from above, driving to the right: left is up.)"
     if grid.given:
         lines[0] += " Framed: what was given of the real clip."

@@ -23,6 +23,8 @@ COLOURS = ("#185abe", "#b07010", "#16804a", "#783ca0", "#c8322d", "#2a8c9a", "#6
 MARKERS = "osD^vPX*"
 CELLS = 8
 """Rows of samples in a picture, at most (prompts x arms, but one prompt at least)."""
+FLAT = 3
+"""An axis of distances is logarithmic from this ratio of the largest to the smallest on."""
 FILM_QUALITIES = (23, 28, 33, 38, 43)
 
 
@@ -114,9 +116,24 @@ def _panel(axis: Axes, measured: Measured, metric: Metric, card: str, *, against
     floor = measured.real[card].get(metric.name)
     if isinstance(floor, int | float):
         axis.axhline(floor, color=REAL_COLOUR, linestyle="--", linewidth=1, label="real clips")
+    if metric.better == "lower":
+        _widen(axis, measured, metric, card)
     axis.grid(alpha=0.25)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
+
+
+def _widen(axis: Axes, measured: Measured, metric: Metric, card: str) -> None:
+    """Take a logarithmic axis where one arm's distance is many times another's, which a linear one presses flat."""
+    curves = [measured.curve(arm, card, metric.name) for arm in measured.experiment.shown]
+    means = [estimate.mean for curve in curves for estimate in curve.values()]
+    if means and 0 < FLAT * min(means) < max(means):
+        from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _seconds(measured: Measured, arm: str, card: str, steps: int) -> float:

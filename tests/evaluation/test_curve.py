@@ -14,6 +14,7 @@ import torch
 from models import BlockCodec, exact_sampler, held_out, sampler_over
 from torch import Tensor
 
+from anyflow.curves import as_asked
 from anyflow.evaluation.curve import Curve, CurveResult, CurveRow, HeldOut, over_seeds
 from anyflow.evaluation.measure import measure_curve as measure_with_all_directions
 from anyflow.evaluation.measure import prompt_noise, sampler_of
@@ -198,6 +199,18 @@ def test_progress_reaches_its_total_and_too_few_reference_clips_are_refused() ->
     assert ticks[-1][2] == "2 steps"
     with pytest.raises(ValueError, match="as many reference clips"):
         measure_curve(exact_sampler(ITEMS), BlockCodec(), ITEMS, REFERENCE[:3])
+
+
+def test_attributes_that_a_caption_leaves_open_are_not_asked_for() -> None:
+    clips = [
+        HeldOut("a", "Turn left.", torch.zeros(1), "driving", {"manoeuvre": "left", "seed": 1, "path": [1, 2]}),
+        HeldOut("b", "Turn left.", torch.zeros(1), "driving", {"manoeuvre": "left", "seed": 2, "path": [1, 2]}),
+        HeldOut("c", "Drive.", torch.zeros(1), "driving", {"manoeuvre": "left"}),
+        HeldOut("d", "Drive.", torch.zeros(1), "driving", {"manoeuvre": "right"}),
+    ]
+    kept = [item.attributes for item in as_asked(clips)]
+    assert kept == [{"manoeuvre": "left", "path": [1, 2]}, {"manoeuvre": "left", "path": [1, 2]}, {}, {}]
+    assert clips[0].attributes["seed"] == 1
 
 
 def test_a_domain_without_a_probe_has_no_accuracy() -> None:

@@ -74,6 +74,16 @@ def test_a_prompt_without_attributes_or_probe_has_no_mark() -> None:
         assert not _has(picture, RIGHT) and not _has(picture, WRONG)
 
 
+def test_nothing_is_read_where_the_attributes_name_no_motion() -> None:
+    """Its samples may show any, and a line over them would seem to judge them."""
+    left_open = Prompt("Footage of driving.", "driving", {"seed": 3})
+    assert Prompt("A car.", "driving").is_read and not left_open.is_read
+    picture, bare = (
+        np.asarray(still(Grid([prompt], {"": {1: LEFT[None]}}))) for prompt in (left_open, Prompt(left_open.caption))
+    )
+    assert np.array_equal(picture, bare)
+
+
 def test_the_moving_grid_shows_each_frame_and_holds_the_end_of_a_shorter_clip() -> None:
     grid = Grid(PROMPTS[:1], {"": {1: LEFT[None], 4: LEFT[None, :5]}})
     frames = list(moving(grid))
