@@ -45,9 +45,7 @@ def as_asked(clips: Sequence[HeldOut]) -> list[HeldOut]:
     return [
         replace(
             clip,
-            attributes={
-                name: value for name, value in clip.attributes.items() if len(values[clip.caption, name]) == 1
-            },
+            attributes={name: value for name, value in clip.attributes.items() if len(values[clip.caption, name]) == 1},
         )
         for clip in clips
     ]

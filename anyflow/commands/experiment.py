@@ -60,8 +60,7 @@ def experiment(
         print_json(_jobs_document(found, listed)) if as_json else _show_jobs(found, listed)
         return
     failed = {} if report else _run(found, chosen, jobs)
-    missing = sum(job.state != "done" for job in jobs_of(found, every))
-    _report(found, every, missing, as_json, failed)
+    _report(found, every, jobs_of(found, every), as_json, failed)
     if failed:
         raise typer.Exit(1)
 
@@ -91,12 +90,14 @@ def _run(found: Experiment, pieces: list[Piece], at_once: int) -> dict[str, str]
         raise typer.Exit(stop.code) from None
 
 
-def _report(found: Experiment, pieces: list[Piece], missing: int, as_json: bool, failed: dict[str, str]) -> None:
+def _report(found: Experiment, pieces: list[Piece], jobs: list[Job], as_json: bool, failed: dict[str, str]) -> None:
     from anyflow.console import quiet_libraries
+    from anyflow.experiment.jobs import finished_pieces
     from anyflow.experiment.report import write_report
 
     quiet_libraries()
-    folder, answers = write_report(found, pieces, missing)
+    missing = sum(not job.is_done for job in jobs)
+    folder, answers = write_report(found, pieces, missing, finished_pieces(jobs))
     if as_json:
         told = [{"say": a.claim.say, "verdict": a.verdict, "reasons": a.reasons} for a in answers]
         print_json({"experiment": found.name, "missing": missing, "failed": failed, "answers": told, "report": folder})
@@ -117,7 +118,7 @@ def _show_jobs(found: Experiment, jobs: list[Job]) -> None:
 
     typer.echo(found.question)
     for job in jobs:
-        time = "" if job.state == "done" else clock(job.seconds) if job.seconds is not None else "?"
+        time = "" if job.is_done else clock(job.seconds) if job.seconds is not None else "?"
         typer.echo(f"  {job.state:<8} {time:>8}  {job.title}{f' ({job.reason})' if job.reason else ''}")
     typer.echo(f"{len(jobs)} trainings and curves, {left(jobs, clock)}")
 

@@ -24,6 +24,10 @@ CARD_NAME = "card.yaml"
 DEFAULT_NEGATIVE_PROMPT = "blurry, distorted, flickering, low quality, static noise"
 
 
+class ForAll(str):
+    """A caption that stands in for every clip's own, too."""
+
+
 @dataclass(frozen=True)
 class DatasetCard:
     """A card, checked.
@@ -36,6 +40,7 @@ class DatasetCard:
             elsewhere (s3://..., https://...) is stood for by one in the cache; see :mod:`anyflow.data.remote`.
         frames, height, width, fps: what every clip has.
         caption: stands in for a clip's missing caption; None means that such a clip is refused.
+        replace_captions: it stands in for every clip's own caption too.
         negative_prompt: what guidance steers away from.
         controls: control -> what it holds, in words. attributes: label -> its values, or what it holds.
         licence: of the footage.
@@ -53,11 +58,17 @@ class DatasetCard:
     fps: float
     licence: str
     caption: str | None = None
+    replace_captions: bool = False
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
     controls: Mapping[str, str] = field(default_factory=dict)
     attributes: Mapping[str, str | list[str]] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     path: Path = field(default=Path(), compare=False)
+
+    @property
+    def stand_in(self) -> str | None:
+        """What stands in for captions, as :func:`anyflow.data.reader.parse_metadata` takes it."""
+        return ForAll(self.caption) if self.replace_captions and self.caption is not None else self.caption
 
 
 def load_card(card: str | Path, require_shards: bool = True) -> DatasetCard:
@@ -188,6 +199,8 @@ def _check_fields(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
             raise UserError(f"card {str(path)!r}: {key}={value!r} has the wrong type; give {_describe(hints[key])}")
         if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
             raise UserError(f"card {str(path)!r}: {key}={value!r} must be more than 0")
+    if document.get("replace_captions") and not document.get("caption"):
+        raise UserError(f"card {str(path)!r}: replace_captions is true, but there is no caption to put in their place")
     if not document["splits"]:
         raise UserError(f"card {str(path)!r}: splits is empty; name at least one, such as `train: shards/train`")
     return dict(document)

@@ -52,7 +52,7 @@ def check_card(
 def _check_clips(card: str, split: str, decode: bool, numbers: range) -> list[str]:
     """The problems of some of a split's clips, given by number."""
     loaded = load_card(card, require_shards=False)
-    reader = ShardReader([loaded.splits[split]], [loaded.caption], tolerant=True)
+    reader = ShardReader([loaded.splits[split]], [loaded.stand_in], tolerant=True)
     places = [(number, sample) for number, (_, shard) in enumerate(reader.shards) for sample in shard.samples]
     problems = []
     for number in numbers:

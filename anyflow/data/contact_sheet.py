@@ -38,7 +38,7 @@ def contact_sheet(card: DatasetCard | str | Path, split: str, count: int, path: 
             frames = decode_clip(clip.mp4, shape)
         except DecodeError as error:
             raise UserError(f"clip {clip.key!r} in {str(folder / shard.name)!r}: {error}") from error
-        strips.append(_strip(frames, f"{clip.key}: {clip.caption}"))
+        strips.append(_strip(frames, f"{clip.key}: {loaded.caption if loaded.replace_captions else clip.caption}"))
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(strips)).save(path, "PNG")
     return path

@@ -30,6 +30,7 @@ def describe_card(card: DatasetCard | str | Path) -> dict[str, Any]:
         "clip": {"frames": loaded.frames, "height": loaded.height, "width": loaded.width, "fps": loaded.fps},
         "licence": loaded.licence,
         "caption": loaded.caption,
+        "replace_captions": loaded.replace_captions,
         "negative_prompt": loaded.negative_prompt,
         "controls": dict(loaded.controls),
         "attributes": dict(loaded.attributes),
@@ -50,9 +51,14 @@ def _describe_split(card: DatasetCard, split: str) -> dict[str, Any]:
         "bytes": index.bytes,
         "hours": round(index.count * card.frames / card.fps / 3600, 4),
         "shapes": _shapes(card, split),
-        "captions": _describe_captions([str(d.get("caption") or "") for d in descriptions]),
+        "captions": _describe_captions([_caption(card, d) for d in descriptions]),
         "attributes": _histograms([d.get("attributes") or {} for d in descriptions]),
     }
+
+
+def _caption(card: DatasetCard, description: dict[str, Any]) -> str:
+    """What a clip is trained with; empty if it has no caption of its own, whatever stands in for that."""
+    return str((card.caption if card.replace_captions else description.get("caption")) or "")
 
 
 def _shapes(card: DatasetCard, split: str) -> dict[str, float]:

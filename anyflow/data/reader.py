@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from anyflow.data import remote
-from anyflow.data.card import CARD_NAME, load_card
+from anyflow.data.card import CARD_NAME, ForAll, load_card
 from anyflow.data.decode import ClipShape, DecodeError, first_line
 from anyflow.data.plan import PlannedShard
 from anyflow.data.safety import clean_caption
@@ -177,7 +177,7 @@ class ShardReader:
 
 
 def parse_metadata(data: bytes, default_caption: str | None = None) -> dict[str, Any]:
-    """A sample's json member; ``default_caption`` stands in for a missing or empty caption.
+    """A sample's json member; ``default_caption`` stands in for a missing or empty caption, a :class:`ForAll` for any.
 
     Raises:
         DecodeError: it is not a JSON object, or has no caption and there is no default.
@@ -190,7 +190,7 @@ def parse_metadata(data: bytes, default_caption: str | None = None) -> dict[str,
         raise DecodeError("its json member is malformed") from error
     if not isinstance(metadata, dict):
         raise DecodeError("its json member is malformed")
-    caption = metadata.get("caption")
+    caption = None if isinstance(default_caption, ForAll) else metadata.get("caption")
     if not isinstance(caption, str) or not caption.strip():
         if default_caption is None:
             raise DecodeError("no caption")
@@ -228,7 +228,7 @@ class Split:
         name: of the data set.
         folder: its shards.
         home: the folder in which things derived from it may be kept.
-        caption: stands in for a missing one; None refuses such clips.
+        caption: stands in for a missing one (for every clip's own: a ``ForAll``); None refuses clips without.
         frames, fps, height, width: what every clip has, if a card says so.
     """
 
@@ -267,7 +267,7 @@ def find_split(card: str | Path, split: str) -> Split:
         found.name,
         found.splits[split],
         found.path.parent,
-        found.caption,
+        found.stand_in,
         found.frames,
         found.fps,
         found.height,

@@ -42,7 +42,7 @@ def run_pieces(experiment: Experiment, pieces: Sequence[Piece], at_once: int = 1
         with locked(home / ".lock", patience=0) as lock, _terminable():
             jobs = jobs_of(experiment, pieces)
             _say(f"experiment {experiment.name}: {len(jobs)} pieces of work, {left(jobs, clock)}")
-            todo = [job for job in jobs if job.state != "done"]
+            todo = [job for job in jobs if not job.is_done]
             children = Children(lock)
 
             def tell_what_is_left(rest: Sequence[Job]) -> None:

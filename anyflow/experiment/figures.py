@@ -10,12 +10,13 @@ logarithms.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from anyflow.evaluation.statistics import Estimate, badness_ratio, estimate
+from anyflow.experiment.kept import read_kept
 from anyflow.experiment.pieces import Piece, read_curve
 from anyflow.experiment.schema import Experiment, Metric
 
@@ -81,14 +82,15 @@ class Measured:
         return self.value(arm, card, seed if seed in seeds else seeds[0], steps, metric)
 
 
-def measure(experiment: Experiment, pieces: Iterable[Piece]) -> Measured:
-    """Read what was measured so far."""
+def measure(experiment: Experiment, pieces: Iterable[Piece], kept: Collection[str] = ()) -> Measured:
+    """Read what was measured so far: here, and of the pieces named ``kept`` among the results."""
     rows: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = {}
     real: dict[str, dict[str, Any]] = {}
     clips: dict[str, int] = {}
     for piece in pieces:
+        elsewhere = (read_kept(experiment, piece) or {"curves": {}})["curves"] if piece.name in kept else {}
         for card in piece.cards if piece.is_shown else ():
-            found = read_curve(piece, card)
+            found = elsewhere.get(card) or read_curve(piece, card)
             if found is None:
                 continue
             curve = found["curve"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from anyflow.errors import UserError
+from anyflow.experiment.kept import kept_pieces
 from anyflow.experiment.pieces import Piece, curve_settings, read_curve, training_state
 from anyflow.experiment.schema import Experiment
 from anyflow.fingerprints import data_fingerprint, facts_of, model_fingerprint
@@ -21,7 +22,8 @@ class Job:
     Attributes:
         piece: whose.
         card: the data set that a curve is measured on; empty for the training.
-        state: ``done``, ``missing``, ``cut`` (it goes on from its checkpoint) or ``changed`` (it is done again).
+        state: ``done``, ``kept`` (measured elsewhere, among the results), ``missing``, ``cut`` (it goes on from its
+            checkpoint) or ``changed`` (it is done again).
         reason: what changed.
         seconds: an estimate of what is left, from the speeds seen so far; None before anything was seen.
     """
@@ -36,6 +38,11 @@ class Job:
     def is_training(self) -> bool:
         """Whether it trains."""
         return not self.card
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing to do."""
+        return self.state in ("done", "kept")
 
     @property
     def title(self) -> str:
@@ -70,24 +77,44 @@ def jobs_of(experiment: Experiment, pieces: Sequence[Piece]) -> list[Job]:
     Raises:
         UserError: a card's shards are missing.
     """
-    jobs: list[Job] = []
+    kept = kept_pieces(experiment, pieces)
+    by_piece: dict[str, list[Job]] = {}
     stale: set[str] = set()
     for piece in pieces:
-        state, reason = training_of(piece, stale)
-        if state != "done":
+        by_piece[piece.name] = found = _jobs_of(experiment, piece, stale, kept.get(piece.name))
+        if piece.recipe is not None and not found[0].is_done:
             stale.add(piece.name)
-        if piece.recipe is not None:
-            jobs.append(Job(piece, "", state, reason))
-        for card in piece.cards if piece.is_shown else ():
-            found, why = ("missing", "") if state != "done" else curve_state(experiment, piece, card)
-            jobs.append(Job(piece, card, found, why))
-    return with_speeds(experiment, pieces, jobs)
+    for piece in reversed(pieces):  # a model that is kept as figures alone cannot be gone on from
+        if not all(job.is_done for job in by_piece[piece.name]):
+            for name in kept.keys() & piece.needs:
+                by_piece[name] = [replace(job, state="missing") for job in by_piece[name]]
+    return with_speeds(experiment, pieces, [job for piece in pieces for job in by_piece[piece.name]])
+
+
+def _jobs_of(experiment: Experiment, piece: Piece, stale: set[str], kept: str | None) -> list[Job]:
+    """A piece's training and curves; ``kept``: nothing kept (None), kept (empty), or why what is kept is useless."""
+    state, reason = ("kept", "") if kept == "" else training_of(piece, stale)
+    if state == "missing" and kept:
+        reason = kept
+    jobs = [Job(piece, "", state, reason)] if piece.recipe is not None else []
+    for card in piece.cards if piece.is_shown else ():
+        waits = (state, reason) if kept == "" else ("missing", reason)
+        jobs.append(Job(piece, card, *(curve_state(experiment, piece, card) if state == "done" else waits)))
+    return jobs
+
+
+def finished_pieces(jobs: Sequence[Job]) -> set[str]:
+    """Names of the pieces that are trained and measured here."""
+    states: dict[str, set[str]] = {}
+    for job in jobs:
+        states.setdefault(job.piece.name, set()).add(job.state)
+    return {name for name, found in states.items() if found == {"done"}}
 
 
 def with_speeds(experiment: Experiment, pieces: Sequence[Piece], jobs: Sequence[Job]) -> list[Job]:
     """The jobs with estimates of their time from what the pieces took so far."""
     speeds = Speeds(experiment, pieces)
-    return [replace(job, seconds=0.0 if job.state == "done" else speeds.of(job)) for job in jobs]
+    return [replace(job, seconds=0.0 if job.is_done else speeds.of(job)) for job in jobs]
 
 
 def training_of(piece: Piece, stale: set[str] | frozenset[str] = frozenset()) -> tuple[str, str]:
@@ -150,7 +177,7 @@ def _mean(seen: dict[str, list[float]], arm: str) -> float | None:
 
 def left(jobs: Sequence[Job], clock: Callable[[float], str]) -> str:
     """How much is missing, in words: ``12 to go, about 34:00``."""
-    todo = [job for job in jobs if job.state != "done"]
+    todo = [job for job in jobs if not job.is_done]
     known = [job.seconds for job in todo if job.seconds is not None]
     if not todo:
         return "nothing to do"

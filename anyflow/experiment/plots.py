@@ -1,19 +1,12 @@
-"""The pictures of a report: curves with error bars against steps and time, and the arms' samples side by side."""
+"""The plots of a report: curves with error bars against steps and against time."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyflow.curves import load_curve
-from anyflow.evaluation.curve import CurveResult
-from anyflow.evaluation.picture import Grid, save_mp4, still
-from anyflow.evaluation.report import REAL_COLOUR, sample_grid
+from anyflow.evaluation.report import REAL_COLOUR
 from anyflow.experiment.figures import Measured, short
-from anyflow.experiment.pieces import Piece, curve_folder
 from anyflow.experiment.schema import Metric
 
 if TYPE_CHECKING:
@@ -21,11 +14,8 @@ if TYPE_CHECKING:
 
 COLOURS = ("#185abe", "#b07010", "#16804a", "#783ca0", "#c8322d", "#2a8c9a", "#6b6b6b", "#d0589a")
 MARKERS = "osD^vPX*"
-CELLS = 8
-"""Rows of samples in a picture, at most (prompts x arms, but one prompt at least)."""
 FLAT = 3
 """An axis of distances is logarithmic from this ratio of the largest to the smallest on."""
-FILM_QUALITIES = (23, 28, 33, 38, 43)
 
 
 def plot_curves(path: Path, measured: Measured) -> None:
@@ -139,50 +129,3 @@ def _widen(axis: Axes, measured: Measured, metric: Metric, card: str) -> None:
 def _seconds(measured: Measured, arm: str, card: str, steps: int) -> float:
     parts = [measured.values(arm, card, steps, name) for name in ("sampling_seconds", "decoding_seconds")]
     return sum(sum(part) / len(part) for part in parts if part) or float("nan")
-
-
-def sample_grids(measured: Measured, pieces: Sequence[Piece]) -> dict[str, Grid]:
-    """For each data set the same prompts and noise by every arm, at the first, the few and the most steps."""
-    grids = {}
-    for card in measured.cards():
-        found = [result for piece in pieces if card in piece.cards and (result := _samples(piece, card)) is not None]
-        if found:
-            kept = [_cut(measured, result, max(1, min(3, CELLS // len(found)))) for result in found]
-            alike = [result for result in kept if _keys(result) == _keys(kept[0])]
-            grids[card] = sample_grid(alike, f"{measured.experiment.name}: {short(card)}, the first seed of every arm")
-    return grids
-
-
-def _samples(piece: Piece, card: str) -> CurveResult | None:
-    """The samples that a piece kept: those of its arm's first seed."""
-    found = load_curve(curve_folder(piece), short(card)) if piece.is_shown else None
-    return None if found is None else replace(found, curve=replace(found.curve, label=piece.arm))
-
-
-def _cut(measured: Measured, result: CurveResult, prompts: int) -> CurveResult:
-    experiment = measured.experiment
-    counts = sorted({min(experiment.evaluation.steps), experiment.few, experiment.most} & set(result.samples))
-    samples = {count: result.samples[count][:prompts] for count in counts}
-    return replace(result, shown=result.shown[:prompts], samples=samples)
-
-
-def _keys(result: CurveResult) -> list[str]:
-    return [item.key for item in result.shown]
-
-
-def picture(grid: Grid) -> bytes:
-    """The still picture as a JPEG."""
-    sink = io.BytesIO()
-    still(grid).save(sink, "JPEG", quality=78, optimize=True)
-    return sink.getvalue()
-
-
-def film(grid: Grid, path: Path, most_bytes: int, fps: float = 8.0) -> bytes:
-    """The moving picture, played once, at the best quality that fits ``most_bytes`` (or the least, if none does)."""
-    for quality in FILM_QUALITIES:
-        save_mp4(grid, path, fps=fps, loops=1, quality=quality)
-        if path.stat().st_size <= most_bytes:
-            break
-    content = path.read_bytes()
-    path.unlink()
-    return content

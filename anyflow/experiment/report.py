@@ -3,25 +3,26 @@
 experiments/results/NAME/
     report.html    everything inside, pictures and films too      report.md     tables and answers
     figures.json   curves, floor, ratios, retention, answers      curves.png, cost.png, samples-CARD.png
+    measured/      every piece's curves, from which another machine goes on (kept.py)
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from anyflow.evaluation.picture import save_png
 from anyflow.evaluation.statistics import Estimate
 from anyflow.experiment.claims import Answer, answer
 from anyflow.experiment.figures import Measured, few_step_ratio, figures_of, measure, retention, short
+from anyflow.experiment.kept import keep, kept_pieces, origins
 from anyflow.experiment.pieces import Piece
-from anyflow.experiment.plots import film, picture, plot_cost, plot_curves, sample_grids
+from anyflow.experiment.plots import plot_cost, plot_curves
+from anyflow.experiment.samples import Samples, as_jpeg, draw_samples, film
 from anyflow.experiment.schema import Experiment, Metric
 from anyflow.tracking import code_version, machine, record_report
 
@@ -35,25 +36,30 @@ NOTE_CLAIMS = (
 )
 
 
-def write_report(experiment: Experiment, pieces: Sequence[Piece], missing: int) -> tuple[Path, list[Answer]]:
+def write_report(
+    experiment: Experiment, pieces: Sequence[Piece], missing: int, finished: Collection[str] = ()
+) -> tuple[Path, list[Answer]]:
     """Write the report of what was measured so far, and give it to the tracker; returns its folder and the answers.
 
     Args:
         experiment: the question.
         pieces: all of its pieces.
         missing: how many trainings and curves are not there yet; the report says so.
+        finished: names of the pieces that are trained and measured here: their curves are kept beside the report.
     """
-    measured = measure(experiment, pieces)
+    kept = [name for name, useless in kept_pieces(experiment, pieces).items() if not useless]
+    measured = measure(experiment, pieces, kept)
     answers = [answer(measured, claim) for claim in experiment.claims]
     folder = experiment.results
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".report-") as place:
         partial = Path(place)
-        content = _content(measured, pieces, answers, missing)
+        content = _content(measured, pieces, answers, missing, kept)
         if measured.cards():
             plot_curves(partial / "curves.png", measured)
             plot_cost(partial / "cost.png", measured)
-        (partial / "report.html").write_text(_page(content, measured, pieces, partial), encoding="utf-8")
+        drawn = draw_samples(measured, pieces, partial, folder)
+        (partial / "report.html").write_text(_page(content, drawn, partial), encoding="utf-8")
         (partial / "report.md").write_text(_markdown(content, partial), encoding="utf-8")
         document = {
             "experiment": experiment.name,
@@ -63,19 +69,29 @@ def write_report(experiment: Experiment, pieces: Sequence[Piece], missing: int) 
             **figures_of(measured),
             "settings": asdict(experiment.evaluation),
             "seeds": experiment.seeds,
+            "pictures": {samples.card: samples.arms for samples in drawn},
             **code_version(),
         }
         (partial / "figures.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        folder.mkdir(exist_ok=True)
-        for path in folder.iterdir():  # a picture of an earlier report that this one does not have
-            if path.is_file() and not (partial / path.name).exists():
-                path.unlink()
-        for path in partial.iterdir():
-            shutil.move(path, folder / path.name)
+        keep(experiment, pieces, finished, partial)
+        _replace(folder, partial)
     record_report(
         pieces[0].tracking_uri, experiment.name, mean_curves(measured), folder, "FINISHED" if not missing else "RUNNING"
     )
     return folder, answers
+
+
+def _replace(folder: Path, partial: Path) -> None:
+    """Put a new report's files in the place of an earlier one's, and take away what only that one had."""
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_file() and not (partial / path.name).exists():
+            path.unlink()
+    for path in list(partial.iterdir()):
+        target = folder / path.name
+        if target.is_dir():
+            target.rename(partial / f"{path.name}.old")
+        path.rename(target)
 
 
 def mean_curves(measured: Measured) -> dict[str, list[dict[str, Any]]]:
@@ -103,9 +119,12 @@ def _mean_row(measured: Measured, arm: str, cards: Sequence[str], steps: int) ->
     return row
 
 
-def _content(measured: Measured, pieces: Sequence[Piece], answers: list[Answer], missing: int) -> dict[str, Any]:
+def _content(
+    measured: Measured, pieces: Sequence[Piece], answers: list[Answer], missing: int, kept: Collection[str]
+) -> dict[str, Any]:
     """Everything that page and Markdown say, as text."""
     experiment = measured.experiment
+    elsewhere = "; ".join(origins(experiment, pieces, kept))
     code, here = code_version(), machine()
     settings, clips = experiment.evaluation, sorted(set(measured.clips.values()))
     given = f", {settings.given_frames} latent frames given" if settings.given_frames else ""
@@ -139,6 +158,7 @@ def _content(measured: Measured, pieces: Sequence[Piece], answers: list[Answer],
             f"Commit {code['git.commit']}{' (with changes)' if code.get('git.dirty') == 'True' else ''}, "
             f"{here['machine.cpus']} CPU cores, devices: {here['machine.devices']}, torch {here['version.torch']}, "
             f"diffusers {here['version.diffusers']}."
+            + (f" {len(kept)} of {len(pieces)} runs were measured earlier: {elsewhere}." if kept else "")
         ),
     }
 
@@ -202,8 +222,8 @@ def _budget(experiment: Experiment) -> str:
     )
 
 
-def _page(content: dict[str, Any], measured: Measured, pieces: Sequence[Piece], folder: Path) -> str:
-    """The HTML with plots, pictures and films inside; the pictures are left in the folder too."""
+def _page(content: dict[str, Any], drawn: Sequence[Samples], folder: Path) -> str:
+    """The HTML with plots, pictures and films inside."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     plots = [
@@ -211,21 +231,17 @@ def _page(content: dict[str, Any], measured: Measured, pieces: Sequence[Piece], 
         for name, note in content["plot_notes"].items()
         if (folder / name).exists()
     ]
-    grids = sample_grids(measured, pieces)
-    pictures = {}
-    for card, grid in grids.items():
-        save_png(grid, folder / f"samples-{short(card)}.png")
-        pictures[card] = _encoded(picture(grid))
-    used = sum(len(image["data"]) for image in plots) + sum(map(len, pictures.values()))
-    samples = []
-    for index, (card, grid) in enumerate(grids.items()):
-        room = max(0, PAGE_BYTES - used) // (len(grids) - index)
-        moving = _encoded(film(grid, folder / "film.mp4", room * 3 // 4))
+    pictures = [_encoded(as_jpeg(samples.picture)) for samples in drawn]
+    used = sum(len(image["data"]) for image in plots) + sum(map(len, pictures))
+    shown = []
+    for index, (samples, image) in enumerate(zip(drawn, pictures, strict=True)):
+        room = max(0, PAGE_BYTES - used) // (len(drawn) - index)
+        moving = _encoded(film(samples.grid, folder / "film.mp4", room * 3 // 4)) if samples.grid is not None else ""
         used += len(moving)
-        samples.append({"card": short(card), "film": moving, "picture": pictures[card]})
+        shown.append({"card": samples.card, "film": moving, "picture": image})
     loader = FileSystemLoader(Path(__file__).parent)
     template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("report.html.j2")
-    return template.render(**content, plots=plots, samples=samples)
+    return template.render(**content, plots=plots, samples=shown)
 
 
 def _encoded(content: bytes) -> str:

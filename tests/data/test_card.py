@@ -74,6 +74,39 @@ def change(card: Path, **values: Any) -> Path:
     return card
 
 
+def test_one_caption_for_all_clips(card: Path) -> None:
+    from anyflow.data.cache import source_digest
+    from anyflow.data.reader import ShardReader, find_split
+    from anyflow.fingerprints import data_fingerprint
+
+    def seen() -> tuple[str, str, str]:
+        split = find_split(card, "train")
+        reader = ShardReader([split.folder], [split.caption])
+        _, shard = reader.shards[0]
+        caption = reader.describe(0, shard.samples[1])["caption"]
+        return caption, data_fingerprint(str(card), "train"), source_digest(reader, split.caption)
+
+    own, *_ = seen()
+    change(card, caption="A toy.")
+    filled = seen()
+    change(card, caption="A toy.", replace_captions=True)
+    replaced = seen()
+    assert own == filled[0] == sample_clip(1).caption and replaced[0] == "A toy."
+    assert filled[1] != replaced[1] and filled[2] != replaced[2]  # other captions are other data
+    assert describe_card(card)["splits"]["train"]["captions"]["distinct"] == 1
+    with pytest.raises(UserError, match="replace_captions is true, but there is no caption"):
+        load_card(change(card, caption=None, replace_captions=True))
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_uncaptioned_cards_are_the_shipped_ones_but_for_the_captions(domain: str) -> None:
+    plain, uncaptioned = (
+        yaml.safe_load((DATA / f"{name}.yaml").read_text()) for name in (domain, f"{domain}-uncaptioned")
+    )
+    assert uncaptioned.pop("replace_captions") is True and uncaptioned["caption"]
+    assert {**uncaptioned, "name": domain, "caption": None} == plain
+
+
 def test_a_card_is_read(card: Path) -> None:
     loaded = load_card(card)
     assert (loaded.name, loaded.fps, loaded.caption) == ("toy", 8, None)

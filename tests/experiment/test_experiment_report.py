@@ -86,7 +86,12 @@ def test_the_page_has_everything_inside(study: Study) -> None:
     folder, answers = write_report(*study, missing=2)
     assert [found.verdict for found in answers] == [HOLDS]
     pictures = {"curves.png", "cost.png", "samples-driving.png", "samples-games.png"}
-    assert {path.name for path in folder.iterdir()} == pictures | {"report.html", "report.md", "figures.json"}
+    assert {path.name for path in folder.iterdir()} == pictures | {
+        "report.html",
+        "report.md",
+        "figures.json",
+        "measured",
+    }
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert len(page) < 3_000_000
     sources = re.findall(r'(?:src|href)="([^"]{0,40})', page)

@@ -1,0 +1,139 @@
+"""Curves that lie with the committed results, so that another machine goes on from them instead of training again.
+
+experiments/results/NAME/measured/ARM-SEED[-CARD].json
+    recipe   what it was trained by; null for a finished model      facts    fingerprints of its clips and its start
+    curves   by data set: what was measured, on what, and how long it took      code, machine: where
+
+A folder of the piece below ``runs/`` goes before what is kept. What is kept counts as long as recipe, clips and
+settings are what they would be now, and those of the pieces that it was trained from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from anyflow.experiment.pieces import Piece, curve_folder, curve_settings, read_curve, training_state
+from anyflow.experiment.schema import Experiment
+from anyflow.fingerprints import data_fingerprint, facts_of, model_fingerprint
+from anyflow.recipe import Recipe, to_dict
+from anyflow.recipe.fields import flatten
+from anyflow.runs import FREE_ON_RESUME
+from anyflow.tracking import code_version, machine
+
+FOLDER = "measured"
+
+
+def read_kept(experiment: Experiment, piece: Piece) -> dict[str, Any] | None:
+    """What is kept of a piece; None if nothing is, or it cannot be read."""
+    try:
+        found = json.loads(_file(experiment.results, piece).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("curves"), dict) else None
+
+
+def kept_pieces(experiment: Experiment, pieces: Sequence[Piece]) -> dict[str, str]:
+    """The pieces of which nothing is here and something is kept, each with what makes it useless; empty: it counts.
+
+    Args:
+        experiment: the experiment.
+        pieces: some of its pieces, each after those that it needs.
+
+    Raises:
+        UserError: a card's shards are missing.
+    """
+    found: dict[str, str] = {}
+    sound: set[str] = set()  # kept, or trained here by the recipe of now, whole or in part
+    for piece in pieces:
+        kept = read_kept(experiment, piece)
+        is_here = piece.run.recipe.exists() or curve_folder(piece).is_dir()
+        unsound = sorted(set(piece.needs) - sound)
+        reason = "" if kept is None else _difference(experiment, piece, kept) or " and ".join(unsound)
+        if kept is not None and not is_here:
+            found[piece.name] = f"what is kept has another {reason}" if reason else ""
+        if (kept is not None and not reason) or (is_here and _is_trained(piece)):
+            sound.add(piece.name)
+    return found
+
+
+def keep(experiment: Experiment, pieces: Iterable[Piece], finished: Collection[str], folder: Path) -> None:
+    """Write what was measured here into new results, and take over what else is kept.
+
+    Args:
+        experiment: the experiment.
+        pieces: all of its pieces.
+        finished: names of those that are trained and measured here.
+        folder: of the results that are being written.
+    """
+    (folder / FOLDER).mkdir()
+    for piece in pieces:
+        if piece.name in finished:
+            shown = piece.cards if piece.is_shown else ()
+            document = {
+                "recipe": _computed(piece.recipe),
+                "facts": _facts(piece),
+                "curves": {card: read_curve(piece, card) for card in shown},
+                "code": piece.run.status.get("code") or code_version(),
+                "machine": machine(),
+            }
+            _file(folder, piece).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        elif read_kept(experiment, piece) is not None:
+            _file(folder, piece).write_bytes(_file(experiment.results, piece).read_bytes())
+
+
+def origins(experiment: Experiment, pieces: Iterable[Piece], kept: Collection[str]) -> list[str]:
+    """Where what is kept comes from, in words: commit and machine, each once."""
+    found = [read_kept(experiment, piece) for piece in pieces if piece.name in kept]
+    return sorted({_origin(document) for document in found if document is not None})
+
+
+def _origin(document: dict[str, Any]) -> str:
+    where = document["machine"]
+    return (
+        f"commit {document['code']['git.commit'][:7]}, {where['machine.cpus']} CPU cores, "
+        f"devices: {where['machine.devices']}, torch {where.get('version.torch', 'unknown')}"
+    )
+
+
+def _file(results: Path, piece: Piece) -> Path:
+    return results / FOLDER / f"{piece.name}.json"
+
+
+def _difference(experiment: Experiment, piece: Piece, kept: dict[str, Any]) -> str:
+    """What sets what is kept of a piece apart from what would come out now (but for rounding); empty: nothing."""
+    shown, curves = piece.cards if piece.is_shown else (), kept["curves"]
+    if kept.get("recipe") != _computed(piece.recipe):
+        return "recipe"
+    if kept.get("facts") != _facts(piece):
+        return "start or training clips"
+    for card in shown:
+        was = {key: value for key, value in curves.get(card, {}).get("measured_on", {}).items() if key != "model"}
+        now = {"data": data_fingerprint(card, experiment.evaluation.split), **curve_settings(experiment, piece)}
+        for key, value in now.items():
+            if was.get(key) != value:
+                return {"data": "held-out split"}.get(key, key)
+    return ""
+
+
+def _is_trained(piece: Piece) -> bool:
+    """Whether a piece's training here, finished or not, is by the recipe and on the data of now."""
+    return training_state(piece, {} if piece.recipe is None else _facts(piece))[0] in ("done", "cut")
+
+
+def _computed(recipe: Recipe | None) -> dict[str, Any] | None:
+    """The fields that decide what is computed, as JSON gives them back; None for a finished model."""
+    if recipe is None:
+        return None
+    fields = {key: value for key, value in flatten(to_dict(recipe)) if not key.startswith(FREE_ON_RESUME)}
+    return json.loads(json.dumps(fields))
+
+
+def _facts(piece: Piece) -> dict[str, str]:
+    """Fingerprints of what a piece begins with. A model that another arm made differs by rounding between machines."""
+    if piece.recipe is None:
+        return {} if piece.needs else {"model": model_fingerprint(piece.model)}
+    facts = facts_of(piece.recipe)
+    return {"data": facts["data"]} if piece.needs else facts

@@ -1,0 +1,122 @@
+"""The arms' samples side by side, for a report: a picture of last frames, and a film."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from anyflow.curves import load_curve
+from anyflow.evaluation.curve import CurveResult
+from anyflow.evaluation.picture import Grid, save_mp4, save_png
+from anyflow.evaluation.report import sample_grid
+from anyflow.experiment.figures import Measured, short
+from anyflow.experiment.pieces import Piece, curve_folder
+
+CELLS = 8
+"""Rows of samples in a picture, at most (prompts x arms, but one prompt at least)."""
+FILM_QUALITIES = (23, 28, 33, 38, 43)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A data set's samples.
+
+    Attributes:
+        card: its name.
+        arms: those whose samples the picture shows.
+        picture: the file, ``samples-CARD.png``.
+        grid: what is here of them, for the film; None: nothing.
+    """
+
+    card: str
+    arms: list[str]
+    picture: Path
+    grid: Grid | None
+
+
+def draw_samples(measured: Measured, pieces: Sequence[Piece], folder: Path, earlier: Path) -> list[Samples]:
+    """Leave the picture of each data set's samples in the folder of a new report.
+
+    Samples are not kept with the figures: an earlier report's picture stays where it shows arms that are not here.
+
+    Args:
+        measured: what the report is about.
+        pieces: all of the experiment's pieces.
+        folder: of the new report.
+        earlier: of the report that it will replace.
+    """
+    grids, before, found = sample_grids(measured, pieces), _shown(earlier), []
+    for card in measured.cards():
+        arms, grid = grids.get(card, ([], None))
+        was, name = before.get(short(card), []), f"samples-{short(card)}.png"
+        if set(was) > set(arms) and (earlier / name).is_file():
+            (folder / name).write_bytes((earlier / name).read_bytes())
+            arms = was
+        elif grid is not None:
+            save_png(grid, folder / name)
+        else:
+            continue
+        found.append(Samples(short(card), arms, folder / name, grid))
+    return found
+
+
+def _shown(results: Path) -> dict[str, list[str]]:
+    """The arms that the pictures of a report show, by data set."""
+    try:
+        return json.loads((results / "figures.json").read_text(encoding="utf-8"))["pictures"]
+    except (OSError, json.JSONDecodeError, KeyError):
+        return {}
+
+
+def sample_grids(measured: Measured, pieces: Sequence[Piece]) -> dict[str, tuple[list[str], Grid]]:
+    """For each data set the same prompts and noise by every arm, at the first, the few and the most steps."""
+    grids = {}
+    for card in measured.cards():
+        found = [result for piece in pieces if card in piece.cards and (result := _samples(piece, card)) is not None]
+        if found:
+            kept = [_cut(measured, result, max(1, min(3, CELLS // len(found)))) for result in found]
+            alike = [result for result in kept if _keys(result) == _keys(kept[0])]
+            title = f"{measured.experiment.name}: {short(card)}, the first seed of every arm"
+            grids[card] = [result.curve.label for result in alike], sample_grid(alike, title)
+    return grids
+
+
+def _samples(piece: Piece, card: str) -> CurveResult | None:
+    """The samples that a piece kept: those of its arm's first seed."""
+    found = load_curve(curve_folder(piece), short(card)) if piece.is_shown else None
+    return None if found is None else replace(found, curve=replace(found.curve, label=piece.arm))
+
+
+def _cut(measured: Measured, result: CurveResult, prompts: int) -> CurveResult:
+    experiment = measured.experiment
+    counts = sorted({min(experiment.evaluation.steps), experiment.few, experiment.most} & set(result.samples))
+    samples = {count: result.samples[count][:prompts] for count in counts}
+    return replace(result, shown=result.shown[:prompts], samples=samples)
+
+
+def _keys(result: CurveResult) -> list[str]:
+    return [item.key for item in result.shown]
+
+
+def as_jpeg(path: Path) -> bytes:
+    """A picture's file, smaller."""
+    from PIL import Image
+
+    sink = io.BytesIO()
+    with Image.open(path) as image:
+        image.convert("RGB").save(sink, "JPEG", quality=78, optimize=True)
+    return sink.getvalue()
+
+
+def film(grid: Grid, path: Path, most_bytes: int, fps: float = 8.0) -> bytes:
+    """The moving picture, played once, at the best quality that fits ``most_bytes`` (or the least, if none does)."""
+    for quality in FILM_QUALITIES:
+        save_mp4(grid, path, fps=fps, loops=1, quality=quality)
+        if path.stat().st_size <= most_bytes:
+            break
+    content = path.read_bytes()
+    path.unlink()
+    return content

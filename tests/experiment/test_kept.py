@@ -1,0 +1,127 @@
+"""Committed results: another machine goes on from them, as long as they are what it would measure itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from study import TEXT, invent_curve, invent_training, write_study
+
+from anyflow.experiment.figures import measure
+from anyflow.experiment.jobs import finished_pieces, jobs_of
+from anyflow.experiment.kept import kept_pieces
+from anyflow.experiment.pieces import Piece
+from anyflow.experiment.report import write_report
+from anyflow.experiment.schema import Experiment
+
+PROJECT = Path(__file__).resolve().parents[2]
+FEWER = TEXT.replace("seeds: [0, 1, 2]", "seeds: [0]").replace("cards: [driving, games]", "cards: [driving]")
+Study = tuple[Experiment, list[Piece]]
+
+
+@pytest.fixture(autouse=True)
+def in_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT)
+
+
+def elsewhere(folder: Path, text: str = FEWER) -> None:
+    """Train and measure everything; then only the results are left, as in a clean clone."""
+    experiment, pieces = write_study(folder, text)
+    for piece in pieces:
+        if piece.recipe is not None:
+            invent_training(piece)
+        for card in piece.cards:
+            invent_curve(experiment, piece, card, lambda arm, *_: len(arm), with_samples=True)
+    jobs = jobs_of(experiment, pieces)
+    write_report(experiment, pieces, 0, finished_pieces(jobs))
+    (folder / "runs").rename(folder / "gone")
+
+
+def states(study: Study) -> dict[str, str]:
+    return {job.title: job.state for job in jobs_of(*study)}
+
+
+def test_what_was_measured_elsewhere_counts_as_done(tmp_path: Path) -> None:
+    elsewhere(tmp_path)
+    experiment, pieces = write_study(tmp_path, FEWER)
+    assert set(states((experiment, pieces)).values()) == {"kept"}
+    before = json.loads((experiment.results / "figures.json").read_text())
+    folder, _ = write_report(experiment, pieces, 0)
+    after = json.loads((folder / "figures.json").read_text())
+    assert after["curves"] == before["curves"] and after["curves"]["plain"]["driving"]
+    assert len(list((folder / "measured").iterdir())) == 3
+    assert "3 of 3 runs were measured earlier: commit" in (folder / "report.md").read_text()
+    assert after["pictures"] == before["pictures"] == {"driving": ["base", "plain", "more"]}
+    assert (folder / "samples-driving.png").is_file() and "<video" not in (folder / "report.html").read_text()
+
+
+def test_a_new_arm_trains_the_models_that_it_starts_from_and_no_others(tmp_path: Path) -> None:
+    """Figures cannot be gone on from; what was trained from the same model elsewhere still counts."""
+    elsewhere(tmp_path)
+    more = FEWER.replace("overrides: [stage.steps=20", "  again: {start_from: plain}\noverrides: [stage.steps=20")
+    experiment, pieces = write_study(tmp_path, more)
+    found = states((experiment, pieces))
+    assert {name.split("-")[0]: state for name, state in found.items() if "train" in name} == {
+        "plain": "missing",
+        "more": "kept",
+        "again": "missing",
+    }
+    plain = next(piece for piece in pieces if piece.arm == "plain")
+    invent_training(plain)
+    found = states((experiment, pieces))
+    assert found["more-0-driving: evaluate on driving"] == found["base-0: evaluate on driving"] == "kept"
+    assert found["plain-0-driving: evaluate on driving"] == "missing"
+    plain.run.note(state="running")
+    assert states((experiment, pieces))["more-0-driving: evaluate on driving"] == "kept"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("stage.diffusion_share=1, ", "stage.diffusion_share=0.9, "), "another recipe"),
+        (("prompts: 4, steps: [1, 4, 32]", "prompts: 5, steps: [1, 4, 32]"), "another prompts"),
+        (("steps: [1, 4, 32]}", "steps: [1, 2, 4, 32]}"), "another steps"),
+    ],
+)
+def test_what_would_come_out_otherwise_is_measured_again(tmp_path: Path, change: tuple[str, str], reason: str) -> None:
+    elsewhere(tmp_path)
+    experiment, pieces = write_study(tmp_path, FEWER.replace(*change))
+    found = {job.piece.arm: job for job in jobs_of(experiment, pieces)}
+    assert found["plain"].state == "missing" and reason in found["plain"].reason
+    assert found["more"].state == "missing"
+    assert found["base"].state == ("kept" if "recipe" in reason else "missing")
+    kept = [name for name, useless in kept_pieces(experiment, pieces).items() if not useless]
+    assert ("plain", "driving", 0) not in measure(experiment, pieces, kept).rows
+    write_report(experiment, pieces, 6)
+    assert len(list((experiment.results / "measured").iterdir())) == 3  # for a recipe that is put back
+
+
+def test_other_clips_and_a_broken_file_do_not_count(tmp_path: Path) -> None:
+    elsewhere(tmp_path)
+    experiment, pieces = write_study(tmp_path, FEWER)
+    path = experiment.results / "measured" / "plain-0-driving.json"
+    document = json.loads(path.read_text())
+    document["facts"]["data"] = "0123"
+    path.write_text(json.dumps(document))
+    (experiment.results / "measured" / "base-0.json").write_text("{")
+    found = {job.piece.arm: (job.state, job.reason) for job in jobs_of(experiment, pieces)}
+    assert found["plain"] == ("missing", "what is kept has another start or training clips")
+    assert found["more"] == ("missing", "what is kept has another plain-0-driving") and found["base"][0] == "missing"
+
+
+def test_what_is_here_goes_before_what_is_kept(tmp_path: Path) -> None:
+    elsewhere(tmp_path)
+    experiment, pieces = write_study(tmp_path, FEWER)
+    plain = next(piece for piece in pieces if piece.arm == "plain")
+    invent_training(plain)
+    invent_curve(experiment, plain, "driving", lambda *_: 77.0, with_samples=True)
+    jobs = jobs_of(experiment, pieces)
+    folder, _ = write_report(experiment, pieces, 0, finished_pieces(jobs))
+    document = json.loads((folder / "figures.json").read_text())
+    figures = document["curves"]
+    assert document["pictures"]["driving"] == ["base", "plain", "more"]  # a picture of more arms than are here stays
+    assert figures["plain"]["driving"]["sliced_w1"]["4"]["mean"] == 77.0
+    assert figures["more"]["driving"]["sliced_w1"]["4"]["mean"] == 4.0
+    kept = json.loads((folder / "measured" / "plain-0-driving.json").read_text())
+    assert kept["curves"]["driving"]["curve"]["rows"][0]["sliced_w1"] == 77.0
