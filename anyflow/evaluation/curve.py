@@ -58,6 +58,7 @@ class Marks:
         path_error: mean distance of the path read from the pixels to that of the prompt's own clip, in pixels; of real
             clips that of others in which the same motion was asked for.
         given_frame_psnr: of given frames to the real ones, in decibels.
+        preview_error: how far a sample lies from the one of the same noise at the most steps (``distance.py``).
         more: figures that only some sets have, by name.
     """
 
@@ -70,6 +71,7 @@ class Marks:
     temporal_consistency: float | None = None
     path_error: float | None = None
     given_frame_psnr: float | None = None
+    preview_error: float | None = None
     more: Mapping[str, float] = field(default_factory=dict)
 
     def figure(self, name: str) -> float | None:

@@ -69,6 +69,22 @@ def sliced_wasserstein(first: Tensor, second: Tensor, *, projections: int = PROJ
     return float((ordered[0] - ordered[1]).abs().mean())
 
 
+def preview_error(samples: Tensor, finals: Tensor, real: Tensor) -> float:
+    """How far samples of few steps lie from those of the same noise at many: ``rms(samples - finals) / spread(real)``.
+
+    A flow map's jumps end where its many steps end, so a preview shows the clip that many steps would make. No two sets
+    are compared here, each sample has its own counterpart: so the figure tells small differences, and says nothing of
+    quality. 0: the same clips. About 1.4: clips that have nothing to do with each other.
+
+    Args:
+        samples: latents ``[N, ...]``.
+        finals: of the same prompts and noise, of the same shape.
+        real: latents ``[M, ...]`` of real clips; their spread around their mean is the unit.
+    """
+    spread = (real - real.mean(dim=0)).square().mean().sqrt()
+    return float((samples - finals).square().mean().sqrt() / spread)
+
+
 class FrameFeatures(nn.Module):
     """Fixed features of a frame and its successor: colour, sharpness and motion, averaged over a grid of cells.
 

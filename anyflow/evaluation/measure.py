@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from anyflow.evaluation.curve import STEPS, Curve, CurveResult, CurveRow, HeldOut, over_seeds, pixel_frames
+from anyflow.evaluation.distance import preview_error
 from anyflow.evaluation.judge import Judge
 from anyflow.flowmap.endpoint import Renoise
 from anyflow.flowmap.sampling import SamplerKind, Take, take_jump, take_velocity
@@ -141,12 +142,17 @@ def measure_curve(
 
     rows: list[CurveRow] = []
     kept: dict[int, Tensor] = {}
-    for num_steps in counts:
+    finals: dict[int, Tensor] = {}  # of each seed, the latents at the most steps
+    for num_steps in reversed(counts):
         of_seeds = []
         for seed in seeds:
             clips, latents, cost = runner.sample(sampler, items, real_latents, num_steps, shift, seed)
-            marks = judge(clips, latents, real_clips).to_json()
-            of_seeds.append(CurveRow.from_json({**marks, "num_steps": num_steps, "nfe": num_steps, **cost}))
+            marks = judge(clips, latents, real_clips)
+            if kind != "renoise":  # its steps draw noise of their own: they have no common end
+                error = preview_error(latents, finals.setdefault(seed, latents), other_latents)
+                marks = replace(marks, preview_error=error)
+            facts = {"num_steps": num_steps, "nfe": num_steps, **cost}
+            of_seeds.append(CurveRow.from_json({**marks.to_json(), **facts}))
             kept.setdefault(num_steps, clips[:show].clone())
         rows.append(over_seeds(of_seeds))
     curve = Curve(
@@ -160,11 +166,11 @@ def measure_curve(
         notes=tuple(notes),
         shift=shift,
         size=(real_clips.shape[1], real_clips.shape[2], real_clips.shape[3]),
-        rows=tuple(rows),
+        rows=tuple(reversed(rows)),
         real=judge.of_real(real_clips, real_latents),
         codec=judge(decoded, real_latents, real_clips),
     )
-    return CurveResult(curve, tuple(items[:show]), kept)
+    return CurveResult(curve, tuple(items[:show]), dict(sorted(kept.items())))
 
 
 class _Progress:

@@ -52,6 +52,7 @@ DETAILS = (
     Column("temporal_consistency", "temporal SSIM"),
     Column("path_error", "path error, px", 2),
     Column("given_frame_psnr", "given frames, dB", 1),
+    Column("preview_error", "preview error", 3),
 )
 """The measures of the second table; figures that only some models have follow them."""
 

@@ -196,7 +196,7 @@ def test_progress_reaches_its_total_and_too_few_reference_clips_are_refused() ->
         on_progress=lambda *tick: ticks.append(tick),
     )
     assert [done for done, _, _ in ticks] == list(range(1, 9)) and {total for _, total, _ in ticks} == {8}
-    assert ticks[-1][2] == "2 steps"
+    assert ticks[-1][2] == "1 step"  # the most steps come first: the others are compared with them
     with pytest.raises(ValueError, match="as many reference clips"):
         measure_curve(exact_sampler(ITEMS), BlockCodec(), ITEMS, REFERENCE[:3])
 
@@ -217,6 +217,24 @@ def test_a_domain_without_a_probe_has_no_accuracy() -> None:
     items = [replace(item, domain="cooking") for item in ITEMS[:2]]
     curve = measure_curve(exact_sampler(items), BlockCodec(), items, REFERENCE, steps=(1,)).curve
     assert curve.rows[0].motion_accuracy is None and curve.real.motion_accuracy is None
+
+
+def test_a_preview_is_compared_with_the_same_noise_at_the_most_steps() -> None:
+    """An error that grows with the jump shows in the preview error alone at once; an exact flow map has none."""
+    options: dict[str, Any] = {"steps": (1, 2, 8), "seeds": (0, 1)}
+    exact = measure_curve(exact_sampler(ITEMS), BlockCodec(), ITEMS[:4], REFERENCE, **options).curve
+    wrong = measure_curve(exact_sampler(ITEMS, error=0.3), BlockCodec(), ITEMS[:4], REFERENCE, **options).curve
+    assert [row.num_steps for row in exact.rows] == [1, 2, 8]
+    assert [row.preview_error for row in exact.rows] == pytest.approx([0, 0, 0], abs=1e-5)
+    errors = [row.preview_error for row in wrong.rows]
+    assert errors[0] > errors[1] > errors[2] == 0  # type: ignore[operator]
+    assert len(wrong.rows[0].each["preview_error"]) == 2 and wrong.real.preview_error is None
+    options = {"steps": (1, 2), "kind": "renoise"}
+
+    def renoised(*arguments: Any, take: Any) -> Tensor:
+        return exact_sampler(ITEMS)(*arguments)
+
+    assert measure_curve(renoised, BlockCodec(), ITEMS[:2], REFERENCE, **options).curve.rows[0].preview_error is None
 
 
 def test_given_frames_come_from_the_prompts_own_clips() -> None:

@@ -19,6 +19,7 @@ from anyflow.evaluation.distance import (
     given_frame_psnr,
     kernel_distance,
     motion_energy,
+    preview_error,
     sliced_wasserstein,
     temporal_consistency,
 )
@@ -193,6 +194,14 @@ def test_given_frames_are_compared_in_decibels() -> None:
     real = torch.full((2, 1, 8, 8, 3), 100, dtype=torch.uint8)
     assert given_frame_psnr(real, real) == 100
     assert given_frame_psnr(real + 10, real) == pytest.approx(20 * math.log10(25.5))
+
+
+def test_the_preview_error_is_in_units_of_the_real_clips_spread() -> None:
+    draw = torch.randn(3, 400, 7, generator=torch.Generator().manual_seed(0))
+    first, second, real = draw[0] * 5, draw[1] * 5, 5 * draw[2] + 30
+    assert preview_error(first, first, real) == 0
+    assert preview_error(first + 1, first, real) == pytest.approx(0.2, rel=0.05)
+    assert preview_error(first, second, real) == pytest.approx(math.sqrt(2), rel=0.05)
 
 
 def test_frame_features_of_clips_are_those_of_their_pairs() -> None:
