@@ -15,6 +15,9 @@ from anyflow.experiment.pieces import Piece, curve_folder, read_curve
 from anyflow.experiment.schema import Experiment
 from anyflow.tracking import record_curves
 
+APART = 1000
+"""Between the seeds of one piece's noises: those of another piece lie between them."""
+
 
 def measure(experiment: Experiment, piece: Piece, card: str, on_progress: Callable[..., None] | None = None) -> None:
     """Measure the any-step curve of a piece on a card, and keep it in the piece's folder."""
@@ -34,7 +37,7 @@ def measure(experiment: Experiment, piece: Piece, card: str, on_progress: Callab
         prompts=settings.prompts,
         steps=settings.steps,
         shift=shift,
-        seeds=(piece.seed,),
+        seeds=[piece.seed + draw * APART for draw in range(settings.draws)],
         sampler=read_sampler(piece.model),
         label=Path(card).stem,
         split=settings.split,

@@ -206,6 +206,8 @@ def curve_settings(experiment: Experiment, piece: Piece) -> dict[str, Any]:
     """How a piece's curves are measured: equal settings on equal models and data give equal curves."""
     settings = dataclasses.asdict(experiment.evaluation)
     del settings["batch_size"]
+    if settings["draws"] == 1:
+        del settings["draws"]
     if not settings["precision"]:
         del settings["precision"]  # the device's: equal curves but for rounding
     return {**settings, "steps": sorted(settings["steps"]), "given_frames": piece.given_frames, "seed": piece.seed}

@@ -128,6 +128,7 @@ def _content(
     code, here = code_version(), machine()
     settings, clips = experiment.evaluation, sorted(set(measured.clips.values()))
     given = f", {settings.given_frames} latent frames given" if settings.given_frames else ""
+    noise = f"the mean of {settings.draws} noises each, the same" if settings.draws > 1 else "the same noise"
     cost = experiment.metrics[0].title or experiment.metrics[0].name
     return {
         "name": experiment.name,
@@ -142,7 +143,7 @@ def _content(
         + [_ratios(measured, metric) for metric in experiment.metrics],
         "note_tables": (
             f"Mean over the seeds {experiment.seeds} [95 % interval]; {', '.join(map(str, clips)) or 'no'} prompts of "
-            f"the {settings.split} split at a time, the same noise for every arm and step count{given}. Real clips: "
+            f"the {settings.split} split at a time, {noise} for every arm and step count{given}. Real clips: "
             "what other real clips of the same number get. Few-step ratio: how many times as bad "
             f"{experiment.few} steps are as {experiment.most}; retention: the ratio before over the ratio after, "
             "1 is kept, below 1 few steps became worse."

@@ -70,6 +70,7 @@ class Evaluation:
     """How every arm and seed is measured: the same prompts, the same noise."""
 
     prompts: int = option(16, "held-out prompts of each data set", low=2)
+    draws: int = option(1, "noises that each prompt is sampled from; a seed's figure is their mean", low=1)
     steps: list[int] = option([1, 2, 4, 8, 16, 32], "step counts that each prompt is sampled at", low=1, high=1000)
     given_frames: int = option(0, "latent frames given from each prompt's own clip: 1 is image-to-video", low=0)
     split: str = option("heldout", "split that prompts and real clips come from")

@@ -11,9 +11,9 @@ import pytest
 from study import TEXT, invent_curve, invent_training, write_study
 
 from anyflow.errors import UserError
-from anyflow.experiment import execute, together
+from anyflow.experiment import execute, measuring, together
 from anyflow.experiment.jobs import jobs_of, left, select
-from anyflow.experiment.pieces import Piece
+from anyflow.experiment.pieces import Piece, curve_settings
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -185,3 +185,24 @@ def test_a_place_keeps_its_process_and_tells_of_its_death() -> None:
 
 def check_environment(name: str, value: str) -> None:
     assert os.environ[name] == value
+
+
+def test_each_prompt_may_be_sampled_from_several_noises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No two pieces share a noise by accident, and one draw is what was measured before there were several."""
+    asked: list[list[int]] = []
+
+    def curve_of(*_: Any, seeds: list[int], **__: Any) -> Any:
+        asked.append(list(seeds))
+        raise UserError("enough")
+
+    monkeypatch.setattr("anyflow.curves.curve_of", curve_of)
+    for draws, wanted in ((1, [[0], [1]]), (3, [[0, 1000, 2000], [1, 1001, 2001]])):
+        text = TEXT.replace("prompts: 4", f"prompts: 4, draws: {draws}")
+        experiment, pieces = write_study(tmp_path / str(draws), text)
+        bases = [piece for piece in pieces if piece.arm == "base"][:2]
+        for piece in bases:
+            with pytest.raises(UserError, match="enough"):
+                measuring.measure(experiment, piece, "driving")
+        assert asked == wanted
+        asked.clear()
+        assert ("draws" in curve_settings(experiment, bases[0])) == (draws > 1)
