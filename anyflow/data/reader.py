@@ -194,7 +194,7 @@ def parse_metadata(data: bytes, default_caption: str | None = None) -> dict[str,
     if not isinstance(caption, str) or not caption.strip():
         if default_caption is None:
             raise DecodeError("no caption")
-        metadata["caption"] = default_caption
+        metadata["caption"] = str(default_caption)  # a plain text, as every other
     else:
         clean_caption(caption)  # bounds and encoding; the text itself stays as it is
     if not isinstance(metadata.setdefault("attributes", {}), dict):

@@ -84,6 +84,7 @@ def test_one_caption_for_all_clips(card: Path) -> None:
         reader = ShardReader([split.folder], [split.caption])
         _, shard = reader.shards[0]
         caption = reader.describe(0, shard.samples[1])["caption"]
+        assert type(caption) is str  # what goes into files must be readable without this class
         return caption, data_fingerprint(str(card), "train"), source_digest(reader, split.caption)
 
     own, *_ = seen()
