@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from anyflow.experiment.pieces import Piece
 
 SHOW_EVERY = 20.0
 """Seconds between two lines about a training that goes on."""
+PROGRESS = re.compile(r" left$|^(encoding|sampling) .*\d+/\d+")
+"""Lines of a training's output that tell where it is."""
 
 
 class Stopped(Exception):
@@ -102,7 +105,7 @@ def _follow(process: subprocess.Popen[bytes], log: Path, start: int, say: Callab
         time.sleep(0.2)
         if time.monotonic() - shown > SHOW_EVERY:
             shown = time.monotonic()
-            told = next((line.strip() for line in reversed(_lines(log, start)) if line.endswith(" left")), newest)
+            told = next((line.strip() for line in reversed(_lines(log, start)) if PROGRESS.search(line)), newest)
             if told != newest:
                 newest = told
                 say(newest)

@@ -12,6 +12,7 @@ from study import TEXT, invent_curve, invent_training, write_study
 
 from anyflow.errors import UserError
 from anyflow.experiment import execute, measuring, together
+from anyflow.experiment.children import PROGRESS
 from anyflow.experiment.jobs import jobs_of, left, select
 from anyflow.experiment.pieces import Piece, curve_settings
 
@@ -206,3 +207,16 @@ def test_each_prompt_may_be_sampled_from_several_noises(tmp_path: Path, monkeypa
         assert asked == wanted
         asked.clear()
         assert ("draws" in curve_settings(experiment, bases[0])) == (draws > 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "tells"),
+    [
+        ("finetune  step 33/900  loss 0.7582  12.5 clips/s  9:16 left", True),
+        ("encoding driving-full train  703/1500", True),
+        ("sampling before  14/16  16 steps", True),
+        ("the 3/4 of it that was left out", False),
+    ],
+)
+def test_what_tells_where_a_training_is(line: str, tells: bool) -> None:
+    assert bool(PROGRESS.search(line)) == tells
