@@ -15,7 +15,8 @@ ARGS ?=
 NAME ?=
 DOMAIN ?= driving
 CLIPS ?= 1000
-export PROMPT ?= A green car drives slowly and changes left from the middle lane to the left lane.
+export PROMPT ?= A green car drives slowly and changes left from the middle lane to the left lane. A blue car is ahead in the right lane.
+STEPS ?= 1,4,16
 
 .DEFAULT_GOAL := help
 .PHONY: help install finetune teacher forward onpolicy consistency dmd codec base sample plan data experiment mlflow bench
@@ -69,7 +70,7 @@ base: $(VENV)/.installed-sim ## the embedded tiny models from nothing: render, c
 # --- looking ----------------------------------------------------------------------------------------------------------
 
 sample: $(VENV)/.installed ## clips of a prompt at several step counts: PROMPT="..." [MODEL=folder] [STEPS=1,4,16]
-	$(ANYFLOW) sample "$$PROMPT" --model $(or $(MODEL),data/models/tiny) --steps $(or $(STEPS),1,4,16) $(ARGS)
+	$(ANYFLOW) sample "$$PROMPT" --model $(or $(MODEL),data/models/tiny) --steps $(STEPS) $(ARGS)
 
 plan: $(VENV)/.installed ## the memory that recipes need on GPUs, all of them or RECIPE=forward/wan2.1-t2v-14b [MODEL=...] [HARDWARE=...]
 	$(ANYFLOW) plan $(RECIPE) $(if $(MODEL),--model $(MODEL)) $(if $(HARDWARE),--hardware $(HARDWARE)) $(ARGS)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 
 CHATTER = (
     r".*LeafSpec.*is deprecated.*",
@@ -40,6 +43,14 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def program() -> str:
+    """How this program was called: ``anyflow`` where the shell finds it, else its path."""
+    called = Path(sys.argv[0])
+    if called.name != "anyflow" or shutil.which("anyflow") is not None or not called.is_file():
+        return "anyflow"
+    return os.path.relpath(called)
+
+
 OnProgress = Callable[..., None]
 """``(done, total)`` or ``(done, total, what)``, called after each piece of work."""
 
@@ -51,13 +62,16 @@ def progress_line(title: str, plain_every: float = 20.0) -> Iterator[OnProgress]
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     if not sys.stderr.isatty():
-        spoken = time.monotonic()
+        began = spoken = time.monotonic()
 
         def plain(done: int, total: int, what: str = "") -> None:
             nonlocal spoken
-            if time.monotonic() - spoken > plain_every or done == total:
-                spoken = time.monotonic()
-                print(f"{title}  {done}/{total}  {what}".rstrip(), file=sys.stderr, flush=True)
+            now = time.monotonic()
+            if now - spoken > plain_every or done == total:
+                spoken = now
+                left = timedelta(seconds=round((now - began) * (total - done) / max(done, 1)))
+                words = [f"{done}/{total}", what, f"about {left} left" if done < total else ""]
+                print("  ".join([title, *filter(None, words)]), file=sys.stderr, flush=True)
 
         yield plain
         return

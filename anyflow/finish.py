@@ -16,7 +16,7 @@ from anyflow.backbone.export import export_lora, export_pipeline
 from anyflow.backbone.model_card import ModelCard
 from anyflow.backbone.parallelize import from_rank_zero, gather_state, rank_and_size
 from anyflow.backbone.wan_vae import encode_moments
-from anyflow.console import progress_line
+from anyflow.console import program, progress_line
 from anyflow.curves import curve_of, held_out, load_curve, save_curve
 from anyflow.data.card import load_card
 from anyflow.data.decode import ClipShape
@@ -210,7 +210,7 @@ def summary(run: RunFolder) -> str:
             lines.append(f"  {name:<11}{path}")
     if run.checkpoint is not None:
         lines.append(f"  checkpoint {run.checkpoint.parent}   (an interrupted run goes on with --resume {run.path})")
-    lines.append(f'  sample     anyflow sample "..." --model {run.model} --steps 1,4,16')
+    lines.append(f'  sample     {program()} sample "..." --model {run.model} --steps 1,4,16')
     if run.status.get("mlflow_run_id"):
         lines.append(f"  MLflow     run {run.status['mlflow_run_id']}   (open it with: make mlflow)")
     return "\n".join(lines)

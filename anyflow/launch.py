@@ -239,7 +239,11 @@ def _stopped(run: RunFolder, received: signal.Signals) -> int:
     run.note(state="preempted" if received == signal.SIGTERM else "interrupted")
     where = run.checkpoint.parent.name if run.checkpoint else "the start"
     print(f"\nStopped by {received.name}; {run.path} is saved.", file=sys.stderr)
-    print(f"To go on from {where}, run the same command with --resume {run.path}", file=sys.stderr)
+    print(
+        f"To go on from {where}, run the same command with --resume {run.path} "
+        f'(a make command with ARGS="--resume {run.path}")',
+        file=sys.stderr,
+    )
     return EXIT_INTERRUPTED if received == signal.SIGINT else EXIT_PREEMPTED
 
 

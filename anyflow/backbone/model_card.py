@@ -68,11 +68,11 @@ class ModelCard:
             load.append('pipe.load_lora_weights(".")')
         code = [
             f"from diffusers import {kind}",
-            "from diffusers.utils import export_to_video",
+            "from diffusers.utils import export_to_gif",
             "",
             *load,
-            f'video = pipe("...", num_inference_steps=4, {size}).frames[0]',
-            f'export_to_video(video, "video.mp4", fps={self.fps:g})',
+            f'video = pipe("...", num_inference_steps=4, {size}, output_type="pil").frames[0]',
+            f'export_to_gif(video, "video.gif", fps={self.fps:g})',
         ]
         hints = ["Any number of steps works, from 1 up. Guidance is in the weights: keep `guidance_scale` at 1."]
         if self.causal:

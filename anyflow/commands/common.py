@@ -85,14 +85,19 @@ def check_sampler(sampler: str | None) -> None:
         raise UserError(f"--sampler {sampler!r} is not known: give one of {', '.join(SAMPLERS)}, or leave it out")
 
 
-def check_model(model: str) -> None:
+def check_model(model: str, option: str = "--model") -> None:
     """Refuse a model that is neither a folder nor a hub id, before anything heavy is imported.
+
+    Args:
+        model: as given.
+        option: what it was given by.
+
 
     Raises:
         UserError: it is neither.
     """
     if not Path(model).expanduser().is_dir() and not is_hub_id(model):
-        raise UserError(f"--model {model}: there is no such folder, and it is no hub id (owner/name): check the path")
+        raise UserError(f"{option} {model}: there is no such folder, and it is no hub id (owner/name): check the path")
 
 
 def fresh_folder(out: Path | None, default: str) -> Path:

@@ -95,13 +95,14 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         f"  licence    {facts['licence']}",
     ]
     lines += [f"  {name:<10} {text}" for name, text in facts["controls"].items()]
+    replaced = " (the card's stands for all of them)" if facts["replace_captions"] else ""
     for split, part in facts["splits"].items():
         captions = part["captions"]
         size = f"{part['shards']} shards, {part['bytes'] / 1e6:.1f} MB, {part['hours']:.2g} h"
         lines += [
             f"\n{split}: {part['clips']} clips in {size}",
             f"  shapes     {', '.join(f'{shape} {share:.1%}' for shape, share in part['shapes'].items())}",
-            f"  captions   {captions['distinct']} distinct, {captions['missing']} missing, "
+            f"  captions   {captions['distinct']} distinct, {captions['missing']} missing{replaced}, "
             f"{captions['mean_words']} words on average, vocabulary {captions['vocabulary']}",
             f"             often: {', '.join(captions['top_words'])}",
         ]

@@ -51,7 +51,7 @@ def export(
             f"--lora: {source} is not a run, so no adapter is known of it: name a run's folder, or use --merge"
         )
     else:
-        check_model(source)
+        check_model(source, "RUN|PATH")
         _export_model(source, target, precision, single_file)
     if as_json:
         print_json({"source": source, "folder": target, "kind": "lora" if lora else "pipeline"})

@@ -48,7 +48,7 @@ def sample(
 
     \b
     Examples:
-      anyflow sample "A green car drives slowly and changes left from the middle lane to the left lane."
+      anyflow sample "A green car drives slowly and keeps the middle lane. A blue car is beside in the right lane."
       anyflow sample "The robot arm opens a drawer." "It closes it." --model runs/finetune-robotics-tiny-001
       anyflow sample "A green car drives fast." --image start.png
       anyflow sample "A green car drives fast." --model data/models/tiny-causal --video start.mp4 --frames 65
@@ -145,7 +145,8 @@ def _sample_all(
             take = take_of(kind, prompts, seed)
             for part in stream_video(backbone, codec, prompts, noise, count, shift, known, take):
                 parts.append(part.cpu())
-                on_progress(index * chunks + len(parts), len(counts) * chunks, f"{count} steps, chunk {len(parts)}")
+                what = f"steps: {count}, chunk {len(parts)}"
+                on_progress(index * chunks + len(parts), len(counts) * chunks, what)
             clips[count] = torch.cat(parts, dim=1)
             seconds[count] = time.perf_counter() - start
     return seconds, clips

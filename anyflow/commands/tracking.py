@@ -42,7 +42,7 @@ def mlflow(
     for run in runs:
         loss = f"loss {run['metrics']['loss']:.4g}" if "loss" in run["metrics"] else ""
         typer.echo(f"{run['started']}  {run['status']:<9} {run['name']:<40} {loss}")
-    typer.echo(f"\n{len(runs)} newest runs of {uri}; open them with: make mlflow   (or anyflow mlflow --serve)")
+    typer.echo(f"\nthe newest runs of {uri} ({len(runs)}); open them with: make mlflow   (or anyflow mlflow --serve)")
 
 
 def _newest_runs(uri: str, count: int) -> list[dict[str, Any]]:

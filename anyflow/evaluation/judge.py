@@ -20,6 +20,7 @@ from anyflow.evaluation.distance import (
     given_frame_psnr,
     kernel_distance,
     motion_energy,
+    preview_error,
     sliced_wasserstein,
     temporal_consistency,
 )
@@ -53,6 +54,7 @@ class Judge:
         reference_latents: ``[N, F, C, H, W]``.
         projections: random directions of the sliced distance.
         given: frames of each clip that are given from the prompt's own.
+        has_previews: whether few steps lead where many lead; a sampler that re-noises draws anew at every step.
         extractors: of further distances.
         labels: of further accuracies.
     """
@@ -66,10 +68,11 @@ class Judge:
         *,
         projections: int = PROJECTIONS,
         given: int = 0,
+        has_previews: bool = True,
         extractors: Sequence[Extractor] = (),
         labels: Sequence[Labels] = (),
     ) -> None:
-        self.items, self.reference, self.given = items, reference, given
+        self.items, self.reference, self.given, self.has_previews = items, reference, given, has_previews
         self.latents, self.projections = reference_latents, projections
         self.features = frame_features(reference_clips)
         self.extracted = [(extract, extract(reference_clips)) for extract in extractors]
@@ -77,8 +80,11 @@ class Judge:
         self._asked: tuple[Reading | None, ...] | None = None
         self._reference_clips = reference_clips
 
-    def __call__(self, clips: Tensor, latents: Tensor, real: Tensor) -> Marks:
-        """The marks of clips and their latents; ``real`` are the prompts' own clips."""
+    def __call__(self, clips: Tensor, latents: Tensor, real: Tensor, finals: Tensor | None = None) -> Marks:
+        """The marks of clips and their latents.
+
+        ``real`` are the prompts' own clips, ``finals`` the latents of the same noise at the most steps.
+        """
         motion = motion_accuracy(
             clips.numpy(), [item.attributes for item in self.items], [item.domain for item in self.items]
         )
@@ -94,6 +100,9 @@ class Judge:
             temporal_consistency=temporal_consistency(clips),
             path_error=mean_path_error(motion.readings, self.asked(real)),
             given_frame_psnr=given,
+            preview_error=None
+            if finals is None or not self.has_previews
+            else preview_error(latents, finals, self.latents),
             more={**self._further_distances(clips), **self._further_accuracies(clips)},
         )
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from anyflow.evaluation.curve import STEPS, Curve, CurveResult, CurveRow, HeldOut, over_seeds, pixel_frames
-from anyflow.evaluation.distance import preview_error
 from anyflow.evaluation.judge import Judge
 from anyflow.flowmap.endpoint import Renoise
 from anyflow.flowmap.sampling import SamplerKind, Take, take_jump, take_velocity
@@ -32,7 +31,10 @@ Sampler = Callable[..., Tensor]
 """
 
 OnProgress = Callable[[int, int, str], None]
-"""``(done, total, what)``: called after each batch."""
+"""``(done, total, what)``: called after each batch, in network calls."""
+
+CODEC_CALLS = 4
+"""Network calls that decoding (or encoding) a batch takes about as long as: it tells how much time is left."""
 
 
 class CurveCodec(Protocol):
@@ -112,8 +114,7 @@ def measure_curve(
         sampler: the model's (``sampler_of``).
         codec: encodes and decodes; frozen.
         items: the prompts, with their own real clips.
-        reference: other real clips, to which distances are taken; at least as many as items (the first are used:
-            sets of one size have one floor). Real clips against them give the floor.
+        reference: other real clips, to which distances are taken; at least as many as items (the first are used).
         label: names the curve in tables and plots.
         steps: step counts.
         shift: of the inference schedule.
@@ -132,12 +133,13 @@ def measure_curve(
     if not items or not seeds or len(reference) < len(items):
         raise ValueError(f"{len(items)} prompts need as many reference clips, got {len(reference)}, and a seed")
     counts = sorted(set(steps))
-    progress = _Progress((len(counts) * len(seeds) + 2) * -(-len(items) // batch_size), on_progress)
+    calls = len(seeds) * sum(_work(num_steps) for num_steps in counts) + 2 * _work(0)
+    progress = _Progress(calls * -(-len(items) // batch_size), on_progress)
     runner = _Runner(codec, batch_size, device, progress, given_frames, kind)
     real_clips, other_clips = _stack(items), _stack(reference[: len(items)])
     real_latents, decoded = runner.encode_and_decode(real_clips)
     other_latents, _ = runner.encode_and_decode(other_clips, decode=False)
-    options = {"given": pixel_frames(given_frames), **(judging or {})}
+    options = {"given": pixel_frames(given_frames), "has_previews": kind != "renoise", **(judging or {})}
     judge = Judge(items, reference[: len(items)], other_clips, other_latents, **options)
 
     rows: list[CurveRow] = []
@@ -147,12 +149,8 @@ def measure_curve(
         of_seeds = []
         for seed in seeds:
             clips, latents, cost = runner.sample(sampler, items, real_latents, num_steps, shift, seed)
-            marks = judge(clips, latents, real_clips)
-            if kind != "renoise":  # its steps draw noise of their own: they have no common end
-                error = preview_error(latents, finals.setdefault(seed, latents), other_latents)
-                marks = replace(marks, preview_error=error)
-            facts = {"num_steps": num_steps, "nfe": num_steps, **cost}
-            of_seeds.append(CurveRow.from_json({**marks.to_json(), **facts}))
+            marks = judge(clips, latents, real_clips, finals.setdefault(seed, latents)).to_json()
+            of_seeds.append(CurveRow.from_json({**marks, "num_steps": num_steps, "nfe": num_steps, **cost}))
             kept.setdefault(num_steps, clips[:show].clone())
         rows.append(over_seeds(of_seeds))
     curve = Curve(
@@ -173,14 +171,19 @@ def measure_curve(
     return CurveResult(curve, tuple(items[:show]), dict(sorted(kept.items())))
 
 
+def _work(num_steps: int) -> int:
+    """What a batch costs, in network calls: its steps, and the codec's share."""
+    return num_steps + CODEC_CALLS
+
+
 class _Progress:
-    """Counts batches."""
+    """Counts what is done of all batches, in network calls."""
 
     def __init__(self, total: int, on_progress: OnProgress | None) -> None:
         self.done, self.total, self.on_progress = 0, total, on_progress
 
-    def __call__(self, what: str) -> None:
-        self.done += 1
+    def __call__(self, what: str, work: int) -> None:
+        self.done += work
         if self.on_progress is not None:
             self.on_progress(self.done, self.total, what)
 
@@ -203,7 +206,7 @@ class _Runner:
             encoded = self.codec.encode_video(batch.to(self.device))
             latents.append(encoded.float().cpu())
             decoded.append(self.codec.decode(encoded).cpu() if decode else batch)
-            self.progress("real clips through the codec" if decode else "reference clips")
+            self.progress("real clips through the codec" if decode else "reference clips", _work(0))
         return torch.cat(latents), torch.cat(decoded)
 
     def sample(
@@ -234,7 +237,7 @@ class _Runner:
             clips.append(self.codec.decode(latents).cpu())
             sampling, decoding = sampling + middle - begin, decoding + _now(self.device) - middle
             all_latents.append(latents.float().cpu())
-            self.progress(f"{num_steps} step{'s' if num_steps > 1 else ''}")
+            self.progress(f"{num_steps} step{'s' if num_steps > 1 else ''}", _work(num_steps))
         cost = {"sampling_seconds": sampling / len(items), "decoding_seconds": decoding / len(items)}
         return torch.cat(clips), torch.cat(all_latents), cost
 

@@ -90,7 +90,7 @@ def _plot_panel(axis: Axes, column: Column, title: str, before: Curve | None, af
     axis.minorticks_off()
     axis.set_xlabel("steps")
     axis.set_title(title, fontsize=10)
-    axis.set_ylim(bottom=0, top=1.03 if column.is_share else None)
+    axis.set_ylim(bottom=0, top=1.03 if column.is_share else 1.05 * axis.get_ylim()[1])
     axis.grid(alpha=0.25)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)

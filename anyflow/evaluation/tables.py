@@ -177,8 +177,10 @@ def comparison_markdown(before: Curve | None, after: Curve) -> str:
         f"seed {', '.join(map(str, after.all_seeds))}.",
         "Means over the seeds with their 95 % interval." if len(after.all_seeds) > 1 else "",
         "Motion right: the motion asked for, read from the pixels (95 % interval). Distances are to other real clips; "
-        "lower is better, and the row of real clips is their floor. Frame Frechet is taken on fixed features of frames "
-        "(it is not FVD). Motion energy: mean change from frame to frame in grey levels; the nearer to the real clips "
-        "the better. Few-step ratio: 4 steps against 32, 1 is no loss; retention: before over after, 1 is kept.",
+        "lower is better, and the row of real clips is their floor (chance may lead a little below). Frame Frechet is "
+        "taken on fixed features of frames (it is not FVD). Motion energy: mean change from frame to frame in grey "
+        "levels; the nearer to the real clips the better. Few-step ratio: 4 steps against 32, 1 is no loss; retention: "
+        "before over after, 1 is kept. Preview error: how far a sample lies from the one of the same noise at the most "
+        "steps; 0 is the same clip, 1.4 one that has nothing to do with it.",
     ]
     return "\n".join(lines) + f"\n\n{' '.join(filter(None, notes))}\n"

@@ -83,7 +83,7 @@ def test_it_goes_on_from_a_picture_and_from_a_clip_and_for_long(clip: Tensor, tm
         done = CliRunner().invoke(app, ["sample", PROMPT, *words, "--out", str(out)], catch_exceptions=False)
         assert done.exit_code == 0, done.output
         assert read_length(out / "prompt-1-steps-01.mp4") == frames
-        assert f"{chunks}/{chunks}  1 steps, chunk {chunks}" in done.stderr
+        assert f"{chunks}/{chunks}  steps: 1, chunk {chunks}" in done.stderr
 
 
 def test_the_page_streams(project: Path) -> None:
