@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -184,3 +188,41 @@ def test_the_command_says_what_it_did(local: str, server: str, anyflow: Any) -> 
     assert done.returncode == 0 and "3 runs sent" in done.stdout, done.stderr
     dead = anyflow("sync", "--to", "http://127.0.0.1:9", "--uri", local, timeout=300)
     assert dead.returncode == 2 and dead.stderr.startswith("anyflow: --to http://127.0.0.1:9") and dead.stdout == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_server_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
+    """Whatever it started ends with it, and nothing is told but by it."""
+    child = tmp_path / "child"
+    server = (
+        "import pathlib, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"pathlib.Path({str(tmp_path / 'part')!r}).write_text(str(child.pid))\n"
+        f"pathlib.Path({str(tmp_path / 'part')!r}).rename({str(child)!r})\n"
+        "time.sleep(60)\n"
+    )
+    call = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from anyflow.commands.tracking import serve_until_stopped\n"
+        f"sys.exit(serve_until_stopped([sys.executable, '-c', {server!r}]))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", call], stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not child.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 0 and told == b""
+    deadline = time.monotonic() + 60
+    while is_alive(int(child.read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_alive(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

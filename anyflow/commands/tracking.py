@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +37,7 @@ def mlflow(
     if serve:
         typer.echo(f"serving {uri} at http://127.0.0.1:{port} (Ctrl-C ends it)", err=True)
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
-        raise typer.Exit(subprocess.call([*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]))
+        raise typer.Exit(serve_until_stopped([*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]))
     runs = _newest_runs(uri, last)
     if as_json:
         print_json({"uri": uri, "runs": runs})
@@ -43,6 +46,25 @@ def mlflow(
         loss = f"loss {run['metrics']['loss']:.4g}" if "loss" in run["metrics"] else ""
         typer.echo(f"{run['started']}  {run['status']:<9} {run['name']:<40} {loss}")
     typer.echo(f"\nthe newest runs of {uri} ({len(runs)}); open them with: make mlflow   (or anyflow mlflow --serve)")
+
+
+def serve_until_stopped(command: list[str]) -> int:
+    """Run a server until it ends, or Ctrl-C or SIGTERM comes: then it and all its processes are ended."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    process = subprocess.Popen(command, start_new_session=True)  # Ctrl-C comes here alone: it would tell its traceback
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _newest_runs(uri: str, count: int) -> list[dict[str, Any]]:
