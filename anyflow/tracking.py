@@ -30,6 +30,8 @@ EXPERIMENT = "anyflow"
 """MLflow's experiment of runs that belong to none."""
 LOCAL_STORE = "sqlite:///runs/mlflow.db"
 PARENT_TAG = "mlflow.parentRunId"
+TREE = ("--", ":(top)", ":(top,exclude)experiments/results")
+"""The part of the repository that results depend on, for git."""
 ROLE_TAG = "anyflow.role"
 MAX_PARAM = 500
 """Characters of a parameter's value; MLflow refuses long ones."""
@@ -225,14 +227,14 @@ def close_tracking(logger: MLFlowLogger | None, status: str) -> None:
 
 
 def code_version() -> dict[str, str]:
-    """The commit that runs, and whether the tree differs from it."""
+    """The commit that runs, and whether the tree differs from it; reports of experiments do not count."""
 
     def git(*words: str) -> str:
         here = Path(__file__).resolve().parent
         return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return {"git.commit": git("rev-parse", "HEAD"), "git.dirty": str(bool(git("status", "--porcelain")))}
+        return {"git.commit": git("rev-parse", "HEAD"), "git.dirty": str(bool(git("status", "--porcelain", *TREE)))}
     except (OSError, subprocess.CalledProcessError):
         return {"git.commit": "unknown"}
 
