@@ -6,6 +6,7 @@ measured before training, the newest checkpoint, the exported model.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -41,7 +42,7 @@ from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
 from anyflow.fingerprints import facts_of
 from anyflow.finish import describe_parts, finish_codec, finish_flow, measure, report_skipped, summary
 from anyflow.plan import memory_here, plan
-from anyflow.recipe import Recipe, check_files, save_recipe, to_dict
+from anyflow.recipe import Recipe, check_files, lagging_average, save_recipe, to_dict
 from anyflow.recipe.fields import flatten
 from anyflow.runs import RunFolder, changed_fields, open_run
 from anyflow.tracking import close_tracking, code_version, log_artifact, open_tracking
@@ -67,6 +68,8 @@ def train(
     if recipe.hardware.threads:
         torch.set_num_threads(recipe.hardware.threads)
     check_files(recipe)
+    if (lag := lagging_average(recipe)) and int(os.environ.get("RANK", "0")) == 0:
+        print(lag, file=sys.stderr)
     if dry_run:
         for line in describe_parts(recipe, assemble(recipe, leave_stored=True, encode=False)):
             print(line)

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anyflow.errors import UserError
-from anyflow.recipe import Recipe, check_files, describe, load_recipe, merge_recipe, save_recipe, to_dict
-from anyflow.recipe.check import fit_batch, is_hub_id
+from anyflow.recipe import Recipe, check_files, describe, list_recipes, load_recipe, merge_recipe, save_recipe, to_dict
+from anyflow.recipe.check import fit_batch, is_hub_id, lagging_average
 from anyflow.recipe.fields import all_fields, flatten, value_of
+from anyflow.recipe.load import STAGE_FOLDERS
 
 
 @pytest.fixture(autouse=True)
@@ -320,3 +321,27 @@ def test_a_causal_network_has_room_for_its_compressed_patches() -> None:
     with pytest.raises(UserError, match=r"data.height=16 .* at least 32 pixels"):
         load_recipe("finetune/driving", model="tiny-causal", overrides=["data.height=16"])
     load_recipe("finetune/driving", overrides=["data.height=16"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([], ""),
+        (["ema.decay=0"], ""),
+        (["ema.decay=0.999"], "averages about 1,000 updates, and stage.steps=300 with ema.start_step=20 makes 280"),
+        (["ema.decay=0.999", "stage.steps=20"], ""),  # all steps are before the average starts: it is the weights
+        (["stage.tail.steps=25", "stage.tail.teacher_steps=50"], "stage.tail.steps=25 with ema.start_step=20 makes 25"),
+        (["stage.tail.steps=25", "stage.tail.teacher_steps=50", "ema.decay=0.8"], ""),
+    ],
+)
+def test_an_average_that_cannot_follow_is_told(overrides: list[str], told: str) -> None:
+    warning = lagging_average(load_recipe("finetune/driving", overrides=overrides))
+    assert told in warning and bool(warning) == bool(told)
+
+
+SHIPPED = [f"{folder}/{name}" for folder in STAGE_FOLDERS for name in list_recipes().get(folder, ())]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_averages_of_shipped_recipes_follow(name: str) -> None:
+    assert not lagging_average(load_recipe(name))

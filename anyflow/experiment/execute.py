@@ -25,6 +25,7 @@ from anyflow.experiment.measuring import measure, record_piece
 from anyflow.experiment.pieces import Piece
 from anyflow.experiment.schema import Experiment
 from anyflow.experiment.together import Place, work_together
+from anyflow.recipe import lagging_average
 
 
 def run_pieces(experiment: Experiment, pieces: Sequence[Piece], at_once: int = 1) -> dict[str, str]:
@@ -42,6 +43,8 @@ def run_pieces(experiment: Experiment, pieces: Sequence[Piece], at_once: int = 1
         with locked(home / ".lock", patience=0) as lock, _terminable():
             jobs = jobs_of(experiment, pieces)
             _say(f"experiment {experiment.name}: {len(jobs)} pieces of work, {left(jobs, clock)}")
+            for lag in lagging_arms(pieces):
+                _say(lag)
             todo = [job for job in jobs if not job.is_done]
             children = Children(lock)
 
@@ -66,6 +69,12 @@ def run_pieces(experiment: Experiment, pieces: Sequence[Piece], at_once: int = 1
     except KeyboardInterrupt:
         raise Stopped(EXIT_INTERRUPTED) from None
     return failed
+
+
+def lagging_arms(pieces: Sequence[Piece]) -> list[str]:
+    """A warning for each arm whose averaged weights cannot follow what it learns."""
+    lags = {piece.arm: lagging_average(piece.recipe) for piece in pieces if piece.recipe is not None}
+    return [f"arm {arm}: {lag}" for arm, lag in lags.items() if lag]
 
 
 def _do(

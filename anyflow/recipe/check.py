@@ -287,6 +287,27 @@ def _check_onpolicy(recipe: Recipe) -> None:
         )
 
 
+def lagging_average(recipe: Recipe) -> str:
+    """A warning if the average of the weights, which is what a run exports, cannot follow them; empty if it can.
+
+    ``1 / (1 - decay)`` updates are averaged, roughly. Where these are more than two fifths of all that there are, the
+    average still holds much of weights that had learnt little.
+    """
+    decay, stage = recipe.ema.decay, recipe.stage
+    updates = max(0, stage.steps - recipe.ema.start_step)
+    steps = f"stage.steps={stage.steps}"
+    if recipe.has_tail and stage.tail.steps < updates:
+        updates, steps = stage.tail.steps, f"stage.tail.steps={stage.tail.steps}"
+    if stage.steps <= recipe.ema.start_step or not decay or updates * (1 - decay) >= 2.5:
+        return ""
+    fitting = max(0.0, 1 - 6 / max(updates, 1))
+    return (
+        f"warning: ema.decay={decay:g} averages about {1 / (1 - decay):,.0f} updates, and {steps} with "
+        f"ema.start_step={recipe.ema.start_step} makes {updates}: the average, which is exported, lags behind what is "
+        f"learnt; ema.decay={fitting:.2g} follows"
+    )
+
+
 def fit_strategy(recipe: Recipe) -> Recipe:
     """``ddp`` in place of a hardware file's ``fsdp`` where weights must stay whole: under muon, and for the codec.
 

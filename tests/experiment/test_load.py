@@ -9,6 +9,7 @@ import yaml
 from study import TEXT, write_study
 
 from anyflow.errors import UserError
+from anyflow.experiment import execute
 from anyflow.experiment.load import list_experiments, load_experiment, needed_arms
 from anyflow.experiment.pieces import pieces_of
 
@@ -35,6 +36,7 @@ def test_shipped_experiments_hold(path: Path) -> None:
     assert len(experiment.seeds) >= 3 and experiment.claims and experiment.expect and experiment.budget.steps
     place = {piece.name: index for index, piece in enumerate(pieces)}
     assert all(place[needed] < place[piece.name] for piece in pieces for needed in piece.needs)
+    assert not execute.lagging_arms(pieces)
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first == f"# make experiment NAME={path.stem}      (anyflow experiment {path.stem})"
 
