@@ -33,6 +33,10 @@ class Place:
         self.one_at_a_time = one_at_a_time
         self._process: ProcessPoolExecutor | None = None
 
+    def with_all_processors(self) -> Place:
+        """The same place for a training that has the machine to itself."""
+        return Place({**self.environment, "OMP_NUM_THREADS": str(_processors())}, self.one_at_a_time)
+
     def run(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call a function in the place's process.
 
@@ -78,10 +82,12 @@ def work_together(
                 while waiting or running:
                     under_way = [job for job, _ in running.values()]
                     ready = [job for job in waiting if _is_ready(job, [*waiting, *under_way])]
+                    is_alone = len(ready) == 1 and not running  # and stays so: all others wait for it
                     for job in sorted(ready, key=lambda job: not job.is_training)[: len(free)]:  # others wait for them
                         place = free.pop(0)
                         waiting.remove(job)
-                        running[threads.submit(do, job, place)] = (job, place)
+                        where = place.with_all_processors() if is_alone and job.is_training else place
+                        running[threads.submit(do, job, where)] = (job, place)
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         _, place = running.pop(future)
                         free.append(place)
@@ -103,7 +109,7 @@ def places(count: int) -> list[Place]:
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = [str(i) for i in range(torch.cuda.device_count())] if named is None else [n for n in named.split(",") if n]
-    threads = str(max(1, len(os.sched_getaffinity(0)) // count))
+    threads = str(max(1, _processors() // count))
     lock = threading.Lock()
     return [
         Place(
@@ -112,6 +118,10 @@ def places(count: int) -> list[Place]:
         )
         for i in range(count)
     ]
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def _is_ready(job: Job, unfinished: Iterable[Job]) -> bool:

@@ -154,6 +154,30 @@ def test_jobs_at_once_wait_for_what_they_need(tmp_path: Path, done: list[str]) -
     assert {job.state for job in jobs_of(experiment, select(experiment, pieces, [], [0]))} == {"done"}
 
 
+def test_a_training_that_all_others_wait_for_has_the_machine(
+    tmp_path: Path, done: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: dict[str, str] = {}
+    train = execute._train
+
+    def note(piece: Piece, children: Any, place: Any, say: Any) -> str:
+        threads[piece.name] = place.environment["OMP_NUM_THREADS"]
+        return train(piece, children, place, say)
+
+    monkeypatch.setattr(execute, "_train", note)
+    monkeypatch.setattr(together, "_processors", lambda: 8)
+    text = TEXT.replace("cards: [driving, games]", "cards: [driving]").replace(
+        "  base: {folder: data/models/tiny}\n", ""
+    )
+    experiment, pieces = write_study(tmp_path, text.replace("before: base\n", ""))
+    execute.run_pieces(experiment, select(experiment, pieces, [], [0]), at_once=4)
+    assert threads["plain-0-driving"] == "8"  # more-0 starts from it
+    assert threads["more-0-driving"] in ("2", "8")  # beside the other's curve, or after it
+    threads.clear()
+    execute.run_pieces(experiment, select(experiment, pieces, ["plain"], [1, 2]), at_once=4)
+    assert set(threads.values()) == {"2"}
+
+
 def test_places_share_the_gpus_and_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     found = together.places(4)
