@@ -42,7 +42,7 @@ def run_pieces(experiment: Experiment, pieces: Sequence[Piece], at_once: int = 1
     try:
         with locked(home / ".lock", patience=0) as lock, _terminable():
             jobs = jobs_of(experiment, pieces)
-            _say(f"experiment {experiment.name}: {len(jobs)} pieces of work, {left(jobs, clock)}")
+            _say(f"experiment {experiment.name}: {len(jobs)} pieces of work, {left(jobs, clock, at_once)}")
             for lag in lagging_arms(pieces):
                 _say(lag)
             todo = [job for job in jobs if not job.is_done]
@@ -50,7 +50,7 @@ def run_pieces(experiment: Experiment, pieces: Sequence[Piece], at_once: int = 1
 
             def tell_what_is_left(rest: Sequence[Job]) -> None:
                 rest = [job for job in rest if job.piece.name not in failed]
-                _say(f"  {left(with_speeds(experiment, pieces, rest), clock)}")
+                _say(f"  {left(with_speeds(experiment, pieces, rest), clock, at_once)}")
 
             if at_once == 1:
                 for index, job in enumerate(todo):

@@ -175,11 +175,11 @@ def _mean(seen: dict[str, list[float]], arm: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def left(jobs: Sequence[Job], clock: Callable[[float], str]) -> str:
-    """How much is missing, in words: ``12 to go, about 34:00``."""
+def left(jobs: Sequence[Job], clock: Callable[[float], str], at_once: int = 1) -> str:
+    """How much is missing, in words: ``12 to go, about 34:00`` where ``at_once`` jobs are done at a time."""
     todo = [job for job in jobs if not job.is_done]
     known = [job.seconds for job in todo if job.seconds is not None]
     if not todo:
         return "nothing to do"
     more = f" and {len(todo) - len(known)} whose speed is not known yet" if len(known) < len(todo) else ""
-    return f"{len(todo)} to go" + (f", about {clock(sum(known))}{more}" if known else ", no speed seen yet")
+    return f"{len(todo)} to go" + (f", about {clock(sum(known) / at_once)}{more}" if known else ", no speed seen yet")

@@ -79,6 +79,7 @@ def test_what_is_missing_is_done_once(tmp_path: Path, done: list[str], capsys: p
     jobs = jobs_of(experiment, pieces)
     assert sum(job.state == "done" for job in jobs) == 10 and sum(job.state == "missing" for job in jobs) == 20
     assert left(jobs, str) == f"20 to go, about {8 * 40.0 + 12 * 10.0}"
+    assert left(jobs, str, at_once=4) == f"20 to go, about {(8 * 40.0 + 12 * 10.0) / 4}"
     execute.run_pieces(experiment, chosen)
     assert len(done) == 10 and "nothing to do" in capsys.readouterr().err
 
