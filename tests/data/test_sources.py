@@ -71,7 +71,7 @@ def test_area_downscale_is_the_mean() -> None:
 
 
 def test_a_missing_package_is_a_users_mistake() -> None:
-    with pytest.raises(UserError, match=r"'flying-cars' is needed.*pip install \.\[sim\]"):
+    with pytest.raises(UserError, match=r"'flying-cars' is needed.*make data"):
         sources.need_package("no_such_module", "flying-cars")
 
 

@@ -60,13 +60,11 @@ def need_package(module: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(
-            f"package {package!r} is needed to render this domain: `make data` installs it, or pip install '.[sim]'"
-        ) from error
+        raise UserError(_missing(package)) from error
 
 
 def _missing(package: str) -> str:
-    return f"package {package!r} is needed to render this domain: `make data` installs it, and pip install '.[sim]'"
+    return f"package {package!r} is needed to render this domain: `make data` installs it, or pip install '.[sim]'"
 
 
 def package_versions(*packages: str) -> dict[str, str]:
@@ -74,9 +72,7 @@ def package_versions(*packages: str) -> dict[str, str]:
     try:
         return {package: version(package) for package in packages}
     except PackageNotFoundError as error:
-        raise UserError(
-            f"package {error.name!r} is needed to render this domain: `make data` installs it, or pip install '.[sim]'"
-        ) from error
+        raise UserError(_missing(str(error.name))) from error
 
 
 def clip_generator(seed: int, split: Split, number: int) -> np.random.Generator:
