@@ -140,7 +140,7 @@ def _content(
         "answers": answers,
         "note_claims": NOTE_CLAIMS,
         "tables": [_table(measured, metric, card) for metric in experiment.metrics for card in measured.cards()]
-        + [_ratios(measured, metric) for metric in experiment.metrics],
+        + [table for metric in experiment.metrics if _has_figures(table := _ratios(measured, metric))],
         "note_tables": (
             f"Mean over the seeds {experiment.seeds} [95 % interval]; {', '.join(map(str, clips)) or 'no'} prompts of "
             f"the {settings.split} split at a time, {noise} for every arm and step count{given}. Real clips: "
@@ -188,6 +188,11 @@ def _ratios(measured: Measured, metric: Metric) -> dict[str, Any]:
         "headings": headings,
         "rows": rows,
     }
+
+
+def _has_figures(table: dict[str, Any]) -> bool:
+    """Whether anything stands in a table; a figure that is 0 at the most steps has no ratio."""
+    return any(cell != "-" for row in table["rows"] for cell in row[1:])
 
 
 def _written(found: Estimate | None) -> str:
