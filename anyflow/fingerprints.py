@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from anyflow.data.card import ForAll
+from anyflow.data.card import told_caption
 from anyflow.data.reader import find_split
 from anyflow.data.shards import load_index
 from anyflow.recipe import Recipe, is_hub_id
@@ -26,7 +26,7 @@ def data_fingerprint(card: str, split: str) -> str:
     """
     found = find_split(card, split)
     names = [f"{shard.name} {shard.bytes} {shard.sha256}" for shard in load_index(found.folder).shards]
-    return _digest("\n".join([_told(found.caption), *names]).encode())
+    return _digest("\n".join([str(told_caption(found.caption)), *names]).encode())
 
 
 def model_fingerprint(model: str) -> str:
@@ -60,10 +60,6 @@ def facts_of(recipe: Recipe) -> dict[str, str]:
     if recipe.stage.name == "onpolicy":
         starts += filter(None, [recipe.stage.onpolicy.teacher])
     return {"data": " ".join(data), "start": " ".join(model_fingerprint(start) for start in starts)}
-
-
-def _told(caption: str | None) -> str:
-    return f"all: {caption}" if isinstance(caption, ForAll) else str(caption)
 
 
 def _digest(content: bytes) -> str:

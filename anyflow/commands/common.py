@@ -92,7 +92,6 @@ def check_model(model: str, option: str = "--model") -> None:
         model: as given.
         option: what it was given by.
 
-
     Raises:
         UserError: it is neither.
     """

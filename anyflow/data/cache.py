@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from anyflow.data.card import ForAll
+from anyflow.data.card import told_caption
 from anyflow.data.decode import ClipShape, DecodeError
 from anyflow.data.plan import digest
 from anyflow.data.reader import ShardReader, Split
@@ -160,6 +160,6 @@ def cache_name(split: Split, split_name: str, shapes: Sequence[ClipShape], sourc
 
 def source_digest(reader: ShardReader, caption: str | None) -> str:
     """Digest of the footage's shards, and of what stands in for captions."""
-    caption = f"all: {caption}" if isinstance(caption, ForAll) else caption
+    caption = told_caption(caption)
     text = "\n".join(f"{shard.name} {shard.sha256}" for _, shard in reader.shards)
     return hashlib.sha256(f"{text}\n{caption}".encode() if caption else text.encode()).hexdigest()

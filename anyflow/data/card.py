@@ -28,6 +28,11 @@ class ForAll(str):
     """A caption that stands in for every clip's own, too."""
 
 
+def told_caption(caption: str | None) -> str | None:
+    """What stands in for captions, for a digest: with the same words, a :class:`ForAll` makes other data."""
+    return f"all: {caption}" if isinstance(caption, ForAll) else caption
+
+
 @dataclass(frozen=True)
 class DatasetCard:
     """A card, checked.

@@ -93,13 +93,17 @@ def jobs_of(experiment: Experiment, pieces: Sequence[Piece]) -> list[Job]:
 
 def _jobs_of(experiment: Experiment, piece: Piece, stale: set[str], kept: str | None) -> list[Job]:
     """A piece's training and curves; ``kept``: nothing kept (None), kept (empty), or why what is kept is useless."""
-    state, reason = ("kept", "") if kept == "" else training_of(piece, stale)
+    training = [""] if piece.recipe is not None else []
+    cards = list(piece.cards) if piece.is_shown else []
+    if kept == "":
+        return [Job(piece, card, "kept") for card in training + cards]
+    state, reason = training_of(piece, stale)
     if state == "missing" and kept:
         reason = kept
-    jobs = [Job(piece, "", state, reason)] if piece.recipe is not None else []
-    for card in piece.cards if piece.is_shown else ():
-        waits = (state, reason) if kept == "" else ("missing", reason)
-        jobs.append(Job(piece, card, *(curve_state(experiment, piece, card) if state == "done" else waits)))
+    jobs = [Job(piece, card, state, reason) for card in training]
+    for card in cards:
+        found = curve_state(experiment, piece, card) if state == "done" else ("missing", reason)
+        jobs.append(Job(piece, card, *found))
     return jobs
 
 
