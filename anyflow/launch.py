@@ -45,6 +45,7 @@ from anyflow.plan import memory_here, plan
 from anyflow.recipe import Recipe, check_files, lagging_average, save_recipe, to_dict
 from anyflow.recipe.fields import flatten
 from anyflow.runs import RunFolder, changed_fields, open_run
+from anyflow.signals import sigterm_raises
 from anyflow.tracking import close_tracking, code_version, log_artifact, open_tracking
 
 
@@ -87,15 +88,13 @@ def train(
         print(summary(run))
         return 0
     wait_for_all()  # nobody writes before all have read
-    previous = signal.signal(signal.SIGTERM, _terminate)  # outside of the training loop; the loop has its own
     try:
-        return _train(recipe, run, [KeepSettings()] if changed else [])
+        with sigterm_raises(_Terminated):  # outside of the training loop; the loop has its own
+            return _train(recipe, run, [KeepSettings()] if changed else [])
     except KeyboardInterrupt:
         return _stopped(run, signal.SIGINT)
     except _Terminated:
         return _stopped(run, signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _train(recipe: Recipe, run: RunFolder, more: list[Any]) -> int:
@@ -227,10 +226,6 @@ def _measure_now(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLog
 
 class _Terminated(BaseException):
     """SIGTERM while not training."""
-
-
-def _terminate(number: int, frame: Any) -> None:
-    raise _Terminated
 
 
 def _stopped(run: RunFolder, received: signal.Signals) -> int:

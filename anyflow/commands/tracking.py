@@ -14,6 +14,7 @@ import typer
 
 from anyflow.commands.common import Json, print_json
 from anyflow.errors import UserError
+from anyflow.signals import sigterm_raises
 
 
 def mlflow(
@@ -50,21 +51,15 @@ def mlflow(
 
 def serve_until_stopped(command: list[str]) -> int:
     """Run a server until it ends, or Ctrl-C or SIGTERM comes: then it and all its processes are ended."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    process = subprocess.Popen(command, start_new_session=True)  # Ctrl-C comes here alone: it would tell its traceback
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
-        return 0
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    with sigterm_raises(KeyboardInterrupt):
+        process = subprocess.Popen(command, start_new_session=True)  # Ctrl-C comes here alone: it prints a traceback
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+            return 0
 
 
 def _newest_runs(uri: str, count: int) -> list[dict[str, Any]]:

@@ -7,11 +7,9 @@ A piece whose recipe, data or start has changed is done again, and what was ther
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from anyflow.experiment.pieces import Piece
 from anyflow.experiment.schema import Experiment
 from anyflow.experiment.together import Place, work_together
 from anyflow.recipe import lagging_average
+from anyflow.signals import sigterm_raises
 
 
 def run_pieces(experiment: Experiment, pieces: Sequence[Piece], at_once: int = 1) -> dict[str, str]:
@@ -40,7 +39,7 @@ def run_pieces(experiment: Experiment, pieces: Sequence[Piece], at_once: int = 1
     home.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
     try:
-        with locked(home / ".lock", patience=0) as lock, _terminable():
+        with locked(home / ".lock", patience=0) as lock, sigterm_raises(lambda: Stopped(EXIT_PREEMPTED)):
             jobs = jobs_of(experiment, pieces)
             _say(f"experiment {experiment.name}: {len(jobs)} pieces of work, {left(jobs, clock, at_once)}")
             for lag in lagging_arms(pieces):
@@ -141,20 +140,6 @@ def _evaluate(experiment: Experiment, piece: Piece, card: str, place: Place | No
         place.run(measure, experiment, piece, card)
         with place.one_at_a_time:
             record_piece(experiment, piece, [card])
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Within the block SIGTERM raises :class:`Stopped`."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise Stopped(EXIT_PREEMPTED)
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _say(text: str) -> None:
