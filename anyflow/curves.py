@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from anyflow.flowmap.sampling import SamplerKind, Take
 
 
 def held_out(cards: Sequence[str], split: str, shape: ClipShape, count: int | None = None) -> list[HeldOut]:
-    """The first ``count`` clips of every card's split in turn (all, if None), decoded."""
-    per_card = [list(_clips(card, split, shape, count)) for card in cards]
+    """The first ``count`` clips that can be read, of every card's split in turn (all, if None), decoded."""
+    per_card = [list(islice(_clips(card, split, shape), count)) for card in cards]
     dealt = [clips[i] for i in range(max(map(len, per_card))) for clips in per_card if i < len(clips)]
     return dealt[:count]
 
@@ -51,13 +52,13 @@ def as_asked(clips: Sequence[HeldOut]) -> list[HeldOut]:
     ]
 
 
-def _clips(card: str, split: str, shape: ClipShape, count: int | None) -> Iterator[HeldOut]:
+def _clips(card: str, split: str, shape: ClipShape) -> Iterator[HeldOut]:
     """One card's clips in the shards' order; clips that cannot be read are left out."""
     found = find_split(card, split)
     reader = ShardReader([found.folder], [found.caption])
     dataset = ClipDataset(reader, Plan(reader.planned(), seed=0, global_batch=1), shape)
     samples = [(number, sample) for number, (_, shard) in enumerate(reader.shards) for sample in shard.samples]
-    for number, sample in samples[:count]:
+    for number, sample in samples:
         frames = np.empty((shape.frames, shape.height, shape.width, 3), dtype=np.uint8)
         try:
             facts = dataset.load(0, number, sample, frames)
@@ -85,24 +86,21 @@ def curve_of(
     judging: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
     batch_size: int = 8,
+    or_fewer: bool = False,
     divide: bool = False,
     on_progress: OnProgress | None = None,
 ) -> CurveResult:
-    """Measure a model on ``prompts`` held-out prompts, against the other held-out clips (topped up from training ones).
+    """Measure a model on the prompts of a split's first clips, against as many clips behind them: no clip is both.
 
     ``given_frames`` latent frames are given from each prompt's own clip: 1 is image-to-video. ``judging`` and ``notes``
-    are further judges and what is said of them. ``divide`` deals each batch out to the ranks, all of which must come
-    here: every one does its clips, and has the whole.
+    are further judges and what is said of them. ``or_fewer`` takes fewer prompts where the split has too few clips, and
+    says so. ``divide`` deals each batch out to the ranks, all of which must come here: every one does its clips, and
+    has the whole.
 
     Raises:
-        UserError: The data has too few clips.
+        UserError: The split has too few clips.
     """
-    clips = as_asked(held_out(cards, split, shape))
-    items, reference = clips[:prompts], clips[prompts : 2 * prompts]
-    if len(items) < prompts:
-        raise UserError(f"sampling.prompts={prompts}, but the {split} split has {len(items)} clips; ask for fewer")
-    if len(reference) < len(items):
-        reference = [*reference, *held_out(cards, "train", shape, prompts - len(reference))]
+    items, reference, note = _dealt(cards, split, shape, prompts, or_fewer)
     sample: Sampler = sampler_of(backbone, codec)
     measured: CurveCodec = codec
     if divide:
@@ -119,12 +117,48 @@ def curve_of(
         seeds=seeds,
         given_frames=given_frames,
         kind=sampler,
+        calls=backbone.calls_of,
         judging=judging,
-        notes=notes,
+        notes=[*notes, *note],
         batch_size=batch_size,
         device=next(backbone.parameters()).device,
         on_progress=on_progress,
     )
+
+
+def check_held_out(cards: Sequence[str], split: str, prompts: int) -> None:
+    """Tell by the shards' index alone, before anything is loaded, whether a split has clips for so many prompts.
+
+    Raises:
+        UserError: it has not.
+    """
+    found = [find_split(card, split) for card in cards]
+    readers = [ShardReader([one.folder], [one.caption]) for one in found]
+    count = sum(len(shard.samples) for reader in readers for _, shard in reader.shards)
+    if count < 2 * prompts:
+        raise UserError(_too_few(cards, split, prompts, count))
+
+
+def _too_few(cards: Sequence[str], split: str, prompts: int, count: int) -> str:
+    remedy = f"ask for {count // 2} prompts, or hold more clips out" if count > 1 else "hold more clips out"
+    return (
+        f"{prompts} prompts need {2 * prompts} clips of the {split} split, {prompts} that ask and {prompts} others to "
+        f"compare with, and {' and '.join(map(str, cards))} has {count}: {remedy}"
+    )
+
+
+def _dealt(
+    cards: Sequence[str], split: str, shape: ClipShape, prompts: int, or_fewer: bool
+) -> tuple[list[HeldOut], list[HeldOut], list[str]]:
+    """The clips whose prompts are sampled, as many others, and what is to be said of their number."""
+    clips = as_asked(held_out(cards, split, shape, 2 * prompts))
+    half = len(clips) // 2
+    if half == prompts:
+        return clips[:prompts], clips[prompts:], []
+    if not half or not or_fewer:
+        raise UserError(_too_few(cards, split, prompts, len(clips)))
+    note = f"{half} prompts instead of {prompts}: the {split} split has {len(clips)} clips, and half are compared with"
+    return clips[:half], clips[half : 2 * half], [note]
 
 
 def _divided(sampler: Sampler) -> Sampler:

@@ -59,6 +59,7 @@ def measure(
             sampler=recipe.sampler,  # type: ignore[arg-type]
             label=label,
             split=recipe.data.heldout,
+            or_fewer=True,
             divide=True,
             on_progress=on_progress,
         )

@@ -6,6 +6,7 @@ Shapes: B batch, F latent frames, C latent channels, S text tokens, D text width
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -114,6 +115,12 @@ class FlowMapBackbone(nn.Module):
     def chunks_of(self, num_frames: int, num_given: int = 0) -> tuple[int, ...]:
         """Frames of each part that a video of so many latent frames, the first of them given, is made in."""
         return (num_frames,)
+
+    def calls_of(self, num_steps: int, num_frames: int, num_given: int = 0) -> int:
+        """Network calls of a sample: the steps of each part that is made, and a look back from all but the first."""
+        chunks = self.chunks_of(num_frames, num_given)
+        made = [end - frames for frames, end in zip(chunks, accumulate(chunks), strict=True) if end > num_given]
+        return num_steps * len(made) + sum(start > 0 for start in made)
 
     def fit_clip(self, num_frames: int) -> None:
         """Note that clips of so many latent frames are trained on, where the network's configuration says that."""

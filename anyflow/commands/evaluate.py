@@ -68,6 +68,9 @@ def evaluate(
     find_card(data)
     for name in filter(None, (model, against)):
         check_model(name)
+    from anyflow.curves import check_held_out
+
+    check_held_out([data], split, prompts)
     from anyflow.evaluation.report import write_report
 
     settings: dict[str, Any] = {

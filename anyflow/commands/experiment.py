@@ -77,12 +77,12 @@ def _list(as_json: bool) -> None:
 
 
 def _run(found: Experiment, pieces: list[Piece], at_once: int) -> dict[str, str]:
-    from anyflow.data.card import load_card
+    from anyflow.curves import check_held_out
     from anyflow.experiment.children import Stopped
     from anyflow.experiment.execute import run_pieces
 
     for card in found.cards:
-        load_card(card)
+        check_held_out([card], found.evaluation.split, found.evaluation.prompts)
     try:
         return run_pieces(found, pieces, at_once)
     except Stopped as stop:

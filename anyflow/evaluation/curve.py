@@ -21,6 +21,9 @@ from anyflow.evaluation.intervals import half_interval
 
 STEPS = (1, 2, 4, 8, 16, 32)
 
+VERSION = 2
+"""Of the measures: curves of other versions do not compare. Since 2 all real clips are of the split asked for."""
+
 _Kind = TypeVar("_Kind", bound="Marks")
 
 
@@ -52,8 +55,10 @@ class Marks:
         frame_frechet: Frechet distance on fixed frame features (see ``distance.py``: not FVD).
         motion_accuracy: share of clips whose motion, read from pixels, is the one asked for; ``None`` without a probe.
         motion_unread: share in which the probe found nothing to follow (they count as wrong).
+        motion_clips: of how many clips these are shares: those whose prompt asks for a motion.
         motion_energy: mean absolute change from frame to frame in grey levels.
         frame_kernel: kernel distance (squared MMD) on the same frame features.
+        spread: how much the clips differ among each other, in units of the reference's (``distance.py``).
         temporal_consistency: mean SSIM of successive frames.
         path_error: mean distance of the path read from the pixels to that of the prompt's own clip, in pixels; of real
             clips that of others in which the same motion was asked for.
@@ -67,7 +72,9 @@ class Marks:
     motion_accuracy: float | None
     motion_unread: float | None
     motion_energy: float
+    motion_clips: int | None = None
     frame_kernel: float | None = None
+    spread: float | None = None
     temporal_consistency: float | None = None
     path_error: float | None = None
     given_frame_psnr: float | None = None
@@ -98,7 +105,7 @@ class CurveRow(Marks):
 
     Attributes:
         num_steps: steps of the sampler.
-        nfe: network evaluations a clip (one a step: guidance is fused into the model).
+        nfe: network calls a clip: one a step (guidance is fused into the model), of each chunk if it is made in chunks.
         sampling_seconds: wall time a clip, noise to latents.
         decoding_seconds: wall time a clip, latents to frames.
         interval: of several seeds, half the width of each figure's 95 % interval.
@@ -162,7 +169,7 @@ class Curve:
     def to_json(self) -> dict[str, Any]:
         """Return a plain dictionary that ``from_json`` takes back; the figures of a row are its numbers."""
         marks = {"real": self.real.to_json(), "codec": self.codec.to_json()}
-        return {"version": 1, **asdict(self), **marks, "rows": [row.to_json() for row in self.rows]}
+        return {"version": VERSION, **asdict(self), **marks, "rows": [row.to_json() for row in self.rows]}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Curve:
@@ -201,7 +208,7 @@ def over_seeds(rows: Sequence[CurveRow]) -> CurveRow:
     if len(rows) == 1:
         return rows[0]
     tables = [row.to_json() for row in rows]
-    names = [name for name in tables[0] if name not in ("num_steps", "nfe", "interval", "each")]
+    names = [name for name in tables[0] if name not in ("num_steps", "nfe", "motion_clips", "interval", "each")]
     names += [name for table in tables[1:] for name in table if name not in tables[0] and name not in names]
     found = {name: [table[name] for table in tables if table.get(name) is not None] for name in names}
     means = {name: statistics.fmean(values) if values else None for name, values in found.items()}

@@ -3,9 +3,9 @@
 Two views of the same clips:
 
 - ``sliced_wasserstein``: how far apart two sets of *latents* are, along fixed random directions.
-- ``frame_frechet``: the Frechet distance between Gaussians fitted to simple, fixed features of *frames* (colour
-  layout, sharpness layout, motion layout). It is not FVD and not FID: no learned network is involved, and its
-  values compare only with each other. ``frechet`` and ``kernel_distance`` take any other features, too.
+- ``frechet`` and ``kernel_distance`` of ``frame_features``: simple, fixed features of *frames* (colour layout,
+  sharpness layout, motion layout). That is not FVD and not FID: no learned network is involved, and the values compare
+  only with each other. Both take any other features, too.
 
 A distance between finite sets of one and the same distribution is not zero. So every figure is reported beside its
 **floor**: the distance between two disjoint sets of real clips of the same size.
@@ -15,7 +15,6 @@ Shapes: N clips, F frames, H height, W width, C channels. All arithmetic in floa
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -24,9 +23,6 @@ from torch.nn import functional
 
 PROJECTIONS = 256
 """Directions of the sliced distance."""
-
-KERNEL_SUBSET, KERNEL_SUBSETS = 2000, 20
-"""Of larger sets than this the kernel distance takes so many random subsets of this size, and their mean."""
 
 DIMENSIONS_AT_ONCE = 2**14
 """Dimensions whose directions are in memory together (32 MB)."""
@@ -121,18 +117,6 @@ def frame_features(clips: Tensor) -> Tensor:
     return torch.cat([extract(torch.stack([clip[:-1], clip[1:]], dim=1)) for clip in clips])
 
 
-def frame_frechet(first: Tensor, second: Tensor) -> float:
-    """Frechet distance between Gaussians fitted to ``FrameFeatures`` of two sets of clips.
-
-    Args:
-        first: uint8 clips ``[N, F, H, W, 3]`` with F >= 2.
-        second: the other set; take equal sizes, the estimate's bias depends on the size.
-    Raises:
-        ValueError: if a set has fewer than two pairs of frames.
-    """
-    return frechet(frame_features(first), frame_features(second))
-
-
 class _AsTheyAre(nn.Module):
     """Stands where torchmetrics' metrics have their network: the features come in computed."""
 
@@ -159,32 +143,55 @@ def frechet(first: Tensor, second: Tensor) -> float:
     return max(0.0, distance)
 
 
-def kernel_distance(reference: Tensor, features: Tensor, *, seed: int = 0) -> float:
+def kernel_distance(reference: Tensor, features: Tensor, *, clips: int | None = None) -> float:
     """Squared maximum mean discrepancy of two sets of features ``[M, D]`` under KID's cubic kernel; unbiased.
+
+    ``mean k(x, x') + mean k(y, y') - 2 mean k(x, y)``, where x and x' are of different *clips*: features of one clip
+    are alike, so counting them as independent (as KID does of pictures) makes equal distributions look far apart.
 
     The features are first brought to the reference's mean, and to its spread over all dimensions: one unit for all, or
     a dimension that hardly varies in the reference (a patch of sky) would drown the others. Unlike the Frechet distance
-    it fits no Gaussian and does not grow where clips are few; chance can bring it a little below 0.
+    it fits no Gaussian and does not grow where clips are few (but for what the unit itself is uncertain by); chance can
+    bring it a little below 0.
 
     Args:
         reference: of the clips that distances are taken to.
         features: of the clips that are judged.
-        seed: of the subsets; there is one, of everything, up to ``KERNEL_SUBSET`` features.
+        clips: how many clips each set's features are of, the same number in turn; None: one feature a clip.
+    Raises:
+        ValueError: a set has fewer than two clips, or features that cannot be dealt out to them.
     """
-    from torchmetrics.image.kid import KernelInceptionDistance
-
     variance, mean = torch.var_mean(reference.double(), dim=0)
     unit = variance.mean().sqrt().clamp(min=1e-6)
-    count = min(len(reference), len(features))
-    size, subsets = (count, 1) if count <= KERNEL_SUBSET else (KERNEL_SUBSET, KERNEL_SUBSETS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that features are kept in memory, which they are already
-        metric = KernelInceptionDistance(feature=_AsTheyAre(reference.shape[1]), subsets=subsets, subset_size=size)
-    for values, real in ((reference, True), (features, False)):
-        metric.update((values.double() - mean) / unit, real=real)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return float(metric.compute()[0])
+    first, second = ((values.double() - mean) / unit for values in (reference, features))
+    counts = [clips or len(values) for values in (first, second)]
+    if min(counts) < 2 or any(len(v) % n for v, n in zip((first, second), counts, strict=True)):
+        raise ValueError(f"{len(first)} and {len(second)} features cannot be dealt out to {clips} clips, at least two")
+    within = [_clip_kernels(values, values, n, n) for values, n in zip((first, second), counts, strict=True)]
+    alike = [float((kernels.sum() - kernels.trace()) / (len(kernels) * (len(kernels) - 1))) for kernels in within]
+    return sum(alike) - 2 * float(_clip_kernels(first, second, *counts).mean())
+
+
+def _clip_kernels(first: Tensor, second: Tensor, first_clips: int, second_clips: int) -> Tensor:
+    """The mean kernel ``(x . y / D + 1)^3`` of the features of every two clips, ``[first_clips, second_clips]``."""
+    rows = []
+    for own in first.chunk(first_clips):  # clip by clip: a matrix of all features would not fit
+        kernels = (own @ second.T / first.shape[1] + 1) ** 3
+        rows.append(kernels.mean(dim=0).unflatten(0, (second_clips, -1)).mean(dim=1))
+    return torch.stack(rows)
+
+
+def spread_ratio(samples: Tensor, real: Tensor) -> float:
+    """How much samples differ among each other, in units of how much real clips do: ``rms`` around each set's mean.
+
+    1: as varied as real clips; below 1: too alike (blur, or the same clip again and again). It stands beside the sliced
+    distance, which between few clips is a little smaller for samples that are too alike than for real ones.
+
+    Args:
+        samples: latents ``[N, ...]``, N >= 2.
+        real: latents ``[M, ...]`` of real clips, M >= 2.
+    """
+    return float((samples.var(dim=0).mean() / real.var(dim=0).mean()).sqrt())
 
 
 def _symmetric_frechet(metric: Any) -> float:

@@ -12,9 +12,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from anyflow.evaluation.curve import HeldOut, Marks
+from anyflow.evaluation.curve import HeldOut, Marks, pixel_frames
 from anyflow.evaluation.distance import (
-    PROJECTIONS,
     frame_features,
     frechet,
     given_frame_psnr,
@@ -22,9 +21,10 @@ from anyflow.evaluation.distance import (
     motion_energy,
     preview_error,
     sliced_wasserstein,
+    spread_ratio,
     temporal_consistency,
 )
-from anyflow.evaluation.motion import Reading, asked_motion, mean_path_error, motion_accuracy
+from anyflow.evaluation.motion import MotionScore, Reading, asked_motion, mean_path_error, motion_accuracy
 
 
 class Extractor(Protocol):
@@ -47,13 +47,15 @@ class Labels(Protocol):
 class Judge:
     """Measures sets of clips, one clip for each item, in order.
 
+    Frames that are given from the prompt's own clip are real, whatever the model: what compares sets of clips, and the
+    previews, look at the frames behind them alone. Extractors and labels see whole clips, as they were trained to.
+
     Args:
         items: the prompts, with their own real clips.
         reference: other real clips, as many.
         reference_clips: uint8 ``[N, F, H, W, 3]``.
         reference_latents: ``[N, F, C, H, W]``.
-        projections: random directions of the sliced distance.
-        given: frames of each clip that are given from the prompt's own.
+        given: latent frames of each clip that are given.
         has_previews: whether few steps lead where many lead; a sampler that re-noises draws anew at every step.
         extractors: of further distances.
         labels: of further accuracies.
@@ -66,15 +68,15 @@ class Judge:
         reference_clips: Tensor,
         reference_latents: Tensor,
         *,
-        projections: int = PROJECTIONS,
         given: int = 0,
         has_previews: bool = True,
         extractors: Sequence[Extractor] = (),
         labels: Sequence[Labels] = (),
     ) -> None:
-        self.items, self.reference, self.given, self.has_previews = items, reference, given, has_previews
-        self.latents, self.projections = reference_latents, projections
-        self.features = frame_features(reference_clips)
+        self.items, self.reference, self.has_previews = items, reference, has_previews
+        self.given, self.given_frames = given, pixel_frames(given)
+        self.latents = reference_latents[:, given:]
+        self.features = frame_features(reference_clips[:, self.given_frames :])
         self.extracted = [(extract, extract(reference_clips)) for extract in extractors]
         self.labels = labels
         self._asked: tuple[Reading | None, ...] | None = None
@@ -85,24 +87,24 @@ class Judge:
 
         ``real`` are the prompts' own clips, ``finals`` the latents of the same noise at the most steps.
         """
-        motion = motion_accuracy(
-            clips.numpy(), [item.attributes for item in self.items], [item.domain for item in self.items]
-        )
-        features = frame_features(clips)
-        given = given_frame_psnr(clips[:, : self.given], real[:, : self.given]) if self.given else None
+        motion = _read(clips, self.items)
+        made, made_latents = clips[:, self.given_frames :], latents[:, self.given :]
+        features, several = frame_features(made), len(clips) > 1
+        given = given_frame_psnr(clips[:, : self.given_frames], real[:, : self.given_frames]) if self.given else None
+        ends = finals[:, self.given :] if finals is not None and self.has_previews else None
         return Marks(
-            sliced_w1=sliced_wasserstein(latents, self.latents, projections=self.projections),
+            sliced_w1=sliced_wasserstein(made_latents, self.latents),
             frame_frechet=frechet(self.features, features),
-            frame_kernel=kernel_distance(self.features, features),
+            frame_kernel=kernel_distance(self.features, features, clips=len(clips)) if several else None,
+            spread=spread_ratio(made_latents, self.latents) if several else None,
             motion_accuracy=motion.accuracy,
             motion_unread=motion.unread,
-            motion_energy=motion_energy(clips),
-            temporal_consistency=temporal_consistency(clips),
+            motion_clips=motion.clips or None,
+            motion_energy=motion_energy(made),
+            temporal_consistency=temporal_consistency(made),
             path_error=mean_path_error(motion.readings, self.asked(real)),
             given_frame_psnr=given,
-            preview_error=None
-            if finals is None or not self.has_previews
-            else preview_error(latents, finals, self.latents),
+            preview_error=None if ends is None else preview_error(made_latents, ends, self.latents),
             more={**self._further_distances(clips), **self._further_accuracies(clips)},
         )
 
@@ -110,16 +112,18 @@ class Judge:
         """The floor: the marks of the prompts' own clips, with the path error of other clips of the same motion."""
         return replace(self(real, latents, real), path_error=self._path_floor(real))
 
+    def of_codec(self, decoded: Tensor, latents: Tensor, real: Tensor) -> Marks:
+        """The marks of the prompts' own clips after the codec; their paths are those asked for: no error is told."""
+        return replace(self(decoded, latents, real), path_error=None)
+
     def asked(self, real: Tensor) -> tuple[Reading | None, ...]:
         """The paths of the prompts' own clips: what is asked for. Read once."""
         if self._asked is None:
-            labels, domains = [item.attributes for item in self.items], [item.domain for item in self.items]
-            self._asked = motion_accuracy(real.numpy(), labels, domains).readings
+            self._asked = _read(real, self.items).readings
         return self._asked
 
     def _path_floor(self, real: Tensor) -> float | None:
-        labels, domains = [item.attributes for item in self.reference], [item.domain for item in self.reference]
-        others = motion_accuracy(self._reference_clips.numpy(), labels, domains).readings
+        others = _read(self._reference_clips, self.reference).readings
         free = dict(enumerate(zip(self.reference, others, strict=True)))
         matched: list[Reading | None] = []
         for item in self.items:
@@ -132,11 +136,17 @@ class Judge:
         for extract, reference in self.extracted:
             features = extract(clips)
             found[f"{extract.name}_frechet"] = frechet(reference, features)
-            found[f"{extract.name}_kernel"] = kernel_distance(reference, features)
+            if len(clips) > 1:
+                found[f"{extract.name}_kernel"] = kernel_distance(reference, features, clips=len(clips))
         return found
 
     def _further_accuracies(self, clips: Tensor) -> dict[str, float]:
         return {name: value for probe in self.labels for name, value in probe.accuracies(clips, self.items).items()}
+
+
+def _read(clips: Tensor, items: Sequence[HeldOut]) -> MotionScore:
+    """What the motion of each clip is, beside what its item asks for."""
+    return motion_accuracy(clips.numpy(), [item.attributes for item in items], [item.domain for item in items])
 
 
 def _wanted(item: HeldOut) -> tuple[str, str | None]:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from anyflow.evaluation.curve import STEPS, Curve, CurveResult, CurveRow, HeldOut, over_seeds, pixel_frames
+from anyflow.evaluation.curve import STEPS, Curve, CurveResult, CurveRow, HeldOut, over_seeds
 from anyflow.evaluation.judge import Judge
 from anyflow.flowmap.endpoint import Renoise
 from anyflow.flowmap.sampling import SamplerKind, Take, take_jump, take_velocity
@@ -101,6 +101,7 @@ def measure_curve(
     seeds: Sequence[int] = (0,),
     given_frames: int = 0,
     kind: SamplerKind = "flowmap",
+    calls: Callable[[int, int, int], int] = lambda num_steps, num_frames, num_given: num_steps,
     batch_size: int = 8,
     device: torch.device | str = "cpu",
     show: int = 6,
@@ -121,6 +122,7 @@ def measure_curve(
         seeds: of the noise; every prompt is sampled with each of them, the real clips are encoded once.
         given_frames: latent frames that are given from each prompt's own clip: 1 is image-to-video.
         kind: how the model takes its jumps.
+        calls: network calls of a clip by steps, latent frames and given ones (a backbone's ``calls_of``).
         batch_size: clips a pass; changes speed and memory, not the draws.
         device: where the model runs.
         show: of how many prompts (the first) the samples are kept for the picture.
@@ -133,13 +135,13 @@ def measure_curve(
     if not items or not seeds or len(reference) < len(items):
         raise ValueError(f"{len(items)} prompts need as many reference clips, got {len(reference)}, and a seed")
     counts = sorted(set(steps))
-    calls = len(seeds) * sum(_work(num_steps) for num_steps in counts) + 2 * _work(0)
-    progress = _Progress(calls * -(-len(items) // batch_size), on_progress)
+    work = len(seeds) * sum(_work(num_steps) for num_steps in counts) + 2 * _work(0)
+    progress = _Progress(work * -(-len(items) // batch_size), on_progress)
     runner = _Runner(codec, batch_size, device, progress, given_frames, kind)
     real_clips, other_clips = _stack(items), _stack(reference[: len(items)])
     real_latents, decoded = runner.encode_and_decode(real_clips)
     other_latents, _ = runner.encode_and_decode(other_clips, decode=False)
-    options = {"given": pixel_frames(given_frames), "has_previews": kind != "renoise", **(judging or {})}
+    options = {"given": given_frames, "has_previews": kind != "renoise", **(judging or {})}
     judge = Judge(items, reference[: len(items)], other_clips, other_latents, **options)
 
     rows: list[CurveRow] = []
@@ -150,7 +152,8 @@ def measure_curve(
         for seed in seeds:
             clips, latents, cost = runner.sample(sampler, items, real_latents, num_steps, shift, seed)
             marks = judge(clips, latents, real_clips, finals.setdefault(seed, latents)).to_json()
-            of_seeds.append(CurveRow.from_json({**marks, "num_steps": num_steps, "nfe": num_steps, **cost}))
+            nfe = calls(num_steps, real_latents.shape[1], given_frames)
+            of_seeds.append(CurveRow.from_json({**marks, "num_steps": num_steps, "nfe": nfe, **cost}))
             kept.setdefault(num_steps, clips[:show].clone())
         rows.append(over_seeds(of_seeds))
     curve = Curve(
@@ -166,7 +169,7 @@ def measure_curve(
         size=(real_clips.shape[1], real_clips.shape[2], real_clips.shape[3]),
         rows=tuple(reversed(rows)),
         real=judge.of_real(real_clips, real_latents),
-        codec=judge(decoded, real_latents, real_clips),
+        codec=judge.of_codec(decoded, real_latents, real_clips),
     )
     return CurveResult(curve, tuple(items[:show]), dict(sorted(kept.items())))
 

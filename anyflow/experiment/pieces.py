@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.errors import UserError
+from anyflow.evaluation.curve import VERSION
 from anyflow.experiment.load import ARM_MODEL, in_order, needed_arms
 from anyflow.experiment.schema import Arm, Experiment
 from anyflow.recipe import Recipe, RunRecipe, load_recipe
@@ -210,4 +211,5 @@ def curve_settings(experiment: Experiment, piece: Piece) -> dict[str, Any]:
         del settings["draws"]
     if not settings["precision"]:
         del settings["precision"]  # the device's: equal curves but for rounding
-    return {**settings, "steps": sorted(settings["steps"]), "given_frames": piece.given_frames, "seed": piece.seed}
+    own = {"steps": sorted(settings["steps"]), "given_frames": piece.given_frames, "seed": piece.seed}
+    return {**settings, **own, "measures": VERSION}

@@ -6,7 +6,6 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -16,13 +15,11 @@ from torch import Tensor
 
 from anyflow.curves import as_asked
 from anyflow.evaluation.curve import Curve, CurveResult, CurveRow, HeldOut, over_seeds
-from anyflow.evaluation.measure import measure_curve as measure_with_all_directions
-from anyflow.evaluation.measure import prompt_noise, sampler_of
+from anyflow.evaluation.measure import measure_curve, prompt_noise, sampler_of
 from anyflow.evaluation.tables import comparison_text
 from anyflow.flowmap.sampling import Take, sample
 
 # Few directions: the block codec's latents are as large as the pixels.
-measure_curve = partial(measure_with_all_directions, judging={"projections": 16})
 
 ITEMS, REFERENCE = held_out(6), held_out(6, offset=6)
 
@@ -267,7 +264,7 @@ def test_further_figures_stand_beside_their_floor() -> None:
         def accuracies(self, clips: Tensor, items: Sequence[HeldOut]) -> dict[str, float]:
             return {"colour_right": len(clips) / len(items)}
 
-    extras: dict[str, Any] = {"extractors": [Brightness()], "labels": [Always()], "projections": 16}
+    extras: dict[str, Any] = {"extractors": [Brightness()], "labels": [Always()]}
     curve = measure_curve(
         exact_sampler(ITEMS), BlockCodec(), ITEMS[:3], REFERENCE, steps=(1,), given_frames=1, judging=extras
     ).curve

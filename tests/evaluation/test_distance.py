@@ -15,12 +15,13 @@ from torch import Tensor
 from anyflow.evaluation.distance import (
     FrameFeatures,
     frame_features,
-    frame_frechet,
+    frechet,
     given_frame_psnr,
     kernel_distance,
     motion_energy,
     preview_error,
     sliced_wasserstein,
+    spread_ratio,
     temporal_consistency,
 )
 
@@ -87,6 +88,10 @@ def test_frame_features_see_colour_sharpness_and_motion() -> None:
     striped = grey.clone()
     striped[..., ::2, :] = 0
     assert (FrameFeatures()(striped).reshape(5, -1)[3] > 0.5).all()
+
+
+def frame_frechet(first: Tensor, second: Tensor) -> float:
+    return frechet(frame_features(first), frame_features(second))
 
 
 def test_the_frechet_distance_of_a_brightness_shift_is_its_square_length() -> None:
@@ -161,18 +166,36 @@ def test_the_kernel_distance_is_the_unbiased_cubic_one() -> None:
     assert kernel_distance(first, second) == pytest.approx(float(within - 2 * kernel(x, y).mean()), rel=1e-6)
 
 
-def test_large_sets_take_subsets_that_follow_the_seed_and_leave_the_global_draws_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("anyflow.evaluation.distance.KERNEL_SUBSET", 20)
-    first, second = _points(60, 1, (3,)), _points(60, 2, (3,)) + 1
-    torch.manual_seed(5)
-    before = torch.rand(1)
-    torch.manual_seed(5)
-    value = kernel_distance(first, second)
-    assert torch.equal(torch.rand(1), before)
-    assert value == kernel_distance(first, second) != kernel_distance(first, second, seed=1)
-    assert value > 0.5
+def test_of_one_feature_a_clip_the_kernel_distance_is_kid() -> None:
+    from torchmetrics.image.kid import poly_mmd
+
+    first, second = _points(9, 1, (4,)), _points(9, 2, (4,)) + 0.5
+    variance, mean = torch.var_mean(first, dim=0)
+    x, y = ((points - mean) / variance.mean().sqrt() for points in (first, second))
+    assert kernel_distance(first, second, clips=9) == pytest.approx(float(poly_mmd(x, y)), rel=1e-6)
+
+
+def test_features_of_one_clip_are_not_compared_with_each_other() -> None:
+    """Clips whose frames are alike: equal distributions have no distance, however many frames a clip has."""
+    values = []
+    for seed in range(40):
+        clips = [_points(24, 2 * seed + part, (1, 8)).expand(24, 16, 8).flatten(0, 1) for part in (0, 1)]
+        values.append((kernel_distance(*clips, clips=24), kernel_distance(*clips)))
+    own, naive = torch.tensor(values).mean(dim=0).tolist()
+    assert abs(own) < 0.15 < 0.5 < naive
+    assert kernel_distance(clips[0], clips[1] + 1, clips=24) > 2
+
+
+def test_features_that_no_clips_have_are_refused() -> None:
+    with pytest.raises(ValueError, match="dealt out to 5 clips"):
+        kernel_distance(_points(12, 1, (3,)), _points(12, 2, (3,)), clips=5)
+
+
+def test_the_spread_ratio_tells_samples_that_are_too_alike() -> None:
+    real = _points(50, 1, (2, 3))
+    assert spread_ratio(real, real) == pytest.approx(1)
+    assert spread_ratio(real * 0.8 + 3, real) == pytest.approx(0.8)
+    assert spread_ratio(real[:1].expand(50, 2, 3), real) == pytest.approx(0, abs=1e-6)
 
 
 def test_a_still_dimension_does_no_harm() -> None:

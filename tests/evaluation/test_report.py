@@ -15,7 +15,6 @@ from anyflow.evaluation.report import FIGURES, read_report, sample_grid, write_r
 from anyflow.evaluation.tables import comparison_markdown, comparison_text
 
 ITEMS, REFERENCE = held_out(3), held_out(3, offset=3)
-QUICK = {"projections": 16}
 
 
 def _measure(label: str, error: float) -> CurveResult:
@@ -27,7 +26,6 @@ def _measure(label: str, error: float) -> CurveResult:
         label=label,
         steps=(1, 4),
         show=1,
-        judging=QUICK,
     )
 
 
@@ -69,7 +67,6 @@ def test_several_seeds_show_their_intervals(tmp_path: Path) -> None:
         steps=(1, 4),
         seeds=(0, 1),
         show=1,
-        judging=QUICK,
     )
     row, text = result.curve.row(1), comparison_text(None, result.curve)
     assert f"{row.sliced_w1:.4f} ±{row.interval['sliced_w1']:.4f}" in text and "2 seeds of noise" in text
