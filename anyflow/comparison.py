@@ -1,8 +1,9 @@
 """Two or three runs side by side: what differs in recipe, data and commit, and which is better where that is known.
 
-A side is a run's folder, a run id of MLflow, or an arm of an experiment (``runs/experiments/NAME/ARM``: its seeds
-together). A figure is marked as the better one only where its interval is clear of all others: the spread over seeds,
-the half width that a curve's row tells itself (``interval``), or the score interval of a share.
+A side is a run's folder, a run id of MLflow, the folder of ``anyflow evaluate``, or an arm of an experiment, its seeds
+together: ``runs/experiments/NAME/ARM``, or ``experiments/results/NAME/measured/ARM`` from the committed results. A
+figure is marked as the better one only where its interval is clear of all others: the spread over seeds, the half width
+that a curve's row tells itself (``interval``), or the score interval of a share.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from anyflow.curves import load_curve
 from anyflow.errors import UserError
+from anyflow.evaluation.figures import HIGHER, LOWER, figure_of
 from anyflow.evaluation.intervals import wilson_interval
 from anyflow.evaluation.statistics import Estimate, estimate
 from anyflow.recipe import load_recipe, to_dict
@@ -24,12 +26,9 @@ from anyflow.runs import RunFolder
 
 NAMES_ALONE = ("run.name", "run.out", "run.tracking_uri", "run.recipe")
 """Fields that say what a run is called."""
-LOWER = ("w1", "frechet", "distance", "error", "unread", "seconds", "loss")
-HIGHER = ("accuracy", "fidelity", "consistency", "right")
-SHARES = ("accuracy", "unread")
 
 Figures = dict[tuple[str, str, int], Estimate]
-"""``(domain, metric, steps)``: value and interval."""
+"""``(data set, metric, steps)``: value and interval."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +51,22 @@ def read_side(text: str, uri: str) -> Side:
     folder = Path(text)
     if (folder / "recipe.yaml").is_file() or (folder / "status.json").is_file():
         return _from_runs(folder.name, [RunFolder(folder)])
+    if (folder / "curve.json").is_file():
+        curve = json.loads((folder / "curve.json").read_text(encoding="utf-8"))["after"]
+        return Side(folder.name, {}, {}, *_measured([(str(curve["domain"]), curve)]))
     seeds = re.compile(re.escape(folder.name) + r"-\d+(-.+)?")
     runs = [RunFolder(path) for path in sorted(folder.parent.glob("*/")) if seeds.fullmatch(path.name)]
     runs = [run for run in runs if run.status]
     if runs:
         return _from_runs(folder.name, runs)
+    for place in (folder.parent, Path("experiments/results") / folder.parent.name / "measured"):
+        if kept := [path for path in sorted(place.glob("*.json")) if seeds.fullmatch(path.stem)]:
+            return _from_kept(folder.name, [json.loads(path.read_text(encoding="utf-8")) for path in kept])
     if re.fullmatch(r"[0-9a-f]{32}", text):
         return _from_mlflow(text, uri)
     raise UserError(
-        f"{text!r} is no run: give a run's folder (runs/NAME), an arm (runs/experiments/NAME/ARM), or an MLflow run id"
+        f"{text!r} is no run: give a run's folder (runs/NAME), what anyflow evaluate wrote, an arm "
+        "(runs/experiments/NAME/ARM), or an MLflow run id"
     )
 
 
@@ -88,10 +94,9 @@ def figure_rows(sides: Sequence[Side]) -> list[tuple[tuple[str, str, int], list[
 
 
 def direction(metric: str) -> int:
-    """-1 where less is better, 1 where more is, 0 where neither (motion energy)."""
-    if any(word in metric for word in LOWER):
-        return -1
-    return int(any(word in metric for word in HIGHER))
+    """-1 where less is better, 1 where more is, 0 where neither (motion energy), or where that is not known."""
+    figure = figure_of(metric)
+    return 0 if figure is None else {LOWER: -1, HIGHER: 1}.get(figure.better, 0)
 
 
 def best(values: Sequence[Estimate | None], towards: int) -> int | None:
@@ -109,46 +114,67 @@ def best(values: Sequence[Estimate | None], towards: int) -> int | None:
 
 def _from_runs(name: str, runs: Sequence[RunFolder]) -> Side:
     recipes = [dict(flatten(to_dict(load_recipe(str(run.recipe))))) for run in runs if run.recipe.is_file()]
-    recipe = {key: _joined(str(one[key]) for one in recipes) for key in (recipes[0] if recipes else {})}
     statuses = [run.status for run in runs]
-    facts = {
-        "data (fingerprint)": _joined(s["data"] for s in statuses if "data" in s),
-        "start (fingerprint)": _joined(s["start"] for s in statuses if "start" in s),
-        "commit": _joined(_commit(s.get("code") or {}) for s in statuses),
-    }
+    facts = [{key: str(status[key]) for key in status.keys() & {"data", "start"}} for status in statuses]
     curves = [curve for run in runs for curve in _curves(run)]
-    figures = _pool(curves)
-    measured = {
-        f"measured: {key}": _joined(str(c[key]) for c in curves)
-        for key in ("domain", "clips", "given_frames")
-        if any(key in c for c in curves)
-    }
-    return Side(name, recipe, {key: value for key, value in facts.items() if value}, figures, measured)
+    codes = [status.get("code") or {} for status in statuses]
+    return Side(name, _joined_recipe(recipes), _stands_on(facts, codes), *_measured(curves))
 
 
-def _curves(run: RunFolder) -> list[dict[str, Any]]:
-    """What was measured after the training: an experiment's curves, else the run's own."""
+def _from_kept(name: str, documents: Sequence[Mapping[str, Any]]) -> Side:
+    """An arm from the committed results of its experiment."""
+    recipes = [document["recipe"] for document in documents if document["recipe"] is not None]
+    curves = [(Path(card).stem, found["curve"]) for one in documents for card, found in one["curves"].items()]
+    stands_on = _stands_on([one["facts"] for one in documents], [one["code"] for one in documents])
+    return Side(name, _joined_recipe(recipes), stands_on, *_measured(curves))
+
+
+def _joined_recipe(recipes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    return {key: _joined(str(one.get(key, "")) for one in recipes) for key in (recipes[0] if recipes else {})}
+
+
+def _stands_on(facts: Sequence[Mapping[str, str]], codes: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Fingerprints of data and start, and the commits."""
+    found = {f"{key} (fingerprint)": _joined(one[key] for one in facts if key in one) for key in ("data", "start")}
+    found["commit"] = _joined(_commit(code) for code in codes)
+    return {key: value for key, value in found.items() if value}
+
+
+def _curves(run: RunFolder) -> list[tuple[str, dict[str, Any]]]:
+    """What was measured after the training, each with its data set: an experiment's curves, else the run's own."""
     paths = sorted(run.path.glob("evaluation/*.json"))
-    found = [json.loads(path.read_text(encoding="utf-8"))["curve"] for path in paths]
+    found = [(path.stem, json.loads(path.read_text(encoding="utf-8"))["curve"]) for path in paths]
     if not found and (own := load_curve(run.path / "curves", "after")) is not None:
-        found = [own.curve.to_json()]
+        cards = load_recipe(str(run.recipe)).data.card if run.recipe.is_file() else [own.curve.domain]
+        found = [(_data_name(cards), own.curve.to_json())]
     return found
 
 
-def _pool(curves: Sequence[Mapping[str, Any]]) -> Figures:
-    """Figures over the seeds; of a single curve with its own intervals."""
+def _data_name(cards: Iterable[str]) -> str:
+    return "+".join(Path(card).stem for card in cards)
+
+
+def _measured(curves: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[Figures, dict[str, str]]:
+    """Figures over the seeds (of a single curve with its own intervals), and how they were measured."""
     values: dict[tuple[str, str, int], list[Estimate]] = {}
-    for curve in curves:
+    for data, curve in curves:
         for row in curve["rows"]:
             for metric in _metrics(row):
-                key = (str(curve["domain"]), metric, int(row["num_steps"]))
+                key = (data, metric, int(row["num_steps"]))
                 values.setdefault(key, []).append(_own(row, metric, int(curve["clips"])))
-    return {key: own[0] if len(own) == 1 else estimate([[value.mean for value in own]]) for key, own in values.items()}
+    figures = {
+        key: own[0] if len(own) == 1 else estimate([[value.mean for value in own]]) for key, own in values.items()
+    }
+    settings = {
+        f"measured: {key}": _joined(str(curve[key]) for _, curve in curves if key in curve)
+        for key in ("domain", "clips", "given_frames", "version")
+    }
+    return figures, {key: value for key, value in settings.items() if value}
 
 
 def _metrics(row: Mapping[str, Any]) -> list[str]:
     numbers = [k for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool) and v == v]
-    return [key for key in numbers if key not in ("num_steps", "nfe")]
+    return [key for key in numbers if key not in ("num_steps", "nfe", "motion_clips")]
 
 
 def _own(row: Mapping[str, Any], metric: str, clips: int) -> Estimate:
@@ -156,8 +182,10 @@ def _own(row: Mapping[str, Any], metric: str, clips: int) -> Estimate:
     value, half = float(row[metric]), (row.get("interval") or {}).get(metric)
     if half is not None and half == half:
         return Estimate(value, value - half, value + half, clips)
-    if metric.endswith(SHARES) and 0 <= value <= 1:
-        return Estimate(value, *wilson_interval(value, clips), clips)
+    figure = figure_of(metric)
+    if figure is not None and figure.is_share:
+        trials = (row.get("motion_clips") if metric.startswith("motion_") else None) or clips
+        return Estimate(value, *wilson_interval(value, int(trials)), int(trials))
     return Estimate(value, None, None, 1)
 
 
@@ -170,15 +198,16 @@ def _from_mlflow(run_id: str, uri: str) -> Side:
         run = client.get_run(run_id)
     except MlflowException as error:
         raise UserError(f"there is no run {run_id} in {uri} ({str(error).splitlines()[0]}): check --uri") from None
-    tags, figures = run.data.tags, {}
+    tags, parameters = run.data.tags, run.data.params
+    cards = tags.get("anyflow.cards", "").split() or re.findall(r"[^\s\[\]',]+", parameters.get("data.card", ""))
+    figures: Figures = {}
     for key in run.data.metrics:
         *path, metric = key.split("/")
         if path and path[0] == "after":
+            data = "/".join(path[1:]) or _data_name(cards)
             for point in client.get_metric_history(run_id, key):  # the newest point of a step count stands
-                figures["/".join(path[1:]), metric, point.step] = Estimate(point.value, None, None, 1)
-    facts = {"data (fingerprint)": tags.get("data", ""), "start (fingerprint)": tags.get("start", "")}
-    facts["commit"] = _commit({key: tags[key] for key in ("git.commit", "git.dirty") if key in tags})
-    return Side(run.info.run_name, run.data.params, {key: value for key, value in facts.items() if value}, figures)
+                figures[data, metric, point.step] = Estimate(point.value, None, None, 1)
+    return Side(run.info.run_name, parameters, _stands_on([tags], [tags]), figures)
 
 
 def _commit(code: Mapping[str, str]) -> str:

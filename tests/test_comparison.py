@@ -74,9 +74,41 @@ def test_better_is_said_only_beyond_the_intervals(
     assert best(values, towards) == expected
 
 
+def test_data_sets_of_one_domain_stay_apart_and_shares_count_the_clips_that_were_judged(tmp_path: Path) -> None:
+    run = RunFolder(make_run(tmp_path / "arm-0", {4: 1.0}, accuracy=0.5))
+    document = json.loads((run.path / "evaluation" / "driving.json").read_text())
+    document["curve"]["rows"][0]["motion_clips"] = 10
+    (run.path / "evaluation" / "driving-uncaptioned.json").write_text(json.dumps(document))
+    figures = read_side(str(tmp_path / "arm"), "").figures
+    assert {data for data, *_ in figures} == {"driving", "driving-uncaptioned"}
+    all_judged, ten = (figures[data, "motion_accuracy", 4] for data in ("driving", "driving-uncaptioned"))
+    assert (all_judged.count, ten.count) == (100, 10) and ten.low < all_judged.low  # type: ignore[operator]
+
+
+def test_committed_results_and_evaluations_are_sides_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    curve = {"domain": "driving", "clips": 4, "rows": [{"num_steps": 4, "sliced_w1": 0.5}]}
+    measured = tmp_path / "experiments/results/study/measured"
+    measured.mkdir(parents=True)
+    for seed in (0, 1):
+        document = {"recipe": {"optimizer.lr": 0.1}, "facts": {"data": "aa"}, "code": {"git.commit": "0123"}}
+        document["curves"] = {"driving": {"curve": curve}}
+        (measured / f"plain-{seed}.json").write_text(json.dumps(document))
+    monkeypatch.chdir(tmp_path)
+    for text in ("experiments/results/study/measured/plain", "runs/experiments/study/plain"):
+        side = read_side(text, "")
+        assert side.figures["driving", "sliced_w1", 4].count == 2 and side.recipe == {"optimizer.lr": "0.1"}
+        assert side.stands_on == {"data (fingerprint)": "aa", "commit": "0123"}
+    (tmp_path / "evaluated").mkdir()
+    (tmp_path / "evaluated" / "curve.json").write_text(json.dumps({"after": curve, "before": None}))
+    assert read_side("evaluated", "").figures["driving", "sliced_w1", 4].mean == 0.5
+
+
 def test_metrics_know_which_way_is_better() -> None:
-    names = ("sliced_w1", "frame_frechet", "motion_accuracy", "motion_energy", "sampling_seconds")
-    assert [direction(name) for name in names] == [-1, -1, 1, 0, -1]
+    lower = ("sliced_w1", "frame_frechet", "frame_kernel", "sampling_seconds", "probe_kernel")
+    higher = ("motion_accuracy", "given_frame_psnr", "probe_distance_right")
+    neither = ("motion_energy", "temporal_consistency", "spread", "nfe")
+    for towards, names in ((-1, lower), (1, higher), (0, neither)):
+        assert [direction(name) for name in names] == [towards] * len(names)
 
 
 def test_an_mlflow_run_is_a_side_too(tmp_path: Path) -> None:
@@ -86,9 +118,10 @@ def test_an_mlflow_run_is_a_side_too(tmp_path: Path) -> None:
     client = MlflowClient(tracking_uri=uri)
     run = client.create_run(client.create_experiment("x"), run_name="there", tags={"data": "aa"})
     client.log_param(run.info.run_id, "optimizer.lr", "0.0002")
+    client.log_param(run.info.run_id, "data.card", "['data/driving.yaml', 'games']")
     client.log_metric(run.info.run_id, "after/sliced_w1", 0.5, step=4)
     side = read_side(run.info.run_id, uri)
-    assert side.figures["", "sliced_w1", 4].mean == 0.5 and side.recipe["optimizer.lr"] == "0.0002"
+    assert side.figures["driving+games", "sliced_w1", 4].mean == 0.5 and side.recipe["optimizer.lr"] == "0.0002"
     with pytest.raises(UserError, match="there is no run"):
         read_side("0" * 32, uri)
 

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="A B [C]", help="Run folders, arms, or MLflow run ids.")],
+    runs: Annotated[
+        list[str], typer.Argument(metavar="A B [C]", help="Run folders, arms, evaluations, or MLflow run ids.")
+    ],
     uri: Annotated[str, typer.Option(help="MLflow's database or server, for run ids.")] = "sqlite:///runs/mlflow.db",
     as_json: Json = False,
 ) -> None:
@@ -26,6 +28,7 @@ def compare(
     Examples:
       anyflow compare runs/finetune-driving-tiny-001 runs/finetune-driving-tiny-002
       anyflow compare runs/experiments/retention/plain runs/experiments/retention/forward
+      anyflow compare experiments/results/retention/measured/plain experiments/results/retention/measured/forward
     \b
     An arm of an experiment stands for all of its seeds. A star marks the better one where the intervals are apart;
     without an interval nothing is marked.
@@ -38,7 +41,7 @@ def compare(
     apart, rows = differences(sides), figure_rows(sides)
     if as_json:
         figures = [
-            {"domain": key[0], "metric": key[1], "steps": key[2], "better": better}
+            {"data": key[0], "metric": key[1], "steps": key[2], "better": better}
             | {"values": [asdict(value) if value else None for value in values]}
             for key, values, better in rows
         ]
@@ -60,9 +63,9 @@ def _show(sides: list[Side], apart: list[tuple[str, list[str]]], rows: list[Any]
     table = Table("figure", "steps", box=box.SIMPLE_HEAD)
     for side in sides:
         table.add_column(side.name, justify="right")
-    for (domain, metric, steps), values, better in rows:
+    for (data, metric, steps), values, better in rows:
         cells = [_written(value) + (" *" if index == better else "  ") for index, value in enumerate(values)]
-        table.add_row(f"{domain} {metric}".strip(), str(steps), *cells)
+        table.add_row(f"{data} {metric}".strip(), str(steps), *cells)
     console.print(table if rows else "none of them was measured")
     typer.echo("* better, the intervals being apart; [95 % interval] where there is one")
 

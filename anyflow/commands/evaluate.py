@@ -18,6 +18,7 @@ from anyflow.commands.common import (
     print_json,
     whole_folder,
 )
+from anyflow.errors import UserError
 
 if TYPE_CHECKING:
     from anyflow.evaluation.curve import CurveResult
@@ -68,10 +69,14 @@ def evaluate(
     find_card(data)
     for name in filter(None, (model, against)):
         check_model(name)
+    if probe and split == "train":
+        raise UserError("--probe with --split train: a probe has seen these clips; choose a split that it has not")
     from anyflow.curves import check_held_out
 
     check_held_out([data], split, prompts)
+    _check_shapes(model, against, given_frames)
     from anyflow.evaluation.report import write_report
+    from anyflow.evaluation.tables import check_comparable
 
     settings: dict[str, Any] = {
         "steps": counts,
@@ -84,6 +89,10 @@ def evaluate(
     settings["judging"], settings["notes"] = _judges(model, data, split, probe, encoder)
     before = _curve(against, data, "before", sampler, settings) if against else None
     after = _curve(model, data, "after" if against else "model", sampler, settings)
+    try:
+        check_comparable(before.curve if before else None, after.curve)
+    except ValueError as error:
+        raise UserError(f"--against {against} and --model {model}: {error}") from None
     with whole_folder(folder) as partial:
         write_report(partial, before=before, after=after, title=f"{model}, held-out prompts of {data}")
     if as_json:
@@ -94,6 +103,25 @@ def evaluate(
     if table.is_file():
         typer.echo(table.read_text(encoding="utf-8").rstrip())
     typer.echo(f"\npicture, film, plot and numbers: {folder}")
+
+
+def _check_shapes(model: str, against: str | None, given_frames: int) -> None:
+    """That two models make clips of one size, and something is left to be made behind the given frames."""
+    from anyflow.commands.models import native_shape
+    from anyflow.evaluation.curve import pixel_frames
+
+    shape = native_shape(model, frames=None, height=None, width=None, fps=None)
+    if pixel_frames(given_frames) >= shape.frames:
+        raise UserError(
+            f"--given-frames {given_frames} are {pixel_frames(given_frames)} frames, and clips have {shape.frames}: "
+            "give fewer, so that something is left to be made"
+        )
+    other = native_shape(against, frames=None, height=None, width=None, fps=None) if against else shape
+    if other != shape:
+        sizes = [
+            f"{one.frames} frames of {one.width}x{one.height}, {one.fps or 0:g} a second" for one in (other, shape)
+        ]
+        raise UserError(f"--against {against} makes {sizes[0]}, --model {sizes[1]}: they do not compare")
 
 
 def _judges(

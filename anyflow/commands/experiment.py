@@ -92,12 +92,11 @@ def _run(found: Experiment, pieces: list[Piece], at_once: int) -> dict[str, str]
 
 def _report(found: Experiment, pieces: list[Piece], jobs: list[Job], as_json: bool, failed: dict[str, str]) -> None:
     from anyflow.console import quiet_libraries
-    from anyflow.experiment.jobs import finished_pieces
     from anyflow.experiment.report import write_report
 
     quiet_libraries()
     missing = sum(not job.is_done for job in jobs)
-    folder, answers = write_report(found, pieces, missing, finished_pieces(jobs))
+    folder, answers = write_report(found, pieces, jobs)
     if as_json:
         told = [{"say": a.claim.say, "verdict": a.verdict, "reasons": a.reasons} for a in answers]
         print_json({"experiment": found.name, "missing": missing, "failed": failed, "answers": told, "report": folder})

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 
-def t_quantile(freedom: int) -> float:
+def t_quantile(freedom: float) -> float:
     """How many standard errors the 95 % interval of a mean reaches to each side."""
     from scipy.special import stdtrit
 

@@ -117,8 +117,7 @@ def measure_curve(
         items: the prompts, with their own real clips.
         reference: other real clips, to which distances are taken; at least as many as items (the first are used).
         label: names the curve in tables and plots.
-        steps: step counts.
-        shift: of the inference schedule.
+        steps: step counts, each of the inference schedule of ``shift``.
         seeds: of the noise; every prompt is sampled with each of them, the real clips are encoded once.
         given_frames: latent frames that are given from each prompt's own clip: 1 is image-to-video.
         kind: how the model takes its jumps.
@@ -126,8 +125,7 @@ def measure_curve(
         batch_size: clips a pass; changes speed and memory, not the draws.
         device: where the model runs.
         show: of how many prompts (the first) the samples are kept for the picture.
-        judging: options of :class:`~anyflow.evaluation.judge.Judge`: further extractors and labels.
-        notes: what is to be said of these, beside the figures.
+        judging: further extractors and labels of ``Judge``; ``notes``: what is to be said of them.
         on_progress: called after each batch.
     Raises:
         ValueError: if there are no items or seeds, or fewer reference clips than items.
@@ -137,13 +135,13 @@ def measure_curve(
     counts = sorted(set(steps))
     work = len(seeds) * sum(_work(num_steps) for num_steps in counts) + 2 * _work(0)
     progress = _Progress(work * -(-len(items) // batch_size), on_progress)
-    runner = _Runner(codec, batch_size, device, progress, given_frames, kind)
-    real_clips, other_clips = _stack(items), _stack(reference[: len(items)])
+    runner = _Runner(codec, batch_size, device, progress, given_frames, kind, calls)
+    reference = reference[: len(items)]
+    real_clips, other_clips = _stack(items), _stack(reference)
     real_latents, decoded = runner.encode_and_decode(real_clips)
     other_latents, _ = runner.encode_and_decode(other_clips, decode=False)
     options = {"given": given_frames, "has_previews": kind != "renoise", **(judging or {})}
-    judge = Judge(items, reference[: len(items)], other_clips, other_latents, **options)
-
+    judge = Judge(items, reference, other_clips, other_latents, **options)
     rows: list[CurveRow] = []
     kept: dict[int, Tensor] = {}
     finals: dict[int, Tensor] = {}  # of each seed, the latents at the most steps
@@ -152,8 +150,7 @@ def measure_curve(
         for seed in seeds:
             clips, latents, cost = runner.sample(sampler, items, real_latents, num_steps, shift, seed)
             marks = judge(clips, latents, real_clips, finals.setdefault(seed, latents)).to_json()
-            nfe = calls(num_steps, real_latents.shape[1], given_frames)
-            of_seeds.append(CurveRow.from_json({**marks, "num_steps": num_steps, "nfe": nfe, **cost}))
+            of_seeds.append(CurveRow.from_json({**marks, "num_steps": num_steps, **cost}))
             kept.setdefault(num_steps, clips[:show].clone())
         rows.append(over_seeds(of_seeds))
     curve = Curve(
@@ -199,8 +196,9 @@ class _Runner:
     batch_size: int
     device: torch.device | str
     progress: _Progress
-    given_frames: int = 0
-    kind: SamplerKind = "flowmap"
+    given_frames: int
+    kind: SamplerKind
+    calls: Callable[[int, int, int], int]
 
     def encode_and_decode(self, clips: Tensor, decode: bool = True) -> tuple[Tensor, Tensor]:
         """Return the clips' latents, and the clips after the codec (as given, if they are not to be decoded)."""
@@ -221,7 +219,7 @@ class _Runner:
         shift: float,
         seed: int,
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Sample every prompt; return clips, latents, and the seconds of a clip.
+        """Sample every prompt; return clips, latents, and what a clip costs.
 
         ``like`` are the prompts' real latents, which the samples are shaped as and begin with where frames are given.
         """
@@ -241,7 +239,8 @@ class _Runner:
             sampling, decoding = sampling + middle - begin, decoding + _now(self.device) - middle
             all_latents.append(latents.float().cpu())
             self.progress(f"{num_steps} step{'s' if num_steps > 1 else ''}", _work(num_steps))
-        cost = {"sampling_seconds": sampling / len(items), "decoding_seconds": decoding / len(items)}
+        nfe = self.calls(num_steps, like.shape[1], self.given_frames)
+        cost = {"nfe": nfe, "sampling_seconds": sampling / len(items), "decoding_seconds": decoding / len(items)}
         return torch.cat(clips), torch.cat(all_latents), cost
 
 

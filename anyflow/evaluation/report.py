@@ -13,22 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anyflow.evaluation.curve import Curve, CurveResult, Marks, pixel_frames
+from anyflow.evaluation.figures import Figure
 from anyflow.evaluation.picture import Grid, Prompt, save_mp4, save_png
-from anyflow.evaluation.tables import (
-    COLUMNS,
-    Column,
-    check_comparable,
-    comparison_markdown,
-    comparison_text,
-    interval_of,
-)
+from anyflow.evaluation.tables import COLUMNS, check_comparable, comparison_markdown, comparison_text, interval_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BEFORE_COLOUR, AFTER_COLOUR, REAL_COLOUR = "#b07010", "#185abe", "#4a4f57"
 
-FIGURES = ("curve.json", "curve.png", "table.md", "table.txt", "samples.png", "samples.mp4")
+FILES = ("curve.json", "curve.png", "table.md", "table.txt", "samples.png", "samples.mp4")
 """What a report's folder holds."""
 
 
@@ -41,7 +35,7 @@ def plot_curve(path: Path, before: Curve | None, after: Curve) -> None:
     from matplotlib import pyplot
 
     has_motion = after.rows[0].motion_accuracy is not None
-    panels: list[tuple[Column, str]] = [
+    panels: list[tuple[Figure, str]] = [
         (COLUMNS[1], "Frechet distance of frames\n(lower is better)"),
         (COLUMNS[2], "sliced Wasserstein of latents\n(lower is better)"),
         (COLUMNS[3], "motion energy, grey levels\n(as real clips have it)"),
@@ -63,12 +57,12 @@ def plot_curve(path: Path, before: Curve | None, after: Curve) -> None:
         pyplot.close(figure)
 
 
-def _number(marks: Marks, column: Column) -> float:
+def _number(marks: Marks, column: Figure) -> float:
     value = marks.figure(column.name)
     return math.nan if value is None else value
 
 
-def _plot_panel(axis: Axes, column: Column, title: str, before: Curve | None, after: Curve) -> None:
+def _plot_panel(axis: Axes, column: Figure, title: str, before: Curve | None, after: Curve) -> None:
     steps = [row.num_steps for row in after.rows]
     curves = [(before, BEFORE_COLOUR, "s"), (after, AFTER_COLOUR, "o")]
     for curve, colour, marker in curves:
@@ -131,12 +125,12 @@ def write_report(
         title: above the picture.
         fps: of the clips.
     Returns:
-        ``{"curve.json": path, ...}`` for each of ``FIGURES``.
+        ``{"curve.json": path, ...}`` for each of ``FILES``.
     """
     earlier = before.curve if before is not None else None
     check_comparable(earlier, after.curve)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {name: folder / name for name in FIGURES}
+    paths = {name: folder / name for name in FILES}
     content: dict[str, Any] = {"version": 1, "after": after.curve.to_json()}
     content["before"] = earlier.to_json() if earlier is not None else None
     paths["curve.json"].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

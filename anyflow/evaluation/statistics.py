@@ -1,7 +1,8 @@
 """Means with 95 % intervals of few seeds, over one data set or several. Pure functions of numbers.
 
-Student's t, because three seeds know little of their own spread. Several data sets are strata: each has its own mean,
-their spread around those means is pooled, so that a difference between data sets is not taken for noise.
+Student's t, because three seeds know little of their own spread. Several data sets are strata: each has its own mean
+and its own spread around it, so that a difference between data sets is not taken for noise, nor a quiet data set's
+calm for that of a restless one.
 
 Ratios are compared in logarithms: half and twice are equally far from 1, and data sets of other scales count alike.
 """
@@ -9,7 +10,7 @@ Ratios are compared in logarithms: half and twice are equally far from 1, and da
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from anyflow.evaluation.intervals import t_quantile
@@ -36,8 +37,9 @@ class Estimate:
 def estimate(strata: Sequence[Sequence[float]]) -> Estimate:
     """The mean of the strata's means, with its interval.
 
-    ``s^2 = sum of squares within strata / (N - D)``, standard error ``s sqrt(sum 1 / n_d) / D``, N - D degrees of
-    freedom, for D strata of n_d values, N in all. With one stratum it is the usual t-interval.
+    ``v_d = s_d^2 / n_d`` of each of D strata; standard error ``sqrt(sum v_d) / D``; degrees of freedom by Welch and
+    Satterthwaite, ``(sum v_d)^2 / sum(v_d^2 / (n_d - 1))``. With one stratum it is the usual t-interval. Where a
+    stratum has one value alone, the spread within the others stands for its own too (N - D degrees of freedom).
 
     Raises:
         ValueError: a stratum is empty, or there is none.
@@ -46,14 +48,37 @@ def estimate(strata: Sequence[Sequence[float]]) -> Estimate:
         raise ValueError("every stratum needs a value")
     means = [sum(values) / len(values) for values in strata]
     mean, count = sum(means) / len(means), sum(map(len, strata))
-    freedom = count - len(strata)
-    if freedom == 0:
-        return Estimate(mean, None, None, count)
     pairs = zip(strata, means, strict=True)
-    variance = sum((value - middle) ** 2 for values, middle in pairs for value in values) / freedom
-    error = math.sqrt(variance * sum(1 / len(values) for values in strata)) / len(strata)
-    half = t_quantile(freedom) * error
+    squares = [sum((value - middle) ** 2 for value in values) for values, middle in pairs]
+    freedom: float = count - len(strata)
+    if not freedom:
+        return Estimate(mean, None, None, count)
+    variances = [sum(squares) / freedom / len(values) for values in strata]
+    if min(map(len, strata)) > 1:
+        variances = [s / (len(values) - 1) / len(values) for s, values in zip(squares, strata, strict=True)]
+        weights = [v**2 / (len(values) - 1) for v, values in zip(variances, strata, strict=True)]
+        freedom = sum(variances) ** 2 / sum(weights) if sum(weights) > 0 else freedom
+    half = t_quantile(freedom) * math.sqrt(sum(variances)) / len(strata)
     return Estimate(mean, mean - half, mean + half, count)
+
+
+def log_badness(one: float, other: float, better: str) -> float:
+    """The logarithm of :func:`badness_ratio`."""
+    return math.log(ratio) if (ratio := badness_ratio(one, other, better)) > 0 else math.nan
+
+
+def ratio_of(strata: Sequence[Sequence[float]]) -> Estimate | None:
+    """The estimate of a ratio from its logarithms; None where there are none, or a value was no ratio."""
+    if not strata or any(not math.isfinite(value) for values in strata for value in values):
+        return None
+    return estimate(strata).map(math.exp)
+
+
+def shared(
+    one: Mapping[int, float], other: Mapping[int, float], compare: Callable[[float, float], float]
+) -> dict[int, float]:
+    """``compare`` of two values by seed, of the seeds that both have: those alone were measured on the same noise."""
+    return {seed: compare(value, other[seed]) for seed, value in one.items() if seed in other}
 
 
 def badness_ratio(one: float, other: float, better: str) -> float:

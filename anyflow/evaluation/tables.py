@@ -4,84 +4,63 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from anyflow.evaluation.curve import Curve, CurveRow, Marks
+from anyflow.evaluation.figures import AS_REAL, FIGURES, Figure, figure_of
 from anyflow.evaluation.intervals import wilson_interval
-from anyflow.evaluation.retention import DISTANCES, SHARES, few_step_ratio, retention
+from anyflow.evaluation.retention import few_step_ratio, retention
 
-
-@dataclass(frozen=True)
-class Column:
-    """A measure of the table.
-
-    Attributes:
-        name: of the figure.
-        heading: what stands above it.
-        digits: after the point.
-        is_share: whether it is a share of the clips, written in percent.
-    """
-
-    name: str
-    heading: str
-    digits: int = 3
-    is_share: bool = False
-
-    def write(self, marks: Marks, count: int) -> str:
-        """The cell of a set of ``count`` clips: the figure with its interval, if that is known."""
-        value = marks.figure(self.name)
-        if value is None:
-            return "-"
-        low, high = interval_of(marks, self, count)
-        if self.is_share:
-            return f"{100 * value:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
-        half = f" ±{(high - low) / 2:.{self.digits}f}" if high > low else ""
-        return f"{value:.{self.digits}f}{half}"
-
-
-COLUMNS = (
-    Column("motion_accuracy", "motion right", is_share=True),
-    Column("frame_frechet", "frame Frechet"),
-    Column("sliced_w1", "sliced W1", 4),
-    Column("motion_energy", "motion energy", 2),
-)
+COLUMNS = tuple(FIGURES[name] for name in ("motion_accuracy", "frame_frechet", "sliced_w1", "motion_energy"))
 """The measures of the first table, and of the plot."""
 
-DETAILS = (
-    Column("frame_kernel", "frame kernel"),
-    Column("temporal_consistency", "temporal SSIM"),
-    Column("path_error", "path error, px", 2),
-    Column("given_frame_psnr", "given frames, dB", 1),
-    Column("preview_error", "preview error", 3),
+DETAILS = tuple(
+    FIGURES[name]
+    for name in (
+        *("frame_kernel", "spread", "temporal_consistency"),
+        *("path_error", "given_frame_psnr", "preview_error"),
+    )
 )
 """The measures of the second table; figures that only some models have follow them."""
 
 
-def detail_columns(curve: Curve) -> tuple[Column, ...]:
+def detail_columns(curve: Curve) -> tuple[Figure, ...]:
     """The columns of the second table: those that the curve has any figure for."""
     more = dict.fromkeys(name for marks in (*curve.rows, curve.real) for name in marks.more)
-    further = [Column(name, name.replace("_", " "), is_share=name.endswith("_right")) for name in more]
-    return tuple(column for column in (*DETAILS, *further) if any(_has(row, column) for row in curve.rows))
+    further = [figure_of(name) or Figure(name, name.replace("_", " "), AS_REAL) for name in more]
+    return tuple(figure for figure in (*DETAILS, *further) if any(_has(row, figure) for row in curve.rows))
 
 
-def _has(marks: Marks, column: Column) -> bool:
-    return marks.figure(column.name) is not None
+def _has(marks: Marks, figure: Figure) -> bool:
+    return marks.figure(figure.name) is not None
 
 
-def interval_of(marks: Marks, column: Column, count: int) -> tuple[float, float]:
+def interval_of(marks: Marks, figure: Figure, count: int) -> tuple[float, float]:
     """A figure's 95 % interval: over the seeds; of a share measured once, over the clips; else the figure alone."""
-    value = marks.figure(column.name)
+    value = marks.figure(figure.name)
     if value is None:
         return math.nan, math.nan
-    half = marks.interval.get(column.name) if isinstance(marks, CurveRow) else None
+    half = marks.interval.get(figure.name) if isinstance(marks, CurveRow) else None
     if half is not None:
         low, high = value - half, value + half
-        return (max(0.0, low), min(1.0, high)) if column.is_share else (low, high)
-    return wilson_interval(value, count) if column.is_share else (value, value)
+        return (max(0.0, low), min(1.0, high)) if figure.is_share else (low, high)
+    trials = (marks.motion_clips if figure.name.startswith("motion_") else None) or count
+    return wilson_interval(value, trials) if figure.is_share else (value, value)
+
+
+def _cell(marks: Marks, figure: Figure, count: int) -> str:
+    """The cell of a set of ``count`` clips: the figure with its interval, if that is known."""
+    value = marks.figure(figure.name)
+    if value is None:
+        return "-"
+    low, high = interval_of(marks, figure, count)
+    if figure.is_share:
+        return f"{100 * value:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
+    half = f" ±{(high - low) / 2:.{figure.digits}f}" if high > low else ""
+    return f"{value:.{figure.digits}f}{half}"
 
 
 def table_cells(
-    before: Curve | None, after: Curve, columns: Sequence[Column] = COLUMNS
+    before: Curve | None, after: Curve, columns: Sequence[Figure] = COLUMNS
 ) -> tuple[list[str], list[list[str]]]:
     """Lay out one or two curves as headings and rows of text.
 
@@ -93,10 +72,10 @@ def table_cells(
     rows = []
     for row in after.rows:
         shown = [*([before.row(row.num_steps)] if before is not None else []), row]
-        cells = [" → ".join(column.write(marks, after.clips) for marks in shown) for column in columns]
+        cells = [" → ".join(_cell(marks, column, after.clips) for marks in shown) for column in columns]
         rows.append([str(row.num_steps), *cells, f"{row.sampling_seconds + row.decoding_seconds:.2f}"])
     for name, marks in (("real clips", after.real), ("real, through the codec", after.codec)):
-        rows.append([name, *(column.write(marks, after.clips) for column in columns), "-"])
+        rows.append([name, *(_cell(marks, column, after.clips) for column in columns), "-"])
     return headings, rows
 
 
@@ -104,7 +83,7 @@ def few_step_lines(before: Curve | None, after: Curve) -> list[str]:
     """What few steps cost in a word for each figure, and what is left of the few-step ability before."""
     lines = []
     for column in (*COLUMNS, *DETAILS):
-        if column.name not in (*DISTANCES, *SHARES):
+        if not column.better or not column.has_ratio:
             continue
         ratios = [few_step_ratio(curve, column.name) for curve in (before, after) if curve is not None]
         if any(ratio is None for ratio in ratios):
@@ -119,7 +98,7 @@ def check_comparable(before: Curve | None, after: Curve) -> None:
     """Refuse two curves that were not measured the same way.
 
     Raises:
-        ValueError: naming what differs: seeds, number of clips, size, domain or step counts.
+        ValueError: naming what differs: seeds, number of clips, size, domain, step counts or latents.
     """
     if before is None:
         return
@@ -129,6 +108,8 @@ def check_comparable(before: Curve | None, after: Curve) -> None:
             raise ValueError(f"the curves differ in {name}: {pair}; measure both alike")
     if [row.num_steps for row in before.rows] != [row.num_steps for row in after.rows]:
         raise ValueError("the curves have different step counts; measure both alike")
+    if not math.isclose(before.real.sliced_w1, after.real.sliced_w1, rel_tol=0.02):
+        raise ValueError("real clips have other latents before than after: the models have another codec each")
 
 
 def _title(before: Curve | None, after: Curve) -> str:
@@ -177,9 +158,10 @@ def comparison_markdown(before: Curve | None, after: Curve) -> str:
         f"seed {', '.join(map(str, after.all_seeds))}.",
         "Means over the seeds with their 95 % interval." if len(after.all_seeds) > 1 else "",
         "Motion right: the motion asked for, read from the pixels (95 % interval). Distances are to other real clips; "
-        "lower is better, and the row of real clips is their floor (chance may lead a little below). Frame Frechet is "
+        "lower is better; the row of real clips says what as many of them get. Frame Frechet is "
         "taken on fixed features of frames (it is not FVD). Motion energy: mean change from frame to frame in grey "
-        "levels; the nearer to the real clips the better. Few-step ratio: 4 steps against 32, 1 is no loss; retention: "
+        "levels; spread: how much clips differ among each other, against real ones; the nearer to the real clips the "
+        "better. Few-step ratio: 4 steps against the most, 1 is no loss; retention: "
         "before over after, 1 is kept. Preview error: how far a sample lies from the one of the same noise at the most "
         "steps; 0 is the same clip, 1.4 one that has nothing to do with it.",
     ]

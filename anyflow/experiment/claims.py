@@ -2,19 +2,23 @@
 
 A claim compares an arm at some step counts with another arm, or with itself at another step count, seed by seed on the
 same prompts and noise. It holds if the interval of the comparison lies wholly on its side at every step count; it does
-not hold if it lies wholly on the other side at one of them; otherwise the seeds do not decide.
+not hold if it lies wholly on the other side at one of them; otherwise the seeds do not decide. Nor is anything decided
+before every data set that the claim is about has been measured.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import sub
 
-from anyflow.evaluation.statistics import Estimate, badness_ratio, estimate
-from anyflow.experiment.figures import Measured, ratio
-from anyflow.experiment.schema import Claim, Metric
+from anyflow.evaluation.figures import LOWER, Figure
+from anyflow.evaluation.statistics import Estimate, estimate, ratio_of
+from anyflow.experiment.figures import Measured, short, strata_of
+from anyflow.experiment.schema import Claim
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decided"
+NO_INTERVAL = "one pair, or pairs without any spread, have no interval"
 
 
 @dataclass(frozen=True)
@@ -39,32 +43,38 @@ def _at(measured: Measured, claim: Claim, steps: int) -> tuple[str, str]:
     metric = measured.experiment.metric(claim.metric)
     one, other = (claim.arm, steps), (claim.than or claim.arm, claim.of or steps)
     where = f"{_side(one)} against {_side(other)}"
-
-    def log_ratio(first: float, second: float) -> float:
-        worse = badness_ratio(first, second, metric.better)
-        return math.log(worse) if worse > 0 else math.nan
-
-    strata = measured.pairs(one, other, metric, log_ratio, claim.cards)
-    if not strata:
-        return OPEN, f"{where}: not measured"
-    found = ratio(strata)
+    logs = measured.pairs(one, other, metric, cards=claim.cards)
+    if missing := [short(card) for card, found in logs.items() if not found]:
+        return OPEN, f"{where}: not measured" + (f" on {', '.join(missing)}" if len(missing) < len(logs) else "")
+    found = ratio_of(strata_of(logs))
     if claim.relation == "within":
         return _within(found, claim.factor, metric, where)
-    if found is not None and metric.better == "lower":
-        return _sided(found.map(lambda worse: 100 * (worse - 1)), " %", claim, metric, where)
+    if found is not None and metric.better == LOWER:
+        every = {card: ratio_of([list(values.values())]) for card, values in logs.items()}
+        parts = {card: _percent(ratio) for card, ratio in every.items() if ratio is not None}
+        return _sided(_percent(found), parts, " %", claim, metric, where)
+    growth = measured.pairs(one, other, metric, sub, claim.cards)
+    parts = {card: estimate([list(values.values())]) for card, values in growth.items()}
+    return _sided(estimate(strata_of(growth)), parts, "", claim, metric, where)
 
-    def growth(first: float, second: float) -> float:
-        return first - second
 
-    return _sided(estimate(measured.pairs(one, other, metric, growth, claim.cards)), "", claim, metric, where)
+def _percent(worse: Estimate) -> Estimate:
+    return worse.map(lambda ratio: 100 * (ratio - 1))
 
 
-def _sided(change: Estimate, unit: str, claim: Claim, metric: Metric, where: str) -> tuple[str, str]:
-    """Better or worse: is the change of the metric's value on the claimed side, its whole interval?"""
-    wanted = -1 if (claim.relation == "better") == (metric.better == "lower") else 1
-    text = f"{where}: {_title(metric)} {_changed(change, unit)} ({_pairs(change)})"
-    if change.low is None or change.high is None:
-        return OPEN, f"{text}; one seed has no interval"
+def _sided(
+    change: Estimate, parts: Mapping[str, Estimate], unit: str, claim: Claim, metric: Figure, where: str
+) -> tuple[str, str]:
+    """Better or worse: is the change of the metric's value on the claimed side, its whole interval?
+
+    ``parts`` are the changes on each data set: a mean may hide one that goes the other way.
+    """
+    wanted = -1 if (claim.relation == "better") == (metric.better == LOWER) else 1
+    text = f"{where}: {metric.heading} {_changed(change, unit)} ({_pairs(change)})"
+    if len(parts) > 1:
+        text += f"; {', '.join(f'{short(card)} {part.mean:+.3g}{unit}' for card, part in parts.items())}"
+    if change.low is None or change.high is None or change.low == change.high:
+        return OPEN, f"{text}; {NO_INTERVAL}"
     if min(wanted * change.low, wanted * change.high) > 0:
         return HOLDS, text
     if max(wanted * change.low, wanted * change.high) < 0:
@@ -72,14 +82,14 @@ def _sided(change: Estimate, unit: str, claim: Claim, metric: Metric, where: str
     return OPEN, f"{text}, and 0 is inside the interval"
 
 
-def _within(worse: Estimate | None, factor: float, metric: Metric, where: str) -> tuple[str, str]:
+def _within(worse: Estimate | None, factor: float, metric: Figure, where: str) -> tuple[str, str]:
     """Within a factor: is the ratio of badness below it, its whole interval?"""
     if worse is None:
-        return OPEN, f"{where}: {_title(metric)} is 0 somewhere, so that there is no ratio"
-    interval = "" if worse.low is None else f" [{worse.low:.3g}, {worse.high:.3g}]"
-    text = f"{where}: {_title(metric)} {worse.mean:.3g} times as bad{interval} ({_pairs(worse)}), {factor:g} allowed"
-    if worse.low is None or worse.high is None:
-        return OPEN, f"{text}; one seed has no interval"
+        return OPEN, f"{where}: {metric.heading} is 0 somewhere, so that there is no ratio"
+    interval = "" if worse.low is None else f" [{worse.low:.3f}, {worse.high:.3f}]"
+    text = f"{where}: {metric.heading} {worse.mean:.3f} times as bad{interval} ({_pairs(worse)}), {factor:g} allowed"
+    if worse.low is None or worse.high is None or worse.low == worse.high:
+        return OPEN, f"{text}; {NO_INTERVAL}"
     if worse.high <= factor:
         return HOLDS, text
     return (FAILS, text) if worse.low > factor else (OPEN, f"{text}, which is inside the interval")
@@ -96,10 +106,6 @@ def _changed(change: Estimate, unit: str) -> str:
 def _side(side: tuple[str, int]) -> str:
     arm, steps = side
     return f"{arm} at {steps} step{'s' * (steps > 1)}"
-
-
-def _title(metric: Metric) -> str:
-    return metric.title or metric.name
 
 
 def _pairs(found: Estimate) -> str:

@@ -10,15 +10,16 @@ logarithms.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from operator import sub
 from pathlib import Path
 from typing import Any
 
-from anyflow.evaluation.statistics import Estimate, badness_ratio, estimate
-from anyflow.experiment.kept import read_kept
-from anyflow.experiment.pieces import Piece, read_curve
-from anyflow.experiment.schema import Experiment, Metric
+from anyflow.evaluation.figures import Figure
+from anyflow.evaluation.statistics import Estimate, estimate, log_badness, ratio_of, shared
+from anyflow.experiment.jobs import Job, curve_of_job
+from anyflow.experiment.schema import Experiment
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,14 @@ class Measured:
         found = self.rows.get((arm, card, seed), {}).get(steps, {}).get(metric)
         return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
 
-    def values(self, arm: str, card: str, steps: int, metric: str) -> list[float]:
+    def by_seed(self, arm: str, card: str, steps: int, metric: str) -> dict[int, float]:
         """A figure of every seed that has it."""
-        seeds = self.experiment.seeds_of(arm)
-        found = (self.value(arm, card, seed, steps, metric) for seed in seeds)
-        return [value for value in found if value is not None]
+        found = {seed: self.value(arm, card, seed, steps, metric) for seed in self.experiment.seeds_of(arm)}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def values(self, arm: str, card: str, steps: int, metric: str) -> list[float]:
+        """The same without the seeds."""
+        return list(self.by_seed(arm, card, steps, metric).values())
 
     def curve(self, arm: str, card: str, metric: str) -> dict[int, Estimate]:
         """A figure by step count, with its interval over the seeds."""
@@ -58,88 +62,58 @@ class Measured:
         self,
         one: tuple[str, int],
         other: tuple[str, int],
-        metric: Metric,
-        compare: Callable[[float, float], float],
+        metric: Figure,
+        compare: Callable[[float, float], float] | None = None,
         cards: Sequence[str] = (),
-    ) -> list[list[float]]:
-        """``compare`` of two (arm, step count) seed by seed; a list for each card, without cards that have none.
+    ) -> dict[str, dict[int, float]]:
+        """``compare`` of two (arm, step count) by card and seed, of the seeds that both have; cards without any too.
 
-        An arm without a seed stands with its first one: it is then the same for all.
+        Without ``compare`` it is the logarithm of how many times as bad the first is.
         """
-        strata = []
-        for card in self.cards(cards):
-            found = []
-            for seed in dict.fromkeys([*self.experiment.seeds_of(one[0]), *self.experiment.seeds_of(other[0])]):
-                sides = [self._own(arm, card, seed, steps, metric.name) for arm, steps in (one, other)]
-                if sides[0] is not None and sides[1] is not None:
-                    found.append(compare(sides[0], sides[1]))
-            if found:
-                strata.append(found)
-        return strata
-
-    def _own(self, arm: str, card: str, seed: int, steps: int, metric: str) -> float | None:
-        seeds = self.experiment.seeds_of(arm)
-        return self.value(arm, card, seed if seed in seeds else seeds[0], steps, metric)
+        how = compare or (lambda first, second: log_badness(first, second, metric.better))
+        sides = {
+            card: [self.by_seed(arm, card, steps, metric.name) for arm, steps in (one, other)]
+            for card in cards or self.experiment.cards
+        }
+        return {card: shared(first, second, how) for card, (first, second) in sides.items()}
 
 
-def measure(experiment: Experiment, pieces: Iterable[Piece], kept: Collection[str] = ()) -> Measured:
-    """Read what was measured so far: here, and of the pieces named ``kept`` among the results."""
+def measure(experiment: Experiment, jobs: Iterable[Job]) -> Measured:
+    """Read the curves that were measured as the experiment is now: here, and elsewhere where they are kept."""
     rows: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = {}
     real: dict[str, dict[str, Any]] = {}
     clips: dict[str, int] = {}
-    for piece in pieces:
-        elsewhere = (read_kept(experiment, piece) or {"curves": {}})["curves"] if piece.name in kept else {}
-        for card in piece.cards if piece.is_shown else ():
-            found = elsewhere.get(card) or read_curve(piece, card)
-            if found is None:
-                continue
-            curve = found["curve"]
-            rows[piece.arm, card, piece.seed] = {row["num_steps"]: row for row in curve["rows"]}
-            real[card], clips[card] = curve["real"], curve["clips"]
+    for job in jobs:
+        found = None if job.is_training else curve_of_job(experiment, job)
+        if found is not None:
+            curve, piece = found["curve"], job.piece
+            rows[piece.arm, job.card, piece.seed] = {row["num_steps"]: row for row in curve["rows"]}
+            real[job.card], clips[job.card] = curve["real"], curve["clips"]
     return Measured(experiment, rows, real, clips)
 
 
-def few_step_ratio(measured: Measured, arm: str, metric: Metric, cards: Sequence[str] = ()) -> Estimate | None:
+def few_step_ratio(measured: Measured, arm: str, metric: Figure, cards: Sequence[str] = ()) -> Estimate | None:
     """How many times as bad few steps are as the most; None if it was not measured, or is no ratio."""
-    experiment = measured.experiment
-    few, most = (arm, experiment.few), (arm, experiment.most)
-    return ratio(measured.pairs(few, most, metric, _logs(metric), cards))
+    return ratio_of(strata_of(_few_step_logs(measured, arm, metric, cards)))
 
 
-def retention(measured: Measured, arm: str, metric: Metric, cards: Sequence[str] = ()) -> Estimate | None:
+def retention(measured: Measured, arm: str, metric: Figure, cards: Sequence[str] = ()) -> Estimate | None:
     """The few-step ratio before over the one after, seed by seed; None as for the ratio, or without an arm before."""
+    before = measured.experiment.before
+    if not before or arm == before:
+        return None
+    was, now = (_few_step_logs(measured, name, metric, cards) for name in (before, arm))
+    return ratio_of(strata_of({card: shared(logs, now[card], sub) for card, logs in was.items()}))
+
+
+def strata_of(pairs: dict[str, dict[int, float]]) -> list[list[float]]:
+    """The values of each card that has any."""
+    return [list(found.values()) for found in pairs.values() if found]
+
+
+def _few_step_logs(measured: Measured, arm: str, metric: Figure, cards: Sequence[str]) -> dict[str, dict[int, float]]:
     experiment = measured.experiment
-    if not experiment.before or arm == experiment.before:
-        return None
-    strata = []
-    for card in measured.cards(cards):
-        pairs = [
-            measured.pairs((name, experiment.few), (name, experiment.most), metric, _logs(metric), [card])
-            for name in (experiment.before, arm)
-        ]
-        if all(pairs):
-            before, after = pairs[0][0], pairs[1][0]
-            strata.append([b - a for b, a in zip(_as_many(before, len(after)), after, strict=True)])
-    return ratio(strata)
-
-
-def ratio(strata: list[list[float]]) -> Estimate | None:
-    """The estimate of a ratio from logarithms; None where there are none, or a value was no ratio."""
-    if not strata or any(not math.isfinite(value) for values in strata for value in values):
-        return None
-    return estimate(strata).map(math.exp)
-
-
-def _as_many(values: list[float], count: int) -> list[float]:
-    return values if len(values) == count else [sum(values) / len(values)] * count
-
-
-def _logs(metric: Metric) -> Callable[[float, float], float]:
-    return lambda one, other: _log(badness_ratio(one, other, metric.better))
-
-
-def _log(value: float) -> float:
-    return math.log(value) if value > 0 else math.nan
+    return measured.pairs((arm, experiment.few), (arm, experiment.most), metric, cards=cards)
 
 
 def figures_of(measured: Measured) -> dict[str, Any]:
@@ -148,7 +122,7 @@ def figures_of(measured: Measured) -> dict[str, Any]:
     curves: dict[str, Any] = {}
     ratios: dict[str, Any] = {}
     for arm in experiment.shown:
-        for metric in experiment.metrics:
+        for metric in experiment.figures:
             for card in measured.cards():
                 curve = measured.curve(arm, card, metric.name)
                 shown = {
@@ -162,7 +136,7 @@ def figures_of(measured: Measured) -> dict[str, Any]:
             }
             ratios.setdefault(arm, {})[metric.name] = {name: asdict(value) for name, value in found.items() if value}
     floor = {
-        card: {metric.name: measured.real[card].get(metric.name) for metric in experiment.metrics}
+        card: {metric.name: measured.real[card].get(metric.name) for metric in experiment.figures}
         for card in measured.cards()
     }
     return {"curves": curves, "floor": floor, "ratios": ratios, "few": experiment.few, "most": experiment.most}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from anyflow.errors import UserError
-from anyflow.experiment.kept import kept_pieces
+from anyflow.experiment.kept import kept_pieces, read_kept
 from anyflow.experiment.pieces import Piece, curve_settings, read_curve, training_state
 from anyflow.experiment.schema import Experiment
 from anyflow.fingerprints import data_fingerprint, facts_of, model_fingerprint
@@ -26,6 +26,7 @@ class Job:
             checkpoint) or ``changed`` (it is done again).
         reason: what changed.
         seconds: an estimate of what is left, from the speeds seen so far; None before anything was seen.
+        has_kept: whether the results keep what it would measure: also of a model that is needed, and trained, again.
     """
 
     piece: Piece
@@ -33,6 +34,7 @@ class Job:
     state: str
     reason: str = ""
     seconds: float | None = None
+    has_kept: bool = False
 
     @property
     def is_training(self) -> bool:
@@ -96,7 +98,7 @@ def _jobs_of(experiment: Experiment, piece: Piece, stale: set[str], kept: str | 
     training = [""] if piece.recipe is not None else []
     cards = list(piece.cards) if piece.is_shown else []
     if kept == "":
-        return [Job(piece, card, "kept") for card in training + cards]
+        return [Job(piece, card, "kept", has_kept=True) for card in training + cards]
     state, reason = training_of(piece, stale)
     if state == "missing" and kept:
         reason = kept
@@ -147,6 +149,14 @@ def curve_state(experiment: Experiment, piece: Piece, card: str) -> tuple[str, s
     now, was = measured_on(experiment, piece, card), found["measured_on"]
     changes = [f"{key} was {was.get(key)!r} and is {value!r}" for key, value in now.items() if was.get(key) != value]
     return ("changed", "; ".join(changes[:3])) if changes else ("done", "")
+
+
+def curve_of_job(experiment: Experiment, job: Job) -> dict[str, Any] | None:
+    """What was measured, by the settings of now: here, or elsewhere if the results keep it."""
+    if job.state == "done":
+        return read_curve(job.piece, job.card)
+    kept = read_kept(experiment, job.piece) if job.has_kept else None
+    return None if kept is None else kept["curves"].get(job.card)
 
 
 class Speeds:

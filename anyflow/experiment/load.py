@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.errors import UserError
+from anyflow.evaluation.figures import FIGURES
 from anyflow.experiment.schema import Claim, Experiment
 from anyflow.recipe import find_card
 from anyflow.recipe.check import check_range
@@ -191,13 +192,20 @@ def _check_metrics(experiment: Experiment, path: Path) -> None:
         raise UserError(
             f"{path}: few={experiment.few} is not among evaluation.steps={steps}: add it, or choose another"
         )
-    for index, metric in enumerate(experiment.metrics):
-        if not metric.name:
-            raise UserError(f"{path}: metrics[{index}] has no name: name a field of a curve's rows, such as sliced_w1")
+    judged = [name for name, figure in FIGURES.items() if figure.better]
+    for index, name in enumerate(experiment.metrics):
+        if name in judged:
+            continue
+        where = f"{path}: metrics[{index}]={name!r}"
+        if str(name) in FIGURES:
+            raise UserError(f"{where} has no better side (the nearer to real clips the better): take another figure")
+        close = difflib.get_close_matches(str(name), judged, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(judged)}"
+        raise UserError(f"{where} is no figure: {hint}")
 
 
 def _check_claim(experiment: Experiment, claim: Claim, where: str) -> None:
-    known = {metric.name for metric in experiment.metrics}
+    known = experiment.metrics
     if not claim.say:
         raise UserError(f"{where}.say is empty: write the sentence that the report answers")
     for key in ("arm", "than"):

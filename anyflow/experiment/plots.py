@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anyflow.evaluation.figures import LOWER, Figure
 from anyflow.evaluation.report import REAL_COLOUR
 from anyflow.experiment.figures import Measured, short
-from anyflow.experiment.schema import Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,9 +23,9 @@ FLAT = 3
 def plot_curves(path: Path, measured: Measured) -> None:
     """A panel for each metric (rows) and data set (columns): every arm's mean and 95 % interval over its seeds."""
     experiment, cards = measured.experiment, measured.cards()
-    with _figure(path, len(experiment.metrics), len(cards)) as axes:
+    with _panels(path, len(experiment.metrics), len(cards)) as axes:
         counts = sorted(experiment.evaluation.steps)
-        for row, metric in enumerate(experiment.metrics):
+        for row, metric in enumerate(experiment.figures):
             for column, card in enumerate(cards):
                 axis = axes[row][column]
                 _panel(axis, measured, metric, card)
@@ -33,52 +35,45 @@ def plot_curves(path: Path, measured: Measured) -> None:
                 axis.set_xlabel("steps")
                 axis.set_title(short(card), fontsize=10)
                 if not column:
-                    axis.set_ylabel(f"{metric.title or metric.name}\n({metric.better} is better)", fontsize=9)
+                    axis.set_ylabel(f"{metric.heading}\n({metric.better} is better)", fontsize=9)
 
 
 def plot_cost(path: Path, measured: Measured) -> None:
     """The deciding metric against the seconds that a clip takes."""
-    metric, cards = measured.experiment.metrics[0], measured.cards()
-    with _figure(path, 1, len(cards)) as axes:
+    metric, cards = measured.experiment.figures[0], measured.cards()
+    with _panels(path, 1, len(cards)) as axes:
         for column, card in enumerate(cards):
             axis = axes[0][column]
             _panel(axis, measured, metric, card, against_time=True)
             axis.set_xscale("log")
             axis.set_xlabel("seconds a clip")
             axis.set_title(short(card), fontsize=10)
-        axes[0][0].set_ylabel(f"{metric.title or metric.name}\n({metric.better} is better)", fontsize=9)
+        axes[0][0].set_ylabel(f"{metric.heading}\n({metric.better} is better)", fontsize=9)
 
 
-class _figure:
-    """A figure of panels that is laid out, saved and closed at the end of the block."""
+@contextmanager
+def _panels(path: Path, rows: int, columns: int) -> Iterator[Any]:
+    """The axes of a figure that is laid out, saved and closed at the end of the block."""
+    import matplotlib
 
-    def __init__(self, path: Path, rows: int, columns: int) -> None:
-        import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        self.path, self.pyplot = path, pyplot
-        size = (max(5.5, 4.2 * columns), 3.3 * rows + 0.7)
-        self.figure, self.axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
-
-    def __enter__(self) -> Any:
-        return self.axes
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        try:
-            if kind is None:
-                handles, labels = self.axes[0][0].get_legend_handles_labels()
-                columns = min(len(labels), max(3, 3 * len(self.axes[0])))
-                self.figure.legend(handles, labels, loc="lower center", ncols=columns, frameon=False, fontsize=9)
-                lines = -(-len(labels) // max(columns, 1))
-                self.figure.tight_layout(rect=(0, 0.26 * lines / self.figure.get_figheight() + 0.01, 1, 1))
-                self.figure.savefig(self.path, dpi=100)
-        finally:
-            self.pyplot.close(self.figure)
+    size = (max(5.5, 4.2 * columns), 3.3 * rows + 0.7)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
+    try:
+        yield axes
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        beside = min(len(labels), max(3, 3 * len(axes[0])))
+        figure.legend(handles, labels, loc="lower center", ncols=beside, frameon=False, fontsize=9)
+        lines = -(-len(labels) // max(beside, 1))
+        figure.tight_layout(rect=(0, 0.26 * lines / figure.get_figheight() + 0.01, 1, 1))
+        figure.savefig(path, dpi=100)
+    finally:
+        pyplot.close(figure)
 
 
-def _panel(axis: Axes, measured: Measured, metric: Metric, card: str, *, against_time: bool = False) -> None:
+def _panel(axis: Axes, measured: Measured, metric: Figure, card: str, *, against_time: bool = False) -> None:
     arms = measured.experiment.shown
     for index, arm in enumerate(arms):
         curve = measured.curve(arm, card, metric.name)
@@ -106,14 +101,14 @@ def _panel(axis: Axes, measured: Measured, metric: Metric, card: str, *, against
     floor = measured.real[card].get(metric.name)
     if isinstance(floor, int | float):
         axis.axhline(floor, color=REAL_COLOUR, linestyle="--", linewidth=1, label="real clips")
-    if metric.better == "lower":
+    if metric.better == LOWER:
         _widen(axis, measured, metric, card)
     axis.grid(alpha=0.25)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
 
 
-def _widen(axis: Axes, measured: Measured, metric: Metric, card: str) -> None:
+def _widen(axis: Axes, measured: Measured, metric: Figure, card: str) -> None:
     """Take a logarithmic axis where one arm's distance is many times another's, which a linear one presses flat."""
     curves = [measured.curve(arm, card, metric.name) for arm in measured.experiment.shown]
     means = [estimate.mean for curve in curves for estimate in curve.values()]

@@ -16,39 +16,41 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from anyflow.evaluation.figures import Figure
 from anyflow.evaluation.statistics import Estimate
 from anyflow.experiment.claims import Answer, answer
 from anyflow.experiment.figures import Measured, few_step_ratio, figures_of, measure, retention, short
-from anyflow.experiment.kept import keep, kept_pieces, origins
+from anyflow.experiment.jobs import Job, finished_pieces
+from anyflow.experiment.kept import keep, origins
 from anyflow.experiment.pieces import Piece
 from anyflow.experiment.plots import plot_cost, plot_curves
 from anyflow.experiment.samples import Samples, as_jpeg, draw_samples, film
-from anyflow.experiment.schema import Experiment, Metric
+from anyflow.experiment.schema import Experiment
 from anyflow.tracking import code_version, machine, record_report
 
 PAGE_BYTES = 2_900_000
 """Of the whole page."""
 
 NOTE_CLAIMS = (
-    "Compared seed by seed on the same prompts and noise; in brackets the 95 % interval (Student's t, the spread "
-    "within data sets pooled). A claim holds if the interval is on its side at every step count, does not hold if it "
-    "is on the other side at one of them, and is not decided otherwise."
+    "Compared seed by seed on the same prompts and noise; in brackets the 95 % interval (Student's t over the seeds, "
+    "every data set with its own spread, Welch), then the mean change on each data set. A claim holds if the interval "
+    "is on its side at every step count, does not hold if it is on the other side at one of them, and is not decided "
+    "otherwise."
 )
 
 
-def write_report(
-    experiment: Experiment, pieces: Sequence[Piece], missing: int, finished: Collection[str] = ()
-) -> tuple[Path, list[Answer]]:
+def write_report(experiment: Experiment, pieces: Sequence[Piece], jobs: Sequence[Job]) -> tuple[Path, list[Answer]]:
     """Write the report of what was measured so far, and give it to the tracker; returns its folder and the answers.
 
     Args:
         experiment: the question.
         pieces: all of its pieces.
-        missing: how many trainings and curves are not there yet; the report says so.
-        finished: names of the pieces that are trained and measured here: their curves are kept beside the report.
+        jobs: all of their trainings and curves. What is not done the report calls missing; the curves of those that are
+            trained and measured here are kept beside it.
     """
-    kept = [name for name, useless in kept_pieces(experiment, pieces).items() if not useless]
-    measured = measure(experiment, pieces, kept)
+    missing = sum(not job.is_done for job in jobs)
+    kept = list(dict.fromkeys(job.piece.name for job in jobs if job.has_kept))
+    measured = measure(experiment, jobs)
     answers = [answer(measured, claim) for claim in experiment.claims]
     folder = experiment.results
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +75,7 @@ def write_report(
             **code_version(),
         }
         (partial / "figures.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        keep(experiment, pieces, finished, partial)
+        keep(experiment, pieces, finished_pieces(jobs), partial)
         _replace(folder, partial)
     record_report(
         pieces[0].tracking_uri, experiment.name, mean_curves(measured), folder, "FINISHED" if not missing else "RUNNING"
@@ -112,7 +114,7 @@ def mean_curves(measured: Measured) -> dict[str, list[dict[str, Any]]]:
 
 def _mean_row(measured: Measured, arm: str, cards: Sequence[str], steps: int) -> dict[str, float]:
     row = {}
-    for metric in measured.experiment.metrics:
+    for metric in measured.experiment.figures:
         means = [sum(v) / len(v) for card in cards if (v := measured.values(arm, card, steps, metric.name))]
         if means:
             row[metric.name] = sum(means) / len(means)
@@ -129,7 +131,7 @@ def _content(
     settings, clips = experiment.evaluation, sorted(set(measured.clips.values()))
     given = f", {settings.given_frames} latent frames given" if settings.given_frames else ""
     noise = f"the mean of {settings.draws} noises each, the same" if settings.draws > 1 else "the same noise"
-    cost = experiment.metrics[0].title or experiment.metrics[0].name
+    cost = experiment.figures[0].heading
     return {
         "name": experiment.name,
         "question": experiment.question,
@@ -139,8 +141,8 @@ def _content(
         else "",
         "answers": answers,
         "note_claims": NOTE_CLAIMS,
-        "tables": [_table(measured, metric, card) for metric in experiment.metrics for card in measured.cards()]
-        + [table for metric in experiment.metrics if _has_figures(table := _ratios(measured, metric))],
+        "tables": [_table(measured, metric, card) for metric in experiment.figures for card in measured.cards()]
+        + [table for metric in experiment.figures if _has_figures(table := _ratios(measured, metric))],
         "note_tables": (
             f"Mean over the seeds {experiment.seeds} [95 % interval]; {', '.join(map(str, clips)) or 'no'} prompts of "
             f"the {settings.split} split at a time, {noise} for every arm and step count{given}. Real clips: "
@@ -150,7 +152,7 @@ def _content(
         ),
         "plot_notes": {
             "curves.png": "Quality against the number of steps: mean over seeds and 95 % interval",
-            "cost.png": f"{cost} against the seconds that a clip takes on this machine, sampling and decoding",
+            "cost.png": f"{cost} against the seconds that a clip took where it was sampled, decoding included",
         },
         "arms": _arms(experiment, pieces),
         "note_arms": _budget(experiment),
@@ -164,7 +166,7 @@ def _content(
     }
 
 
-def _table(measured: Measured, metric: Metric, card: str) -> dict[str, Any]:
+def _table(measured: Measured, metric: Figure, card: str) -> dict[str, Any]:
     counts = sorted(measured.experiment.evaluation.steps)
     rows = []
     for arm in measured.experiment.shown:
@@ -172,11 +174,11 @@ def _table(measured: Measured, metric: Metric, card: str) -> dict[str, Any]:
         rows.append([arm, *(_written(curve.get(count)) for count in counts)])
     floor = measured.real[card].get(metric.name)
     rows.append(["real clips", *([f"{floor:.3g}" if isinstance(floor, int | float) else "-"] * len(counts))])
-    title = f"{metric.title or metric.name} on {short(card)} ({metric.better} is better)"
+    title = f"{metric.heading} on {short(card)} ({metric.better} is better)"
     return {"title": title, "headings": ["arm", *(f"{n} step{'s' * (n > 1)}" for n in counts)], "rows": rows}
 
 
-def _ratios(measured: Measured, metric: Metric) -> dict[str, Any]:
+def _ratios(measured: Measured, metric: Figure) -> dict[str, Any]:
     experiment = measured.experiment
     rows = [
         [arm, _written(few_step_ratio(measured, arm, metric)), _written(retention(measured, arm, metric))]
@@ -184,7 +186,7 @@ def _ratios(measured: Measured, metric: Metric) -> dict[str, Any]:
     ]
     headings = ["arm", f"few-step ratio ({experiment.few} / {experiment.most})", "retention"]
     return {
-        "title": f"few steps against many, by {metric.title or metric.name}, all data",
+        "title": f"few steps against many, by {metric.heading}, all data",
         "headings": headings,
         "rows": rows,
     }
@@ -209,11 +211,13 @@ def _arms(experiment: Experiment, pieces: Sequence[Piece]) -> dict[str, Any]:
         own = [piece for piece in pieces if piece.arm == name]
         recipe = arm.folder or (arm.recipe or experiment.recipe)
         start = f"starts from {arm.start_from}" if arm.start_from else ""
-        changes = "; ".join(filter(None, [start, *arm.overrides]))
+        model = f"model {arm.model}" if arm.model else ""
+        given = f"{arm.given_frames} latent frames given" if arm.given_frames >= 0 else ""
+        changes = "; ".join(filter(None, [start, model, *arm.overrides, given]))
         steps = str(own[0].steps) if own and own[0].recipe is not None else "-"
         label = name if arm.shown else f"{name} (a start for others)"
         rows.append([label, arm.title, recipe, changes, steps, " ".join(map(str, experiment.seeds_of(name)))])
-    return {"headings": ["arm", "what", "recipe or model", "overrides", "steps", "seeds"], "rows": rows}
+    return {"headings": ["arm", "what", "recipe or folder", "apart by", "steps", "seeds"], "rows": rows}
 
 
 def _budget(experiment: Experiment) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from anyflow.evaluation.figures import FIGURES, Figure
 from anyflow.recipe.schema import option
 
 
@@ -23,19 +24,10 @@ class Arm:
     overrides: list[str] = option([], "dotted.key=value, after the experiment's own")
     start_from: str = option("", "arm of this experiment whose model is trained further")
     folder: str = option("", "a finished model (folder or hub id), evaluated as it is: nothing is trained")
-    seeds: list[int] = option([], "seeds that it is trained with; empty: the experiment's", low=0, high=2**31 - 1)
+    seeds: list[int] = option([], "seeds that it is trained with; empty: the experiment's", low=0, high=999)
     steps: int = option(0, "a budget of its own, told in the report; 0: the experiment's", low=0)
     given_frames: int = option(-1, "latent frames given when it is evaluated; -1: as the experiment says", low=-1)
     shown: bool = option(True, "evaluate and compare it; false: it is there for others to start from")
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A figure of a curve's rows."""
-
-    name: str = option("", "a numeric field of a curve's rows, for example sliced_w1")
-    better: str = option("lower", "which way is better", choices=("lower", "higher"))
-    title: str = option("", "what stands beside the axis; empty: the name")
 
 
 @dataclass(frozen=True)
@@ -87,7 +79,7 @@ class Experiment:
     question: str = option("", "what is asked, one sentence")
     expect: str = option("", "what is expected and why, written before it was run")
     cards: list[str] = option([], "data sets that every arm is evaluated on: names in data/, or paths")
-    seeds: list[int] = option([0, 1, 2], "seeds of training, and of the noise that is sampled from", low=0)
+    seeds: list[int] = option([0, 1, 2], "seeds of training, and of the noise that is sampled from", low=0, high=999)
     recipe: str = option("", "stage file of the arms that name none")
     model: str = option("", "model file of the arms that name none; empty: what the stage file says")
     hardware: str = option("", "hardware file of all arms; empty: what the stage file says")
@@ -95,7 +87,7 @@ class Experiment:
     arms: dict[str, Arm] = field(default_factory=dict, metadata={"help": "name: what it is"})
     budget: Budget = field(default_factory=Budget)
     evaluation: Evaluation = field(default_factory=Evaluation)
-    metrics: list[Metric] = field(default_factory=list, metadata={"help": "what is reported, the deciding one first"})
+    metrics: list[str] = option([], "figures that are reported, the deciding one first (docs/measures.md)")
     few: int = option(4, "step count of the few-step ratio, against the largest of evaluation.steps", low=1)
     before: str = option("", "arm that the others began as: retention is its few-step ratio over theirs")
     claims: list[Claim] = field(default_factory=list, metadata={"help": "what the report answers"})
@@ -115,9 +107,14 @@ class Experiment:
         """The seeds of an arm."""
         return self.arms[arm].seeds or self.seeds
 
-    def metric(self, name: str) -> Metric:
+    @property
+    def figures(self) -> list[Figure]:
+        """What the metrics are."""
+        return [FIGURES[name] for name in self.metrics]
+
+    def metric(self, name: str) -> Figure:
         """A metric by name; an empty name is the first."""
-        return next(metric for metric in self.metrics if name in ("", metric.name))
+        return FIGURES[name or self.metrics[0]]
 
     @property
     def shown(self) -> list[str]:

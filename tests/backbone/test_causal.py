@@ -253,6 +253,16 @@ def test_long_videos_move_their_window(far, make_text: MakeText) -> None:
     torch.testing.assert_close(again, parts[9], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("given", [0, 1, 3])
+def test_network_calls_are_known_beforehand(far, make_text: MakeText, given: int) -> None:
+    backbone, (text, _) = CausalBackbone(far(full_chunk_limit=2)), make_text([3])
+    asked: list[Tensor] = []
+    backbone.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0]))
+    noise = torch.randn(1, 6, 16, 8, 8)
+    backbone.sample(text, noise, 3, 5.0, first_frames=noise[:, :given] if given else None)
+    assert len(asked) == backbone.calls_of(3, 6, given)
+
+
 def test_the_wrapped_transformer_still_serves_diffusers(far, make_text: MakeText) -> None:
     latents, full = torch.randn(2, 3, 16, 8, 12), make_text([3, 4])[1]
     stock = far().requires_grad_(False)

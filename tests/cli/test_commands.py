@@ -241,6 +241,19 @@ def test_a_dry_run_builds_everything_and_writes_no_run(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--prompts", "32"], r"32 prompts need 64 clips of the heldout split.* driving has 40: ask for 20 prompts"),
+        (["--given-frames", "5"], r"5 are 17 frames, and clips have 17"),
+        (["--probe", "--split", "train"], r"a probe has seen these clips"),
+    ],
+)
+def test_evaluate_refuses_what_it_cannot_judge_before_it_loads_the_model(words: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        call("evaluate", "--model", "data/models/tiny", "--data", "driving", *words)
+
+
 @pytest.mark.slow
 def test_evaluate_measures_a_curve(small_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"

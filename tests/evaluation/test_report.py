@@ -11,7 +11,7 @@ from models import BlockCodec, exact_sampler, held_out
 from anyflow.evaluation.curve import CurveResult
 from anyflow.evaluation.intervals import wilson_interval
 from anyflow.evaluation.measure import measure_curve
-from anyflow.evaluation.report import FIGURES, read_report, sample_grid, write_report
+from anyflow.evaluation.report import FILES, read_report, sample_grid, write_report
 from anyflow.evaluation.tables import comparison_markdown, comparison_text
 
 ITEMS, REFERENCE = held_out(3), held_out(3, offset=3)
@@ -39,7 +39,7 @@ def test_a_report_holds_every_figure_and_its_numbers_come_back(
 ) -> None:
     before, after = pair
     paths = write_report(tmp_path / "report", before, after, title="Driving")
-    assert set(paths) == set(FIGURES) == {path.name for path in (tmp_path / "report").iterdir()}
+    assert set(paths) == set(FILES) == {path.name for path in (tmp_path / "report").iterdir()}
     assert all(path.stat().st_size > 100 for path in paths.values())
     assert read_report(paths["curve.json"]) == (before.curve, after.curve)
     assert paths["table.txt"].read_text() == comparison_text(before.curve, after.curve)

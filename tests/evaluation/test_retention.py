@@ -59,7 +59,11 @@ def test_what_has_no_ratio() -> None:
     assert few_step_ratio(curve([0.2], [0.2], (None, None)), "motion_accuracy") is None
     assert few_step_ratio(curve([0.2], [0.2]), "sliced_w1", few=2) is None
     assert retention(curve([0.2], [0.0]), curve([0.2], [0.2]), "sliced_w1") is None
-    with pytest.raises(KeyError, match="neither a distance nor a share"):
-        few_step_ratio(curve([0.2], [0.2]), "motion_energy")
-    with pytest.raises(ValueError, match="measure both alike"):
-        retention(curve([0.2], [0.2]), curve([0.2, 0.2], [0.2, 0.2]), "sliced_w1")
+    for name in ("motion_energy", "frame_kernel", "preview_error"):
+        with pytest.raises(KeyError, match="no few-step ratio"):
+            few_step_ratio(curve([0.2], [0.2]), name)
+
+
+def test_seeds_that_one_side_lacks_are_left_out() -> None:
+    kept = retention(curve([0.22], [0.2]), curve([0.2, 0.9], [0.2, 0.1]), "sliced_w1")
+    assert kept is not None and kept.mean == pytest.approx(1.1) and kept.count == 1

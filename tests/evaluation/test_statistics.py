@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anyflow.evaluation.intervals import t_quantile
-from anyflow.evaluation.statistics import badness_ratio, estimate
+from anyflow.evaluation.statistics import badness_ratio, estimate, ratio_of, shared
 
 VALUES = st.lists(st.floats(-100, 100), min_size=2, max_size=6)
 
@@ -38,14 +38,30 @@ def test_one_value_has_no_interval() -> None:
         estimate([[1.0], []])
 
 
-def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
-    """3 seeds of 3 data sets, 2000 times: 95 % of the intervals hold the mean, within two standard errors (1 %)."""
+@pytest.mark.parametrize("spreads", [(1.0, 1.0, 1.0), (0.05, 1.0, 0.5), (0.1, 0.2, 3.0)])
+def test_the_interval_holds_the_truth_as_often_as_it_says(spreads: tuple[float, ...]) -> None:
+    """3 seeds of 3 data sets, quiet and restless ones, 4000 times: at least 95 % of the intervals hold the mean.
+
+    Two standard errors are 0.7 %; of three seeds Welch's interval errs a little to the careful side.
+    """
     draw = random.Random(0)
     hits = 0
-    for _ in range(2000):
-        found = estimate([[draw.gauss(centre, 1.0) for _ in range(3)] for centre in (0.0, 10.0, -4.0)])
+    for _ in range(4000):
+        places = zip((0.0, 10.0, -4.0), spreads, strict=True)
+        found = estimate([[draw.gauss(centre, spread) for _ in range(3)] for centre, spread in places])
         hits += found.low <= 2.0 <= found.high  # type: ignore[operator]
-    assert 0.94 < hits / 2000 < 0.96
+    assert 0.943 < hits / 4000 < 0.985
+
+
+def test_a_stratum_of_one_borrows_the_spread_of_the_others() -> None:
+    """s^2 = 1 from three values; half = t(2) sqrt(1 / 3 + 1) / 2."""
+    found = estimate([[1.0, 2.0, 3.0], [5.0]])
+    assert found.mean == 3.5 and found.high == pytest.approx(3.5 + 4.30265 * math.sqrt(4 / 3) / 2, rel=1e-5)
+
+
+def test_only_seeds_of_both_are_compared() -> None:
+    assert shared({0: 3.0, 1: 5.0}, {1: 2.0, 2: 9.0}, lambda one, other: one - other) == {1: 3.0}
+    assert ratio_of([]) is None and ratio_of([[0.1, math.nan]]) is None
 
 
 def test_badness_is_a_distance_or_a_missing_accuracy() -> None:

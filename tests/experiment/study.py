@@ -12,7 +12,7 @@ import torch
 
 from anyflow.curves import save_curve
 from anyflow.evaluation.curve import Curve, CurveResult, CurveRow, HeldOut, Marks
-from anyflow.experiment.jobs import measured_on
+from anyflow.experiment.jobs import Job, measured_on
 from anyflow.experiment.load import load_experiment
 from anyflow.experiment.pieces import Piece, curve_folder, pieces_of
 from anyflow.experiment.schema import Experiment
@@ -31,9 +31,7 @@ arms:
 overrides: [stage.steps=20, "run.tracking_uri="]
 budget: {steps: 20, batch: 8}
 evaluation: {prompts: 4, steps: [1, 4, 32]}
-metrics:
-  - {name: sliced_w1, better: lower, title: distance}
-  - {name: motion_accuracy, better: higher}
+metrics: [sliced_w1, motion_accuracy]
 before: base
 claims:
   - {say: More beats plain., arm: more, than: plain, steps: [1, 4]}
@@ -88,6 +86,12 @@ def invent(experiment: Experiment, pieces: list[Piece], value: Value, with_sampl
     for piece in pieces:
         for card in piece.cards:
             invent_curve(experiment, piece, card, value, with_samples and piece.seed == experiment.seeds[0])
+
+
+def jobs_in_state(pieces: list[Piece], state: str = "done") -> list[Job]:
+    """All trainings and curves, said to be in a state without a look at any file."""
+    titles = [(piece, card) for piece in pieces for card in ([""] if piece.recipe else []) + list(piece.cards)]
+    return [Job(piece, card, state) for piece, card in titles]
 
 
 def invent_training(piece: Piece) -> None:

@@ -9,8 +9,7 @@ import pytest
 from study import TEXT, invent_curve, invent_training, write_study
 
 from anyflow.experiment.figures import measure
-from anyflow.experiment.jobs import finished_pieces, jobs_of
-from anyflow.experiment.kept import kept_pieces
+from anyflow.experiment.jobs import jobs_of
 from anyflow.experiment.pieces import Piece
 from anyflow.experiment.report import write_report
 from anyflow.experiment.schema import Experiment
@@ -33,8 +32,7 @@ def elsewhere(folder: Path, text: str = FEWER) -> None:
             invent_training(piece)
         for card in piece.cards:
             invent_curve(experiment, piece, card, lambda arm, *_: len(arm), with_samples=True)
-    jobs = jobs_of(experiment, pieces)
-    write_report(experiment, pieces, 0, finished_pieces(jobs))
+    write_report(experiment, pieces, jobs_of(experiment, pieces))
     (folder / "runs").rename(folder / "gone")
 
 
@@ -47,7 +45,7 @@ def test_what_was_measured_elsewhere_counts_as_done(tmp_path: Path) -> None:
     experiment, pieces = write_study(tmp_path, FEWER)
     assert set(states((experiment, pieces)).values()) == {"kept"}
     before = json.loads((experiment.results / "figures.json").read_text())
-    folder, _ = write_report(experiment, pieces, 0)
+    folder, _ = write_report(experiment, pieces, jobs_of(experiment, pieces))
     after = json.loads((folder / "figures.json").read_text())
     assert after["curves"] == before["curves"] and after["curves"]["plain"]["driving"]
     assert len(list((folder / "measured").iterdir())) == 3
@@ -72,6 +70,7 @@ def test_a_new_arm_trains_the_models_that_it_starts_from_and_no_others(tmp_path:
     found = states((experiment, pieces))
     assert found["more-0-driving: evaluate on driving"] == found["base-0: evaluate on driving"] == "kept"
     assert found["plain-0-driving: evaluate on driving"] == "missing"
+    assert ("plain", "driving", 0) not in measure(experiment, jobs_of(experiment, pieces)).rows
     plain.run.note(state="running")
     assert states((experiment, pieces))["more-0-driving: evaluate on driving"] == "kept"
 
@@ -91,9 +90,9 @@ def test_what_would_come_out_otherwise_is_measured_again(tmp_path: Path, change:
     assert found["plain"].state == "missing" and reason in found["plain"].reason
     assert found["more"].state == "missing"
     assert found["base"].state == ("kept" if "recipe" in reason else "missing")
-    kept = [name for name, useless in kept_pieces(experiment, pieces).items() if not useless]
-    assert ("plain", "driving", 0) not in measure(experiment, pieces, kept).rows
-    write_report(experiment, pieces, 6)
+    jobs = jobs_of(experiment, pieces)
+    assert ("plain", "driving", 0) not in measure(experiment, jobs).rows
+    write_report(experiment, pieces, jobs)
     assert len(list((experiment.results / "measured").iterdir())) == 3  # for a recipe that is put back
 
 
@@ -116,8 +115,7 @@ def test_what_is_here_goes_before_what_is_kept(tmp_path: Path) -> None:
     plain = next(piece for piece in pieces if piece.arm == "plain")
     invent_training(plain)
     invent_curve(experiment, plain, "driving", lambda *_: 77.0, with_samples=True)
-    jobs = jobs_of(experiment, pieces)
-    folder, _ = write_report(experiment, pieces, 0, finished_pieces(jobs))
+    folder, _ = write_report(experiment, pieces, jobs_of(experiment, pieces))
     document = json.loads((folder / "figures.json").read_text())
     figures = document["curves"]
     assert document["pictures"]["driving"] == ["base", "plain", "more"]  # a picture of more arms than are here stays
