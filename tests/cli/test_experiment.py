@@ -34,7 +34,7 @@ seeds: [0]
 budget: {{steps: 6, batch: 2}}
 evaluation: {{prompts: 2, steps: [1, 2]}}
 few: 1
-metrics: [{{name: sliced_w1}}]
+metrics: [sliced_w1]
 claims: [{{say: Tuning helps., arm: tuned, than: base, steps: [1, 2]}}]
 """
 
