@@ -18,7 +18,7 @@ from __future__ import annotations
 from operator import sub
 
 from anyflow.evaluation.curve import Curve, CurveRow
-from anyflow.evaluation.figures import figure_of
+from anyflow.evaluation.figures import Figure, figure_of
 from anyflow.evaluation.statistics import Estimate, log_badness, ratio_of, shared
 
 FEW = 4
@@ -46,17 +46,36 @@ def retention(before: Curve, after: Curve, name: str, few: int = FEW, many: int 
     return ratio_of([list(kept.values())]) if kept else None
 
 
-def _log_ratios(curve: Curve, name: str, few: int, many: int | None) -> dict[int, float]:
-    """By seed of the noise; empty where there is none."""
+def change(before: Curve, after: Curve, name: str, num_steps: int) -> Estimate | None:
+    """How many times as bad the later model is at a step count, seed by seed on the same prompts and noise.
+
+    None where a figure is missing or 0, or no seed is shared.
+
+    Raises:
+        KeyError: the figure is of a kind that has no ratio; or the step count was not measured.
+    """
+    better = _comparable(name).better
+    was, now = (_values(curve, curve.row(num_steps), name) for curve in (before, after))
+    logs = shared(now, was, lambda one, other: log_badness(one, other, better))
+    return ratio_of([list(logs.values())]) if logs else None
+
+
+def _comparable(name: str) -> Figure:
     figure = figure_of(name)
     if figure is None or not figure.better or not figure.has_ratio:
         raise KeyError(f"{name} has no few-step ratio: it can be 0, or has no better side")
+    return figure
+
+
+def _log_ratios(curve: Curve, name: str, few: int, many: int | None) -> dict[int, float]:
+    """By seed of the noise; empty where there is none."""
+    better = _comparable(name).better
     rows = {row.num_steps: row for row in curve.rows}
     most = many or max(rows)
     if few not in rows or most not in rows or few == most:
         return {}
     few_values, many_values = (_values(curve, rows[count], name) for count in (few, most))
-    return shared(few_values, many_values, lambda one, other: log_badness(one, other, figure.better))
+    return shared(few_values, many_values, lambda one, other: log_badness(one, other, better))
 
 
 def _values(curve: Curve, row: CurveRow, name: str) -> dict[int, float]:

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 
 from anyflow.evaluation.curve import Curve, CurveRow, Marks
-from anyflow.evaluation.figures import AS_REAL, FIGURES, Figure, figure_of
+from anyflow.evaluation.figures import AS_REAL, FIGURES, LOWER, Figure, figure_of
 from anyflow.evaluation.intervals import wilson_interval
-from anyflow.evaluation.retention import few_step_ratio, retention
+from anyflow.evaluation.retention import change, few_step_ratio, retention
+from anyflow.evaluation.statistics import Estimate
 
 COLUMNS = tuple(FIGURES[name] for name in ("motion_accuracy", "frame_frechet", "sliced_w1", "motion_energy"))
 """The measures of the first table, and of the plot."""
@@ -94,6 +95,27 @@ def few_step_lines(before: Curve | None, after: Curve) -> list[str]:
     return lines
 
 
+def change_lines(before: Curve | None, after: Curve) -> list[str]:
+    """By how much each distance fell or grew at each step count, paired by seed: the table's intervals are unpaired."""
+    if before is None:
+        return []
+    lines = []
+    for column in (*COLUMNS, *DETAILS):
+        if column.better != LOWER or not column.has_ratio:
+            continue
+        found = {row.num_steps: change(before, after, column.name, row.num_steps) for row in after.rows}
+        told = [f"{count}: {_percent(ratio)}" for count, ratio in found.items() if ratio is not None]
+        if told:
+            lines.append(f"{column.heading}, {after.label} against {before.label} at steps {', '.join(told)}")
+    return lines
+
+
+def _percent(ratio: Estimate) -> str:
+    found = ratio.map(lambda value: 100 * (value - 1))
+    interval = f" [{found.low:+.1f}, {found.high:+.1f}]" if found.low is not None else ""
+    return f"{found.mean:+.1f} %{interval}"
+
+
 def check_comparable(before: Curve | None, after: Curve) -> None:
     """Refuse two curves that were not measured the same way.
 
@@ -137,7 +159,7 @@ def comparison_text(before: Curve | None, after: Curve) -> str:
             table.add_row(*cells, end_section=index == len(after.rows) - 1)
         if columns:
             console.print(table)
-    for line in (*few_step_lines(before, after), *after.notes):
+    for line in (*change_lines(before, after), *few_step_lines(before, after), *after.notes):
         console.print(line)
     return "\n".join(line.rstrip() for line in sink.getvalue().splitlines()).strip("\n") + "\n"
 
@@ -150,7 +172,7 @@ def comparison_markdown(before: Curve | None, after: Curve) -> str:
             headings, rows = table_cells(before, after, columns)
             lines += ["", f"| {' | '.join(headings)} |", f"|{'--:|' * len(headings)}"]
             lines += [f"| {' | '.join(cells)} |" for cells in rows]
-    if told := [*few_step_lines(before, after), *after.notes]:
+    if told := [*change_lines(before, after), *few_step_lines(before, after), *after.notes]:
         lines += ["", *(f"- {line}" for line in told)]
     frames, height, width = after.size
     notes = [

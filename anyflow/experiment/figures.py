@@ -24,15 +24,24 @@ from anyflow.experiment.schema import Experiment
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured: ``rows[arm, card, seed]`` are a curve's rows by step count, ``real[card]`` real clips' marks.
+    """What was measured.
 
-    ``clips[card]`` is the number of prompts.
+    Attributes:
+        experiment: the question.
+        rows: by arm, card and seed, a curve's rows by step count.
+        real_of: by arm and card, what real clips get.
+        clips: by card, the number of prompts.
     """
 
     experiment: Experiment
     rows: dict[tuple[str, str, int], dict[int, dict[str, Any]]]
-    real: dict[str, dict[str, Any]]
+    real_of: dict[tuple[str, str], dict[str, Any]]
     clips: dict[str, int]
+
+    @property
+    def real(self) -> dict[str, dict[str, Any]]:
+        """By card, what real clips get, in the latents of the first arm that was measured on it."""
+        return {card: marks for (_, card), marks in reversed(self.real_of.items())}
 
     def cards(self, chosen: Sequence[str] = ()) -> list[str]:
         """The chosen cards (all, if none is) of which anything was measured."""
@@ -81,14 +90,15 @@ class Measured:
 def measure(experiment: Experiment, jobs: Iterable[Job]) -> Measured:
     """Read the curves that were measured as the experiment is now: here, and elsewhere where they are kept."""
     rows: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = {}
-    real: dict[str, dict[str, Any]] = {}
+    real: dict[tuple[str, str], dict[str, Any]] = {}
     clips: dict[str, int] = {}
     for job in jobs:
         found = None if job.is_training else curve_of_job(experiment, job)
         if found is not None:
             curve, piece = found["curve"], job.piece
             rows[piece.arm, job.card, piece.seed] = {row["num_steps"]: row for row in curve["rows"]}
-            real[job.card], clips[job.card] = curve["real"], curve["clips"]
+            real.setdefault((piece.arm, job.card), curve["real"])
+            clips[job.card] = curve["clips"]
     return Measured(experiment, rows, real, clips)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from anyflow.evaluation.curve import Curve, CurveRow, Marks, over_seeds
-from anyflow.evaluation.retention import few_step_ratio, retention
+from anyflow.evaluation.retention import change, few_step_ratio, retention
 
 NOTHING = Marks(sliced_w1=0.1, frame_frechet=0.1, motion_accuracy=1.0, motion_unread=0.0, motion_energy=1.0)
 
@@ -52,6 +52,17 @@ def test_seeds_are_paired() -> None:
     spread = few_step_ratio(curve([0.2, 0.4], [0.2, 0.2]), "frame_frechet")
     assert spread is not None and spread.mean == pytest.approx(2**0.5), "1 and 2: half and twice are equally far from 1"
     assert spread.high == pytest.approx(2 ** (0.5 + 12.706 * 0.5), rel=1e-3)
+
+
+def test_a_change_is_paired_by_seed() -> None:
+    """Every seed falls by a fifth, whatever the seeds differ in; of an accuracy the inverse counts."""
+    before, after = curve([0.2, 0.4], [0.1, 0.3]), curve([0.16, 0.32], [0.1, 0.3])
+    found = change(before, after, "sliced_w1", 4)
+    assert found is not None and found.mean == pytest.approx(0.8) and found.high == pytest.approx(0.8)
+    even = change(before, after, "motion_accuracy", 32)
+    assert even is not None and even.mean == 1
+    with pytest.raises(KeyError):
+        change(before, after, "sliced_w1", 16)
 
 
 def test_what_has_no_ratio() -> None:

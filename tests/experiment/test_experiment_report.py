@@ -12,6 +12,7 @@ import pytest
 from study import TEXT, invent, jobs_in_state, write_study
 
 from anyflow.experiment.claims import FAILS, HOLDS, OPEN, answer
+from anyflow.experiment.content import content_of
 from anyflow.experiment.figures import few_step_ratio, measure, retention
 from anyflow.experiment.pieces import Piece
 from anyflow.experiment.report import mean_curves, write_report
@@ -139,6 +140,14 @@ def test_the_page_has_everything_inside(study: Study) -> None:
         distance("plain", "games", seed, 4) for seed in (0, 1, 2)
     ]
     assert figures["answers"][0]["verdict"] == HOLDS and figures["floor"]["driving"]["sliced_w1"] == 0.5
+
+
+def test_another_codec_is_told(study: Study) -> None:
+    experiment, pieces = study
+    measured = measure(experiment, jobs_in_state(pieces))
+    measured.real_of["more", "games"] = {**measured.real_of["more", "games"], "sliced_w1": 0.7}
+    assert "codec of more is another" in content_of(measured, pieces, [], 0, []).note_tables
+    assert "codec" not in content_of(measure(experiment, jobs_in_state(pieces)), pieces, [], 0, []).note_tables
 
 
 def test_a_report_of_nothing_says_so(tmp_path: Path) -> None:
