@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from anyflow.data.buckets import sort_clips
 from anyflow.data.cache import TEXTS, LatentCache, LatentShape, cache_name, is_whole, source_digest, text_key
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
 from anyflow.data.locks import locked
+from anyflow.data.plan import digest
 from anyflow.data.reader import TAR_BLOCK, ShardReader, check_length, find_split
 from anyflow.data.shapes import tokens
 from anyflow.data.shards import (
@@ -223,7 +224,7 @@ class Encoding:
                 latent_shapes |= {number: tuple(shape) for number, shape in note["latent_shapes"]}
                 shard = shard_from_dict(note["shard"])
                 if shard.samples:
-                    shards[job.kind].append(shard)
+                    shards[job.kind].append(replace(shard, made_from=self._made_from(shard)))
                 else:
                     (self._home(job) / shard.name).unlink(missing_ok=True)
             enforce_budget(skipped, len(self.places), len(self.places), self.error_budget, self.report)
@@ -241,6 +242,10 @@ class Encoding:
             self.partial.rename(self.folder)
         for skip in skipped:
             log.warning("not encoded: %s", skip)
+
+    def _made_from(self, shard: Shard) -> str:
+        """What a shard was computed from: a run goes on where its cache had to be made again."""
+        return digest("\n".join([self.source, self.fingerprint, *(f"{s.key} {s.shape}" for s in shard.samples)]))
 
     def all(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Everything in this process; of several processes one does it and the others wait for it."""

@@ -79,8 +79,10 @@ class ShardReader:
         self._damaged: dict[int, str] = {}
 
     def planned(self) -> tuple[PlannedShard, ...]:
-        """The plan's view of the shards."""
-        return tuple(PlannedShard(shard.name, shard.sha256, len(shard.samples)) for _, shard in self.shards)
+        """The plan's view of the shards; those that were computed again from the same are the same."""
+        return tuple(
+            PlannedShard(shard.name, shard.made_from or shard.sha256, len(shard.samples)) for _, shard in self.shards
+        )
 
     def restricted(self, kept: Sequence[Sequence[int]]) -> ShardReader:
         """A reader of some samples alone, given by their numbers in each shard; a shard without any is left out."""

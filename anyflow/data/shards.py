@@ -2,7 +2,7 @@
 
 A folder of shards holds ``PREFIX-000000.tar``, ``PREFIX-000001.tar``, ... and ``index.json``::
 
-    {"version": 1, "shards": [{"name", "bytes", "sha256",
+    {"version": 1, "shards": [{"name", "bytes", "sha256", "made_from" (of computed samples),
                                "samples": [{"key", "parts": {"mp4": [offset, size], ...}, "shape": [...]}]}]}
 
 Offsets are those of the members' data in the tar, so a sample is read with a seek, without unpacking. The tars are
@@ -50,12 +50,22 @@ class Sample:
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: its file name, its size and sha256, and its samples in order."""
+    """One tar.
+
+    Attributes:
+        name: of its file.
+        bytes: its size.
+        sha256: of the file.
+        samples: in order.
+        made_from: of samples that were computed, a digest of what from: computed again, elsewhere or on more threads,
+            they are the same samples but for rounding. Empty: the samples are what they are.
+    """
 
     name: str
     bytes: int
     sha256: str
     samples: tuple[Sample, ...]
+    made_from: str = ""
 
 
 @dataclass(frozen=True)
@@ -223,6 +233,7 @@ def shard_to_dict(shard: Shard) -> dict[str, Any]:
         "name": shard.name,
         "bytes": shard.bytes,
         "sha256": shard.sha256,
+        **({"made_from": shard.made_from} if shard.made_from else {}),
         "samples": [_sample_to_dict(sample) for sample in shard.samples],
     }
 
@@ -256,7 +267,7 @@ def shard_from_dict(entry: Mapping[str, Any]) -> Shard:
         for offset, length in sample.parts.values():
             if offset < 0 or not 0 <= length <= MAX_MEMBER or offset + length > size:
                 raise ValueError(f"sample {sample.key!r} lies outside of {name!r}")
-    return Shard(name, size, str(entry["sha256"]), samples)
+    return Shard(name, size, str(entry["sha256"]), samples, str(entry.get("made_from", "")))
 
 
 def write_tar(batch: Iterable[tuple[str, Mapping[str, bytes]]], path: Path) -> Shard:

@@ -85,6 +85,22 @@ def test_encoding_twice_gives_the_same_bytes_and_does_the_work_once(shards: Path
     assert encode(shards, again, out=tmp_path / "a") == first and not again.calls
 
 
+def test_a_run_goes_on_where_its_cache_was_computed_again(shards: Path, tmp_path: Path) -> None:
+    """On other threads or another machine latents differ by rounding, so the shards have other bytes."""
+
+    class Rounding(MeanCodec):
+        def encode_video(self, video: Tensor) -> Tensor:
+            return super().encode_video(video) * 1.001
+
+    first, second = encode(shards, MeanCodec(), out=tmp_path / "a"), encode(shards, Rounding(), out=tmp_path / "b")
+    assert load_index(first).shards[0].sha256 != load_index(second).shards[0].sha256
+    codec_hash = MeanCodec().fingerprint
+    here, there = (module(shards, cache=folder, codec_hash=codec_hash) for folder in (first, second))
+    second_batch = [batch["key"] for batch in here.train_dataloader()][1]
+    there.load_state_dict({**here.state_dict(), "epoch": 0, "batch": 1})
+    assert next(iter(there.train_dataloader()))["key"] == second_batch
+
+
 def test_the_cost_is_told_beforehand(shards: Path) -> None:
     """Tar members are padded to blocks and a tar ends with some: the estimate is within a block or two a clip."""
     cost = Encoding(shards, "train", MeanCodec(), [SHAPE]).estimate()
