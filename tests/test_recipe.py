@@ -152,7 +152,7 @@ MISTAKES = [
     ("data.buckets=[17x64x96]", "or the run's own shape: give it once"),
     ("data.buckets=[81x480x832]", "a clip has 32760 tokens, more than a pass of data.batch_size=8 clips"),
     ("model.lora.dropout=0.1", "model.lora.dropout=0.1 would corrupt the finite difference"),
-    ("stage.diffusion_share=0.9", "sum to 1.15, above 1"),
+    ("stage.diffusion_share=0.9", "sum to 1.025, above 1"),
     ("stage.diffusion_share=-0.1", "is too small"),
     ("data.heldout=train", "is the training split"),
     ("sampling.steps=[4,4]", "repeats itself"),
