@@ -184,8 +184,8 @@ def _own(row: Mapping[str, Any], metric: str, clips: int) -> Estimate:
         return Estimate(value, value - half, value + half, clips)
     figure = figure_of(metric)
     if figure is not None and figure.is_share:
-        trials = (row.get("motion_clips") if metric.startswith("motion_") else None) or clips
-        return Estimate(value, *wilson_interval(value, int(trials)), int(trials))
+        trials = figure.trials(clips, row.get("motion_clips"))
+        return Estimate(value, *wilson_interval(value, trials), trials)
     return Estimate(value, None, None, 1)
 
 

@@ -27,6 +27,15 @@ class Figure:
     is_share: bool = False
     has_ratio: bool = True
 
+    @property
+    def compares(self) -> bool:
+        """Whether one value is so many times as bad as another."""
+        return bool(self.better) and self.has_ratio
+
+    def trials(self, clips: int, motion_clips: int | None) -> int:
+        """Of how many clips it is a share: of those that ask for a motion, or of all."""
+        return int((motion_clips if self.name.startswith("motion_") else None) or clips)
+
 
 FIGURES = {
     figure.name: figure

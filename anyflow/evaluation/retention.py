@@ -32,8 +32,7 @@ def few_step_ratio(curve: Curve, name: str, few: int = FEW, many: int | None = N
     Raises:
         KeyError: the figure is of a kind that has no ratio.
     """
-    logs = _log_ratios(curve, name, few, many)
-    return ratio_of([list(logs.values())]) if logs else None
+    return ratio_of([list(_log_ratios(curve, name, few, many).values())])
 
 
 def retention(before: Curve, after: Curve, name: str, few: int = FEW, many: int | None = None) -> Estimate | None:
@@ -43,7 +42,7 @@ def retention(before: Curve, after: Curve, name: str, few: int = FEW, many: int 
         KeyError: the figure is of a kind that has no ratio.
     """
     kept = shared(_log_ratios(before, name, few, many), _log_ratios(after, name, few, many), sub)
-    return ratio_of([list(kept.values())]) if kept else None
+    return ratio_of([list(kept.values())])
 
 
 def change(before: Curve, after: Curve, name: str, num_steps: int) -> Estimate | None:
@@ -57,12 +56,12 @@ def change(before: Curve, after: Curve, name: str, num_steps: int) -> Estimate |
     better = _comparable(name).better
     was, now = (_values(curve, curve.row(num_steps), name) for curve in (before, after))
     logs = shared(now, was, lambda one, other: log_badness(one, other, better))
-    return ratio_of([list(logs.values())]) if logs else None
+    return ratio_of([list(logs.values())])
 
 
 def _comparable(name: str) -> Figure:
     figure = figure_of(name)
-    if figure is None or not figure.better or not figure.has_ratio:
+    if figure is None or not figure.compares:
         raise KeyError(f"{name} has no few-step ratio: it can be 0, or has no better side")
     return figure
 

@@ -30,6 +30,11 @@ class Estimate:
         low = None if self.low is None else function(self.low)
         return Estimate(function(self.mean), low, None if self.high is None else function(self.high), self.count)
 
+    @property
+    def percent(self) -> Estimate:
+        """Of a ratio: the change in percent."""
+        return self.map(lambda ratio: 100 * (ratio - 1))
+
     def __str__(self) -> str:
         return f"{self.mean:.2f}" + (f" [{self.low:.2f}, {self.high:.2f}]" if self.low is not None else "")
 
@@ -68,7 +73,11 @@ def log_badness(one: float, other: float, better: str) -> float:
 
 
 def ratio_of(strata: Sequence[Sequence[float]]) -> Estimate | None:
-    """The estimate of a ratio from its logarithms; None where there are none, or a value was no ratio."""
+    """The estimate of a ratio from its logarithms; None where there are none, or a value was no ratio.
+
+    Strata without a value are left out.
+    """
+    strata = [values for values in strata if values]
     if not strata or any(not math.isfinite(value) for values in strata for value in values):
         return None
     return estimate(strata).map(math.exp)

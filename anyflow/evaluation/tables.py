@@ -14,13 +14,8 @@ from anyflow.evaluation.statistics import Estimate
 COLUMNS = tuple(FIGURES[name] for name in ("motion_accuracy", "frame_frechet", "sliced_w1", "motion_energy"))
 """The measures of the first table, and of the plot."""
 
-DETAILS = tuple(
-    FIGURES[name]
-    for name in (
-        *("frame_kernel", "spread", "temporal_consistency"),
-        *("path_error", "given_frame_psnr", "preview_error"),
-    )
-)
+_FURTHER = ("frame_kernel", "spread", "temporal_consistency", "path_error", "given_frame_psnr", "preview_error")
+DETAILS = tuple(FIGURES[name] for name in _FURTHER)
 """The measures of the second table; figures that only some models have follow them."""
 
 
@@ -44,8 +39,7 @@ def interval_of(marks: Marks, figure: Figure, count: int) -> tuple[float, float]
     if half is not None:
         low, high = value - half, value + half
         return (max(0.0, low), min(1.0, high)) if figure.is_share else (low, high)
-    trials = (marks.motion_clips if figure.name.startswith("motion_") else None) or count
-    return wilson_interval(value, trials) if figure.is_share else (value, value)
+    return wilson_interval(value, figure.trials(count, marks.motion_clips)) if figure.is_share else (value, value)
 
 
 def _cell(marks: Marks, figure: Figure, count: int) -> str:
@@ -84,7 +78,7 @@ def few_step_lines(before: Curve | None, after: Curve) -> list[str]:
     """What few steps cost in a word for each figure, and what is left of the few-step ability before."""
     lines = []
     for column in (*COLUMNS, *DETAILS):
-        if not column.better or not column.has_ratio:
+        if not column.compares:
             continue
         ratios = [few_step_ratio(curve, column.name) for curve in (before, after) if curve is not None]
         if any(ratio is None for ratio in ratios):
@@ -101,7 +95,7 @@ def change_lines(before: Curve | None, after: Curve) -> list[str]:
         return []
     lines = []
     for column in (*COLUMNS, *DETAILS):
-        if column.better != LOWER or not column.has_ratio:
+        if column.better != LOWER or not column.compares:
             continue
         found = {row.num_steps: change(before, after, column.name, row.num_steps) for row in after.rows}
         told = [f"{count}: {_percent(ratio)}" for count, ratio in found.items() if ratio is not None]
@@ -111,7 +105,7 @@ def change_lines(before: Curve | None, after: Curve) -> list[str]:
 
 
 def _percent(ratio: Estimate) -> str:
-    found = ratio.map(lambda value: 100 * (value - 1))
+    found = ratio.percent
     interval = f" [{found.low:+.1f}, {found.high:+.1f}]" if found.low is not None else ""
     return f"{found.mean:+.1f} %{interval}"
 

@@ -51,15 +51,11 @@ def _at(measured: Measured, claim: Claim, steps: int) -> tuple[str, str]:
         return _within(found, claim.factor, metric, where)
     if found is not None and metric.better == LOWER:
         every = {card: ratio_of([list(values.values())]) for card, values in logs.items()}
-        parts = {card: _percent(ratio) for card, ratio in every.items() if ratio is not None}
-        return _sided(_percent(found), parts, " %", claim, metric, where)
+        parts = {card: ratio.percent for card, ratio in every.items() if ratio is not None}
+        return _sided(found.percent, parts, " %", claim, metric, where)
     growth = measured.pairs(one, other, metric, sub, claim.cards)
     parts = {card: estimate([list(values.values())]) for card, values in growth.items()}
     return _sided(estimate(strata_of(growth)), parts, "", claim, metric, where)
-
-
-def _percent(worse: Estimate) -> Estimate:
-    return worse.map(lambda ratio: 100 * (ratio - 1))
 
 
 def _sided(
