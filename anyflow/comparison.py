@@ -165,9 +165,10 @@ def _measured(curves: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[Figures,
     figures = {
         key: own[0] if len(own) == 1 else estimate([[value.mean for value in own]]) for key, own in values.items()
     }
+    told = [{"left_out": curve.get("given_frames"), **curve} for _, curve in curves]
     settings = {
-        f"measured: {key}": _joined(str(curve[key]) for _, curve in curves if key in curve)
-        for key in ("domain", "clips", "given_frames", "version")
+        f"measured: {key}": _joined(str(curve[key]) for curve in told if key in curve)
+        for key in ("domain", "clips", "given_frames", "left_out", "version")
     }
     return figures, {key: value for key, value in settings.items() if value}
 

@@ -82,6 +82,7 @@ def curve_of(
     label: str = "after",
     split: str = "heldout",
     given_frames: int = 0,
+    left_out: int = 0,
     sampler: SamplerKind = "flowmap",
     judging: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
@@ -92,10 +93,10 @@ def curve_of(
 ) -> CurveResult:
     """Measure a model on the prompts of a split's first clips, against as many clips behind them: no clip is both.
 
-    ``given_frames`` latent frames are given from each prompt's own clip: 1 is image-to-video. ``judging`` and ``notes``
-    are further judges and what is said of them. ``or_fewer`` takes fewer prompts where the split has too few clips, and
-    says so. ``divide`` deals each batch out to the ranks, all of which must come here: every one does its clips, and
-    has the whole.
+    ``given_frames`` latent frames are given from each prompt's own clip: 1 is image-to-video; comparisons leave them
+    out, or ``left_out`` ones if that is more. ``judging`` and ``notes`` are further judges and what is said of them.
+    ``or_fewer`` takes fewer prompts where the split has too few clips, and says so. ``divide`` deals each batch out to
+    the ranks, all of which must come here: every one does its clips, and has the whole.
 
     Raises:
         UserError: The split has too few clips.
@@ -116,6 +117,7 @@ def curve_of(
         shift=shift,
         seeds=seeds,
         given_frames=given_frames,
+        left_out=left_out,
         kind=sampler,
         calls=backbone.calls_of,
         judging=judging,

@@ -23,6 +23,7 @@ from anyflow.data.decode import ClipShape
 from anyflow.data.module import VideoDataModule
 from anyflow.data.stream import write_skipped
 from anyflow.evaluation.curve import CurveResult
+from anyflow.evaluation.encoders import load_encoders
 from anyflow.evaluation.reconstruction import measure_domains
 from anyflow.evaluation.report import write_report
 from anyflow.recipe import Recipe
@@ -45,6 +46,7 @@ def measure(
     if kept is not None:
         return kept
     device = next(parts.backbone.parameters()).device
+    encoders, notes = load_encoders(recipe.sampling.encoders, "sampling.encoders", device)
     with averaged(parts), parts.codec.lent(device), progress_line(f"sampling {label}") as on_progress:
         result = curve_of(
             parts.backbone,
@@ -60,6 +62,8 @@ def measure(
             label=label,
             split=recipe.data.heldout,
             or_fewer=True,
+            judging={"extractors": encoders},
+            notes=notes,
             divide=True,
             on_progress=on_progress,
         )

@@ -45,7 +45,7 @@ def evaluate(
         bool, typer.Option("--probe", help="Judge labels (task, scene ...) and features by the data set's own probe.")
     ] = False,
     encoder: Annotated[
-        Path | None, typer.Option(help="Distances by a video encoder too: a local transformers folder.")
+        list[str] | None, typer.Option(help="Distances by efficientnet-lite, I3D weights, or an encoder's folder.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="A new folder; without it one under runs/evaluations.")] = None,
     as_json: Json = False,
@@ -58,7 +58,7 @@ def evaluate(
       anyflow evaluate --model runs/finetune-driving-tiny-001 --against data/models/tiny --data driving --prompts 32
       anyflow evaluate --model data/models/tiny --data driving --seeds 0,1,2
       anyflow evaluate --model data/models/tiny --data driving --given-frames 1
-      anyflow evaluate --model data/models/tiny --data robotics --probe
+      anyflow evaluate --model data/models/tiny --data robotics --probe --encoder efficientnet-lite
       anyflow evaluate --model runs/tiny-forward --data games --steps 1,4,16 --out curves/games --json
     """
     counts = parse_steps(steps)
@@ -74,7 +74,7 @@ def evaluate(
     from anyflow.curves import check_held_out
 
     check_held_out([data], split, prompts)
-    _check_shapes(model, against, given_frames)
+    _check_shapes(model, against, given_frames, encoder or [])
     from anyflow.evaluation.report import write_report
     from anyflow.evaluation.tables import check_comparable
 
@@ -86,7 +86,7 @@ def evaluate(
         "given_frames": given_frames,
         "batch_size": batch_size,
     }
-    settings["judging"], settings["notes"] = _judges(model, data, split, probe, encoder)
+    settings["judging"], settings["notes"] = _judges(model, data, split, probe, encoder or [])
     before = _curve(against, data, "before", sampler, settings) if against else None
     after = _curve(model, data, "after" if against else "model", sampler, settings)
     try:
@@ -105,12 +105,15 @@ def evaluate(
     typer.echo(f"\npicture, film, plot and numbers: {folder}")
 
 
-def _check_shapes(model: str, against: str | None, given_frames: int) -> None:
-    """That two models make clips of one size, and something is left to be made behind the given frames."""
+def _check_shapes(model: str, against: str | None, given_frames: int, encoders: list[str]) -> None:
+    """Two models make clips of one size, something is left to be made behind the given frames, encoders can see it."""
     from anyflow.commands.models import native_shape
     from anyflow.evaluation.curve import pixel_frames
+    from anyflow.evaluation.encoders import check_encoder
 
     shape = native_shape(model, frames=None, height=None, width=None, fps=None)
+    for choice in encoders:
+        check_encoder(choice, "--encoder", shape.frames)
     if pixel_frames(given_frames) >= shape.frames:
         raise UserError(
             f"--given-frames {given_frames} are {pixel_frames(given_frames)} frames, and clips have {shape.frames}: "
@@ -125,16 +128,16 @@ def _check_shapes(model: str, against: str | None, given_frames: int) -> None:
 
 
 def _judges(
-    model: str, data: str, split: str, probe: bool, encoder: Path | None
+    model: str, data: str, split: str, probe: bool, encoders: list[str]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Further judges of the samples, and what is to be said of them."""
-    extractors: list[Any] = []
-    labels: list[Any] = []
-    notes: tuple[str, ...] = ()
-    if encoder is not None:
-        from anyflow.evaluation.encoder import VideoEncoder
+    import torch
 
-        extractors.append(VideoEncoder(encoder))
+    from anyflow.evaluation.encoders import load_encoders
+
+    found, notes = load_encoders(encoders, "--encoder", "cuda" if torch.cuda.is_available() else "cpu")
+    extractors: list[Any] = [*found]
+    labels: list[Any] = []
     if probe:
         from anyflow.commands.models import native_shape
         from anyflow.console import progress_line
@@ -145,8 +148,8 @@ def _judges(
             trained = probe_of(data, shape, heldout=split, on_progress=on_progress)
         extractors.append(trained)
         labels.append(trained)
-        notes = tuple(trained.notes())
-    return {"extractors": extractors, "labels": labels}, notes
+        notes += trained.notes()
+    return {"extractors": extractors, "labels": labels}, tuple(notes)
 
 
 def _curve(model: str, data: str, label: str, sampler: str | None, settings: dict[str, Any]) -> CurveResult:

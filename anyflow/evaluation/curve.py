@@ -135,6 +135,7 @@ class Curve:
         real: the same measures of the prompts' own real clips: the floor and the ceiling.
         codec: the same of these clips after encoding and decoding.
         given_frames: latent frames given from each prompt's own clip; 0 is text-to-video.
+        left_out: latent frames that comparisons left out, those that were given at least.
         seeds: all seeds of the noise; empty: ``seed`` alone.
         sampler: how jumps were taken: ``flowmap``, ``euler`` or ``renoise``.
         notes: what is to be said beside the figures: how far a probe can be trusted.
@@ -150,6 +151,7 @@ class Curve:
     real: Marks
     codec: Marks
     given_frames: int = 0
+    left_out: int = 0
     seeds: tuple[int, ...] = ()
     sampler: str = "flowmap"
     notes: tuple[str, ...] = ()
@@ -176,6 +178,7 @@ class Curve:
         """Build a curve from ``to_json``'s dictionary (or the parsed file)."""
         plain = {name: value for name, value in content.items() if name != "version"}
         plain["size"] = tuple(plain["size"])
+        plain.setdefault("left_out", plain.get("given_frames", 0))  # curves of before it was told
         plain |= {name: tuple(plain.get(name, ())) for name in ("seeds", "notes")}
         plain["rows"] = tuple(CurveRow.from_json(row) for row in plain["rows"])
         plain["real"], plain["codec"] = Marks.from_json(plain["real"]), Marks.from_json(plain["codec"])

@@ -48,7 +48,8 @@ class Judge:
     """Measures sets of clips, one clip for each item, in order.
 
     Frames that are given from the prompt's own clip are real, whatever the model: what compares sets of clips, and the
-    previews, look at the frames behind them alone. Extractors and labels see whole clips, as they were trained to.
+    previews, leave them out. A model that is given none can be compared with one that is if both leave the same out.
+    Extractors and labels see whole clips, as they were trained to.
 
     Args:
         items: the prompts, with their own real clips.
@@ -56,6 +57,7 @@ class Judge:
         reference_clips: uint8 ``[N, F, H, W, 3]``.
         reference_latents: ``[N, F, C, H, W]``.
         given: latent frames of each clip that are given.
+        left_out: latent frames that comparisons leave out; those that are given, at least.
         has_previews: whether few steps lead where many lead; a sampler that re-noises draws anew at every step.
         extractors: of further distances.
         labels: of further accuracies.
@@ -69,14 +71,16 @@ class Judge:
         reference_latents: Tensor,
         *,
         given: int = 0,
+        left_out: int = 0,
         has_previews: bool = True,
         extractors: Sequence[Extractor] = (),
         labels: Sequence[Labels] = (),
     ) -> None:
         self.items, self.reference, self.has_previews = items, reference, has_previews
         self.given, self.given_frames = given, pixel_frames(given)
-        self.latents = reference_latents[:, given:]
-        self.features = frame_features(reference_clips[:, self.given_frames :])
+        self.left_out = max(given, left_out)
+        self.latents = reference_latents[:, self.left_out :]
+        self.features = frame_features(reference_clips[:, pixel_frames(self.left_out) :])
         self.extracted = [(extract, extract(reference_clips)) for extract in extractors]
         self.labels = labels
         self._asked: tuple[Reading | None, ...] | None = None
@@ -88,10 +92,10 @@ class Judge:
         ``real`` are the prompts' own clips, ``finals`` the latents of the same noise at the most steps.
         """
         motion = _read(clips, self.items)
-        made, made_latents = clips[:, self.given_frames :], latents[:, self.given :]
+        made, made_latents = clips[:, pixel_frames(self.left_out) :], latents[:, self.left_out :]
         features, several = frame_features(made), len(clips) > 1
         given = given_frame_psnr(clips[:, : self.given_frames], real[:, : self.given_frames]) if self.given else None
-        ends = finals[:, self.given :] if finals is not None and self.has_previews else None
+        ends = finals[:, self.left_out :] if finals is not None and self.has_previews else None
         return Marks(
             sliced_w1=sliced_wasserstein(made_latents, self.latents),
             frame_frechet=frechet(self.features, features),

@@ -13,12 +13,13 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from anyflow.evaluation.curve import STEPS, Curve, CurveResult, CurveRow, HeldOut, over_seeds
+from anyflow.evaluation.curve import STEPS, Curve, CurveResult, CurveRow, HeldOut, Marks, over_seeds
 from anyflow.evaluation.judge import Judge
 from anyflow.flowmap.endpoint import Renoise
 from anyflow.flowmap.sampling import SamplerKind, Take, take_jump, take_velocity
@@ -100,6 +101,7 @@ def measure_curve(
     shift: float = 5.0,
     seeds: Sequence[int] = (0,),
     given_frames: int = 0,
+    left_out: int = 0,
     kind: SamplerKind = "flowmap",
     calls: Callable[[int, int, int], int] = lambda num_steps, num_frames, num_given: num_steps,
     batch_size: int = 8,
@@ -120,6 +122,7 @@ def measure_curve(
         steps: step counts, each of the inference schedule of ``shift``.
         seeds: of the noise; every prompt is sampled with each of them, the real clips are encoded once.
         given_frames: latent frames that are given from each prompt's own clip: 1 is image-to-video.
+        left_out: latent frames that comparisons leave out beyond those that are given: what another model is given.
         kind: how the model takes its jumps.
         calls: network calls of a clip by steps, latent frames and given ones (a backbone's ``calls_of``).
         batch_size: clips a pass; changes speed and memory, not the draws.
@@ -140,19 +143,10 @@ def measure_curve(
     real_clips, other_clips = _stack(items), _stack(reference)
     real_latents, decoded = runner.encode_and_decode(real_clips)
     other_latents, _ = runner.encode_and_decode(other_clips, decode=False)
-    options = {"given": given_frames, "has_previews": kind != "renoise", **(judging or {})}
+    options = {"given": given_frames, "left_out": left_out, "has_previews": kind != "renoise", **(judging or {})}
     judge = Judge(items, reference, other_clips, other_latents, **options)
-    rows: list[CurveRow] = []
-    kept: dict[int, Tensor] = {}
-    finals: dict[int, Tensor] = {}  # of each seed, the latents at the most steps
-    for num_steps in reversed(counts):
-        of_seeds = []
-        for seed in seeds:
-            clips, latents, cost = runner.sample(sampler, items, real_latents, num_steps, shift, seed)
-            marks = judge(clips, latents, real_clips, finals.setdefault(seed, latents)).to_json()
-            of_seeds.append(CurveRow.from_json({**marks, "num_steps": num_steps, **cost}))
-            kept.setdefault(num_steps, clips[:show].clone())
-        rows.append(over_seeds(of_seeds))
+    sample = partial(runner.sample, sampler, items, real_latents, shift)
+    rows, kept = _rows(counts, seeds, sample, partial(judge, real=real_clips), show)
     curve = Curve(
         label=label,
         domain="+".join(sorted({item.domain for item in items})),
@@ -160,15 +154,41 @@ def measure_curve(
         seed=seeds[0],
         seeds=tuple(seeds),
         given_frames=given_frames,
+        left_out=judge.left_out,
         sampler=kind,
         notes=tuple(notes),
         shift=shift,
         size=(real_clips.shape[1], real_clips.shape[2], real_clips.shape[3]),
-        rows=tuple(reversed(rows)),
+        rows=tuple(rows),
         real=judge.of_real(real_clips, real_latents),
         codec=judge.of_codec(decoded, real_latents, real_clips),
     )
-    return CurveResult(curve, tuple(items[:show]), dict(sorted(kept.items())))
+    return CurveResult(curve, tuple(items[:show]), kept)
+
+
+def _rows(
+    counts: Sequence[int],
+    seeds: Sequence[int],
+    sample: Callable[[int, int], tuple[Tensor, Tensor, dict[str, float]]],
+    judge: Callable[..., Marks],
+    show: int,
+) -> tuple[list[CurveRow], dict[int, Tensor]]:
+    """Sample and judge each step count with each seed, and keep the first seed's samples.
+
+    The most steps come first: they are what the previews of the same noise are compared with.
+    """
+    rows: list[CurveRow] = []
+    kept: dict[int, Tensor] = {}
+    finals: dict[int, Tensor] = {}
+    for num_steps in reversed(counts):
+        of_seeds = []
+        for seed in seeds:
+            clips, latents, cost = sample(num_steps, seed)
+            marks = judge(clips, latents, finals=finals.setdefault(seed, latents)).to_json()
+            of_seeds.append(CurveRow.from_json({**marks, "num_steps": num_steps, **cost}))
+            kept.setdefault(num_steps, clips[:show].clone())
+        rows.insert(0, over_seeds(of_seeds))
+    return rows, dict(sorted(kept.items()))
 
 
 def _work(num_steps: int) -> int:
@@ -215,8 +235,8 @@ class _Runner:
         sampler: Sampler,
         items: Sequence[HeldOut],
         like: Tensor,
-        num_steps: int,
         shift: float,
+        num_steps: int,
         seed: int,
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Sample every prompt; return clips, latents, and what a clip costs.

@@ -87,7 +87,11 @@ def content_of(
 def _note(measured: Measured) -> str:
     experiment, settings = measured.experiment, measured.experiment.evaluation
     clips = ", ".join(map(str, sorted(set(measured.clips.values())))) or "no"
-    given = f", {settings.given_frames} latent frames given" if settings.given_frames else ""
+    given = (
+        f"; comparisons of clips leave the first {experiment.left_out} latent frames out, which an arm is given"
+        if experiment.left_out
+        else ""
+    )
     noise = f"the mean of {settings.draws} noises each, the same" if settings.draws > 1 else "the same noise"
     return (
         f"Mean over the seeds {experiment.seeds} [95 % interval]; {clips} prompts of the {settings.split} split at a "
@@ -146,7 +150,7 @@ def _arms(experiment: Experiment, pieces: Sequence[Piece]) -> Table:
         recipe = arm.folder or (arm.recipe or experiment.recipe)
         start = f"starts from {arm.start_from}" if arm.start_from else ""
         model = f"model {arm.model}" if arm.model else ""
-        given = f"{arm.given_frames} latent frames given" if arm.given_frames >= 0 else ""
+        given = f"{count} latent frames given" if (count := experiment.given_to(name)) else ""
         changes = "; ".join(filter(None, [start, model, *arm.overrides, given]))
         steps = str(own[0].steps) if own and own[0].recipe is not None else "-"
         label = name if arm.shown else f"{name} (a start for others)"

@@ -193,6 +193,10 @@ def _check_metrics(experiment: Experiment, path: Path) -> None:
             f"{path}: few={experiment.few} is not among evaluation.steps={steps}: add it, or choose another"
         )
     judged = [name for name, figure in FIGURES.items() if figure.better]
+    if encoders := experiment.evaluation.encoders:
+        from anyflow.evaluation.encoders import figures_of  # it brings torch, which most experiments need not here
+
+        judged += [name for choice in encoders for name in figures_of(choice)]
     for index, name in enumerate(experiment.metrics):
         if name in judged:
             continue

@@ -111,7 +111,7 @@ def _piece(experiment: Experiment, home: Path, name: str, seed: int, card: str |
         recipe=recipe,
         words=words,
         needs=tuple(folder.name for needed, folder in folders.items() if not experiment.arms[needed].folder),
-        given_frames=arm.given_frames if arm.given_frames >= 0 else experiment.evaluation.given_frames,
+        given_frames=experiment.given_to(name),
         is_shown=arm.shown,
         tracking_uri=_tracking_uri(experiment),
     )
@@ -209,7 +209,11 @@ def curve_settings(experiment: Experiment, piece: Piece) -> dict[str, Any]:
     del settings["batch_size"]
     if settings["draws"] == 1:
         del settings["draws"]
+    if not settings["encoders"]:
+        del settings["encoders"]
     if not settings["precision"]:
         del settings["precision"]  # the device's: equal curves but for rounding
     own = {"steps": sorted(settings["steps"]), "given_frames": piece.given_frames, "seed": piece.seed}
+    if experiment.left_out > piece.given_frames:
+        own["left_out"] = experiment.left_out
     return {**settings, **own, "measures": VERSION}

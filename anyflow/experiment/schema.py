@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from anyflow.evaluation.figures import FIGURES, Figure
+from anyflow.evaluation.figures import Figure, figure_of
 from anyflow.recipe.schema import option
 
 
@@ -67,6 +67,7 @@ class Evaluation:
     given_frames: int = option(0, "latent frames given from each prompt's own clip: 1 is image-to-video", low=0)
     split: str = option("heldout", "split that prompts and real clips come from")
     batch_size: int = option(8, "clips a pass", low=1)
+    encoders: list[str] = option([], "further distances, as sampling.encoders of a recipe")
     precision: str = option(
         "", "of sampling; empty: bfloat16 on a GPU, float32 on the CPU", choices=("", "float32", "bfloat16")
     )
@@ -107,14 +108,26 @@ class Experiment:
         """The seeds of an arm."""
         return self.arms[arm].seeds or self.seeds
 
+    def given_to(self, arm: str) -> int:
+        """Latent frames that an arm is given when it is evaluated."""
+        own = self.arms[arm].given_frames
+        return own if own >= 0 else self.evaluation.given_frames
+
+    @property
+    def left_out(self) -> int:
+        """Latent frames that comparisons leave out, of every arm: those that any of them is given."""
+        return max(map(self.given_to, self.shown), default=0)
+
     @property
     def figures(self) -> list[Figure]:
         """What the metrics are."""
-        return [FIGURES[name] for name in self.metrics]
+        return [self.metric(name) for name in self.metrics]
 
     def metric(self, name: str) -> Figure:
         """A metric by name; an empty name is the first."""
-        return FIGURES[name or self.metrics[0]]
+        found = figure_of(name or self.metrics[0])
+        assert found is not None, "names were checked when the file was read"
+        return found
 
     @property
     def shown(self) -> list[str]:

@@ -246,6 +246,11 @@ class SamplingRecipe:
         low=0,
     )
     every_steps: int = _option(0, "training steps between samplings; 0: only before and after", low=0)
+    encoders: list[str] = _option(
+        [],
+        "further distances, by the features of: efficientnet-lite (frames), a file of I3D weights (FVD), or a local "
+        "folder of a transformers video encoder",
+    )
 
 
 @dataclass(frozen=True)

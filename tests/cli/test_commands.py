@@ -247,6 +247,7 @@ def test_a_dry_run_builds_everything_and_writes_no_run(
         (["--prompts", "32"], r"32 prompts need 64 clips of the heldout split.* driving has 40: ask for 20 prompts"),
         (["--given-frames", "5"], r"5 are 17 frames, and clips have 17"),
         (["--probe", "--split", "train"], r"a probe has seen these clips"),
+        (["--encoder", "efficientnet"], r"--encoder efficientnet: there is nothing: give efficientnet-lite, a file"),
     ],
 )
 def test_evaluate_refuses_what_it_cannot_judge_before_it_loads_the_model(words: list[str], told: str) -> None:
@@ -258,11 +259,19 @@ def test_evaluate_refuses_what_it_cannot_judge_before_it_loads_the_model(words: 
 def test_evaluate_measures_a_curve(small_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["--data", "driving", "--steps", "1,2", "--prompts", "2", "--out", str(out), "--json"]
+    words += ["--encoder", "efficientnet-lite"]
     told = json.loads(call("evaluate", "--model", str(small_model), "--against", str(small_model), *words))
     before, after = told["curves"]
     assert [row["num_steps"] for row in after["rows"]] == [1, 2]
     assert [row["sliced_w1"] for row in before["rows"]] == [row["sliced_w1"] for row in after["rows"]]
+    assert all(row["efficientnet_frechet"] > 0 for row in (*after["rows"], after["real"]))
+    assert "efficientnet-lite0-57934424.pth" in " ".join(after["notes"])
     assert any(out.iterdir())
+
+
+def test_a_recipe_names_an_encoder_that_is_there() -> None:
+    with pytest.raises(UserError, match=r"sampling\.encoders nowhere/i3d\.pt: there is nothing"):
+        call("train", "finetune/driving", "sampling.encoders=[nowhere/i3d.pt]", "--dry-run")
 
 
 @pytest.mark.slow

@@ -251,6 +251,18 @@ def test_given_frames_come_from_the_prompts_own_clips() -> None:
     assert seen[-1] is None and not torch.equal(free.samples[1][:, 0], given.samples[1][:2, 0])
 
 
+def test_models_with_and_without_given_frames_compare_where_both_leave_the_same_frames_out() -> None:
+    """Distances of five latent frames and of four have other floors."""
+    sampler, options = exact_sampler(ITEMS, error=0.6), {"steps": (1,), "batch_size": 4}
+    given = measure_curve(sampler, BlockCodec(), ITEMS, REFERENCE, given_frames=1, **options).curve
+    free = measure_curve(sampler, BlockCodec(), ITEMS, REFERENCE, **options).curve
+    alike = measure_curve(sampler, BlockCodec(), ITEMS, REFERENCE, left_out=1, **options).curve
+    assert (free.left_out, given.left_out, alike.left_out) == (0, 1, 1) and alike.given_frames == 0
+    for name in ("sliced_w1", "frame_frechet", "frame_kernel", "motion_energy"):
+        assert getattr(alike.real, name) == getattr(given.real, name) != getattr(free.real, name)
+    assert Curve.from_json({name: value for name, value in given.to_json().items() if name != "left_out"}) == given
+
+
 def test_further_figures_stand_beside_their_floor() -> None:
     """Exact samples: the path asked for, the given frames as they were, and what the extras say."""
 

@@ -11,7 +11,7 @@ from study import TEXT, write_study
 from anyflow.errors import UserError
 from anyflow.experiment import execute
 from anyflow.experiment.load import list_experiments, load_experiment, needed_arms
-from anyflow.experiment.pieces import pieces_of
+from anyflow.experiment.pieces import curve_settings, pieces_of
 
 PROJECT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((PROJECT / "experiments").glob("*.yaml"))
@@ -88,6 +88,27 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, key: str, value: object, told
 def test_an_unknown_name_offers_a_known_one() -> None:
     with pytest.raises(UserError, match="did you mean retention"):
         load_experiment("retentoin")
+
+
+def test_distances_of_an_encoder_are_metrics_where_it_is_named(tmp_path: Path) -> None:
+    tree = yaml.safe_load(TEXT)
+    tree["metrics"] = ["efficientnet_kernel"]
+    with pytest.raises(UserError, match=r"efficientnet_kernel.* is no figure"):
+        write_study(tmp_path, yaml.safe_dump(tree))
+    tree["evaluation"]["encoders"] = ["efficientnet-lite"]
+    experiment, pieces = write_study(tmp_path, yaml.safe_dump(tree))
+    assert [figure.name for figure in experiment.figures] == ["efficientnet_kernel"]
+    assert curve_settings(experiment, pieces[0])["encoders"] == ["efficientnet-lite"]
+
+
+def test_what_one_arm_is_given_all_arms_leave_out(tmp_path: Path) -> None:
+    experiment, pieces = write_study(tmp_path)
+    assert experiment.left_out == 0 and "left_out" not in curve_settings(experiment, pieces[0])
+    tree = yaml.safe_load(TEXT)
+    tree["arms"]["again"] = {"folder": "{arm.more}", "given_frames": 1}
+    experiment, pieces = write_study(tmp_path, yaml.safe_dump(tree))
+    left = {piece.arm: curve_settings(experiment, piece).get("left_out") for piece in pieces}
+    assert experiment.left_out == 1 and left == {"base": 1, "plain": 1, "more": 1, "again": None}
 
 
 def test_needs_are_read_from_every_text(tmp_path: Path) -> None:

