@@ -48,6 +48,15 @@ def model_fingerprint(model: str) -> str:
     return _digest("\n".join(parts).encode())
 
 
+def encoder_fingerprint(choice: str) -> str:
+    """Of a published network that judges clips (:mod:`anyflow.evaluation.encoders`): its weights, wherever they lie."""
+    path = Path(choice).expanduser()
+    if path.is_file():
+        with open(path, "rb") as file:
+            return f"{path.suffix} {hashlib.file_digest(file, 'sha256').hexdigest()[:DIGITS]}"
+    return model_fingerprint(choice) if path.is_dir() else choice
+
+
 def facts_of(recipe: Recipe) -> dict[str, str]:
     """The fingerprints of what a recipe trains on: ``data``, and ``start`` if it starts from weights.
 

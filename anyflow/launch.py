@@ -39,7 +39,8 @@ from anyflow.callbacks.sampling import Sampling
 from anyflow.callbacks.sharded import AnyCheckpoint, ShardedStrategy
 from anyflow.console import quiet_libraries
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
-from anyflow.evaluation.encoders import check_encoder
+from anyflow.evaluation.curve import pixel_frames
+from anyflow.evaluation.encoders import check_encoders
 from anyflow.fingerprints import facts_of
 from anyflow.finish import describe_parts, finish_codec, finish_flow, measure, report_skipped, summary
 from anyflow.plan import memory_here, plan
@@ -70,8 +71,7 @@ def train(
     if recipe.hardware.threads:
         torch.set_num_threads(recipe.hardware.threads)
     check_files(recipe)
-    for choice in recipe.sampling.encoders:
-        check_encoder(choice, "sampling.encoders", recipe.data.frames)
+    check_encoders(recipe.sampling.encoders, "sampling.encoders", recipe.data.frames - pixel_frames(recipe.sampling.given_frames))
     if (lag := lagging_average(recipe)) and int(os.environ.get("RANK", "0")) == 0:
         print(lag, file=sys.stderr)
     if dry_run:

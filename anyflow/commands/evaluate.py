@@ -109,16 +109,15 @@ def _check_shapes(model: str, against: str | None, given_frames: int, encoders: 
     """Two models make clips of one size, something is left to be made behind the given frames, encoders can see it."""
     from anyflow.commands.models import native_shape
     from anyflow.evaluation.curve import pixel_frames
-    from anyflow.evaluation.encoders import check_encoder
+    from anyflow.evaluation.encoders import check_encoders
 
     shape = native_shape(model, frames=None, height=None, width=None, fps=None)
-    for choice in encoders:
-        check_encoder(choice, "--encoder", shape.frames)
     if pixel_frames(given_frames) >= shape.frames:
         raise UserError(
             f"--given-frames {given_frames} are {pixel_frames(given_frames)} frames, and clips have {shape.frames}: "
             "give fewer, so that something is left to be made"
         )
+    check_encoders(encoders, "--encoder", shape.frames - pixel_frames(given_frames))
     other = native_shape(against, frames=None, height=None, width=None, fps=None) if against else shape
     if other != shape:
         sizes = [

@@ -78,14 +78,13 @@ def _list(as_json: bool) -> None:
 
 def _run(found: Experiment, pieces: list[Piece], at_once: int) -> dict[str, str]:
     from anyflow.curves import check_held_out
-    from anyflow.evaluation.encoders import check_encoder
+    from anyflow.evaluation.encoders import check_encoders
     from anyflow.experiment.children import Stopped
     from anyflow.experiment.execute import run_pieces
 
     for card in found.cards:
         check_held_out([card], found.evaluation.split, found.evaluation.prompts)
-    for choice in found.evaluation.encoders:
-        check_encoder(choice, f"{found.file}: evaluation.encoders")
+    check_encoders(found.evaluation.encoders, f"{found.file}: evaluation.encoders")
     try:
         return run_pieces(found, pieces, at_once)
     except Stopped as stop:

@@ -49,7 +49,7 @@ class Judge:
 
     Frames that are given from the prompt's own clip are real, whatever the model: what compares sets of clips, and the
     previews, leave them out. A model that is given none can be compared with one that is if both leave the same out.
-    Extractors and labels see whole clips, as they were trained to.
+    Labels are read from whole clips.
 
     Args:
         items: the prompts, with their own real clips.
@@ -80,8 +80,8 @@ class Judge:
         self.given, self.given_frames = given, pixel_frames(given)
         self.left_out = max(given, left_out)
         self.latents = reference_latents[:, self.left_out :]
-        self.features = frame_features(reference_clips[:, pixel_frames(self.left_out) :])
-        self.extracted = [(extract, extract(reference_clips)) for extract in extractors]
+        self.features = frame_features(self._compared(reference_clips))
+        self.extracted = [(extract, extract(self._compared(reference_clips))) for extract in extractors]
         self.labels = labels
         self._asked: tuple[Reading | None, ...] | None = None
         self._reference_clips = reference_clips
@@ -92,7 +92,7 @@ class Judge:
         ``real`` are the prompts' own clips, ``finals`` the latents of the same noise at the most steps.
         """
         motion = _read(clips, self.items)
-        made, made_latents = clips[:, pixel_frames(self.left_out) :], latents[:, self.left_out :]
+        made, made_latents = self._compared(clips), latents[:, self.left_out :]
         features, several = frame_features(made), len(clips) > 1
         given = given_frame_psnr(clips[:, : self.given_frames], real[:, : self.given_frames]) if self.given else None
         ends = finals[:, self.left_out :] if finals is not None and self.has_previews else None
@@ -109,7 +109,7 @@ class Judge:
             path_error=mean_path_error(motion.readings, self.asked(real)),
             given_frame_psnr=given,
             preview_error=None if ends is None else preview_error(made_latents, ends, self.latents),
-            more={**self._further_distances(clips), **self._further_accuracies(clips)},
+            more={**self._further_distances(made), **self._further_accuracies(clips)},
         )
 
     def of_real(self, real: Tensor, latents: Tensor) -> Marks:
@@ -135,11 +135,16 @@ class Judge:
             matched.append(free.pop(same[0])[1] if same else None)
         return mean_path_error(matched, self.asked(real))
 
+    def _compared(self, clips: Tensor) -> Tensor:
+        """The frames that comparisons look at."""
+        return clips[:, pixel_frames(self.left_out) :]
+
     def _further_distances(self, clips: Tensor) -> dict[str, float]:
         found = {}
         for extract, reference in self.extracted:
             features = extract(clips)
-            found[f"{extract.name}_frechet"] = frechet(reference, features)
+            if len(features) > 1:
+                found[f"{extract.name}_frechet"] = frechet(reference, features)
             if len(clips) > 1:
                 found[f"{extract.name}_kernel"] = kernel_distance(reference, features, clips=len(clips))
         return found

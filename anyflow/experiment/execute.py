@@ -28,7 +28,7 @@ from anyflow.signals import sigterm_raises
 
 
 def run_pieces(experiment: Experiment, pieces: Sequence[Piece], at_once: int = 1) -> dict[str, str]:
-    """Do everything that is missing, ``at_once`` jobs at a time; returns what failed: the piece's name and why.
+    """Do everything that is missing, ``at_once`` jobs at a time; returns what failed: the job's name and why.
 
     Raises:
         UserError: another process is at this experiment.
@@ -48,7 +48,7 @@ def run_pieces(experiment: Experiment, pieces: Sequence[Piece], at_once: int = 1
             children = Children(lock)
 
             def tell_what_is_left(rest: Sequence[Job]) -> None:
-                rest = [job for job in rest if job.piece.name not in failed]
+                rest = [job for job in rest if not {job.name, job.piece.name} & failed.keys()]
                 _say(f"  {left(with_speeds(experiment, pieces, rest), clock, at_once)}")
 
             if at_once == 1:
@@ -110,7 +110,12 @@ def _do(
             say(f"failed: {why}")
             return
     else:
-        _evaluate(experiment, piece, job.card, place)
+        try:
+            _evaluate(experiment, piece, job.card, place)
+        except (UserError, RuntimeError, OSError) as error:  # out of memory, a full disk: of this piece alone
+            failed[job.name] = why = next(iter(str(error).splitlines()), type(error).__name__)
+            say(f"failed: {why}")
+            return
     say(f"{what} done in {clock(time.monotonic() - began)}" if place else f"done in {clock(time.monotonic() - began)}")
 
 

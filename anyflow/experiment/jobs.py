@@ -8,7 +8,7 @@ from typing import Any
 
 from anyflow.errors import UserError
 from anyflow.experiment.kept import kept_pieces, read_kept
-from anyflow.experiment.pieces import Piece, curve_settings, read_curve, training_state
+from anyflow.experiment.pieces import Piece, curve_settings, read_curve, setting_changes, training_state
 from anyflow.experiment.schema import Experiment
 from anyflow.fingerprints import data_fingerprint, facts_of, model_fingerprint
 
@@ -45,6 +45,11 @@ class Job:
     def is_done(self) -> bool:
         """Whether there is nothing to do."""
         return self.state in ("done", "kept")
+
+    @property
+    def name(self) -> str:
+        """Of a training its piece's, of a curve with the data set."""
+        return self.piece.name if self.is_training else f"{self.piece.name} on {self.card}"
 
     @property
     def title(self) -> str:
@@ -146,8 +151,7 @@ def curve_state(experiment: Experiment, piece: Piece, card: str) -> tuple[str, s
     found = read_curve(piece, card)
     if found is None:
         return "missing", ""
-    now, was = measured_on(experiment, piece, card), found["measured_on"]
-    changes = [f"{key} was {was.get(key)!r} and is {value!r}" for key, value in now.items() if was.get(key) != value]
+    changes = list(setting_changes(found["measured_on"], measured_on(experiment, piece, card)).values())
     return ("changed", "; ".join(changes[:3])) if changes else ("done", "")
 
 

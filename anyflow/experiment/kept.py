@@ -15,7 +15,14 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from anyflow.experiment.pieces import Piece, curve_folder, curve_settings, read_curve, training_state
+from anyflow.experiment.pieces import (
+    Piece,
+    curve_folder,
+    curve_settings,
+    read_curve,
+    setting_changes,
+    training_state,
+)
 from anyflow.experiment.schema import Experiment
 from anyflow.fingerprints import data_fingerprint, facts_of, model_fingerprint
 from anyflow.recipe import Recipe, to_dict
@@ -112,9 +119,8 @@ def _difference(experiment: Experiment, piece: Piece, kept: dict[str, Any]) -> s
     for card in shown:
         was = {key: value for key, value in curves.get(card, {}).get("measured_on", {}).items() if key != "model"}
         now = {"data": data_fingerprint(card, experiment.evaluation.split), **curve_settings(experiment, piece)}
-        for key, value in now.items():
-            if was.get(key) != value:
-                return {"data": "held-out split"}.get(key, key)
+        for key in setting_changes(was, now):
+            return {"data": "held-out split"}.get(key, key)
     return ""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from anyflow.errors import UserError
 from anyflow.evaluation.curve import VERSION
 from anyflow.experiment.load import ARM_MODEL, in_order, needed_arms
 from anyflow.experiment.schema import Arm, Experiment
+from anyflow.fingerprints import encoder_fingerprint
 from anyflow.recipe import Recipe, RunRecipe, load_recipe
 from anyflow.runs import RunFolder, changed_fields
 
@@ -209,6 +211,7 @@ def curve_settings(experiment: Experiment, piece: Piece) -> dict[str, Any]:
     del settings["batch_size"]
     if settings["draws"] == 1:
         del settings["draws"]
+    settings["encoders"] = [encoder_fingerprint(choice) for choice in settings["encoders"]]
     if not settings["encoders"]:
         del settings["encoders"]
     if not settings["precision"]:
@@ -217,3 +220,9 @@ def curve_settings(experiment: Experiment, piece: Piece) -> dict[str, Any]:
     if experiment.left_out > piece.given_frames:
         own["left_out"] = experiment.left_out
     return {**settings, **own, "measures": VERSION}
+
+
+def setting_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """What sets two of :func:`curve_settings` apart, in words: a setting at its default stands in neither."""
+    keys = [*now, *(key for key in was if key not in now)]
+    return {key: f"{key} was {was.get(key)!r} and is {now.get(key)!r}" for key in keys if was.get(key) != now.get(key)}

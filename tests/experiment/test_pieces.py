@@ -188,16 +188,24 @@ def test_places_share_the_gpus_and_the_processors(monkeypatch: pytest.MonkeyPatc
     assert "CUDA_VISIBLE_DEVICES" not in together.places(1)[0].environment
 
 
-def test_a_failure_of_a_job_stops_those_beside_it(tmp_path: Path, done: list[str], monkeypatch: Any) -> None:
-    """What is told is the failure, and what was done before stays done."""
+@pytest.mark.parametrize("error", [UserError("no clips"), RuntimeError("out of memory\nwhere it was")])
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_curve_that_fails_leaves_the_others(
+    tmp_path: Path, done: list[str], monkeypatch: Any, error: Exception, at_once: int
+) -> None:
+    """Also those of models that start from its own."""
+    evaluate = execute._evaluate
 
-    def evaluate(*_: Any) -> None:
-        raise UserError("no clips")
+    def fails_once(experiment: Any, piece: Piece, card: str, place: Any) -> None:
+        if (piece.name, card) == ("plain-0-games", "games"):
+            raise error
+        evaluate(experiment, piece, card, place)
 
-    monkeypatch.setattr(execute, "_evaluate", evaluate)
+    monkeypatch.setattr(execute, "_evaluate", fails_once)
     experiment, pieces = write_study(tmp_path)
-    with pytest.raises(UserError, match="no clips"):
-        execute.run_pieces(experiment, pieces, at_once=2)
+    failed = execute.run_pieces(experiment, pieces, at_once)
+    assert failed == {"plain-0-games on games": str(error).splitlines()[0]}
+    assert [job.name for job in jobs_of(experiment, pieces) if not job.is_done] == ["plain-0-games on games"]
 
 
 def test_a_place_keeps_its_process_and_tells_of_its_death() -> None:

