@@ -24,6 +24,9 @@ from anyflow.recipe import load_recipe, to_dict
 from anyflow.recipe.fields import flatten
 from anyflow.runs import RunFolder
 
+MEASURED = "measured: "
+"""Before the settings that figures were measured by."""
+
 NAMES_ALONE = ("run.name", "run.out", "run.tracking_uri", "run.recipe")
 """Fields that say what a run is called."""
 
@@ -52,8 +55,7 @@ def read_side(text: str, uri: str) -> Side:
     if (folder / "recipe.yaml").is_file() or (folder / "status.json").is_file():
         return _from_runs(folder.name, [RunFolder(folder)])
     if (folder / "curve.json").is_file():
-        curve = json.loads((folder / "curve.json").read_text(encoding="utf-8"))["after"]
-        return Side(folder.name, {}, {}, *_measured([(str(curve["domain"]), curve)]))
+        return _from_evaluation(folder.name, json.loads((folder / "curve.json").read_text(encoding="utf-8")))
     seeds = re.compile(re.escape(folder.name) + r"-\d+(-.+)?")
     runs = [RunFolder(path) for path in sorted(folder.parent.glob("*/")) if seeds.fullmatch(path.name)]
     runs = [run for run in runs if run.status]
@@ -83,14 +85,25 @@ def differences(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
 
 
 def figure_rows(sides: Sequence[Side]) -> list[tuple[tuple[str, str, int], list[Estimate | None], int | None]]:
-    """``(figure, the sides' values, index of the one that is better beyond its interval, or None)``."""
+    """``(figure, the sides' values, index of the one that is better beyond its interval, or None)``.
+
+    None is better where the sides are :func:`unlike`.
+    """
+    alike = not unlike(sides)
     keys = dict.fromkeys(key for side in sides for key in side.figures)
     ordered = sorted(keys, key=lambda key: (key[0], list(dict.fromkeys(k[1] for k in keys)).index(key[1]), key[2]))
     rows = []
     for key in ordered:
         values = [side.figures.get(key) for side in sides]
-        rows.append((key, values, best(values, direction(key[1]))))
+        rows.append((key, values, best(values, direction(key[1])) if alike else None))
     return rows
+
+
+def unlike(sides: Sequence[Side]) -> list[str]:
+    """In what the sides were measured otherwise, so that their figures do not compare."""
+    told = [side.measured for side in sides if side.measured]
+    keys = [f"{MEASURED}{key}" for key in ("clips", "left_out", "version")]
+    return [key.removeprefix(MEASURED) for key in keys if len({one.get(key) for one in told}) > 1]
 
 
 def direction(metric: str) -> int:
@@ -119,6 +132,17 @@ def _from_runs(name: str, runs: Sequence[RunFolder]) -> Side:
     curves = [curve for run in runs for curve in _curves(run)]
     codes = [status.get("code") or {} for status in statuses]
     return Side(name, _joined_recipe(recipes), _stands_on(facts, codes), *_measured(curves))
+
+
+def _from_evaluation(name: str, document: Mapping[str, Any]) -> Side:
+    """What ``anyflow evaluate`` wrote; the recipe if the model is a run's."""
+    about, curve = document.get("about") or {}, document["after"]
+    run = RunFolder(Path(about.get("model", "")))
+    recipes = [dict(flatten(to_dict(load_recipe(str(run.recipe)))))] if about and run.recipe.is_file() else []
+    stands_on = {key: about[key] for key in ("model", "model (fingerprint)", "split") if key in about}
+    stands_on |= _stands_on([{"data": about["data (fingerprint)"]}], [about]) if about else {}
+    data = str(about.get("data", curve["domain"]))
+    return Side(name, _joined_recipe(recipes), stands_on, *_measured([(data, curve)]))
 
 
 def _from_kept(name: str, documents: Sequence[Mapping[str, Any]]) -> Side:
@@ -167,7 +191,7 @@ def _measured(curves: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[Figures,
     }
     told = [{"left_out": curve.get("given_frames"), **curve} for _, curve in curves]
     settings = {
-        f"measured: {key}": _joined(str(curve[key]) for curve in told if key in curve)
+        f"{MEASURED}{key}": _joined(str(curve[key]) for curve in told if key in curve)
         for key in ("domain", "clips", "given_frames", "left_out", "version")
     }
     return figures, {key: value for key, value in settings.items() if value}

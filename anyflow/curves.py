@@ -195,20 +195,25 @@ class _DividedCodec:
         return join_rows(self.codec.decode(latents[own_rows(len(latents))]), len(latents))
 
 
-def load_curve(folder: Path, label: str) -> CurveResult | None:
-    """A curve and its samples saved by :func:`save_curve`, or None."""
+def load_curve(folder: Path, label: str, asked: Mapping[str, Any] | None = None) -> CurveResult | None:
+    """A curve and its samples saved by :func:`save_curve`, or None: also if another one was ``asked`` for then."""
     path = folder / f"{label}.pt"
     if not path.exists():
         return None
     from anyflow.evaluation.curve import Curve
 
     saved = torch.load(path, weights_only=True)
+    if asked is not None and saved.get("asked", asked) != asked:
+        return None
     shown = tuple(HeldOut(**item) for item in saved["shown"])
     return CurveResult(Curve.from_json(saved["curve"]), shown, saved["samples"])
 
 
-def save_curve(folder: Path, result: CurveResult) -> None:
-    """Keep a curve with the samples that a picture shows, atomically: a resumed run does not measure twice."""
+def save_curve(folder: Path, result: CurveResult, asked: Mapping[str, Any] | None = None) -> None:
+    """Keep a curve with the samples that a picture shows, atomically: a resumed run does not measure twice.
+
+    ``asked`` are the settings (plain values) that it was measured by.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shown = [
         {
@@ -223,5 +228,6 @@ def save_curve(folder: Path, result: CurveResult) -> None:
     path = folder / f"{result.curve.label}.pt"
     partial = path.with_name(path.name + ".partial")
     saved: dict[str, Any] = {"curve": result.curve.to_json(), "shown": shown, "samples": dict(result.samples.items())}
+    saved |= {} if asked is None else {"asked": dict(asked)}
     torch.save(saved, partial)
     partial.replace(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -39,10 +40,14 @@ def clip_shape(recipe: Recipe) -> ClipShape:
 def measure(
     recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | None, *, label: str
 ) -> CurveResult | None:
-    """The any-step curve at this moment, with the averaged weights; measured once for each label and then kept."""
+    """The any-step curve at this moment, with the averaged weights; measured once for each label and then kept.
+
+    A run may go on with other ``sampling.*`` than it began with: then it is measured again.
+    """
     if not recipe.sampling.prompts:
         return None
-    kept = from_rank_zero(load_curve(run.path / "curves", label))
+    asked = {key: value for key, value in asdict(recipe.sampling).items() if key != "every_steps"}
+    kept = from_rank_zero(load_curve(run.path / "curves", label, asked))
     if kept is not None:
         return kept
     device = next(parts.backbone.parameters()).device
@@ -68,7 +73,7 @@ def measure(
             on_progress=on_progress,
         )
     if rank_and_size()[0] == 0:
-        save_curve(run.path / "curves", result)
+        save_curve(run.path / "curves", result, asked)
     log_curve(logger, label, list(result.curve.to_json()["rows"]))
     return result
 

@@ -71,7 +71,8 @@ def train(
     if recipe.hardware.threads:
         torch.set_num_threads(recipe.hardware.threads)
     check_files(recipe)
-    check_encoders(recipe.sampling.encoders, "sampling.encoders", recipe.data.frames - pixel_frames(recipe.sampling.given_frames))
+    sampled = recipe.data.frames - pixel_frames(recipe.sampling.given_frames)
+    check_encoders(recipe.sampling.encoders, "sampling.encoders", sampled)
     if (lag := lagging_average(recipe)) and int(os.environ.get("RANK", "0")) == 0:
         print(lag, file=sys.stderr)
     if dry_run:

@@ -10,11 +10,13 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 from anyflow.errors import UserError
 from anyflow.tracking import PARENT_TAG
@@ -136,7 +138,7 @@ class _Copy:
         for key, value in tags.items():
             if there.data.tags.get(key) != value:
                 self.server.set_tag(run_id, key, value)
-        sent.files += self.send_files(run_id, files)
+        sent.files += self.send_files(run_id, files, was_whole=DONE_TAG in there.data.tags)
         if info.end_time is not None:
             self.server.set_terminated(run_id, info.status, info.end_time)
         self.server.set_tag(run_id, DONE_TAG, digest)
@@ -150,11 +152,19 @@ class _Copy:
             tags[PARENT_TAG] = self.remote_of.get(tags[PARENT_TAG], tags[PARENT_TAG])
         return tags
 
-    def digest(self, files: list[tuple[str, int]]) -> str:
-        """Of everything that a run has: it changes when something is added."""
+    def digest(self, files: Sequence[tuple[Any, ...]]) -> str:
+        """Of everything that a run has: it changes when something is added, or a file is written again."""
+        files = [(path, size, _content(self.place(path))) for path, size in files]
         points = {key: [_point(metric) for metric in history] for key, history in self.histories.items()}
         facts = [self.run.info.status, self.run.info.end_time, self.run.data.params, self.run.data.tags, points, files]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def place(self, path: str) -> str:
+        """The local file of an artifact: where it lies, or, if the local store has its files elsewhere, a copy."""
+        address = urlparse(self.run.info.artifact_uri)
+        if address.scheme in ("", "file"):
+            return str(Path(url2pathname(address.path)) / path)
+        return self.local.download_artifacts(self.run.info.run_id, path)
 
     def send_params(self, there: Any) -> None:
         """Parameters that the server does not have."""
@@ -175,13 +185,15 @@ class _Copy:
             self.server.log_batch(there.info.run_id, metrics=missing[start : start + METRICS_AT_ONCE])
         return len(missing)
 
-    def send_files(self, run_id: str, files: list[tuple[str, int]]) -> int:
-        """Files that the server does not have in this size; returns how many."""
-        has = set(_files(self.server, run_id)) if files else set()
+    def send_files(self, run_id: str, files: list[tuple[str, int]], was_whole: bool) -> int:
+        """Files that the server does not have in this size; returns how many.
+
+        All of them if the run ``was_whole`` there and has changed: a file that is written again may have kept its size.
+        """
+        has = set(_files(self.server, run_id)) if files and not was_whole else set()
         missing = [path for path, size in files if (path, size) not in has]
         for path in missing:
-            place = self.local.download_artifacts(self.run.info.run_id, path)
-            self.server.log_artifact(run_id, place, str(Path(path).parent) if "/" in path else None)
+            self.server.log_artifact(run_id, self.place(path), str(Path(path).parent) if "/" in path else None)
         return len(missing)
 
 
@@ -211,6 +223,11 @@ def _files(client: Any, run_id: str, folder: str | None = None) -> Iterator[tupl
             yield from _files(client, run_id, entry.path)
         else:
             yield entry.path, int(entry.file_size or 0)
+
+
+def _content(place: str) -> str:
+    with open(place, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _point(metric: Any) -> tuple[int, int, str]:

@@ -193,11 +193,16 @@ def log_curve(logger: MLFlowLogger | None, when: str, rows: Iterable[Mapping[str
 
 
 def _log_rows(client: Any, run_id: str, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Log a curve's numbers, but those that stand there already: a report that is written again adds nothing."""
+    """Log a curve's numbers, but those that stand there already: a report that is written again adds nothing.
+
+    Of several points of a step count the newest stands.
+    """
     from mlflow.entities import Metric
 
     known = [key for key in client.get_run(run_id).data.metrics if key.startswith(f"{name}/")]
-    there = {(key, point.step, point.value) for key in known for point in client.get_metric_history(run_id, key)}
+    points = [(key, point) for key in known for point in client.get_metric_history(run_id, key)]
+    points.sort(key=lambda pair: pair[1].timestamp)
+    there = {(key, point.step): point.value for key, point in points}
 
     now = int(time.time() * 1000)
     figures = [
@@ -207,7 +212,7 @@ def _log_rows(client: Any, run_id: str, name: str, rows: Iterable[Mapping[str, A
         if key != "num_steps"
         and isinstance(value, int | float)
         and value == value
-        and (f"{name}/{key}", int(row["num_steps"]), float(value)) not in there
+        and there.get((f"{name}/{key}", int(row["num_steps"]))) != float(value)
     ]
     for start in range(0, len(figures), 500):
         client.log_batch(run_id, metrics=figures[start : start + 500])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from anyflow.cli import app
-from anyflow.comparison import best, differences, direction, figure_rows, read_side
+from anyflow.comparison import Side, best, differences, direction, figure_rows, read_side, unlike
 from anyflow.errors import UserError
 from anyflow.evaluation.statistics import Estimate
 from anyflow.recipe import load_recipe, save_recipe
@@ -101,6 +102,19 @@ def test_committed_results_and_evaluations_are_sides_too(tmp_path: Path, monkeyp
     (tmp_path / "evaluated").mkdir()
     (tmp_path / "evaluated" / "curve.json").write_text(json.dumps({"after": curve, "before": None}))
     assert read_side("evaluated", "").figures["driving", "sliced_w1", 4].mean == 0.5
+    about = {"model": "there", "data": "driving-full", "split": "heldout"}
+    about |= {"data (fingerprint)": "bb", "git.commit": "1"}
+    (tmp_path / "evaluated" / "curve.json").write_text(json.dumps({"after": curve, "before": None, "about": about}))
+    side = read_side("evaluated", "")
+    assert ("driving-full", "sliced_w1", 4) in side.figures
+    assert side.stands_on == {"model": "there", "split": "heldout", "data (fingerprint)": "bb", "commit": "1"}
+
+
+def test_nothing_is_better_where_sides_were_measured_otherwise() -> None:
+    low, high = ({("driving", "sliced_w1", 4): Estimate(mean, mean, mean, 3)} for mean in (1.0, 2.0))
+    one, two = Side("one", {}, {}, low, {"measured: clips": "16"}), Side("two", {}, {}, high, {"measured: clips": "20"})
+    assert unlike([one, two]) == ["clips"] and figure_rows([one, two])[0][2] is None
+    assert figure_rows([one, replace(two, measured=one.measured)])[0][2] == 0
 
 
 def test_metrics_know_which_way_is_better() -> None:

@@ -137,7 +137,7 @@ def test_what_was_cut_in_the_middle_is_completed(local: str, tmp_path: Path, mon
     assert number
     send_files = module._Copy.send_files
 
-    def fails(self: Any, run_id: str, files: list[Any]) -> int:
+    def fails(self: Any, *_: Any, **__: Any) -> int:
         raise OSError("the line is cut")
 
     monkeypatch.setattr(module._Copy, "send_files", fails)
@@ -148,6 +148,21 @@ def test_what_was_cut_in_the_middle_is_completed(local: str, tmp_path: Path, mon
     sent = sync(local, to)
     assert sent.runs == 3 and len(runs_of(to)) == 3
     assert sync(local, to).figures == 0
+    check_rewritten(local, to)
+
+
+def check_rewritten(local: str, to: str) -> None:
+    """A report that is written again is sent again, though it has kept its size."""
+    there = MlflowClient(tracking_uri=to)
+    path = Path(runs_of(local)["study"].info.artifact_uri.removeprefix("file://")) / "report/report.html"
+    written = path.read_text()
+    try:
+        path.write_text(written.replace("holds", "fails"))
+        assert sync(local, to).files == 2
+        sent = there.download_artifacts(runs_of(to)["study"].info.run_id, "report/report.html")
+        assert Path(sent).read_text() == "<p>it fails</p>"
+    finally:
+        path.write_text(written)
 
 
 def test_a_dead_server_is_one_sentence(local: str) -> None:

@@ -35,7 +35,7 @@ def compare(
     """
     if not 2 <= len(runs) <= 3:
         raise UserError(f"name two or three runs, not {len(runs)}")
-    from anyflow.comparison import differences, figure_rows, read_side
+    from anyflow.comparison import differences, figure_rows, read_side, unlike
 
     sides = [read_side(text, uri) for text in runs]
     apart, rows = differences(sides), figure_rows(sides)
@@ -48,6 +48,10 @@ def compare(
         print_json({"sides": [side.name for side in sides], "differences": dict(apart), "figures": figures})
         return
     _show(sides, apart, rows)
+    if settings := unlike(sides):
+        typer.echo(f"no star: they were measured with other {', '.join(settings)}, so the figures do not compare")
+    else:
+        typer.echo("* better, the intervals being apart; [95 % interval] where there is one")
 
 
 def _show(sides: list[Side], apart: list[tuple[str, list[str]]], rows: list[Any]) -> None:
@@ -59,7 +63,8 @@ def _show(sides: list[Side], apart: list[tuple[str, list[str]]], rows: list[Any]
     told = Table("what differs", *(side.name for side in sides), box=box.SIMPLE_HEAD)
     for key, values in apart:
         told.add_row(key, *values)
-    console.print(told if apart else "recipe, data and commit are the same")
+    known = all(side.recipe or side.stands_on for side in sides)
+    console.print(told if apart else f"recipe, data and commit are {'the same' if known else 'not known'}")
     table = Table("figure", "steps", box=box.SIMPLE_HEAD)
     for side in sides:
         table.add_column(side.name, justify="right")
@@ -67,7 +72,6 @@ def _show(sides: list[Side], apart: list[tuple[str, list[str]]], rows: list[Any]
         cells = [_written(value) + (" *" if index == better else "  ") for index, value in enumerate(values)]
         table.add_row(f"{data} {metric}".strip(), str(steps), *cells)
     console.print(table if rows else "none of them was measured")
-    typer.echo("* better, the intervals being apart; [95 % interval] where there is one")
 
 
 def _is_terminal() -> bool:

@@ -94,7 +94,8 @@ def evaluate(
     except ValueError as error:
         raise UserError(f"--against {against} and --model {model}: {error}") from None
     with whole_folder(folder) as partial:
-        write_report(partial, before=before, after=after, title=f"{model}, held-out prompts of {data}")
+        title, about = f"{model}, held-out prompts of {data}", _about(model, data, split)
+        write_report(partial, before=before, after=after, title=title, about=about)
     if as_json:
         curves = [result.curve.to_json() for result in (before, after) if result is not None]
         print_json({"model": model, "against": against, "data": data, "curves": curves, "folder": folder})
@@ -103,6 +104,15 @@ def evaluate(
     if table.is_file():
         typer.echo(table.read_text(encoding="utf-8").rstrip())
     typer.echo(f"\npicture, film, plot and numbers: {folder}")
+
+
+def _about(model: str, data: str, split: str) -> dict[str, str]:
+    """What ``anyflow compare`` tells apart."""
+    from anyflow.fingerprints import data_fingerprint, model_fingerprint
+    from anyflow.tracking import code_version
+
+    found = {"model": model, "model (fingerprint)": model_fingerprint(model), "data": Path(data).stem, "split": split}
+    return {**found, "data (fingerprint)": data_fingerprint(data, split), **code_version()}
 
 
 def _check_shapes(model: str, against: str | None, given_frames: int, encoders: list[str]) -> None:

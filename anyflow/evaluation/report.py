@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,7 +114,13 @@ def sample_grid(results: Sequence[CurveResult], title: str = "") -> Grid:
 
 
 def write_report(
-    folder: Path, before: CurveResult | None, after: CurveResult, *, title: str = "", fps: float = 8.0
+    folder: Path,
+    before: CurveResult | None,
+    after: CurveResult,
+    *,
+    title: str = "",
+    fps: float = 8.0,
+    about: Mapping[str, str] | None = None,
 ) -> dict[str, Path]:
     """Write all figures of one evaluation.
 
@@ -124,6 +130,7 @@ def write_report(
         after: the same of the trained model, on the same prompts, seed and step counts.
         title: above the picture.
         fps: of the clips.
+        about: which model, on what data; kept in ``curve.json``.
     Returns:
         ``{"curve.json": path, ...}`` for each of ``FILES``.
     """
@@ -131,7 +138,7 @@ def write_report(
     check_comparable(earlier, after.curve)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / name for name in FILES}
-    content: dict[str, Any] = {"version": 1, "after": after.curve.to_json()}
+    content: dict[str, Any] = {"version": 1, "about": dict(about or {}), "after": after.curve.to_json()}
     content["before"] = earlier.to_json() if earlier is not None else None
     paths["curve.json"].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     paths["table.md"].write_text(comparison_markdown(earlier, after.curve), encoding="utf-8")

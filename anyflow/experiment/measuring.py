@@ -62,14 +62,19 @@ def measure(experiment: Experiment, piece: Piece, card: str, on_progress: Callab
 
 
 def record_piece(experiment: Experiment, piece: Piece, cards: Sequence[str]) -> None:
-    """Give curves of a piece to the tracker: named ``after`` as a training's, or ``after/CARD`` if it has several."""
+    """Give curves of a piece to the tracker: ``after/CARD`` for each, so that arms of one card and of several overlay.
+
+    A piece of one card has ``after`` too, as any training has.
+    """
     found = {card: read_curve(piece, card) for card in cards}
     rows: dict[str, Any] = {card: document["curve"]["rows"] for card, document in found.items() if document is not None}
-    several = len(piece.cards) > 1
+    curves = {f"after/{Path(card).stem}": curve for card, curve in rows.items()}
+    if len(piece.cards) == 1 and rows:
+        curves["after"] = rows[piece.cards[0]]
     record_curves(
         piece.run,
         uri=piece.tracking_uri,
         experiment=experiment.name,
-        curves={f"after/{Path(card).stem}" if several else "after": curve for card, curve in rows.items()},
+        curves=curves,
         tags={"anyflow.arm": piece.arm, "anyflow.seed": str(piece.seed), "anyflow.cards": " ".join(piece.cards)},
     )

@@ -135,7 +135,7 @@ def test_the_comparison_draws_the_any_step_curve(browser: Any, site: Site) -> No
     assert "Comparing 2 Runs" in text_of(browser)
     address = str(links[0].get_attribute("href"))
     assert "x_axis=step" in address
-    browser.get(re.sub(r"after(%2F|/)[a-z_0-9]+", r"after\1sliced_w1", address))
+    browser.get(re.sub(r"after((?:%2F|/)games)?(%2F|/)[a-z_0-9]+", r"after\2games\2sliced_w1", address))
     lines = ".scatterlayer .trace path.js-line"
     wait_for(browser, lambda: len(browser.find_elements("css selector", lines)) >= 2, "the two curves")
     text = text_of(browser)

@@ -158,7 +158,10 @@ def _read(path: Path, where: str) -> Mapping[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            found = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a stranger's file: what it brings about is not ours to list
         told = str(error).strip().partition("\n")[0][:120] or type(error).__name__
         raise UserError(
