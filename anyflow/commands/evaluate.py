@@ -155,7 +155,7 @@ def _judges(
         shape = native_shape(model, frames=None, height=None, width=None, fps=None)
         with progress_line("training the probe") as on_progress:
             trained = probe_of(data, shape, heldout=split, on_progress=on_progress)
-        extractors.append(trained)
+        extractors += [trained] * trained.is_trusted
         labels.append(trained)
         notes += trained.notes()
     return {"extractors": extractors, "labels": labels}, tuple(notes)

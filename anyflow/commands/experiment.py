@@ -28,6 +28,9 @@ def experiment(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what is done and what is missing; run nothing.")
     ] = False,
+    afresh: Annotated[
+        bool, typer.Option("--afresh", help="Train and measure here what the committed results have, too.")
+    ] = False,
     report: Annotated[bool, typer.Option("--report", help="Write the report of what there is; run nothing.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -40,6 +43,7 @@ def experiment(
       anyflow experiment any-step --only flow-map --seeds 0
       anyflow experiment retention --jobs 8
       anyflow experiment any-step --report
+      anyflow experiment any-step --afresh
     \b
     Start it again after an interruption: finished pieces stay, a training that was cut goes on. Exit codes as of
     anyflow train; 1: a piece failed, and the others were done.
@@ -56,11 +60,11 @@ def experiment(
     every = pieces_of(found)
     chosen = select(found, every, _words(only), _numbers(seeds))
     if dry_run:
-        listed = jobs_of(found, chosen)
+        listed = jobs_of(found, chosen, afresh=afresh)
         print_json(_jobs_document(found, listed)) if as_json else _show_jobs(found, listed)
         return
-    failed = {} if report else _run(found, chosen, jobs)
-    _report(found, every, jobs_of(found, every), as_json, failed)
+    failed = {} if report else _run(found, chosen, jobs, afresh)
+    _report(found, every, jobs_of(found, every, afresh=afresh), as_json, failed)
     if failed:
         raise typer.Exit(1)
 
@@ -76,7 +80,7 @@ def _list(as_json: bool) -> None:
         typer.echo(f"{name:<14}{question}")
 
 
-def _run(found: Experiment, pieces: list[Piece], at_once: int) -> dict[str, str]:
+def _run(found: Experiment, pieces: list[Piece], at_once: int, afresh: bool) -> dict[str, str]:
     from anyflow.curves import check_held_out
     from anyflow.evaluation.encoders import check_encoders
     from anyflow.experiment.children import Stopped
@@ -86,7 +90,7 @@ def _run(found: Experiment, pieces: list[Piece], at_once: int) -> dict[str, str]
         check_held_out([card], found.evaluation.split, found.evaluation.prompts)
     check_encoders(found.evaluation.encoders, f"{found.file}: evaluation.encoders")
     try:
-        return run_pieces(found, pieces, at_once)
+        return run_pieces(found, pieces, at_once, afresh=afresh)
     except Stopped as stop:
         typer.echo(f"\nStopped; to go on: anyflow experiment {found.file}", err=True)
         raise typer.Exit(stop.code) from None

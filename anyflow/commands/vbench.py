@@ -65,6 +65,7 @@ def vbench(
     prompts = read_prompts(place, chosen, image=images is not None)
     _check_images(images, prompts)
     settings = {"samples": samples, "seed": seed, "sampler": sampler, "batch_size": batch_size, "images": images}
+    _settle(out, model, settings)
     folders = _sample_all(model, prompts, counts, out, settings)
     scores: dict[str, Any] = {}
     if score:
@@ -85,6 +86,20 @@ def vbench(
         typer.echo(
             f"score them: anyflow vbench ... --score, or: vbench evaluate --videos_path {folder} --dimension ..."
         )
+
+
+def _settle(out: Path, model: str, settings: dict[str, Any]) -> None:
+    """Note what the folder's videos are of: they are kept, so another model's must not come among them."""
+    from anyflow.fingerprints import model_fingerprint
+
+    now = {"model": model_fingerprint(model), **{key: str(settings[key]) for key in ("seed", "sampler", "images")}}
+    path = out / "settings.json"
+    was = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else now
+    changed = [key for key, value in now.items() if was.get(key) != value]
+    if changed:
+        raise UserError(f"--out {out} holds videos of another {' and '.join(changed)}: name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(path, now)
 
 
 def _check_images(images: Path | None, prompts: Sequence[Asked]) -> None:

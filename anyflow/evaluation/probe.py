@@ -128,6 +128,11 @@ class Probe:
                 found[f"probe_{name}_right"] = sum(right) / len(right)
         return found
 
+    @property
+    def is_trusted(self) -> bool:
+        """Whether it reads any label well enough: else its features are worth nothing either."""
+        return any(share >= TRUSTED for share in self.accuracy.values())
+
     def notes(self) -> list[str]:
         """What is to be said of each label beside figures that come from it."""
         return [

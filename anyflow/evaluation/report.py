@@ -27,7 +27,10 @@ FILES = ("curve.json", "curve.png", "table.md", "table.txt", "samples.png", "sam
 
 
 def plot_curve(path: Path, before: Curve | None, after: Curve) -> None:
-    """Plot the curves against the number of steps: accuracy, distances, motion energy, and real clips' lines."""
+    """Plot the curves against the number of steps: accuracy, distances, motion energy, and real clips' lines.
+
+    The last panel has a distance against what it costs.
+    """
     check_comparable(before, after)
     import matplotlib
 
@@ -42,10 +45,11 @@ def plot_curve(path: Path, before: Curve | None, after: Curve) -> None:
     ]
     if has_motion:
         panels.insert(0, (COLUMNS[0], "motion asked for, read from pixels\n(higher is better)"))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.1 * len(panels), 3.9), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(panels) + 1, figsize=(4.1 * len(panels) + 4.1, 3.9), squeeze=False)
     try:
-        for axis, (column, title) in zip(axes[0], panels, strict=True):
+        for axis, (column, title) in zip(axes[0], panels, strict=False):
             _plot_panel(axis, column, title, before, after)
+        _plot_panel(axes[0][-1], COLUMNS[2], "sliced Wasserstein against time\n(lower is better)", before, after, True)
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
         figure.suptitle(
@@ -62,32 +66,44 @@ def _number(marks: Marks, column: Figure) -> float:
     return math.nan if value is None else value
 
 
-def _plot_panel(axis: Axes, column: Figure, title: str, before: Curve | None, after: Curve) -> None:
-    steps = [row.num_steps for row in after.rows]
+def _seconds(curve: Curve) -> list[float]:
+    return [row.sampling_seconds + row.decoding_seconds for row in curve.rows]
+
+
+def _plot_panel(
+    axis: Axes, column: Figure, title: str, before: Curve | None, after: Curve, against_time: bool = False
+) -> None:
     curves = [(before, BEFORE_COLOUR, "s"), (after, AFTER_COLOUR, "o")]
     for curve, colour, marker in curves:
         if curve is None:
             continue
         values = [_number(row, column) for row in curve.rows]
+        places = _seconds(curve) if against_time else [row.num_steps for row in curve.rows]
         low, high = zip(*(interval_of(row, column, curve.clips) for row in curve.rows), strict=True)
-        axis.plot(steps, values, marker=marker, color=colour, label=curve.label, zorder=3)
+        axis.plot(places, values, marker=marker, color=colour, label=curve.label, zorder=3)
         if len(curve.all_seeds) > 1:
             whiskers = [[value - below for value, below in zip(values, low, strict=True)]]
             whiskers.append([above - value for value, above in zip(values, high, strict=True)])
-            axis.errorbar(steps, values, yerr=whiskers, color=colour, linestyle="none", capsize=3, linewidth=1)
+            axis.errorbar(places, values, yerr=whiskers, color=colour, linestyle="none", capsize=3, linewidth=1)
         elif column.is_share:
-            axis.fill_between(steps, low, high, color=colour, alpha=0.13, linewidth=0)
+            axis.fill_between(places, low, high, color=colour, alpha=0.13, linewidth=0)
     for marks, style, label in ((after.real, "--", "real clips"), (after.codec, ":", "real clips through the codec")):
         axis.axhline(_number(marks, column), color=REAL_COLOUR, linestyle=style, linewidth=1, label=label)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(steps, [str(count) for count in steps])
-    axis.minorticks_off()
-    axis.set_xlabel("steps")
+    _scale(axis, after, against_time)
     axis.set_title(title, fontsize=10)
     axis.set_ylim(bottom=0, top=1.03 if column.is_share else 1.05 * axis.get_ylim()[1])
     axis.grid(alpha=0.25)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
+
+
+def _scale(axis: Axes, curve: Curve, against_time: bool) -> None:
+    """Steps (or the seconds of the curve's steps) on a logarithmic axis."""
+    axis.set_xscale("log", base=2)
+    ticks = _seconds(curve) if against_time else [float(row.num_steps) for row in curve.rows]
+    axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("seconds a clip, decoding included" if against_time else "steps")
 
 
 def sample_grid(results: Sequence[CurveResult], title: str = "") -> Grid:

@@ -63,12 +63,12 @@ def table_cells(
     rows say what real clips get.
     """
     check_comparable(before, after)
-    headings = ["steps", *(column.heading for column in columns), "seconds a clip"]
+    headings = ["steps", *(column.heading for column in columns), "calls, seconds a clip"]
     rows = []
     for row in after.rows:
         shown = [*([before.row(row.num_steps)] if before is not None else []), row]
         cells = [" → ".join(_cell(marks, column, after.clips) for marks in shown) for column in columns]
-        rows.append([str(row.num_steps), *cells, f"{row.sampling_seconds + row.decoding_seconds:.2f}"])
+        rows.append([str(row.num_steps), *cells, f"{row.nfe}, {row.sampling_seconds + row.decoding_seconds:.2f}"])
     for name, marks in (("real clips", after.real), ("real, through the codec", after.codec)):
         rows.append([name, *(_cell(marks, column, after.clips) for column in columns), "-"])
     return headings, rows
@@ -77,7 +77,7 @@ def table_cells(
 def few_step_lines(before: Curve | None, after: Curve) -> list[str]:
     """What few steps cost in a word for each figure, and what is left of the few-step ability before."""
     lines = []
-    for column in (*COLUMNS, *DETAILS):
+    for column in (*COLUMNS, *detail_columns(after)):
         if not column.compares:
             continue
         ratios = [few_step_ratio(curve, column.name) for curve in (before, after) if curve is not None]
@@ -94,7 +94,7 @@ def change_lines(before: Curve | None, after: Curve) -> list[str]:
     if before is None:
         return []
     lines = []
-    for column in (*COLUMNS, *DETAILS):
+    for column in (*COLUMNS, *detail_columns(after)):
         if column.better != LOWER or not column.compares:
             continue
         found = {row.num_steps: change(before, after, column.name, row.num_steps) for row in after.rows}

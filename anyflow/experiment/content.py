@@ -173,9 +173,8 @@ def _budget(experiment: Experiment) -> str:
 def _provenance(experiment: Experiment, pieces: Sequence[Piece], kept: Collection[str]) -> str:
     code, here = code_version(), machine()
     changes = " (with changes)" if code.get("git.dirty") == "True" else ""
-    elsewhere = "; ".join(origins(experiment, pieces, kept))
+    trained = "; ".join(origins(experiment, pieces, kept))
     return (
-        f"Commit {code['git.commit']}{changes}, {here['machine.cpus']} CPU cores, devices: {here['machine.devices']}, "
-        f"torch {here['version.torch']}, diffusers {here['version.diffusers']}."
-        + (f" {len(kept)} of {len(pieces)} runs were measured earlier: {elsewhere}." if kept else "")
+        f"Written at commit {code['git.commit']}{changes}, torch {here['version.torch']}, diffusers "
+        f"{here['version.diffusers']}." + (f" Trained: {trained}." if trained else "")
     )

@@ -27,8 +27,12 @@ from anyflow.recipe import lagging_average
 from anyflow.signals import sigterm_raises
 
 
-def run_pieces(experiment: Experiment, pieces: Sequence[Piece], at_once: int = 1) -> dict[str, str]:
+def run_pieces(
+    experiment: Experiment, pieces: Sequence[Piece], at_once: int = 1, *, afresh: bool = False
+) -> dict[str, str]:
     """Do everything that is missing, ``at_once`` jobs at a time; returns what failed: the job's name and why.
+
+    ``afresh``: what was measured elsewhere is missing too.
 
     Raises:
         UserError: another process is at this experiment.
@@ -40,7 +44,7 @@ def run_pieces(experiment: Experiment, pieces: Sequence[Piece], at_once: int = 1
     failed: dict[str, str] = {}
     try:
         with locked(home / ".lock", patience=0) as lock, sigterm_raises(lambda: Stopped(EXIT_PREEMPTED)):
-            jobs = jobs_of(experiment, pieces)
+            jobs = jobs_of(experiment, pieces, afresh=afresh)
             _say(f"experiment {experiment.name}: {len(jobs)} pieces of work, {left(jobs, clock, at_once)}")
             for lag in lagging_arms(pieces):
                 _say(lag)

@@ -109,8 +109,8 @@ def few_step_ratio(measured: Measured, arm: str, metric: Figure, cards: Sequence
 
 def retention(measured: Measured, arm: str, metric: Figure, cards: Sequence[str] = ()) -> Estimate | None:
     """The few-step ratio before over the one after, seed by seed; None as for the ratio, or without an arm before."""
-    before = measured.experiment.before
-    if not before or arm == before:
+    before = measured.experiment.began_as(arm)
+    if not before:
         return None
     was, now = (_few_step_logs(measured, name, metric, cards) for name in (before, arm))
     return ratio_of(strata_of({card: shared(logs, now[card], sub) for card, logs in was.items()}))

@@ -78,13 +78,13 @@ def select(experiment: Experiment, pieces: Sequence[Piece], only: Sequence[str],
     return [piece for piece in pieces if piece.name in wanted]
 
 
-def jobs_of(experiment: Experiment, pieces: Sequence[Piece]) -> list[Job]:
-    """All trainings and curves of some pieces, with their state.
+def jobs_of(experiment: Experiment, pieces: Sequence[Piece], *, afresh: bool = False) -> list[Job]:
+    """All trainings and curves of some pieces, with their state; ``afresh``: what the results keep does not count.
 
     Raises:
         UserError: a card's shards are missing.
     """
-    kept = kept_pieces(experiment, pieces)
+    kept = {} if afresh else kept_pieces(experiment, pieces)
     by_piece: dict[str, list[Job]] = {}
     stale: set[str] = set()
     for piece in pieces:

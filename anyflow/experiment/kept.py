@@ -11,6 +11,7 @@ settings are what they would be now, and those of the pieces that it was trained
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,16 +93,23 @@ def keep(experiment: Experiment, pieces: Iterable[Piece], finished: Collection[s
 
 
 def origins(experiment: Experiment, pieces: Iterable[Piece], kept: Collection[str]) -> list[str]:
-    """Where what is kept comes from, in words: commit and machine, each once."""
-    found = [read_kept(experiment, piece) for piece in pieces if piece.name in kept]
-    return sorted({_origin(document) for document in found if document is not None})
+    """Where the trainings come from, in words: commit and machine, each with the number of its runs."""
+    here = machine()
+    found: Counter[str] = Counter()
+    for piece in pieces:
+        document = read_kept(experiment, piece) if piece.name in kept else None
+        if document is not None and piece.recipe is not None:
+            found[_origin(document["code"], document["machine"])] += 1
+        elif piece.recipe is not None and piece.run.status.get("code"):
+            found[_origin(piece.run.status["code"], here)] += 1
+    return [f"{count} at {origin}" for origin, count in sorted(found.items())]
 
 
-def _origin(document: dict[str, Any]) -> str:
-    where = document["machine"]
+def _origin(code: dict[str, str], where: dict[str, str]) -> str:
+    changes = " with changes" if code.get("git.dirty") == "True" else ""
     return (
-        f"commit {document['code']['git.commit'][:7]}, {where['machine.cpus']} CPU cores, "
-        f"devices: {where['machine.devices']}, torch {where.get('version.torch', 'unknown')}"
+        f"commit {code['git.commit'][:7]}{changes} ({where['machine.cpus']} CPU cores, devices: "
+        f"{where['machine.devices']}, torch {where.get('version.torch', 'unknown')})"
     )
 
 

@@ -179,8 +179,10 @@ def _check_arms(experiment: Experiment, path: Path) -> None:
             raise UserError(f"{path}: arms.{name}.seeds={arm.seeds} repeats itself: give each once")
     if len(set(experiment.seeds)) != len(experiment.seeds):
         raise UserError(f"{path}: seeds={experiment.seeds} repeats itself: give each once")
-    if experiment.before and experiment.before not in experiment.shown:
-        raise UserError(f"{path}: before={experiment.before!r} is no shown arm: known are {_list(experiment.shown)}")
+    own = {f"arms.{name}.before": arm.before for name, arm in experiment.arms.items()}
+    for key, name in {"before": experiment.before, **own}.items():
+        if name and name not in experiment.shown:
+            raise UserError(f"{path}: {key}={name!r} is no shown arm: known are {_list(experiment.shown)}")
     in_order(experiment)
 
 

@@ -2,7 +2,7 @@
 
 experiments/results/NAME/
     report.html    everything inside, pictures and films too      report.md     tables and answers
-    figures.json   curves, floor, ratios, retention, answers      curves.png, cost.png, samples-CARD.png
+    figures.json   curves, floor, ratios, retention, answers      curves.png, cost.png, samples-CARD.png and .mp4
     measured/      every piece's curves, from which another machine goes on (kept.py)
 """
 
@@ -23,12 +23,9 @@ from anyflow.experiment.jobs import Job, finished_pieces
 from anyflow.experiment.kept import keep
 from anyflow.experiment.pieces import Piece
 from anyflow.experiment.plots import plot_cost, plot_curves
-from anyflow.experiment.samples import Samples, as_jpeg, draw_samples, film
+from anyflow.experiment.samples import Samples, as_jpeg, draw_samples
 from anyflow.experiment.schema import Experiment
 from anyflow.tracking import code_version, record_report
-
-PAGE_BYTES = 2_900_000
-"""Of the whole page."""
 
 
 def write_report(experiment: Experiment, pieces: Sequence[Piece], jobs: Sequence[Job]) -> tuple[Path, list[Answer]]:
@@ -122,14 +119,14 @@ def _page(content: Content, drawn: Sequence[Samples], folder: Path) -> str:
         for name, note in content.plots.items()
         if (folder / name).exists()
     ]
-    pictures = [_encoded(as_jpeg(samples.picture)) for samples in drawn]
-    used = sum(len(image["data"]) for image in plots) + sum(map(len, pictures))
-    shown = []
-    for index, (samples, image) in enumerate(zip(drawn, pictures, strict=True)):
-        room = max(0, PAGE_BYTES - used) // (len(drawn) - index)
-        moving = _encoded(film(samples.grid, folder / "film.mp4", room * 3 // 4)) if samples.grid is not None else ""
-        used += len(moving)
-        shown.append({"card": samples.card, "film": moving, "picture": image})
+    shown = [
+        {
+            "card": samples.card,
+            "film": _encoded(samples.film.read_bytes()) if samples.film is not None else "",
+            "picture": _encoded(as_jpeg(samples.picture)),
+        }
+        for samples in drawn
+    ]
     loader = FileSystemLoader(Path(__file__).parent)
     template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("report.html.j2")
     return template.render(content=content, plots=plots, samples=shown)
@@ -150,7 +147,9 @@ def _markdown(content: Content, folder: Path) -> str:
     for table in content.tables:
         lines += [f"**{table.title}**", "", *_markdown_table(table), ""]
     lines += [content.note_tables, ""]
-    lines += [f"![samples]({path.name})\n" for path in sorted(folder.glob("samples-*.png"))]
+    for path in sorted(folder.glob("samples-*.png")):
+        moving = path.with_suffix(".mp4")
+        lines.append(f"![samples]({path.name})\n" + (f"\n[moving]({moving.name})\n" if moving.exists() else ""))
     lines += [f"{content.arms.title}:", "", *_markdown_table(content.arms), "", content.note_arms, ""]
     lines += ["```sh", content.commands, "```", "", content.provenance, ""]
     return "\n".join(lines)

@@ -18,6 +18,8 @@ from anyflow.experiment.pieces import Piece, curve_folder
 CELLS = 8
 """Rows of samples in a picture, at most (prompts x arms, but one prompt at least)."""
 FILM_QUALITIES = (23, 28, 33, 38, 43)
+FILMS_BYTES = 1_300_000
+"""Of the films of all data sets together: a page that holds them opens at once, and a repository can keep them."""
 
 
 @dataclass(frozen=True)
@@ -28,19 +30,20 @@ class Samples:
         card: its name.
         arms: those whose samples the picture shows.
         picture: the file, ``samples-CARD.png``.
-        grid: what is here of them, for the film; None: nothing.
+        film: the file, ``samples-CARD.mp4``; None: there is none.
     """
 
     card: str
     arms: list[str]
     picture: Path
-    grid: Grid | None
+    film: Path | None
 
 
 def draw_samples(measured: Measured, pieces: Sequence[Piece], folder: Path, earlier: Path) -> list[Samples]:
-    """Leave the picture of each data set's samples in the folder of a new report.
+    """Leave picture and film of each data set's samples in the folder of a new report.
 
-    Samples are not kept with the figures: an earlier report's picture stays where it shows arms that are not here.
+    Samples are not kept with the figures: an earlier report's picture and film stay where they show arms that are not
+    here, unless the experiment has them no longer.
 
     Args:
         measured: what the report is about.
@@ -51,15 +54,19 @@ def draw_samples(measured: Measured, pieces: Sequence[Piece], folder: Path, earl
     grids, before, found = sample_grids(measured, pieces), _shown(earlier), []
     for card in measured.cards():
         arms, grid = grids.get(card, ([], None))
-        was, name = before.get(short(card), []), f"samples-{short(card)}.png"
-        if set(was) > set(arms) and (earlier / name).is_file():
-            (folder / name).write_bytes((earlier / name).read_bytes())
+        was, name = before.get(short(card), []), f"samples-{short(card)}"
+        picture, moving = folder / f"{name}.png", folder / f"{name}.mp4"
+        if set(arms) < set(was) <= set(measured.experiment.shown) and (earlier / picture.name).is_file():
+            for path in (picture, moving):
+                if (earlier / path.name).is_file():
+                    path.write_bytes((earlier / path.name).read_bytes())
             arms = was
         elif grid is not None:
-            save_png(grid, folder / name)
+            save_png(grid, picture)
+            save_film(grid, moving, FILMS_BYTES // len(measured.cards()))
         else:
             continue
-        found.append(Samples(short(card), arms, folder / name, grid))
+        found.append(Samples(short(card), arms, picture, moving if moving.is_file() else None))
     return found
 
 
@@ -111,12 +118,9 @@ def as_jpeg(path: Path) -> bytes:
     return sink.getvalue()
 
 
-def film(grid: Grid, path: Path, most_bytes: int, fps: float = 8.0) -> bytes:
-    """The moving picture, played once, at the best quality that fits ``most_bytes`` (or the least, if none does)."""
+def save_film(grid: Grid, path: Path, most_bytes: int, fps: float = 8.0) -> None:
+    """Write the moving picture, played once: the best quality that fits ``most_bytes``, or the least, if none does."""
     for quality in FILM_QUALITIES:
         save_mp4(grid, path, fps=fps, loops=1, quality=quality)
         if path.stat().st_size <= most_bytes:
             break
-    content = path.read_bytes()
-    path.unlink()
-    return content

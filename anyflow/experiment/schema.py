@@ -26,6 +26,7 @@ class Arm:
     folder: str = option("", "a finished model (folder or hub id), evaluated as it is: nothing is trained")
     seeds: list[int] = option([], "seeds that it is trained with; empty: the experiment's", low=0, high=999)
     steps: int = option(0, "a budget of its own, told in the report; 0: the experiment's", low=0)
+    before: str = option("", "arm that its retention is measured against (itself: none); empty: as the experiment says")
     given_frames: int = option(-1, "latent frames given when it is evaluated; -1: as the experiment says", low=-1)
     shown: bool = option(True, "evaluate and compare it; false: it is there for others to start from")
 
@@ -107,6 +108,11 @@ class Experiment:
     def seeds_of(self, arm: str) -> list[int]:
         """The seeds of an arm."""
         return self.arms[arm].seeds or self.seeds
+
+    def began_as(self, arm: str) -> str:
+        """The arm that one is compared with for its retention; empty: none."""
+        found = self.arms[arm].before or self.before
+        return "" if found == arm else found
 
     def given_to(self, arm: str) -> int:
         """Latent frames that an arm is given when it is evaluated."""

@@ -119,7 +119,9 @@ def test_the_page_has_everything_inside(study: Study) -> None:
     jobs = [replace(job, state="cut") if job in again else job for job in jobs]
     folder, answers = write_report(*study, jobs)
     assert [found.verdict for found in answers] == [HOLDS]
-    pictures = {"curves.png", "cost.png", "samples-driving.png", "samples-games.png"}
+    pictures = {"curves.png", "cost.png"} | {
+        f"samples-{card}.{e}" for card in ("driving", "games") for e in ("png", "mp4")
+    }
     assert {path.name for path in folder.iterdir()} == pictures | {
         "report.html",
         "report.md",

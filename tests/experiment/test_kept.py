@@ -44,14 +44,17 @@ def test_what_was_measured_elsewhere_counts_as_done(tmp_path: Path) -> None:
     elsewhere(tmp_path)
     experiment, pieces = write_study(tmp_path, FEWER)
     assert set(states((experiment, pieces)).values()) == {"kept"}
+    again = jobs_of(experiment, pieces, afresh=True)
+    assert {(job.state, job.has_kept) for job in again if job.is_training} == {("missing", False)}
     before = json.loads((experiment.results / "figures.json").read_text())
     folder, _ = write_report(experiment, pieces, jobs_of(experiment, pieces))
     after = json.loads((folder / "figures.json").read_text())
     assert after["curves"] == before["curves"] and after["curves"]["plain"]["driving"]
     assert len(list((folder / "measured").iterdir())) == 3
-    assert "3 of 3 runs were measured earlier: commit" in (folder / "report.md").read_text()
+    assert "Trained: 2 at commit" in (folder / "report.md").read_text()
     assert after["pictures"] == before["pictures"] == {"driving": ["base", "plain", "more"]}
-    assert (folder / "samples-driving.png").is_file() and "<video" not in (folder / "report.html").read_text()
+    assert (folder / "samples-driving.png").is_file() and (folder / "samples-driving.mp4").is_file()
+    assert "<video" in (folder / "report.html").read_text()
 
 
 def test_a_new_arm_trains_the_models_that_it_starts_from_and_no_others(tmp_path: Path) -> None:

@@ -111,6 +111,18 @@ def test_what_one_arm_is_given_all_arms_leave_out(tmp_path: Path) -> None:
     assert experiment.left_out == 1 and left == {"base": 1, "plain": 1, "more": 1, "again": None}
 
 
+def test_retention_is_measured_against_what_an_arm_began_as(tmp_path: Path) -> None:
+    tree = yaml.safe_load(TEXT)
+    tree["arms"]["base-frame"] = {"folder": "data/models/tiny", "given_frames": 1, "before": "base-frame"}
+    tree["arms"]["again"] = {"folder": "{arm.more}", "given_frames": 1, "before": "base-frame"}
+    experiment, _ = write_study(tmp_path, yaml.safe_dump(tree))
+    found = {arm: experiment.began_as(arm) for arm in experiment.shown}
+    assert found == {"base": "", "plain": "base", "more": "base", "base-frame": "", "again": "base-frame"}
+    tree["arms"]["again"]["before"] = "none"
+    with pytest.raises(UserError, match=r"arms\.again\.before='none' is no shown arm"):
+        write_study(tmp_path, yaml.safe_dump(tree))
+
+
 def test_needs_are_read_from_every_text(tmp_path: Path) -> None:
     tree = yaml.safe_load(TEXT)
     tree["arms"]["taught"] = {"overrides": ["stage.onpolicy.teacher={arm.base}", "stage.steps=20"]}
