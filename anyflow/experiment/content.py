@@ -117,7 +117,7 @@ def _table(measured: Measured, metric: Figure, card: str) -> Table:
     rows = []
     for arm in measured.experiment.shown:
         curve = measured.curve(arm, card, metric.name)
-        rows.append([arm, *(_written(curve.get(count)) for count in counts)])
+        rows.append([arm, *(_written(curve.get(count), metric.is_share) for count in counts)])
     floor = measured.real[card].get(metric.name)
     rows.append(["real clips", *([f"{floor:.3g}" if isinstance(floor, int | float) else "-"] * len(counts))])
     better = f"{metric.better} is better" if metric.better else "the nearer to real clips the better"
@@ -135,12 +135,13 @@ def _ratios(measured: Measured, metric: Figure) -> Table:
     return Table(f"few steps against many, by {metric.heading}, all data", headings, rows)
 
 
-def _written(found: Estimate | None) -> str:
+def _written(found: Estimate | None, is_share: bool = False) -> str:
     if found is None:
         return "-"
     if found.low is None or found.high is None:
         return f"{found.mean:.3g}"
-    return f"{found.mean:.3g} [{found.low:.3g}, {found.high:.3g}]"
+    low, high = (max(0.0, found.low), min(1.0, found.high)) if is_share else (found.low, found.high)
+    return f"{found.mean:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def _arms(experiment: Experiment, pieces: Sequence[Piece]) -> Table:
