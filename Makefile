@@ -75,7 +75,7 @@ sample: $(VENV)/.installed ## clips of a prompt at several step counts: PROMPT="
 plan: $(VENV)/.installed ## the memory that recipes need on GPUs, all of them or RECIPE=forward/wan2.1-t2v-14b [MODEL=...] [HARDWARE=...]
 	$(ANYFLOW) plan $(RECIPE) $(if $(MODEL),--model $(MODEL)) $(if $(HARDWARE),--hardware $(HARDWARE)) $(ARGS)
 
-experiment: $(VENV)/.installed ## answer a question by its arms and seeds: NAME=any-step|retention|causal|ablation
+experiment: $(VENV)/.installed ## answer a question by its arms and seeds: NAME=any-step|retention|causal|ablation|guided-tangent
 	@test -n "$(NAME)" || { echo 'which one? make experiment NAME=..., where NAME is one of:' \
 		$(patsubst experiments/%.yaml,%,$(wildcard experiments/*.yaml)) >&2; exit 2; }
 	$(ANYFLOW) experiment $(NAME) $(ARGS)

@@ -163,12 +163,13 @@ def _budget(experiment: Experiment) -> str:
     budget = experiment.budget
     every = f"Every arm: {' '.join(experiment.overrides)}. " if experiment.overrides else ""
     if not budget.steps:
-        return every
+        return every + budget.note
     batch = f" of {budget.batch} clips" if budget.batch else ""
     apart = [f"{name} has {arm.steps}" for name, arm in experiment.arms.items() if arm.steps]
     return (
-        f"{every}The budget of a trained arm is {budget.steps} steps{batch}{'; ' if apart else ''}{', '.join(apart)}."
-    )
+        f"{every}The budget of a trained arm is {budget.steps} steps{batch}{'; ' if apart else ''}{', '.join(apart)}. "
+        f"{budget.note}"
+    ).strip()
 
 
 def _provenance(experiment: Experiment, pieces: Sequence[Piece], kept: Collection[str]) -> str:

@@ -56,6 +56,7 @@ class Budget:
 
     steps: int = option(0, "optimiser steps of each arm since its start, tails and their teachers included", low=0)
     batch: int = option(0, "clips of one optimiser step; 0: not checked", low=0)
+    note: str = option("", "what is to be said of it: steps of unlike cost, how the arms' settings were found")
 
 
 @dataclass(frozen=True)
