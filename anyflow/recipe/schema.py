@@ -163,7 +163,7 @@ class StageRecipe:
     )
     delta: float = _option(5.0, "half width of the central difference, in timestep units of 1000", above=0, high=100)
     weight: str = _option("beta08", "weight of the loss over timesteps", choices=("beta08", "gaussian", "uniform"))
-    rebalance: bool = _option(True, "scale flow-map losses to the diffusion loss; off is a disaster at 1 step")
+    rebalance: bool = _option(True, "scale flow-map losses to the diffusion loss; off, jumps crowd out the velocity")
     diffusion_share: float = _option(
         0.5, "share of the global batch with r = t (instantaneous velocity)", low=0, high=1
     )
