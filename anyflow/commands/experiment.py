@@ -77,7 +77,7 @@ def _list(as_json: bool) -> None:
         print_json(known)
         return
     for name, question in known.items():
-        typer.echo(f"{name:<14}{question}")
+        typer.echo(f"{name:<16}{question}")
 
 
 def _run(found: Experiment, pieces: list[Piece], at_once: int, afresh: bool) -> dict[str, str]:
