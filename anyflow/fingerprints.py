@@ -10,6 +10,7 @@ from pathlib import Path
 
 from anyflow.data.card import told_caption
 from anyflow.data.reader import find_split
+from anyflow.data.remote import file_sha256
 from anyflow.data.shards import load_index
 from anyflow.recipe import Recipe, is_hub_id
 
@@ -52,8 +53,7 @@ def encoder_fingerprint(choice: str) -> str:
     """Of a published network that judges clips (:mod:`anyflow.evaluation.encoders`): its weights, wherever they lie."""
     path = Path(choice).expanduser()
     if path.is_file():
-        with open(path, "rb") as file:
-            return f"{path.suffix} {hashlib.file_digest(file, 'sha256').hexdigest()[:DIGITS]}"
+        return f"{path.suffix} {file_sha256(path)[:DIGITS]}"
     return model_fingerprint(choice) if path.is_dir() else choice
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
+from anyflow.data.remote import file_sha256
 from anyflow.errors import UserError
 from anyflow.tracking import PARENT_TAG
 
@@ -154,7 +155,7 @@ class _Copy:
 
     def digest(self, files: Sequence[tuple[Any, ...]]) -> str:
         """Of everything that a run has: it changes when something is added, or a file is written again."""
-        files = [(path, size, _content(self.place(path))) for path, size in files]
+        files = [(path, size, file_sha256(self.place(path))) for path, size in files]
         points = {key: [_point(metric) for metric in history] for key, history in self.histories.items()}
         facts = [self.run.info.status, self.run.info.end_time, self.run.data.params, self.run.data.tags, points, files]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -223,11 +224,6 @@ def _files(client: Any, run_id: str, folder: str | None = None) -> Iterator[tupl
             yield from _files(client, run_id, entry.path)
         else:
             yield entry.path, int(entry.file_size or 0)
-
-
-def _content(place: str) -> str:
-    with open(place, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _point(metric: Any) -> tuple[int, int, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 from collections import OrderedDict
@@ -73,7 +72,7 @@ class ShardReader:
                 raise UserError(
                     f"shard {str(path)!r} has {size} bytes, its index says {shard.bytes}: fetch or write it again"
                 )
-            if verify and _sha256(path) != shard.sha256:
+            if verify and remote.file_sha256(path) != shard.sha256:
                 raise UserError(f"shard {str(path)!r} is damaged, its sha256 is not its index's: fetch it again")
         self._descriptors: OrderedDict[int, int] = OrderedDict()
         self._damaged: dict[int, str] = {}
@@ -300,8 +299,3 @@ def check_length(split: Split, shape: ClipShape) -> None:
             f"data.frames={shape.frames} needs {needed} frames of every clip of {split.name!r}, which have "
             f"{split.frames} at {split.fps:g} frames/s: ask for fewer frames or a higher fps."
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -163,7 +163,7 @@ def fetch_shard(folder: Path, name: str, size: int, sha256: str) -> Path | None:
                 _make_room(size, partial)
                 partial.touch()
             _download(join(url, name), partial, size)
-            if _sha256(partial) == sha256:
+            if file_sha256(partial) == sha256:
                 partial.replace(path)
                 return path
             partial.unlink()
@@ -283,6 +283,7 @@ def _touch(path: Path, size: int) -> bool:
         return False
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+def file_sha256(path: Path | str) -> str:
+    """Digest of a file's bytes, in hexadecimal digits."""
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,7 +11,6 @@ plain WebDataset shards and can be read without the index as well.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tarfile
@@ -199,7 +198,7 @@ def check_folder(folder: Path) -> list[str]:
         if size != shard.bytes:
             word = "truncated" if size < shard.bytes else "too long"
             problems.append(f"shard {str(path)!r} is {word}: {size} bytes, the index says {shard.bytes}")
-        elif _sha256(path) != shard.sha256:
+        elif remote.file_sha256(path) != shard.sha256:
             problems.append(f"shard {str(path)!r} is damaged: its sha256 differs from the index")
         else:
             problems += _compare_members(path, shard)
@@ -284,7 +283,7 @@ def write_tar(batch: Iterable[tuple[str, Mapping[str, bytes]]], path: Path) -> S
         file.flush()
         os.fsync(file.fileno())
     samples = tuple(replace(sample, shape=shapes.get(sample.key, ())) for sample in _read_members(temporary))
-    shard = Shard(path.name, temporary.stat().st_size, _sha256(temporary), samples)
+    shard = Shard(path.name, temporary.stat().st_size, remote.file_sha256(temporary), samples)
     temporary.rename(path)
     return shard
 
@@ -321,8 +320,3 @@ def write_durably(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
