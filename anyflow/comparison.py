@@ -27,6 +27,16 @@ from anyflow.runs import RunFolder
 MEASURED = "measured: "
 """Before the settings that figures were measured by."""
 
+SETTINGS = {
+    "clips": "numbers of prompts",
+    "left_out": "frames left out of distances (left_out)",
+    "version": "versions of the measures",
+}
+"""What must be the same for figures to compare, and what it is called."""
+
+SEEN_GIVEN = ("motion_accuracy", "motion_unread", "path_error", "sampling_seconds")
+"""Figures of whole clips, given frames included: being given some helps them."""
+
 NAMES_ALONE = ("run.name", "run.out", "run.tracking_uri", "run.recipe")
 """Fields that say what a run is called."""
 
@@ -73,10 +83,15 @@ def read_side(text: str, uri: str) -> Side:
 
 
 def differences(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
-    """``(what, the sides' values)`` of everything that is not the same: recipe fields, data, start, commit."""
+    """``(what, the sides' values)`` of everything that is not the same: recipe fields, data, start, commit.
+
+    Recipes are compared where every side has one: a published model has none.
+    """
     found = []
     for part in ("recipe", "stands_on", "measured"):
         maps = [getattr(side, part) for side in sides]
+        if part == "recipe" and not all(maps):
+            continue
         for key in dict.fromkeys(key for one in maps for key in one):
             values = [str(one.get(key, "-")) for one in maps]
             if len(set(values)) > 1 and key not in NAMES_ALONE:
@@ -87,23 +102,31 @@ def differences(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
 def figure_rows(sides: Sequence[Side]) -> list[tuple[tuple[str, str, int], list[Estimate | None], int | None]]:
     """``(figure, the sides' values, index of the one that is better beyond its interval, or None)``.
 
-    None is better where the sides are :func:`unlike`.
+    None is better where the sides are :func:`unlike`, and where a figure is read from frames that only some were given.
     """
-    alike = not unlike(sides)
+    alike, given_alike = not unlike(sides), not is_given_unlike(sides)
     keys = dict.fromkeys(key for side in sides for key in side.figures)
     ordered = sorted(keys, key=lambda key: (key[0], list(dict.fromkeys(k[1] for k in keys)).index(key[1]), key[2]))
     rows = []
     for key in ordered:
         values = [side.figures.get(key) for side in sides]
-        rows.append((key, values, best(values, direction(key[1])) if alike else None))
+        compares = alike and (given_alike or key[1] not in SEEN_GIVEN)
+        rows.append((key, values, best(values, direction(key[1])) if compares else None))
     return rows
 
 
 def unlike(sides: Sequence[Side]) -> list[str]:
-    """In what the sides were measured otherwise, so that their figures do not compare."""
-    told = [side.measured for side in sides if side.measured]
-    keys = [f"{MEASURED}{key}" for key in ("clips", "left_out", "version")]
-    return [key.removeprefix(MEASURED) for key in keys if len({one.get(key) for one in told}) > 1]
+    """In what the sides were measured otherwise, in words, so that their figures do not compare."""
+    return [words for key, words in SETTINGS.items() if _is_unlike(sides, key)]
+
+
+def is_given_unlike(sides: Sequence[Side]) -> bool:
+    """Whether some samples began with more given frames than others."""
+    return _is_unlike(sides, "given_frames")
+
+
+def _is_unlike(sides: Sequence[Side], setting: str) -> bool:
+    return len({side.measured.get(f"{MEASURED}{setting}") for side in sides if side.measured}) > 1
 
 
 def direction(metric: str) -> int:

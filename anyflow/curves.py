@@ -128,8 +128,10 @@ def curve_of(
     )
 
 
-def check_held_out(cards: Sequence[str], split: str, prompts: int) -> None:
+def check_held_out(cards: Sequence[str], split: str, prompts: int, where: str = "prompts") -> None:
     """Tell by the shards' index alone, before anything is loaded, whether a split has clips for so many prompts.
+
+    ``where`` is the option or field that says how many, for the message.
 
     Raises:
         UserError: it has not.
@@ -138,7 +140,7 @@ def check_held_out(cards: Sequence[str], split: str, prompts: int) -> None:
     readers = [ShardReader([one.folder], [one.caption]) for one in found]
     count = sum(len(shard.samples) for reader in readers for _, shard in reader.shards)
     if count < 2 * prompts:
-        raise UserError(_too_few(cards, split, prompts, count))
+        raise UserError(f"{where} {prompts}: {_too_few(cards, split, prompts, count)}")
 
 
 def _too_few(cards: Sequence[str], split: str, prompts: int, count: int) -> str:

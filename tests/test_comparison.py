@@ -113,8 +113,24 @@ def test_committed_results_and_evaluations_are_sides_too(tmp_path: Path, monkeyp
 def test_nothing_is_better_where_sides_were_measured_otherwise() -> None:
     low, high = ({("driving", "sliced_w1", 4): Estimate(mean, mean, mean, 3)} for mean in (1.0, 2.0))
     one, two = Side("one", {}, {}, low, {"measured: clips": "16"}), Side("two", {}, {}, high, {"measured: clips": "20"})
-    assert unlike([one, two]) == ["clips"] and figure_rows([one, two])[0][2] is None
+    assert unlike([one, two]) == ["numbers of prompts"] and figure_rows([one, two])[0][2] is None
     assert figure_rows([one, replace(two, measured=one.measured)])[0][2] == 0
+
+
+def test_figures_of_whole_clips_are_not_compared_where_one_was_given_more_of_them() -> None:
+    def side(name: str, value: float, given: str) -> Side:
+        figures = {("driving", metric, 4): Estimate(value, value, value, 3) for metric in ("path_error", "sliced_w1")}
+        return Side(name, {}, {}, figures, {"measured: given_frames": given, "measured: left_out": "1"})
+
+    alike = [side("one", 1.0, "0"), side("two", 2.0, "0")]
+    assert [(key[1], found) for key, _, found in figure_rows(alike)] == [("path_error", 0), ("sliced_w1", 0)]
+    apart = [side("one", 1.0, "1"), side("two", 2.0, "0")]
+    assert [(key[1], found) for key, _, found in figure_rows(apart)] == [("path_error", None), ("sliced_w1", 0)]
+
+
+def test_recipes_are_compared_where_all_have_one() -> None:
+    bare, trained = Side("bare", {}, {"data": "aa"}, {}), Side("run", {"optimizer.lr": "1"}, {"data": "bb"}, {})
+    assert dict(differences([bare, trained])) == {"data": ["aa", "bb"]}
 
 
 def test_metrics_know_which_way_is_better() -> None:

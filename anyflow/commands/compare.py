@@ -35,7 +35,7 @@ def compare(
     """
     if not 2 <= len(runs) <= 3:
         raise UserError(f"name two or three runs, not {len(runs)}")
-    from anyflow.comparison import differences, figure_rows, read_side, unlike
+    from anyflow.comparison import SEEN_GIVEN, differences, figure_rows, is_given_unlike, read_side, unlike
 
     sides = [read_side(text, uri) for text in runs]
     apart, rows = differences(sides), figure_rows(sides)
@@ -49,9 +49,11 @@ def compare(
         return
     _show(sides, apart, rows)
     if settings := unlike(sides):
-        typer.echo(f"no star: they were measured with other {', '.join(settings)}, so the figures do not compare")
-    else:
-        typer.echo("* better, the intervals being apart; [95 % interval] where there is one")
+        typer.echo(f"no star: they were measured with other {' and '.join(settings)}, so the figures do not compare")
+        return
+    typer.echo("* better, the intervals being apart; [95 % interval] where there is one")
+    if is_given_unlike(sides):
+        typer.echo(f"no star at {', '.join(SEEN_GIVEN)}: not all were given the same frames, which they are read with")
 
 
 def _show(sides: list[Side], apart: list[tuple[str, list[str]]], rows: list[Any]) -> None:
@@ -63,6 +65,9 @@ def _show(sides: list[Side], apart: list[tuple[str, list[str]]], rows: list[Any]
     told = Table("what differs", *(side.name for side in sides), box=box.SIMPLE_HEAD)
     for key, values in apart:
         told.add_row(key, *values)
+    without = [side.name for side in sides if not side.recipe]
+    if without and len(without) < len(sides):
+        typer.echo(f"recipes are not compared: none is known of {', '.join(without)}")
     known = all(side.recipe or side.stands_on for side in sides)
     console.print(told if apart else f"recipe, data and commit are {'the same' if known else 'not known'}")
     table = Table("figure", "steps", box=box.SIMPLE_HEAD)

@@ -156,7 +156,7 @@ def probe(
     check_model(model)
     from anyflow.recipe import find_card
 
-    find_card(card)
+    find_card(card, "")
     from anyflow.commands.models import native_shape
     from anyflow.console import progress_line
     from anyflow.probes import probe_of

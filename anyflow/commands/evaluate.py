@@ -66,14 +66,15 @@ def evaluate(
     folder = fresh_folder(out, f"runs/evaluations/{Path(data).stem}")
     from anyflow.recipe import find_card
 
-    find_card(data)
-    for name in filter(None, (model, against)):
-        check_model(name)
+    find_card(data, "--data ")
+    check_model(model)
+    if against:
+        check_model(against, "--against")
     if probe and split == "train":
         raise UserError("--probe with --split train: a probe has seen these clips; choose a split that it has not")
     from anyflow.curves import check_held_out
 
-    check_held_out([data], split, prompts)
+    check_held_out([data], split, prompts, "--prompts")
     _check_shapes(model, against, given_frames, encoder or [])
     from anyflow.evaluation.report import write_report
     from anyflow.evaluation.tables import check_comparable

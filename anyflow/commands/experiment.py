@@ -59,6 +59,10 @@ def experiment(
 
     every = pieces_of(found)
     chosen = select(found, every, _words(only), _numbers(seeds))
+    if not report:
+        from anyflow.experiment.ready import check_ready
+
+        check_ready(found, chosen)
     if dry_run:
         listed = jobs_of(found, chosen, afresh=afresh)
         print_json(_jobs_document(found, listed)) if as_json else _show_jobs(found, listed)
@@ -81,14 +85,9 @@ def _list(as_json: bool) -> None:
 
 
 def _run(found: Experiment, pieces: list[Piece], at_once: int, afresh: bool) -> dict[str, str]:
-    from anyflow.curves import check_held_out
-    from anyflow.evaluation.encoders import check_encoders
     from anyflow.experiment.children import Stopped
     from anyflow.experiment.execute import run_pieces
 
-    for card in found.cards:
-        check_held_out([card], found.evaluation.split, found.evaluation.prompts)
-    check_encoders(found.evaluation.encoders, f"{found.file}: evaluation.encoders")
     try:
         return run_pieces(found, pieces, at_once, afresh=afresh)
     except Stopped as stop:

@@ -89,7 +89,7 @@ def _plot_panel(
             axis.fill_between(places, low, high, color=colour, alpha=0.13, linewidth=0)
     for marks, style, label in ((after.real, "--", "real clips"), (after.codec, ":", "real clips through the codec")):
         axis.axhline(_number(marks, column), color=REAL_COLOUR, linestyle=style, linewidth=1, label=label)
-    _scale(axis, after, against_time)
+    _scale(axis, [curve for curve, *_ in curves if curve is not None], against_time)
     axis.set_title(title, fontsize=10)
     axis.set_ylim(bottom=0, top=1.03 if column.is_share else 1.05 * axis.get_ylim()[1])
     axis.grid(alpha=0.25)
@@ -97,10 +97,15 @@ def _plot_panel(
         axis.spines[side].set_visible(False)
 
 
-def _scale(axis: Axes, curve: Curve, against_time: bool) -> None:
-    """Steps (or the seconds of the curve's steps) on a logarithmic axis."""
+def _scale(axis: Axes, curves: Sequence[Curve], against_time: bool) -> None:
+    """Steps (or the seconds of all curves' steps, those that would overlap left out) on a logarithmic axis."""
     axis.set_xscale("log", base=2)
-    ticks = _seconds(curve) if against_time else [float(row.num_steps) for row in curve.rows]
+    ticks = [float(row.num_steps) for row in curves[-1].rows]
+    if against_time:
+        ticks = []
+        for seconds in sorted(second for curve in curves for second in _seconds(curve)):
+            if not ticks or seconds > 1.3 * ticks[-1]:
+                ticks.append(seconds)
     axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
     axis.minorticks_off()
     axis.set_xlabel("seconds a clip, decoding included" if against_time else "steps")

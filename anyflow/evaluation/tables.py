@@ -19,6 +19,13 @@ DETAILS = tuple(FIGURES[name] for name in _FURTHER)
 """The measures of the second table; figures that only some models have follow them."""
 
 
+ABREAST = 6
+"""Columns of a table of text at most, beside those of steps and cost."""
+
+UNBOUNDED = 10_000
+"""Letters of a line, more than any has: lines end where they are read."""
+
+
 def detail_columns(curve: Curve) -> tuple[Figure, ...]:
     """The columns of the second table: those that the curve has any figure for."""
     more = dict.fromkeys(name for marks in (*curve.rows, curve.real) for name in marks.more)
@@ -135,7 +142,7 @@ def _title(before: Curve | None, after: Curve) -> str:
 
 
 def comparison_text(before: Curve | None, after: Curve) -> str:
-    """Return the tables as plain text, as wide as they need."""
+    """Return the tables as plain text: nothing in them is wrapped or cut, and none has more than a few columns."""
     import io
 
     from rich import box
@@ -143,16 +150,17 @@ def comparison_text(before: Curve | None, after: Curve) -> str:
     from rich.table import Table
 
     sink = io.StringIO()
-    console = Console(file=sink, width=240, color_system=None)
-    for title, columns in ((_title(before, after), COLUMNS), ("More of the same samples", detail_columns(after))):
+    console = Console(file=sink, width=UNBOUNDED, color_system=None)
+    details = detail_columns(after)
+    parts = [details[start : start + ABREAST] for start in range(0, len(details), ABREAST)]
+    for title, columns in ((_title(before, after), COLUMNS), *(("More of the same samples", part) for part in parts)):
         headings, rows = table_cells(before, after, columns)
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for heading in headings:
             table.add_column(heading, justify="right", no_wrap=True)
         for index, cells in enumerate(rows):
             table.add_row(*cells, end_section=index == len(after.rows) - 1)
-        if columns:
-            console.print(table)
+        console.print(table)
     for line in (*change_lines(before, after), *few_step_lines(before, after), *after.notes):
         console.print(line)
     return "\n".join(line.rstrip() for line in sink.getvalue().splitlines()).strip("\n") + "\n"

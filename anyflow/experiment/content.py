@@ -11,6 +11,7 @@ from anyflow.evaluation.statistics import Estimate
 from anyflow.experiment.claims import Answer
 from anyflow.experiment.figures import Measured, few_step_ratio, retention, short
 from anyflow.experiment.kept import origins
+from anyflow.experiment.load import asked_by
 from anyflow.experiment.pieces import Piece
 from anyflow.experiment.schema import Experiment
 from anyflow.tracking import code_version, machine
@@ -61,6 +62,7 @@ def content_of(
 ) -> Content:
     """What there is to say of what was measured; ``missing`` jobs are not done, ``kept`` pieces measured elsewhere."""
     experiment = measured.experiment
+    name = asked_by(experiment)
     told, ratios = [*experiment.figures, FIGURES["spread"]], [_ratios(measured, one) for one in experiment.figures]
     tables = [_table(measured, figure, card) for figure in told for card in measured.cards()]
     return Content(
@@ -79,7 +81,7 @@ def content_of(
         note_tables=_note(measured),
         arms=_arms(experiment, pieces),
         note_arms=_budget(experiment),
-        commands=f"make experiment NAME={experiment.name}\n.venv/bin/anyflow experiment {experiment.name} --dry-run",
+        commands=f"make experiment NAME={name}\n.venv/bin/anyflow experiment {name} --dry-run",
         provenance=_provenance(experiment, pieces, kept),
     )
 
@@ -93,13 +95,16 @@ def _note(measured: Measured) -> str:
         else ""
     )
     noise = f"the mean of {settings.draws} noises each, the same" if settings.draws > 1 else "the same noise"
+    ratio = (
+        f" Few-step ratio: how many times as bad {experiment.few} steps are as {experiment.most}; retention: the ratio "
+        "before over the ratio after, 1 is kept, below 1 few steps became worse."
+    )
     return (
         f"Mean over the seeds {experiment.seeds} [95 % interval]; {clips} prompts of the {settings.split} split at a "
         f"time, {noise} for every arm and step count{given}. Real clips: what other real clips of the same number get. "
         "Spread: how much clips differ among each other, against real ones; read it beside the sliced distance, which "
-        "is a little smaller for clips that are too alike. Few-step ratio: how many times as bad "
-        f"{experiment.few} steps are as {experiment.most}; retention: the ratio before over the ratio after, "
-        f"1 is kept, below 1 few steps became worse.{_other_latents(measured)}"
+        f"is a little smaller for clips that are too alike.{ratio if experiment.few < experiment.most else ''}"
+        f"{_other_latents(measured)}"
     )
 
 

@@ -53,6 +53,12 @@ def load_experiment(name: str) -> Experiment:
     return experiment
 
 
+def asked_by(experiment: Experiment) -> str:
+    """What the command line calls an experiment: its name, or its file where that does not lie with the others."""
+    path = Path(experiment.file)
+    return experiment.name if path.parent.resolve() == experiments_folder().resolve() else experiment.file
+
+
 def needed_arms(experiment: Experiment, arm: str) -> list[str]:
     """The arms of this experiment whose models an arm begins with or is taught by."""
     found = experiment.arms[arm]
@@ -159,7 +165,7 @@ def _check_arms(experiment: Experiment, path: Path) -> None:
     if not experiment.shown:
         raise UserError(f"{path}: no arm is shown: leave out 'shown: false' where the report should look")
     for card in experiment.cards:
-        find_card(card)
+        find_card(card, f"{path}: cards: ")
     for name, arm in experiment.arms.items():
         if not _NAME.fullmatch(name):
             raise UserError(f"{path}: arms.{name} cannot be part of a folder's name: use letters, digits and dashes")

@@ -63,8 +63,8 @@ def check_files(recipe: Recipe) -> None:
             )
 
 
-def find_card(name: str) -> Path:
-    """The file of a dataset card: a file, its folder, or a name in ``data/``. Otherwise a UserError."""
+def find_card(name: str, where: str = "data.card=") -> Path:
+    """The file of a dataset card: a file, its folder, or a name in ``data/``; else a UserError that tells ``where``."""
     given = Path(name)
     roots = (Path("data"), Path(__file__).resolve().parents[2] / "data")
     for path in (given, given / "card.yaml", *(root / f"{name}.yaml" for root in roots)):
@@ -79,7 +79,7 @@ def find_card(name: str) -> Path:
         if known
         else "give the path of a card"
     )
-    raise UserError(f"data.card={name!r} is neither a file nor a card in data/: {hint}")
+    raise UserError(f"{where}{name!r} is neither a file nor a card in data/: {hint}")
 
 
 def is_hub_id(text: str) -> bool:

@@ -112,13 +112,14 @@ def _pickle(path: Path) -> None:
     torch.save(torch.nn.Linear(2, 2), path)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.s")
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (_program, "a TorchScript file is a program, and is not run"),
-        (_pickle, "cannot be read as weights alone"),
-        (lambda path: torch.save({"weight": torch.zeros(2)}, path), "holds no I3D weights"),
+        (_program, "it is a TorchScript program, which is not run"),
+        (_pickle, "objects beside tensors, which are not unpickled"),
+        (lambda path: torch.save({"weight": torch.zeros(2)}, path), r"holds no I3D weights \(it lacks Conv3d_1a_7x7"),
+        (lambda path: torch.save({"logits.conv3d.weight": torch.tensor(1)}, path), "holds no I3D weights"),
         (lambda path: torch.save([1, 2], path), "is no state dict"),
         (lambda path: path.write_bytes(b"not a file of tensors"), "cannot be read as weights alone"),
         (lambda path: path.write_bytes(b""), "cannot be read as weights alone"),
@@ -130,7 +131,7 @@ def test_other_files_than_i3d_weights_are_one_sentence(
     path = tmp_path / "i3d.pt"
     make(path)
     with pytest.raises(UserError, match=message) as caught:
-        I3dEncoder(path)
+        check_encoders([str(path)], "--encoder")
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
@@ -188,7 +189,7 @@ def test_figures_have_the_networks_names(folder: Path, i3d: Path) -> None:
     encoders, told = load_encoders(choices, "--encoder")
     assert [f"{encoder.name}_frechet" for encoder in encoders] == [figures_of(choice)[0] for choice in choices]
     assert len(told) == 3 and "videomae" in told[1]
-    with pytest.raises(UserError, match="both give i3d_frechet"):
+    with pytest.raises(UserError, match="i3d.safetensors twice would give figures of one name, i3d_frechet"):
         check_encoders([str(i3d), str(i3d)], "--encoder")
     assert figures_of("nowhere/rgb_imagenet.pt")[0] == "i3d_frechet", "a report needs no weights"
     moved = i3d.rename(i3d.with_stem("moved"))

@@ -58,6 +58,17 @@ def test_the_tables_say_before_and_after_beside_the_floor(pair: tuple[CurveResul
         assert "→ 100 % (44-100)" in text and "real clips" in text and f"{after.real.sliced_w1:.4f}" in text
 
 
+def test_wide_tables_lose_nothing(pair: tuple[CurveResult, CurveResult]) -> None:
+    """Many further judges: the table is cut into several, no cell."""
+    more = {f"probe_number_{i}_right": 0.123 for i in range(20)}
+    before, after = (
+        replace(result.curve, rows=tuple(replace(row, more=more) for row in result.curve.rows)) for result in pair
+    )
+    text = comparison_text(before, after)
+    assert "…" not in text and all(f"probe number {i} right" in text for i in range(20))
+    assert max(map(len, text.splitlines())) < 240
+
+
 def test_several_seeds_show_their_intervals(tmp_path: Path) -> None:
     result = measure_curve(
         exact_sampler(ITEMS, 0.8),

@@ -14,6 +14,7 @@ from study import TEXT, invent, jobs_in_state, write_study
 from anyflow.experiment.claims import FAILS, HOLDS, OPEN, answer
 from anyflow.experiment.content import content_of
 from anyflow.experiment.figures import few_step_ratio, measure, retention
+from anyflow.experiment.load import asked_by, load_experiment
 from anyflow.experiment.pieces import Piece
 from anyflow.experiment.report import mean_curves, write_report
 from anyflow.experiment.schema import Claim, Experiment
@@ -150,6 +151,15 @@ def test_another_codec_is_told(study: Study) -> None:
     measured.real_of["more", "games"] = {**measured.real_of["more", "games"], "sliced_w1": 0.7}
     assert "codec of more is another" in content_of(measured, pieces, [], 0, []).note_tables
     assert "codec" not in content_of(measure(experiment, jobs_in_state(pieces)), pieces, [], 0, []).note_tables
+
+
+def test_few_steps_are_no_ratio_of_themselves_and_a_file_elsewhere_is_named(tmp_path: Path) -> None:
+    experiment, pieces = write_study(tmp_path, TEXT.replace("before: base", "before: base\nfew: 32"))
+    invent(experiment, pieces, distance)
+    write_report(experiment, pieces, jobs_in_state(pieces))
+    written = (experiment.results / "report.md").read_text()
+    assert "ew-step ratio" not in written and f"make experiment NAME={experiment.file}" in written
+    assert asked_by(load_experiment("retention")) == "retention"
 
 
 def test_a_report_of_nothing_says_so(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from anyflow.errors import UserError
 from anyflow.experiment import execute
 from anyflow.experiment.load import list_experiments, load_experiment, needed_arms
 from anyflow.experiment.pieces import curve_settings, pieces_of
+from anyflow.experiment.ready import check_ready
 
 PROJECT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((PROJECT / "experiments").glob("*.yaml"))
@@ -99,6 +101,23 @@ def test_distances_of_an_encoder_are_metrics_where_it_is_named(tmp_path: Path) -
     experiment, pieces = write_study(tmp_path, yaml.safe_dump(tree))
     assert [figure.name for figure in experiment.figures] == ["efficientnet_kernel"]
     assert curve_settings(experiment, pieces[0])["encoders"] == ["efficientnet-lite"]
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "told"),
+    [
+        ("prompts: 4, ", "prompts: 4, given_frames: 9, ", "evaluation.given_frames=9 are 33 frames, and clips of arm"),
+        ("more: {", "more: {given_frames: 5, ", "arms.more.given_frames=5 are 17 frames, and clips of arm base have"),
+        ("prompts: 4, ", "prompts: 4000, ", "evaluation.prompts 4000: 4000 prompts need 8000 clips"),
+        ("folder: data/models/tiny", "folder: data/models/nowhere", "arms.base.folder data/models/nowhere"),
+        ("prompts: 4, ", "prompts: 4, encoders: [nowhere.pt], ", "evaluation.encoders nowhere.pt: there is nothing"),
+    ],
+)
+def test_what_would_stop_it_later_is_said_before(tmp_path: Path, was: str, now: str, told: str) -> None:
+    check_ready(*write_study(tmp_path / "right"))
+    found = write_study(tmp_path / "wrong", TEXT.replace(was, now))
+    with pytest.raises(UserError, match=re.escape(told)):
+        check_ready(*found)
 
 
 def test_what_one_arm_is_given_all_arms_leave_out(tmp_path: Path) -> None:

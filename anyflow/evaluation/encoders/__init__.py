@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from anyflow.errors import UserError
-from anyflow.evaluation.encoders.i3d import FEWEST, I3dEncoder
+from anyflow.evaluation.encoders.i3d import FEWEST, I3dEncoder, read_weights
 from anyflow.evaluation.judge import Extractor
 
 FRAMES = "efficientnet-lite"
@@ -36,7 +36,7 @@ class Encoder(Extractor, Protocol):
 
 
 def check_encoders(choices: Sequence[str], where: str, frames: int | None = None) -> None:
-    """Say what is wrong with the choices before anything is loaded.
+    """Say what is wrong with the choices before a model is loaded or sampled.
 
     Args:
         choices: each ``efficientnet-lite``, a file or a folder.
@@ -44,18 +44,22 @@ def check_encoders(choices: Sequence[str], where: str, frames: int | None = None
         frames: of the clips that they are to see, where that is known.
 
     Raises:
-        UserError: a package, a file or a folder is missing, one is none of the three, two give figures of one name, or
-            the clips are too short.
+        UserError: a package, a file or a folder is missing, one is none of the three or cannot be read, two give
+            figures of one name, or the clips are too short.
     """
+    names = [figures_of(choice)[0] for choice in choices]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            earlier = choices[names.index(name)]
+            both = f"{earlier} twice" if choices[index] == earlier else f"{earlier} and {choices[index]}"
+            raise UserError(f"{where}: {both} would give figures of one name, {name}: name one of them")
     for choice in choices:
         _check(choice, where, frames)
-    names = [figures_of(choice)[0] for choice in choices]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"{where}: {' and '.join(choices)} both give {name}: name one of them")
 
 
 def _check(choice: str, where: str, frames: int | None) -> None:
+    from anyflow.evaluation.encoders.video import read_config
+
     path = Path(choice).expanduser()
     if choice == FRAMES:
         missing = [name for name in PACKAGES if find_spec(name) is None]
@@ -68,10 +72,14 @@ def _check(choice: str, where: str, frames: int | None) -> None:
             raise UserError(f"{where} {choice} is no file of I3D weights: give one that ends in {', '.join(WEIGHTS)}")
         if frames is not None and frames < FEWEST:
             raise UserError(f"{where} {choice}: I3D needs clips of {FEWEST} frames at least, these have {frames}")
-    elif not (path / "config.json").is_file():
-        found = "there is no config.json" if path.is_dir() else "there is nothing"
+        read_weights(path, where)
+    elif choice and (path / "config.json").is_file():
+        read_config(path, where)
+    else:
+        found = "there is no config.json" if choice and path.is_dir() else "there is nothing"
         raise UserError(
-            f"{where} {choice}: {found}: give {FRAMES}, a file of I3D weights, or a folder in transformers' layout"
+            f"{where} {choice or 'is empty'}: {found}: give {FRAMES}, a file of I3D weights, or a folder in "
+            "transformers' layout"
         )
 
 

@@ -10,6 +10,7 @@ plain state dict or as safetensors. Figures compare with others of the same weig
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,9 @@ from anyflow.errors import UserError
 
 SIDE = 224
 """Pixels of a side that the network was trained on; whole frames are stretched to it."""
+
+LAST = "logits.conv3d.weight"
+"""The layer that says how many classes there are."""
 
 FEWEST = 9
 """Frames of a clip: time is halved three times, and the last pooling looks at two."""
@@ -125,16 +129,9 @@ class I3dEncoder:
     def __init__(
         self, path: Path, where: str = "--encoder", device: torch.device | str = "cpu", batch_size: int = 4
     ) -> None:
-        weights = _read(path, where)
-        last = weights.get("logits.conv3d.weight")
-        model = I3d(400 if last is None else len(last))
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise UserError(
-                f"{where} {path} holds no I3D weights ({' '.join(str(error).split())[:160]} ...): "
-                "give the PyTorch port's, for example rgb_imagenet.pt"
-            ) from None
+        weights = read_weights(path, where)
+        model = I3d(len(weights[LAST]))
+        model.load_state_dict(weights)
         self.model = model.eval().requires_grad_(False).to(device)
         self.device, self.batch_size = device, batch_size
         with path.open("rb") as file:
@@ -153,6 +150,29 @@ class I3dEncoder:
         return self.model(video).mean((2, 3, 4)).double().cpu()
 
 
+def read_weights(path: Path, where: str) -> Mapping[str, Tensor]:
+    """The weights of an I3D from a file.
+
+    Raises:
+        UserError: the file cannot be read, is a program instead of weights, or holds other weights.
+    """
+    weights = _read(path, where)
+    with torch.device("meta"):
+        last = weights.get(LAST)
+        wanted = I3d(400 if last is None or last.dim() == 0 else len(last)).state_dict()
+    lacking = [name for name in wanted if name not in weights]
+    needless = [name for name in weights if name not in wanted]
+    unlike = [name for name in wanted if name in weights and weights[name].shape != wanted[name].shape]
+    for what, names in (("lacks", lacking), ("has besides", needless), ("has another shape of", unlike)):
+        if names:
+            more = f" and {len(names) - 1} more" if names[1:] else ""
+            raise UserError(
+                f"{where} {path} holds no I3D weights (it {what} {names[0]}{more}): give the PyTorch port's, "
+                "for example rgb_imagenet.pt"
+            )
+    return weights
+
+
 def _read(path: Path, where: str) -> Mapping[str, Tensor]:
     """A state dict, without running anything that a file may hold."""
     from safetensors.torch import load_file
@@ -161,13 +181,23 @@ def _read(path: Path, where: str) -> Mapping[str, Tensor]:
         if path.suffix == ".safetensors":
             found = load_file(path)
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a TorchScript file torch says first that it will try otherwise
+                found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a stranger's file: what it brings about is not ours to list
-        told = str(error).strip().partition("\n")[0][:120] or type(error).__name__
         raise UserError(
-            f"{where} {path} cannot be read as weights alone ({told}): "
-            "give a plain state dict or safetensors; a TorchScript file is a program, and is not run"
+            f"{where} {path} cannot be read as weights alone ({_why(error)}): give a plain state dict or safetensors"
         ) from None
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"{where} {path} is no state dict: give a plain one, or safetensors")
     return found
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with a file, in words: torch's own are about its arguments."""
+    told = str(error)
+    if "TorchScript" in told:
+        return "it is a TorchScript program, which is not run"
+    if "Weights only load failed" in told:
+        return "it holds objects beside tensors, which are not unpickled"
+    return error.strerror or type(error).__name__ if isinstance(error, OSError) else "it is damaged, or no such file"

@@ -6,6 +6,8 @@ distances that other people's evaluations can be compared with, where the domain
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,38 @@ from anyflow.errors import UserError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and deviation of colours, for an encoder that does not say its own."""
+
+
+def read_config(folder: Path, where: str) -> tuple[Any, int, tuple[int, int]]:
+    """An encoder's configuration, the frames that it takes, and their height and width, before weights are loaded.
+
+    Raises:
+        UserError: the folder holds no encoder of videos, or no safetensors.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+    with _told(where, folder):
+        config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    frames = int(getattr(config, "num_frames", 0) or getattr(config, "frames_per_clip", 0))
+    size = getattr(config, "image_size", None) or getattr(config, "crop_size", None)
+    if not frames or size is None:
+        raise UserError(f"{where} {folder} ({config.model_type}) takes no videos: give an encoder of clips")
+    if not any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        raise UserError(f"{where} {folder} has no {SAFE_WEIGHTS_NAME}: pickled weights are not loaded, convert them")
+    return config, frames, (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+@contextmanager
+def _told(where: str, path: str | Path) -> Iterator[None]:
+    """Say in a sentence that a folder cannot be read."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{where} {path} cannot be read ({told}): give a transformers video encoder with safetensors"
+        ) from error
 
 
 class VideoEncoder:
@@ -38,22 +72,12 @@ class VideoEncoder:
         from transformers import AutoModel
 
         folder = Path(path).expanduser()
-        try:
+        config, self.frames, self.size = read_config(folder, where)
+        with _told(where, path):
             model: Any = AutoModel.from_pretrained(
                 str(folder), use_safetensors=True, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise UserError(
-                f"{where} {path} cannot be read ({str(error).splitlines()[0]}): give a transformers video encoder "
-                "with safetensors"
-            ) from error
         self.model = model.eval().requires_grad_(False).to(device)
-        config = model.config
-        self.frames = int(getattr(config, "num_frames", 0) or getattr(config, "frames_per_clip", 0))
-        size = getattr(config, "image_size", None) or getattr(config, "crop_size", None)
-        if not self.frames or size is None:
-            raise UserError(f"{where} {path} ({config.model_type}) takes no videos: give an encoder of clips")
-        self.size = (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
         self.mean, self.spread = (torch.tensor(values, device=device) for values in self._colours(folder))
         self.device, self.batch_size = device, batch_size
         self.source = f"{config.model_type} of {folder}"
