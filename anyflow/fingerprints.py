@@ -12,6 +12,7 @@ from anyflow.data.card import told_caption
 from anyflow.data.reader import find_split
 from anyflow.data.remote import file_sha256
 from anyflow.data.shards import load_index
+from anyflow.evaluation.encoders import FRAMES, PROBE
 from anyflow.recipe import Recipe, is_hub_id
 
 DIGITS = 12
@@ -50,8 +51,10 @@ def model_fingerprint(model: str) -> str:
 
 
 def encoder_fingerprint(choice: str) -> str:
-    """Of a published network that judges clips (:mod:`anyflow.evaluation.encoders`): its weights, wherever they lie."""
+    """Of a network that judges clips (:mod:`anyflow.evaluation.encoders`): its name, or its weights."""
     path = Path(choice).expanduser()
+    if choice in (PROBE, FRAMES):
+        return choice
     if path.is_file():
         return f"{path.suffix} {file_sha256(path)[:DIGITS]}"
     return model_fingerprint(choice) if path.is_dir() else choice

@@ -24,9 +24,9 @@ from anyflow.data.decode import ClipShape
 from anyflow.data.module import VideoDataModule
 from anyflow.data.stream import write_skipped
 from anyflow.evaluation.curve import CurveResult
-from anyflow.evaluation.encoders import load_encoders
 from anyflow.evaluation.reconstruction import measure_domains
 from anyflow.evaluation.report import write_report
+from anyflow.probes import judges_of
 from anyflow.recipe import Recipe
 from anyflow.runs import RunFolder
 from anyflow.tracking import log_artifacts, log_curve
@@ -51,7 +51,17 @@ def measure(
     if kept is not None:
         return kept
     device = next(parts.backbone.parameters()).device
-    encoders, notes = load_encoders(recipe.sampling.encoders, "sampling.encoders", device)
+    with progress_line("training the probe") as on_progress:
+        judging, notes = judges_of(
+            recipe.sampling.encoders,
+            "sampling.encoders",
+            recipe.data.card,
+            clip_shape(recipe),
+            split=recipe.data.split,
+            heldout=recipe.data.heldout,
+            device=device,
+            on_progress=on_progress,
+        )
     with averaged(parts), parts.codec.lent(device), progress_line(f"sampling {label}") as on_progress:
         result = curve_of(
             parts.backbone,
@@ -67,7 +77,7 @@ def measure(
             label=label,
             split=recipe.data.heldout,
             or_fewer=True,
-            judging={"extractors": encoders},
+            judging=judging,
             notes=notes,
             divide=True,
             on_progress=on_progress,

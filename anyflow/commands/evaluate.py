@@ -45,7 +45,8 @@ def evaluate(
         bool, typer.Option("--probe", help="Judge labels (task, scene ...) and features by the data set's own probe.")
     ] = False,
     encoder: Annotated[
-        list[str] | None, typer.Option(help="Distances by efficientnet-lite, I3D weights, or an encoder's folder.")
+        list[str] | None,
+        typer.Option(help="Distances by probe, efficientnet-lite, I3D weights, or an encoder's folder."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="A new folder; without it one under runs/evaluations.")] = None,
     as_json: Json = False,
@@ -64,18 +65,9 @@ def evaluate(
     counts = parse_steps(steps)
     check_sampler(sampler)
     folder = fresh_folder(out, f"runs/evaluations/{Path(data).stem}")
-    from anyflow.recipe import find_card
-
-    find_card(data, "--data ")
-    check_model(model)
-    if against:
-        check_model(against, "--against")
-    if probe and split == "train":
-        raise UserError("--probe with --split train: a probe has seen these clips; choose a split that it has not")
-    from anyflow.curves import check_held_out
-
-    check_held_out([data], split, prompts, "--prompts")
-    _check_shapes(model, against, given_frames, encoder or [])
+    judges = list(dict.fromkeys([*(["probe"] * probe), *(encoder or [])]))
+    _check_clips(model, against, data, split, prompts)
+    _check_shapes(model, against, given_frames, judges, split)
     from anyflow.evaluation.report import write_report
     from anyflow.evaluation.tables import check_comparable
 
@@ -87,7 +79,7 @@ def evaluate(
         "given_frames": given_frames,
         "batch_size": batch_size,
     }
-    settings["judging"], settings["notes"] = _judges(model, data, split, probe, encoder or [])
+    settings["judging"], settings["notes"] = _judges(model, data, split, judges)
     before = _curve(against, data, "before", sampler, settings) if against else None
     after = _curve(model, data, "after" if against else "model", sampler, settings)
     try:
@@ -116,7 +108,20 @@ def _about(model: str, data: str, split: str) -> dict[str, str]:
     return {**found, "data (fingerprint)": data_fingerprint(data, split), **code_version()}
 
 
-def _check_shapes(model: str, against: str | None, given_frames: int, encoders: list[str]) -> None:
+def _check_clips(model: str, against: str | None, data: str, split: str, prompts: int) -> None:
+    """Models and data set are there, and there are clips enough."""
+    from anyflow.recipe import find_card
+
+    find_card(data, "--data ")
+    check_model(model)
+    if against:
+        check_model(against, "--against")
+    from anyflow.curves import check_held_out
+
+    check_held_out([data], split, prompts, "--prompts")
+
+
+def _check_shapes(model: str, against: str | None, given_frames: int, judges: list[str], split: str) -> None:
     """Two models make clips of one size, something is left to be made behind the given frames, encoders can see it."""
     from anyflow.commands.models import native_shape
     from anyflow.evaluation.curve import pixel_frames
@@ -128,7 +133,8 @@ def _check_shapes(model: str, against: str | None, given_frames: int, encoders: 
             f"--given-frames {given_frames} are {pixel_frames(given_frames)} frames, and clips have {shape.frames}: "
             "give fewer, so that something is left to be made"
         )
-    check_encoders(encoders, "--encoder", shape.frames - pixel_frames(given_frames))
+    seen = [name for name in (split,) if name == "train"]
+    check_encoders(judges, "--encoder", shape.frames - pixel_frames(given_frames), seen)
     other = native_shape(against, frames=None, height=None, width=None, fps=None) if against else shape
     if other != shape:
         sizes = [
@@ -137,29 +143,18 @@ def _check_shapes(model: str, against: str | None, given_frames: int, encoders: 
         raise UserError(f"--against {against} makes {sizes[0]}, --model {sizes[1]}: they do not compare")
 
 
-def _judges(
-    model: str, data: str, split: str, probe: bool, encoders: list[str]
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _judges(model: str, data: str, split: str, judges: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Further judges of the samples, and what is to be said of them."""
     import torch
 
-    from anyflow.evaluation.encoders import load_encoders
+    from anyflow.commands.models import native_shape
+    from anyflow.console import progress_line
+    from anyflow.probes import judges_of
 
-    found, notes = load_encoders(encoders, "--encoder", "cuda" if torch.cuda.is_available() else "cpu")
-    extractors: list[Any] = [*found]
-    labels: list[Any] = []
-    if probe:
-        from anyflow.commands.models import native_shape
-        from anyflow.console import progress_line
-        from anyflow.probes import probe_of
-
-        shape = native_shape(model, frames=None, height=None, width=None, fps=None)
-        with progress_line("training the probe") as on_progress:
-            trained = probe_of(data, shape, heldout=split, on_progress=on_progress)
-        extractors += [trained] * trained.is_trusted
-        labels.append(trained)
-        notes += trained.notes()
-    return {"extractors": extractors, "labels": labels}, tuple(notes)
+    shape = native_shape(model, frames=None, height=None, width=None, fps=None)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with progress_line("training the probe") as on_progress:
+        return judges_of(judges, "--encoder", [data], shape, heldout=split, device=device, on_progress=on_progress)
 
 
 def _curve(model: str, data: str, label: str, sampler: str | None, settings: dict[str, Any]) -> CurveResult:

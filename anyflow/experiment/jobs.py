@@ -8,9 +8,9 @@ from typing import Any
 
 from anyflow.errors import UserError
 from anyflow.experiment.kept import kept_pieces, read_kept
-from anyflow.experiment.pieces import Piece, curve_settings, read_curve, setting_changes, training_state
+from anyflow.experiment.pieces import Piece, judged_by, read_curve, setting_changes, training_state
 from anyflow.experiment.schema import Experiment
-from anyflow.fingerprints import data_fingerprint, facts_of, model_fingerprint
+from anyflow.fingerprints import facts_of, model_fingerprint
 
 TRAIN = "train"
 
@@ -139,11 +139,7 @@ def training_of(piece: Piece, stale: set[str] | frozenset[str] = frozenset()) ->
 
 def measured_on(experiment: Experiment, piece: Piece, card: str) -> dict[str, Any]:
     """What a curve stands on: model, data and settings."""
-    return {
-        "model": model_fingerprint(piece.model),
-        "data": data_fingerprint(card, experiment.evaluation.split),
-        **curve_settings(experiment, piece),
-    }
+    return {"model": model_fingerprint(piece.model), **judged_by(experiment, piece, card)}
 
 
 def curve_state(experiment: Experiment, piece: Piece, card: str) -> tuple[str, str]:

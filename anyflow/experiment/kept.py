@@ -19,13 +19,13 @@ from typing import Any
 from anyflow.experiment.pieces import (
     Piece,
     curve_folder,
-    curve_settings,
+    judged_by,
     read_curve,
     setting_changes,
     training_state,
 )
 from anyflow.experiment.schema import Experiment
-from anyflow.fingerprints import data_fingerprint, facts_of, model_fingerprint
+from anyflow.fingerprints import facts_of, model_fingerprint
 from anyflow.recipe import Recipe, to_dict
 from anyflow.recipe.fields import flatten
 from anyflow.runs import FREE_ON_RESUME
@@ -126,9 +126,8 @@ def _difference(experiment: Experiment, piece: Piece, kept: dict[str, Any]) -> s
         return "start or training clips"
     for card in shown:
         was = {key: value for key, value in curves.get(card, {}).get("measured_on", {}).items() if key != "model"}
-        now = {"data": data_fingerprint(card, experiment.evaluation.split), **curve_settings(experiment, piece)}
-        for key in setting_changes(was, now):
-            return {"data": "held-out split"}.get(key, key)
+        for key in setting_changes(was, judged_by(experiment, piece, card)):
+            return {"data": "held-out split", "probe": "training split of the probe"}.get(key, key)
     return ""
 
 

@@ -202,9 +202,13 @@ def _check_metrics(experiment: Experiment, path: Path) -> None:
         )
     judged = [name for name, figure in FIGURES.items() if figure.better]
     if encoders := experiment.evaluation.encoders:
-        from anyflow.evaluation.encoders import figures_of  # it brings torch, which most experiments need not here
+        from anyflow.data.card import load_card
+        from anyflow.evaluation.encoders import PROBE, figures_of  # torch, which most experiments need not here
 
         judged += [name for choice in encoders for name in figures_of(choice)]
+        if PROBE in encoders:
+            labels = dict.fromkeys(name for card in experiment.cards for name in load_card(card, False).attributes)
+            judged += [f"probe_{name}_right" for name in labels]
     for index, name in enumerate(experiment.metrics):
         if name in judged:
             continue

@@ -24,13 +24,21 @@ def measure(experiment: Experiment, piece: Piece, card: str, on_progress: Callab
     from anyflow.backbone.load import read_sampler
     from anyflow.commands.models import load_model, native_shape
     from anyflow.curves import curve_of, save_curve
-    from anyflow.evaluation.encoders import load_encoders
+    from anyflow.probes import judges_of
 
     began, settings = time.monotonic(), experiment.evaluation
     stands_on = measured_on(experiment, piece, card)
     shape = native_shape(piece.model, frames=None, height=None, width=None, fps=None)
     codec, backbone, shift = load_model(piece.model, settings.precision)
-    encoders, notes = load_encoders(settings.encoders, "evaluation.encoders", next(backbone.parameters()).device)
+    judging, notes = judges_of(
+        settings.encoders,
+        "evaluation.encoders",
+        [card],
+        shape,
+        heldout=settings.split,
+        device=next(backbone.parameters()).device,
+        on_progress=on_progress,
+    )
     result = curve_of(
         backbone,
         codec,
@@ -46,7 +54,7 @@ def measure(experiment: Experiment, piece: Piece, card: str, on_progress: Callab
         given_frames=piece.given_frames,
         left_out=experiment.left_out,
         batch_size=settings.batch_size,
-        judging={"extractors": encoders},
+        judging=judging,
         notes=notes,
         on_progress=on_progress,
     )

@@ -16,9 +16,10 @@ from typing import Any
 
 from anyflow.errors import UserError
 from anyflow.evaluation.curve import VERSION
+from anyflow.evaluation.encoders import PROBE
 from anyflow.experiment.load import ARM_MODEL, in_order, needed_arms
 from anyflow.experiment.schema import Arm, Experiment
-from anyflow.fingerprints import encoder_fingerprint
+from anyflow.fingerprints import data_fingerprint, encoder_fingerprint
 from anyflow.recipe import Recipe, RunRecipe, load_recipe
 from anyflow.runs import RunFolder, changed_fields
 
@@ -220,6 +221,18 @@ def curve_settings(experiment: Experiment, piece: Piece) -> dict[str, Any]:
     if experiment.left_out > piece.given_frames:
         own["left_out"] = experiment.left_out
     return {**settings, **own, "measures": VERSION}
+
+
+def judged_by(experiment: Experiment, piece: Piece, card: str) -> dict[str, Any]:
+    """What a curve stands on besides the model: the held-out clips, those that a probe learnt from, the settings.
+
+    Raises:
+        UserError: the card's shards are missing.
+    """
+    found = {"data": data_fingerprint(card, experiment.evaluation.split)}
+    if PROBE in experiment.evaluation.encoders:
+        found["probe"] = data_fingerprint(card, "train")
+    return {**found, **curve_settings(experiment, piece)}
 
 
 def setting_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

