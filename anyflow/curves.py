@@ -23,6 +23,7 @@ from anyflow.data.stream import ClipDataset
 from anyflow.errors import UserError
 from anyflow.evaluation.curve import CurveResult, HeldOut
 from anyflow.evaluation.measure import CurveCodec, OnProgress, Sampler, measure_curve, sampler_of
+from anyflow.evaluation.samples import KeptSamples
 from anyflow.flowmap.sampling import SamplerKind, Take
 
 
@@ -87,6 +88,7 @@ def curve_of(
     judging: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
     batch_size: int = 8,
+    kept: KeptSamples | None = None,
     or_fewer: bool = False,
     divide: bool = False,
     on_progress: OnProgress | None = None,
@@ -95,6 +97,7 @@ def curve_of(
 
     ``given_frames`` latent frames are given from each prompt's own clip: 1 is image-to-video; comparisons leave them
     out, or ``left_out`` ones if that is more. ``judging`` and ``notes`` are further judges and what is said of them.
+    What is sampled goes to ``kept``, and comes from there if it was sampled before.
     ``or_fewer`` takes fewer prompts where the split has too few clips, and says so. ``divide`` deals each batch out to
     the ranks, all of which must come here: every one does its clips, and has the whole.
 
@@ -123,6 +126,7 @@ def curve_of(
         judging=judging,
         notes=[*notes, *note],
         batch_size=batch_size,
+        kept=kept,
         device=next(backbone.parameters()).device,
         on_progress=on_progress,
     )

@@ -47,7 +47,7 @@ from anyflow.plan import memory_here, plan
 from anyflow.recipe import Recipe, check_files, lagging_average, save_recipe, to_dict
 from anyflow.recipe.fields import flatten
 from anyflow.runs import RunFolder, changed_fields, open_run
-from anyflow.signals import sigterm_raises
+from anyflow.signals import Terminated, sigterm_raises
 from anyflow.tracking import close_tracking, code_version, log_artifact, open_tracking
 
 
@@ -93,11 +93,11 @@ def train(
         return 0
     wait_for_all()  # nobody writes before all have read
     try:
-        with sigterm_raises(_Terminated):  # outside of the training loop; the loop has its own
+        with sigterm_raises(Terminated):  # outside of the training loop; the loop has its own
             return _train(recipe, run, [KeepSettings()] if changed else [])
     except KeyboardInterrupt:
         return _stopped(run, signal.SIGINT)
-    except _Terminated:
+    except Terminated:
         return _stopped(run, signal.SIGTERM)
 
 
@@ -226,10 +226,6 @@ def _place(parts: Parts, device: torch.device) -> None:
 
 def _measure_now(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | None, label: str) -> None:
     measure(recipe, run, parts, logger, label=label)
-
-
-class _Terminated(BaseException):
-    """SIGTERM while not training."""
 
 
 def _stopped(run: RunFolder, received: signal.Signals) -> int:

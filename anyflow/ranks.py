@@ -27,6 +27,8 @@ from anyflow.errors import EXIT_USER, UserError
 REPORT = "ANYFLOW_RANK_REPORT"
 """The file that a watched rank leaves its last words in, instead of the screen."""
 
+RESUME = "go on from the last checkpoint by the same command with --resume auto"
+
 GRACE_SECONDS = 8.0
 """How long the other ranks may take to end by themselves once one has failed."""
 
@@ -36,10 +38,11 @@ def needs_watcher(world_size: int) -> bool:
     return world_size > 1 and "RANK" not in os.environ
 
 
-def watch(devices: int, nodes: int) -> int:
+def watch(devices: int, nodes: int, again: str = RESUME) -> int:
     """Run this very command as ``devices`` ranks; returns the exit code that the user sees.
 
-    SIGTERM and Ctrl-C are passed on: the ranks save themselves and say how to go on.
+    SIGTERM and Ctrl-C are passed on: the ranks save themselves and say how to go on. ``again`` says it for a rank that
+    has failed.
 
     Raises:
         UserError: a run over several nodes does not say which node this is, or where the first one is.
@@ -57,7 +60,7 @@ def watch(devices: int, nodes: int) -> int:
         ranks = [_start(node * devices + local, local, Path(folder), shared) for local in range(devices)]
         previous = {number: signal.signal(number, _pass_on(ranks)) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            return _wait(ranks, devices * nodes)
+            return _wait(ranks, devices * nodes, again)
         finally:
             for rank in ranks:
                 rank.process.kill()
@@ -113,7 +116,7 @@ def _start(number: int, local: int, folder: Path, shared: dict[str, str]) -> _Ra
     return _Rank(number, process, report, log)
 
 
-def _wait(ranks: list[_Rank], world_size: int) -> int:
+def _wait(ranks: list[_Rank], world_size: int, again: str) -> int:
     failed: _Rank | None = None
     deadline = float("inf")
     while any(rank.process.poll() is None for rank in ranks) and time.monotonic() < deadline:
@@ -131,17 +134,17 @@ def _wait(ranks: list[_Rank], world_size: int) -> int:
     if code == EXIT_USER and words:
         print(words if failed.number == 0 else f"{words} (rank {failed.number} of {world_size})", file=sys.stderr)
     elif code < 0 or code == 1:
-        print(_report(failed, world_size, words), file=sys.stderr)
+        print(_report(failed, world_size, words, again), file=sys.stderr)
     return code if code > 0 else 128 - code
 
 
-def _report(failed: _Rank, world_size: int, words: str) -> str:
+def _report(failed: _Rank, world_size: int, words: str, again: str) -> str:
     code = failed.process.returncode
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "failed"
     hint = " (out of memory, or somebody's kill)" if code == -signal.SIGKILL else ""
     lines = [
         f"anyflow: rank {failed.number} of {world_size} on {socket.gethostname()} {how}{hint}; "
-        "the other ranks were stopped. Go on from the last checkpoint by the same command with --resume auto"
+        f"the other ranks were stopped. {again[0].upper()}{again[1:]}"
     ]
     return "\n".join(lines + ([f"Its last words:\n{words}"] if words else []))
 

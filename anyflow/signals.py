@@ -8,6 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 
+class Terminated(BaseException):
+    """SIGTERM came."""
+
+
 @contextmanager
 def sigterm_raises(reason: Callable[[], BaseException]) -> Iterator[None]:
     """Within the block, which the main thread runs, SIGTERM raises what ``reason`` makes."""

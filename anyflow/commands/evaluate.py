@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,10 +20,20 @@ from anyflow.commands.common import (
     print_json,
     whole_folder,
 )
-from anyflow.errors import UserError
+from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
+from anyflow.ranks import end_with_watcher, needs_watcher, watch
+from anyflow.signals import Terminated, sigterm_raises
 
 if TYPE_CHECKING:
+    import torch
+
     from anyflow.evaluation.curve import CurveResult
+    from anyflow.evaluation.samples import KeptSamples
+
+SAMPLES = Path("runs/evaluations/.samples")
+"""Where what is sampled lies until all of it is measured."""
+
+AGAIN = "what was sampled is kept, and the same command goes on with it"
 
 
 def evaluate(
@@ -48,6 +60,9 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Distances by probe, efficientnet-lite, I3D weights, or an encoder's folder."),
     ] = None,
+    devices: Annotated[
+        int | None, typer.Option(help="GPUs that prompts are dealt out to; else all of the machine.", min=1)
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="A new folder; without it one under runs/evaluations.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -61,37 +76,54 @@ def evaluate(
       anyflow evaluate --model data/models/tiny --data driving --given-frames 1
       anyflow evaluate --model data/models/tiny --data robotics --probe --encoder efficientnet-lite
       anyflow evaluate --model runs/tiny-forward --data games --steps 1,4,16 --out curves/games --json
+    \b
+    Broken off, the same command goes on: samples are kept until all of them are measured.
     """
-    counts = parse_steps(steps)
+    counts, chosen = parse_steps(steps), parse_seeds(seeds)
     check_sampler(sampler)
     folder = fresh_folder(out, f"runs/evaluations/{Path(data).stem}")
     judges = list(dict.fromkeys([*(["probe"] * probe), *(encoder or [])]))
     _check_clips(model, against, data, split, prompts)
     _check_shapes(model, against, given_frames, judges, split)
-    from anyflow.evaluation.report import write_report
-    from anyflow.evaluation.tables import check_comparable
+    if needs_watcher(count := _devices(devices, prompts)):
+        raise typer.Exit(watch(count, 1, AGAIN))
+    end_with_watcher()
+    settings: dict[str, Any] = {"steps": counts, "prompts": prompts, "split": split, "seeds": chosen}
+    settings |= {"given_frames": given_frames, "batch_size": batch_size}
+    from anyflow.evaluation.samples import KeptSamples
 
-    settings: dict[str, Any] = {
-        "steps": counts,
-        "prompts": prompts,
-        "split": split,
-        "seeds": parse_seeds(seeds),
-        "given_frames": given_frames,
-        "batch_size": batch_size,
-    }
-    settings["judging"], settings["notes"] = _judges(model, data, split, judges)
-    before = _curve(against, data, "before", sampler, settings) if against else None
-    after = _curve(model, data, "after" if against else "model", sampler, settings)
+    kept = KeptSamples(SAMPLES)
+    with _goes_on():
+        before, after = _measured(model, against, data, sampler, judges, settings, kept)
+    if after is not None:
+        _report(folder, before, after, {"model": model, "against": against, "data": data, "split": split}, as_json)
+        kept.clear()
+
+
+@contextmanager
+def _goes_on() -> Iterator[None]:
+    """Say, when a signal ends it, that nothing is lost."""
     try:
-        check_comparable(before.curve if before else None, after.curve)
-    except ValueError as error:
-        raise UserError(f"--against {against} and --model {model}: {error}") from None
+        with sigterm_raises(Terminated):
+            yield
+    except (KeyboardInterrupt, Terminated) as stop:
+        typer.echo(f"\nStopped: {AGAIN}", err=True)
+        raise typer.Exit(EXIT_PREEMPTED if isinstance(stop, Terminated) else EXIT_INTERRUPTED) from None
+
+
+def _report(
+    folder: Path, before: CurveResult | None, after: CurveResult, asked: dict[str, str | None], as_json: bool
+) -> None:
+    """Write the folder, and tell what is in it."""
+    from anyflow.evaluation.report import write_report
+
+    model, data = str(asked["model"]), str(asked["data"])
     with whole_folder(folder) as partial:
-        title, about = f"{model}, held-out prompts of {data}", _about(model, data, split)
+        title, about = f"{model}, held-out prompts of {data}", _about(model, data, str(asked["split"]))
         write_report(partial, before=before, after=after, title=title, about=about)
     if as_json:
         curves = [result.curve.to_json() for result in (before, after) if result is not None]
-        print_json({"model": model, "against": against, "data": data, "curves": curves, "folder": folder})
+        print_json({"model": model, "against": asked["against"], "data": data, "curves": curves, "folder": folder})
         return
     table = folder / "table.txt"
     if table.is_file():
@@ -143,28 +175,71 @@ def _check_shapes(model: str, against: str | None, given_frames: int, judges: li
         raise UserError(f"--against {against} makes {sizes[0]}, --model {sizes[1]}: they do not compare")
 
 
-def _judges(model: str, data: str, split: str, judges: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Further judges of the samples, and what is to be said of them."""
-    import torch
+def _devices(wanted: int | None, prompts: int) -> int:
+    """Devices that prompts are dealt out to: all GPUs, or the CPU once."""
+    from anyflow.encoding import devices_here
 
+    kind, here = devices_here()
+    if kind == "gpu" and wanted is not None and wanted > here:
+        raise UserError(f"--devices {wanted}: this machine has {here} GPU{'s' * (here > 1)}: ask for fewer")
+    return min(wanted or here, prompts)
+
+
+def _measured(
+    model: str,
+    against: str | None,
+    data: str,
+    sampler: str | None,
+    judges: list[str],
+    settings: dict[str, Any],
+    kept: KeptSamples,
+) -> tuple[CurveResult | None, CurveResult | None]:
+    """The curves before (if there is one to compare with) and after; None for both on all ranks but the first."""
+    from anyflow.backbone.parallelize import join_ranks, leave_ranks, rank_and_size
+    from anyflow.evaluation.tables import check_comparable
+
+    device = join_ranks("auto")
+    is_first = rank_and_size()[0] == 0
+    judging, notes = _judges(model, data, settings["split"], judges, device)
+    asked = {**settings, "judging": judging, "notes": notes}
+    before = _curve(against, data, "before", sampler, asked, kept) if against else None
+    after = _curve(model, data, "after" if against else "model", sampler, asked, kept)
+    leave_ranks()
+    try:
+        check_comparable(before.curve if before else None, after.curve)
+    except ValueError as error:
+        raise UserError(f"--against {against} and --model {model}: {error}") from None
+    return (before, after) if is_first else (None, None)
+
+
+def _judges(
+    model: str, data: str, split: str, judges: list[str], device: torch.device
+) -> tuple[dict[str, Any], list[str]]:
+    """Further judges of the samples, and what is to be said of them."""
     from anyflow.commands.models import native_shape
     from anyflow.console import progress_line
     from anyflow.probes import judges_of
 
     shape = native_shape(model, frames=None, height=None, width=None, fps=None)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     with progress_line("training the probe") as on_progress:
         return judges_of(judges, "--encoder", [data], shape, heldout=split, device=device, on_progress=on_progress)
 
 
-def _curve(model: str, data: str, label: str, sampler: str | None, settings: dict[str, Any]) -> CurveResult:
+def _curve(
+    model: str, data: str, label: str, sampler: str | None, settings: dict[str, Any], kept: KeptSamples
+) -> CurveResult:
+    """A model's curve."""
     from anyflow.backbone.load import read_sampler
     from anyflow.commands.models import load_model, native_shape
     from anyflow.console import progress_line
     from anyflow.curves import curve_of
+    from anyflow.fingerprints import model_fingerprint
+    from anyflow.tracking import code_version
 
     shape = native_shape(model, frames=None, height=None, width=None, fps=None)
     codec, backbone, shift = load_model(model)
+    device = next(backbone.parameters()).device.type
+    made_by = f"{model_fingerprint(model)} on {device}, {shape}, {sorted(code_version().items())}"
     with progress_line(f"sampling {label}") as on_progress:
         return curve_of(
             backbone,
@@ -174,6 +249,8 @@ def _curve(model: str, data: str, label: str, sampler: str | None, settings: dic
             shift=shift,
             label=label,
             sampler=sampler or read_sampler(model),  # type: ignore[arg-type]
+            kept=kept.of(made_by),
+            divide=True,
             on_progress=on_progress,
             **settings,
         )

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from anyflow.evaluation.curve import STEPS, Curve, CurveResult, CurveRow, HeldOut, Marks, over_seeds
 from anyflow.evaluation.judge import Judge
+from anyflow.evaluation.samples import KeptSamples
 from anyflow.flowmap.endpoint import Renoise
 from anyflow.flowmap.sampling import SamplerKind, Take, take_jump, take_velocity
 
@@ -107,6 +108,7 @@ def measure_curve(
     batch_size: int = 8,
     device: torch.device | str = "cpu",
     show: int = 6,
+    kept: KeptSamples | None = None,
     judging: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
     on_progress: OnProgress | None = None,
@@ -128,6 +130,7 @@ def measure_curve(
         batch_size: clips a pass; changes speed and memory, not the draws.
         device: where the model runs.
         show: of how many prompts (the first) the samples are kept for the picture.
+        kept: where samples are kept, and taken from if this was measured in part before.
         judging: further extractors and labels of ``Judge``; ``notes``: what is to be said of them.
         on_progress: called after each batch.
     Raises:
@@ -138,7 +141,7 @@ def measure_curve(
     counts = sorted(set(steps))
     work = len(seeds) * sum(_work(num_steps) for num_steps in counts) + 2 * _work(0)
     progress = _Progress(work * -(-len(items) // batch_size), on_progress)
-    runner = _Runner(codec, batch_size, device, progress, given_frames, kind, calls)
+    runner = _Runner(codec, batch_size, device, progress, given_frames, kind, calls, kept)
     reference = reference[: len(items)]
     real_clips, other_clips = _stack(items), _stack(reference)
     real_latents, decoded = runner.encode_and_decode(real_clips)
@@ -146,7 +149,7 @@ def measure_curve(
     options = {"given": given_frames, "left_out": left_out, "has_previews": kind != "renoise", **(judging or {})}
     judge = Judge(items, reference, other_clips, other_latents, **options)
     sample = partial(runner.sample, sampler, items, real_latents, shift)
-    rows, kept = _rows(counts, seeds, sample, partial(judge, real=real_clips), show)
+    rows, shown = _rows(counts, seeds, sample, partial(judge, real=real_clips), show)
     curve = Curve(
         label=label,
         domain="+".join(sorted({item.domain for item in items})),
@@ -163,7 +166,7 @@ def measure_curve(
         real=judge.of_real(real_clips, real_latents),
         codec=judge.of_codec(decoded, real_latents, real_clips),
     )
-    return CurveResult(curve, tuple(items[:show]), kept)
+    return CurveResult(curve, tuple(items[:show]), shown)
 
 
 def _rows(
@@ -219,6 +222,7 @@ class _Runner:
     given_frames: int
     kind: SamplerKind
     calls: Callable[[int, int, int], int]
+    kept: KeptSamples | None = None
 
     def encode_and_decode(self, clips: Tensor, decode: bool = True) -> tuple[Tensor, Tensor]:
         """Return the clips' latents, and the clips after the codec (as given, if they are not to be decoded)."""
@@ -249,19 +253,43 @@ class _Runner:
             batch = items[start : start + self.batch_size]
             given = like[start : start + self.batch_size, : self.given_frames].to(self.device)
             first_frames = given if self.given_frames else None
-            keys = [item.key for item in batch]
-            noise = prompt_noise(like.shape[1:], keys, seed).to(self.device)
-            way = {} if self.kind == "flowmap" else {"take": take_of(self.kind, keys, seed)}
+            latents, seconds = self._latents(sampler, batch, like.shape[1:], first_frames, num_steps, shift, seed)
             begin = _now(self.device)
-            latents = sampler([item.caption for item in batch], noise, num_steps, shift, first_frames, **way)
-            middle = _now(self.device)
             clips.append(self.codec.decode(latents).cpu())
-            sampling, decoding = sampling + middle - begin, decoding + _now(self.device) - middle
+            sampling, decoding = sampling + seconds, decoding + _now(self.device) - begin
             all_latents.append(latents.float().cpu())
             self.progress(f"{num_steps} step{'s' if num_steps > 1 else ''}", _work(num_steps))
         nfe = self.calls(num_steps, like.shape[1], self.given_frames)
         cost = {"nfe": nfe, "sampling_seconds": sampling / len(items), "decoding_seconds": decoding / len(items)}
         return torch.cat(clips), torch.cat(all_latents), cost
+
+    def _latents(
+        self,
+        sampler: Sampler,
+        batch: Sequence[HeldOut],
+        shape: Sequence[int],
+        first_frames: Tensor | None,
+        num_steps: int,
+        shift: float,
+        seed: int,
+    ) -> tuple[Tensor, float]:
+        """A batch's latents and the seconds that they take, or took if they are kept."""
+        captions, keys = [item.caption for item in batch], [item.key for item in batch]
+        noise, name = prompt_noise(shape, keys, seed), ""
+        if self.kept is not None:
+            given = None if first_frames is None else first_frames.cpu()
+            name = self.kept.name((noise, given), (captions, keys, seed, num_steps, shift, self.kind))
+            found = self.kept.load(name)
+            if found is not None:
+                return found[0].to(self.device), found[1]
+        way = {} if self.kind == "flowmap" else {"take": take_of(self.kind, keys, seed)}
+        noise = noise.to(self.device)
+        begin = _now(self.device)
+        latents = sampler(captions, noise, num_steps, shift, first_frames, **way)
+        seconds = _now(self.device) - begin
+        if self.kept is not None:
+            self.kept.save(name, latents, seconds)
+        return latents, seconds
 
 
 def _stack(items: Sequence[HeldOut]) -> Tensor:
