@@ -201,8 +201,8 @@ def test_the_report_names_the_rank_and_repeats_its_last_words(tmp_path: Path) ->
     process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"])
     process.wait()
     rank = _Rank(3, process, report, tmp_path / "log")
-    text = _report(rank, 8, rank.last_words())
-    assert "rank 3 of 8" in text and "failed" in text and text.endswith("RuntimeError: no luck")
+    text = _report(rank, 8, rank.last_words(), "do it again")
+    assert "rank 3 of 8" in text and "failed" in text and "stopped. Do it again" in text and text.endswith("RuntimeError: no luck")
 
 
 @pytest.mark.parametrize(
