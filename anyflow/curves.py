@@ -27,6 +27,10 @@ from anyflow.evaluation.samples import KeptSamples
 from anyflow.flowmap.sampling import SamplerKind, Take
 
 
+class TooFewClips(UserError):
+    """A split has not enough clips for a curve."""
+
+
 def held_out(cards: Sequence[str], split: str, shape: ClipShape, count: int | None = None) -> list[HeldOut]:
     """The first ``count`` clips that can be read, of every card's split in turn (all, if None), decoded."""
     per_card = [list(islice(_clips(card, split, shape), count)) for card in cards]
@@ -102,7 +106,7 @@ def curve_of(
     the ranks, all of which must come here: every one does its clips, and has the whole.
 
     Raises:
-        UserError: The split has too few clips.
+        TooFewClips: The split has too few clips.
     """
     items, reference, note = _dealt(cards, split, shape, prompts, or_fewer)
     sample: Sampler = sampler_of(backbone, codec)
@@ -164,7 +168,7 @@ def _dealt(
     if half == prompts:
         return clips[:prompts], clips[prompts:], []
     if not half or not or_fewer:
-        raise UserError(_too_few(cards, split, prompts, len(clips)))
+        raise TooFewClips(_too_few(cards, split, prompts, len(clips)))
     note = f"{half} prompts instead of {prompts}: the {split} split has {len(clips)} clips, and half are compared with"
     return clips[:half], clips[half : 2 * half], [note]
 

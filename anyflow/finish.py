@@ -18,7 +18,7 @@ from anyflow.backbone.model_card import ModelCard
 from anyflow.backbone.parallelize import from_rank_zero, gather_state, rank_and_size
 from anyflow.backbone.wan_vae import encode_moments
 from anyflow.console import program, progress_line
-from anyflow.curves import curve_of, held_out, load_curve, save_curve
+from anyflow.curves import TooFewClips, curve_of, held_out, load_curve, save_curve
 from anyflow.data.card import load_card
 from anyflow.data.decode import ClipShape
 from anyflow.data.module import VideoDataModule
@@ -62,8 +62,22 @@ def measure(
             device=device,
             on_progress=on_progress,
         )
+    try:
+        result = _sampled(recipe, parts, label, judging, notes)
+    except TooFewClips as error:  # small footage is trained on without a curve rather than not at all
+        if rank_and_size()[0] == 0:
+            print(f"no curve ({label}): {error}", file=sys.stderr)
+        return None
+    if rank_and_size()[0] == 0:
+        save_curve(run.path / "curves", result, asked)
+    log_curve(logger, label, list(result.curve.to_json()["rows"]))
+    return result
+
+
+def _sampled(recipe: Recipe, parts: Parts, label: str, judging: dict[str, Any], notes: list[str]) -> CurveResult:
+    device = next(parts.backbone.parameters()).device
     with averaged(parts), parts.codec.lent(device), progress_line(f"sampling {label}") as on_progress:
-        result = curve_of(
+        return curve_of(
             parts.backbone,
             parts.codec,
             recipe.data.card,
@@ -82,10 +96,6 @@ def measure(
             divide=True,
             on_progress=on_progress,
         )
-    if rank_and_size()[0] == 0:
-        save_curve(run.path / "curves", result, asked)
-    log_curve(logger, label, list(result.curve.to_json()["rows"]))
-    return result
 
 
 def finish_flow(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | None) -> None:

@@ -202,7 +202,12 @@ def test_the_report_names_the_rank_and_repeats_its_last_words(tmp_path: Path) ->
     process.wait()
     rank = _Rank(3, process, report, tmp_path / "log")
     text = _report(rank, 8, rank.last_words(), "do it again")
-    assert "rank 3 of 8" in text and "failed" in text and "stopped. Do it again" in text and text.endswith("RuntimeError: no luck")
+    assert (
+        "rank 3 of 8" in text
+        and "failed" in text
+        and "stopped. Do it again" in text
+        and text.endswith("RuntimeError: no luck")
+    )
 
 
 @pytest.mark.parametrize(
