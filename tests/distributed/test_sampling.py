@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from anyflow import curves
 from anyflow.assemble import assemble
 from anyflow.backbone import parallelize
 from anyflow.backbone.parallelize import join_ranks, leave_ranks, own_rows
-from anyflow.curves import load_curve
+from anyflow.curves import held_out, load_curve
 from anyflow.finish import measure
 from anyflow.recipe import load_recipe
 from anyflow.runs import RunFolder
@@ -68,6 +69,16 @@ def test_two_ranks_measure_what_one_process_measures(small_model: Path, tmp_path
     for first, second in ((one.curve.rows[0], two.curve.rows[0]), (one.curve.codec, two.curve.codec)):
         assert second.sliced_w1 == pytest.approx(first.sliced_w1, rel=1e-3)
         assert second.motion_energy == pytest.approx(first.motion_energy, rel=1e-2)
+
+
+def test_a_single_held_out_clip_gives_no_curve_and_stops_nothing(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A first look at a little footage of one's own."""
+    monkeypatch.setattr(curves, "held_out", lambda *asked: held_out(*asked[:-1], 1))
+    assert measured(small_model, tmp_path, 1) == 0
+    assert "no curve (before): 3 prompts need 6 clips of the heldout split" in capsys.readouterr().err
+    assert not (tmp_path / "curves").exists()
 
 
 @pytest.mark.parametrize("count, size", [(1, 2), (3, 2), (8, 8), (9, 4)])
