@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -212,12 +212,22 @@ def _measured(curves: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[Figures,
     figures = {
         key: own[0] if len(own) == 1 else estimate([[value.mean for value in own]]) for key, own in values.items()
     }
+    figures = {key: _possible(found, key[1]) for key, found in figures.items()}
     told = [{"left_out": curve.get("given_frames"), **curve} for _, curve in curves]
     settings = {
         f"{MEASURED}{key}": _joined(str(curve[key]) for curve in told if key in curve)
         for key in ("domain", "clips", "given_frames", "left_out", "version")
     }
     return figures, {key: value for key, value in settings.items() if value}
+
+
+def _possible(found: Estimate, metric: str) -> Estimate:
+    """An interval within what the figure can be: a share from 0 to 1, a distance or a time not below 0."""
+    figure = figure_of(metric)
+    if figure is None or found.low is None or found.high is None or not (figure.is_share or figure.has_ratio):
+        return found
+    high = min(1.0, found.high) if figure.is_share else found.high
+    return replace(found, low=max(0.0, found.low), high=high)
 
 
 def _metrics(row: Mapping[str, Any]) -> list[str]:

@@ -70,6 +70,8 @@ def measure(
         return None
     if rank_and_size()[0] == 0:
         save_curve(run.path / "curves", result, asked)
+        if label == "before":
+            print("\n".join(result.curve.notes), file=sys.stderr, end="\n" if result.curve.notes else "")
     log_curve(logger, label, list(result.curve.to_json()["rows"]))
     return result
 

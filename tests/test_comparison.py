@@ -128,6 +128,14 @@ def test_figures_of_whole_clips_are_not_compared_where_one_was_given_more_of_the
     assert [(key[1], found) for key, _, found in figure_rows(apart)] == [("path_error", None), ("sliced_w1", 0)]
 
 
+def test_an_interval_keeps_to_what_a_figure_can_be(tmp_path: Path) -> None:
+    for seed, accuracy in enumerate((0.2, 0.9)):
+        make_run(tmp_path / f"arm-{seed}", {1: 1.0 + seed}, accuracy=accuracy)
+    figures = read_side(str(tmp_path / "arm"), "").figures
+    share, distance = figures["driving", "motion_accuracy", 1], figures["driving", "sliced_w1", 1]
+    assert (share.low, share.high, distance.low) == (0.0, 1.0, 0.0) and distance.high > 2
+
+
 def test_recipes_are_compared_where_all_have_one() -> None:
     bare, trained = Side("bare", {}, {"data": "aa"}, {}), Side("run", {"optimizer.lr": "1"}, {"data": "bb"}, {})
     assert dict(differences([bare, trained])) == {"data": ["aa", "bb"]}

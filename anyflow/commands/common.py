@@ -108,6 +108,9 @@ def fresh_folder(out: Path | None, default: str) -> Path:
     if out is not None:
         if out.is_file():
             raise UserError(f"--out {out} is a file: name a folder")
+        above = next(place for place in out.absolute().parents if place.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise UserError(f"--out {out}: nothing can be written in {above}: choose another folder")
         if _is_used(out):
             raise UserError(f"--out {out} is not empty: choose another folder")
         return out

@@ -32,7 +32,7 @@ def make(
     out: Annotated[Path | None, typer.Option(help="A new folder; without it data/shards/DOMAIN.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Render a domain's clips with its simulator into shards and a card (needs: pip install '.[sim]').
+    """Render a domain's clips with its simulator into shards and a card (needs: pip install -e '.[sim]').
 
     \b
     Examples:

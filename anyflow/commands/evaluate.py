@@ -163,7 +163,7 @@ def _check_shapes(model: str, against: str | None, given_frames: int, judges: li
     if pixel_frames(given_frames) >= shape.frames:
         raise UserError(
             f"--given-frames {given_frames} are {pixel_frames(given_frames)} frames, and clips have {shape.frames}: "
-            "give fewer, so that something is left to be made"
+            f"give at most {(shape.frames - 1) // 4}, so that something is left to be made"
         )
     seen = [name for name in (split,) if name == "train"]
     check_encoders(judges, "--encoder", shape.frames - pixel_frames(given_frames), seen)

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from anyflow.recipe import Recipe
 
 
+MODEL = ("model_index.json", "model", "transformer")
+"""What a model's folder has one of."""
+
+
 def load_model(model: str, precision: str = "") -> tuple[Codec, FlowMapBackbone, float]:
     """Codec, network and the shift of its schedule, on the GPU in bfloat16 if there is one, else on the CPU in float32.
 
@@ -54,7 +58,12 @@ def native_shape(
 
     known = trained_shape(model)
     if known is None and None in (frames, height, width):
-        raise UserError(f"--model {model} does not say its clip size: give --frames, --height and --width")
+        if Path(model).expanduser().is_dir() and not any((Path(model).expanduser() / name).exists() for name in MODEL):
+            raise UserError(f"--model {model} is no model: it has no {MODEL[0]}; give a model's or a run's folder")
+        raise UserError(
+            f"--model {model} does not say its clip size: give --frames, --height and --width where the command takes "
+            "them, else a file in recipes/models that names this model"
+        )
     usual = known or (1, 16, 16, 0.0)
     return ClipShape(frames or usual[0], height or usual[1], width or usual[2], fps or usual[3] or None)
 

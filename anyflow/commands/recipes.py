@@ -33,6 +33,10 @@ def show_list(as_json: Json = False) -> None:
       anyflow recipes list --json
     """
     found = list_recipes()
+    if not found:
+        raise UserError(
+            "there are no recipes here: go to the project's folder, or install it from there (pip install -e .)"
+        )
     if as_json:
         print_json(found)
         return

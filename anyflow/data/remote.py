@@ -209,7 +209,9 @@ def _filesystem(address: str) -> tuple[Any, str]:
     try:
         return url_to_fs(address)
     except ImportError as error:
-        raise UserError(f"{address.partition('://')[0]}:// needs another package: pip install '.[remote]'") from error
+        raise UserError(
+            f"{address.partition('://')[0]}:// needs another package: pip install -e '.[remote]'"
+        ) from error
 
 
 def _within(files: Any, method: str, *words: Any, **named: Any) -> Any:

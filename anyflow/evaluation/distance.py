@@ -132,7 +132,9 @@ def frechet(first: Tensor, second: Tensor) -> float:
     """Frechet distance between Gaussians fitted to two sets of features ``[M, D]``, M >= 2."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_AsTheyAre(first.shape[1])).set_dtype(torch.float64)
+    network = _AsTheyAre(first.shape[1])
+    # every rank has all features: summed over the ranks each would count several times
+    metric = FrechetInceptionDistance(feature=network, sync_on_compute=False).set_dtype(torch.float64)
     metric.update(first.double(), real=True)
     metric.update(second.double(), real=False)
     try:

@@ -46,7 +46,11 @@ FAINT = (120, 126, 134)
 RULE = (222, 225, 229)
 RIGHT, WRONG = (22, 140, 70), (200, 45, 40)
 GIVEN = (235, 130, 20)
-VARIANT_COLOURS = ((176, 112, 16), (24, 90, 190), (120, 60, 160))
+VARIANT_COLOURS = (
+    *((176, 112, 16), (24, 90, 190), (120, 60, 160), (22, 128, 74)),
+    *((200, 50, 45), (42, 140, 154), (107, 107, 107), (208, 89, 154)),
+)
+"""Of the variants in turn, in pictures and plots alike."""
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,8 @@ def compare(pairs: Iterable[tuple[Tensor, Tensor]]) -> Reconstruction:
     """
     from torchmetrics.image import PeakSignalNoiseRatio
 
-    everywhere, moving = (PeakSignalNoiseRatio(data_range=255.0).set_dtype(torch.float64) for _ in range(2))
+    ratios = [PeakSignalNoiseRatio(data_range=255.0, sync_on_compute=False) for _ in range(2)]
+    everywhere, moving = (ratio.set_dtype(torch.float64) for ratio in ratios)
     moving_count = pixel_count = clip_count = 0
     for real, decoded in pairs:
         if real.shape != decoded.shape:

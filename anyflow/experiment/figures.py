@@ -123,7 +123,7 @@ def strata_of(pairs: dict[str, dict[int, float]]) -> list[list[float]]:
 
 def _few_step_logs(measured: Measured, arm: str, metric: Figure, cards: Sequence[str]) -> dict[str, dict[int, float]]:
     experiment = measured.experiment
-    if experiment.few == experiment.most:
+    if experiment.few == experiment.most or not metric.compares:
         return {}
     return measured.pairs((arm, experiment.few), (arm, experiment.most), metric, cards=cards)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.errors import UserError
-from anyflow.evaluation.figures import FIGURES
+from anyflow.evaluation.figures import FIGURES, figure_of
 from anyflow.experiment.schema import Claim, Experiment
 from anyflow.recipe import find_card
 from anyflow.recipe.check import check_range
@@ -77,7 +77,9 @@ def in_order(experiment: Experiment) -> list[str]:
 
     def visit(arm: str, path: tuple[str, ...]) -> None:
         if arm in path:
-            raise UserError(f"arms.{arm} starts from itself ({' -> '.join((*path, arm))}): break the circle")
+            raise UserError(
+                f"{experiment.file}: arms.{arm} starts from itself ({' -> '.join((*path, arm))}): break the circle"
+            )
         for needed in needed_arms(experiment, arm):
             visit(needed, (*path, arm))
         if arm not in order:
@@ -215,6 +217,9 @@ def _check_metrics(experiment: Experiment, path: Path) -> None:
         where = f"{path}: metrics[{index}]={name!r}"
         if str(name) in FIGURES:
             raise UserError(f"{where} has no better side (the nearer to real clips the better): take another figure")
+        judge = str(name).partition("_")[0]
+        if figure_of(str(name)) is not None and not any(one.startswith(f"{judge}_") for one in judged):
+            raise UserError(f"{where}: no judge of evaluation.encoders={encoders} gives it: add the one of {judge!r}")
         close = difflib.get_close_matches(str(name), judged, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(judged)}"
         raise UserError(f"{where} is no figure: {hint}")

@@ -149,7 +149,12 @@ def _training(
         overrides.append(f"model.weights={models[arm.start_from]}")
     overrides += [f"run.seed={seed}", f"run.experiment={experiment.name}", "sampling.prompts=0"]
     model, hardware = arm.model or experiment.model or None, experiment.hardware or None
-    recipe = load_recipe(name, model=model, hardware=hardware, overrides=overrides)
+    try:
+        recipe = load_recipe(name, model=model, hardware=hardware, overrides=overrides)
+    except UserError as error:
+        arm_name = next(key for key, value in experiment.arms.items() if value is arm)
+        told = str(error).replace(" (command line)", "")
+        raise UserError(f"{experiment.file}: arms.{arm_name}: {told}") from error
     options = {"--model": model, "--hardware": hardware}
     return recipe, (name, *overrides, *(word for key, value in options.items() if value for word in (key, value)))
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anyflow.evaluation.figures import LOWER, Figure
+from anyflow.evaluation.picture import VARIANT_COLOURS
 from anyflow.evaluation.report import REAL_COLOUR
 from anyflow.experiment.figures import Measured, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = ("#185abe", "#b07010", "#16804a", "#783ca0", "#c8322d", "#2a8c9a", "#6b6b6b", "#d0589a")
+COLOURS = ["#{:02x}{:02x}{:02x}".format(*colour) for colour in VARIANT_COLOURS]
 MARKERS = "osD^vPX*"
 FLAT = 3
 """An axis of distances is logarithmic from this ratio of the largest to the smallest on."""

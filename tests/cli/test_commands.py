@@ -129,6 +129,7 @@ def test_sample_refuses_a_size_that_the_model_cannot_take(small_model: Path, tmp
 
 def test_an_unknown_size_must_be_given(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").touch()
     with pytest.raises(UserError, match="give --frames, --height and --width"):
         call("sample", "a car", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"))
 
@@ -251,6 +252,8 @@ def test_a_dry_run_builds_everything_and_writes_no_run(
             ["--encoder", "efficientnet"],
             r"--encoder efficientnet: there is nothing: give probe, efficientnet-lite",
         ),
+        (["--model", "data"], r"--model data is no model: it has no model_index.json"),
+        (["--out", "README.md/curves"], r"--out README.md/curves: nothing can be written in .*README.md"),
         (["--encoder", ""], r"--encoder is empty: there is nothing: give"),
         (["--data", "nowhere"], r"--data 'nowhere' is neither a file nor a card in data/"),
     ],

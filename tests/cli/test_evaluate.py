@@ -63,6 +63,7 @@ def test_two_processes_measure_what_one_measures(small_model: Path, in_project: 
     assert one.returncode == two.returncode == 0, two.stderr
     for first, second in zip(figures(curve(one.stdout)), figures(curve(two.stdout)), strict=True):
         assert second["sliced_w1"] == pytest.approx(first["sliced_w1"], rel=1e-3)
+        assert second["frame_frechet"] == pytest.approx(first["frame_frechet"], rel=1e-3)
         assert second["motion_energy"] == pytest.approx(first["motion_energy"], rel=1e-2)
     assert (in_project / "of-2" / "samples.mp4").is_file()
     assert not (in_project / "runs" / "evaluations" / ".samples").exists()

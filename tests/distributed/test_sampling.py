@@ -68,6 +68,7 @@ def test_two_ranks_measure_what_one_process_measures(small_model: Path, tmp_path
     assert off.max() <= 1 and off.float().mean() < 0.01, "rounding to a grey level"
     for first, second in ((one.curve.rows[0], two.curve.rows[0]), (one.curve.codec, two.curve.codec)):
         assert second.sliced_w1 == pytest.approx(first.sliced_w1, rel=1e-3)
+        assert second.frame_frechet == pytest.approx(first.frame_frechet, rel=1e-3), "each clip counts once"
         assert second.motion_energy == pytest.approx(first.motion_energy, rel=1e-2)
 
 

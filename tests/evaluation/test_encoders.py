@@ -180,7 +180,7 @@ def test_a_choice_is_checked_before_anything_is_loaded(folder: Path, i3d: Path, 
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("anyflow.evaluation.encoders.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"not installed: run \.venv/bin/pip install '\.\[frames\]'"):
+    with pytest.raises(UserError, match=r"not installed: run \.venv/bin/pip install -e '\.\[frames\]'"):
         check_encoders(["efficientnet-lite"], "--encoder")
 
 

@@ -162,6 +162,16 @@ def test_few_steps_are_no_ratio_of_themselves_and_a_file_elsewhere_is_named(tmp_
     assert asked_by(load_experiment("retention")) == "retention"
 
 
+def test_what_can_be_0_has_no_ratio(tmp_path: Path) -> None:
+    experiment, pieces = write_study(
+        tmp_path, TEXT.replace("metrics: [sliced_w1,", "metrics: [preview_error, sliced_w1,")
+    )
+    invent(experiment, pieces, distance)
+    measured = measure(experiment, jobs_in_state(pieces))
+    assert few_step_ratio(measured, "plain", experiment.metric("preview_error")) is None
+    assert few_step_ratio(measured, "plain", experiment.metric("sliced_w1")) is not None
+
+
 def test_a_report_of_nothing_says_so(tmp_path: Path) -> None:
     experiment, pieces = write_study(tmp_path)
     folder, answers = write_report(experiment, pieces, jobs_in_state(pieces, "missing"))

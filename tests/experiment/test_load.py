@@ -96,7 +96,7 @@ def test_an_unknown_name_offers_a_known_one() -> None:
 def test_distances_of_an_encoder_are_metrics_where_it_is_named(tmp_path: Path) -> None:
     tree = yaml.safe_load(TEXT)
     tree["metrics"] = ["efficientnet_kernel"]
-    with pytest.raises(UserError, match=r"efficientnet_kernel.* is no figure"):
+    with pytest.raises(UserError, match=r"efficientnet_kernel.*no judge of evaluation\.encoders=\[\] gives it"):
         write_study(tmp_path, yaml.safe_dump(tree))
     tree["evaluation"]["encoders"] = ["efficientnet-lite"]
     experiment, pieces = write_study(tmp_path, yaml.safe_dump(tree))
@@ -117,6 +117,11 @@ def test_labels_that_a_probe_reads_are_metrics_and_its_clips_count(tmp_path: Pat
     tree["metrics"], tree["evaluation"]["split"] = ["probe_kernel"], "train"
     with pytest.raises(UserError, match="encoders probe on split train: a probe has seen these clips"):
         check_ready(*write_study(tmp_path, yaml.safe_dump(tree)))
+
+
+def test_a_mistake_in_an_arms_overrides_names_the_arm(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"study\.yaml: arms\.plain: unknown key 'stage\.stepps'"):
+        write_study(tmp_path, TEXT.replace("stage.diffusion_share=1,", "stage.stepps=1,"))
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def need_package(module: str, package: str) -> ModuleType:
 
 
 def _missing(package: str) -> str:
-    return f"package {package!r} is needed to render this domain: `make data` installs it, or pip install '.[sim]'"
+    return f"package {package!r} is needed to render this domain: `make data` installs it, or pip install -e '.[sim]'"
 
 
 def package_versions(*packages: str) -> dict[str, str]:

@@ -78,7 +78,7 @@ def _check(choice: str, where: str, frames: int | None) -> None:
         missing = [name for name in PACKAGES if find_spec(name) is None]
         if missing:
             raise UserError(
-                f"{where} {choice}: {' and '.join(missing)} not installed: run .venv/bin/pip install '.[frames]'"
+                f"{where} {choice}: {' and '.join(missing)} not installed: run .venv/bin/pip install -e '.[frames]'"
             )
     elif path.is_file():
         if path.suffix not in WEIGHTS:
