@@ -210,9 +210,9 @@ def _measured(curves: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[Figures,
                 key = (data, metric, int(row["num_steps"]))
                 values.setdefault(key, []).append(_own(row, metric, int(curve["clips"])))
     figures = {
-        key: own[0] if len(own) == 1 else estimate([[value.mean for value in own]]) for key, own in values.items()
+        key: _possible(own[0] if len(own) == 1 else estimate([[value.mean for value in own]]), key[1])
+        for key, own in values.items()
     }
-    figures = {key: _possible(found, key[1]) for key, found in figures.items()}
     told = [{"left_out": curve.get("given_frames"), **curve} for _, curve in curves]
     settings = {
         f"{MEASURED}{key}": _joined(str(curve[key]) for curve in told if key in curve)

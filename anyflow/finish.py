@@ -50,20 +50,8 @@ def measure(
     kept = from_rank_zero(load_curve(run.path / "curves", label, asked))
     if kept is not None:
         return kept
-    device = next(parts.backbone.parameters()).device
-    with progress_line("training the probe") as on_progress:
-        judging, notes = judges_of(
-            recipe.sampling.encoders,
-            "sampling.encoders",
-            recipe.data.card,
-            clip_shape(recipe),
-            split=recipe.data.split,
-            heldout=recipe.data.heldout,
-            device=device,
-            on_progress=on_progress,
-        )
     try:
-        result = _sampled(recipe, parts, label, judging, notes)
+        result = _sampled(recipe, parts, label)
     except TooFewClips as error:  # small footage is trained on without a curve rather than not at all
         if rank_and_size()[0] == 0:
             print(f"no curve ({label}): {error}", file=sys.stderr)
@@ -76,8 +64,19 @@ def measure(
     return result
 
 
-def _sampled(recipe: Recipe, parts: Parts, label: str, judging: dict[str, Any], notes: list[str]) -> CurveResult:
+def _sampled(recipe: Recipe, parts: Parts, label: str) -> CurveResult:
     device = next(parts.backbone.parameters()).device
+    with progress_line("training the probe") as on_progress:
+        judging, notes = judges_of(
+            recipe.sampling.encoders,
+            "sampling.encoders",
+            recipe.data.card,
+            clip_shape(recipe),
+            split=recipe.data.split,
+            heldout=recipe.data.heldout,
+            device=device,
+            on_progress=on_progress,
+        )
     with averaged(parts), parts.codec.lent(device), progress_line(f"sampling {label}") as on_progress:
         return curve_of(
             parts.backbone,

@@ -90,14 +90,20 @@ def evaluate(
     end_with_watcher()
     settings: dict[str, Any] = {"steps": counts, "prompts": prompts, "split": split, "seeds": chosen}
     settings |= {"given_frames": given_frames, "batch_size": batch_size}
+    from anyflow.evaluation.report import write_report
     from anyflow.evaluation.samples import KeptSamples
 
     kept = KeptSamples(SAMPLES)
     with _goes_on():
         before, after = _measured(model, against, data, sampler, judges, settings, kept)
     if after is not None:
-        _report(folder, before, after, {"model": model, "against": against, "data": data, "split": split}, as_json)
+        with whole_folder(folder) as partial:
+            title, about = f"{model}, held-out prompts of {data}", _about(model, data, split)
+            write_report(partial, before=before, after=after, title=title, about=about)
         kept.clear()
+        curves = [result.curve.to_json() for result in (before, after) if result is not None]
+        told = {"model": model, "against": against, "data": data, "curves": curves, "folder": folder}
+        print_json(told) if as_json else _show(folder)
 
 
 @contextmanager
@@ -111,20 +117,8 @@ def _goes_on() -> Iterator[None]:
         raise typer.Exit(EXIT_PREEMPTED if isinstance(stop, Terminated) else EXIT_INTERRUPTED) from None
 
 
-def _report(
-    folder: Path, before: CurveResult | None, after: CurveResult, asked: dict[str, str | None], as_json: bool
-) -> None:
-    """Write the folder, and tell what is in it."""
-    from anyflow.evaluation.report import write_report
-
-    model, data = str(asked["model"]), str(asked["data"])
-    with whole_folder(folder) as partial:
-        title, about = f"{model}, held-out prompts of {data}", _about(model, data, str(asked["split"]))
-        write_report(partial, before=before, after=after, title=title, about=about)
-    if as_json:
-        curves = [result.curve.to_json() for result in (before, after) if result is not None]
-        print_json({"model": model, "against": asked["against"], "data": data, "curves": curves, "folder": folder})
-        return
+def _show(folder: Path) -> None:
+    """Print the table, and tell where everything is."""
     table = folder / "table.txt"
     if table.is_file():
         typer.echo(table.read_text(encoding="utf-8").rstrip())
@@ -156,17 +150,12 @@ def _check_clips(model: str, against: str | None, data: str, split: str, prompts
 def _check_shapes(model: str, against: str | None, given_frames: int, judges: list[str], split: str) -> None:
     """Two models make clips of one size, something is left to be made behind the given frames, encoders can see it."""
     from anyflow.commands.models import native_shape
-    from anyflow.evaluation.curve import pixel_frames
+    from anyflow.evaluation.curve import check_given, pixel_frames
     from anyflow.evaluation.encoders import check_encoders
 
     shape = native_shape(model, frames=None, height=None, width=None, fps=None)
-    if pixel_frames(given_frames) >= shape.frames:
-        raise UserError(
-            f"--given-frames {given_frames} are {pixel_frames(given_frames)} frames, and clips have {shape.frames}: "
-            f"give at most {(shape.frames - 1) // 4}, so that something is left to be made"
-        )
-    seen = [name for name in (split,) if name == "train"]
-    check_encoders(judges, "--encoder", shape.frames - pixel_frames(given_frames), seen)
+    check_given(given_frames, shape.frames, "--given-frames ")
+    check_encoders(judges, "--encoder", shape.frames - pixel_frames(given_frames), split)
     other = native_shape(against, frames=None, height=None, width=None, fps=None) if against else shape
     if other != shape:
         sizes = [

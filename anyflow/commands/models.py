@@ -58,7 +58,8 @@ def native_shape(
 
     known = trained_shape(model)
     if known is None and None in (frames, height, width):
-        if Path(model).expanduser().is_dir() and not any((Path(model).expanduser() / name).exists() for name in MODEL):
+        folder = Path(model).expanduser()
+        if folder.is_dir() and not any((folder / name).exists() for name in MODEL):
             raise UserError(f"--model {model} is no model: it has no {MODEL[0]}; give a model's or a run's folder")
         raise UserError(
             f"--model {model} does not say its clip size: give --frames, --height and --width where the command takes "

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from anyflow.errors import UserError
 from anyflow.evaluation.intervals import half_interval
 
 STEPS = (1, 2, 4, 8, 16, 32)
@@ -201,6 +202,20 @@ class CurveResult:
 def pixel_frames(latent_frames: int) -> int:
     """Frames behind a video's first latent frames: 1, then 4 for each further one (Wan's codec)."""
     return max(0, 4 * latent_frames - 3)
+
+
+def check_given(latent_frames: int, frames: int, where: str, whose: str = "clips") -> None:
+    """Refuse more given frames than leave something to be made; ``where`` says how many, and ``whose`` clips they are.
+
+    Raises:
+        UserError: the given frames are all of the ``frames`` of a clip, or more.
+    """
+    given = pixel_frames(latent_frames)
+    if given >= frames:
+        raise UserError(
+            f"{where}{latent_frames} are {given} frames, and {whose} have {frames}: give at most {(frames - 1) // 4}, "
+            "so that something is left to be made"
+        )
 
 
 def over_seeds(rows: Sequence[CurveRow]) -> CurveRow:

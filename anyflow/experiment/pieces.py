@@ -18,9 +18,10 @@ from anyflow.errors import UserError
 from anyflow.evaluation.curve import VERSION
 from anyflow.evaluation.encoders import PROBE
 from anyflow.experiment.load import ARM_MODEL, in_order, needed_arms
-from anyflow.experiment.schema import Arm, Experiment
+from anyflow.experiment.schema import Experiment
 from anyflow.fingerprints import data_fingerprint, encoder_fingerprint
 from anyflow.recipe import Recipe, RunRecipe, load_recipe
+from anyflow.recipe.load import COMMAND_LINE
 from anyflow.runs import RunFolder, changed_fields
 
 ROOT = Path("runs/experiments")
@@ -104,7 +105,7 @@ def _piece(experiment: Experiment, home: Path, name: str, seed: int, card: str |
         for needed, folder in folders.items()
     }
     run = RunFolder(home / _folder(experiment, name, seed, card))
-    recipe, words = (None, ()) if arm.folder else _training(experiment, arm, seed, card, models)
+    recipe, words = (None, ()) if arm.folder else _training(experiment, name, seed, card, models)
     return Piece(
         arm=name,
         seed=seed,
@@ -140,9 +141,10 @@ def _fill(text: str, card: str | None, models: dict[str, str]) -> str:
 
 
 def _training(
-    experiment: Experiment, arm: Arm, seed: int, card: str | None, models: dict[str, str]
+    experiment: Experiment, arm_name: str, seed: int, card: str | None, models: dict[str, str]
 ) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe of one training, and the words after ``anyflow train`` that give it."""
+    arm = experiment.arms[arm_name]
     name = _fill(arm.recipe or experiment.recipe, card, models)
     overrides = [_fill(text, card, models) for text in (*experiment.overrides, *arm.overrides)]
     if arm.start_from:
@@ -152,8 +154,7 @@ def _training(
     try:
         recipe = load_recipe(name, model=model, hardware=hardware, overrides=overrides)
     except UserError as error:
-        arm_name = next(key for key, value in experiment.arms.items() if value is arm)
-        told = str(error).replace(" (command line)", "")
+        told = str(error).replace(f" ({COMMAND_LINE})", "")
         raise UserError(f"{experiment.file}: arms.{arm_name}: {told}") from error
     options = {"--model": model, "--hardware": hardware}
     return recipe, (name, *overrides, *(word for key, value in options.items() if value for word in (key, value)))

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from anyflow.commands.common import check_model
 from anyflow.commands.models import trained_shape
 from anyflow.curves import check_held_out
-from anyflow.errors import UserError
-from anyflow.evaluation.curve import pixel_frames
+from anyflow.evaluation.curve import check_given, pixel_frames
 from anyflow.evaluation.encoders import check_encoders
 from anyflow.experiment.pieces import Piece
 from anyflow.experiment.schema import Experiment
@@ -35,7 +34,7 @@ def check_ready(experiment: Experiment, pieces: Sequence[Piece]) -> None:
         settings.encoders,
         f"{file}: evaluation.encoders",
         None if compared is None else compared - pixel_frames(experiment.left_out),
-        [split for split in (settings.split,) if split == "train"],
+        settings.split,
     )
 
 
@@ -49,14 +48,7 @@ def _frames(piece: Piece) -> int | None:
 
 def _check_given(experiment: Experiment, arm: str, frames: int) -> None:
     """Something is left to be made, and to be compared: all arms leave out what any of them is given."""
-    left_out = pixel_frames(experiment.left_out)
-    if left_out < frames:
-        return
-    own = experiment.given_to(arm) == experiment.left_out
-    fault = next(name for name in experiment.shown if experiment.given_to(name) == experiment.left_out)
-    given = experiment.arms[arm if own else fault].given_frames
-    where = "evaluation.given_frames" if given < 0 else f"arms.{arm if own else fault}.given_frames"
-    raise UserError(
-        f"{experiment.file}: {where}={experiment.left_out} are {left_out} frames, and clips of arm {arm} have "
-        f"{frames}: give at most {(frames - 1) // 4}, so that something is left to be made and compared"
-    )
+    blamed = next(name for name in (arm, *experiment.shown) if experiment.given_to(name) == experiment.left_out)
+    is_own = experiment.arms[blamed].given_frames >= 0
+    where = f"arms.{blamed}.given_frames" if is_own else "evaluation.given_frames"
+    check_given(experiment.left_out, frames, f"{experiment.file}: {where}=", f"clips of arm {arm}")

@@ -40,16 +40,14 @@ class Encoder(Extractor, Protocol):
     """What it is, and of which weights, in words."""
 
 
-def check_encoders(
-    choices: Sequence[str], where: str, frames: int | None = None, trained_on: Sequence[str] = ()
-) -> None:
+def check_encoders(choices: Sequence[str], where: str, frames: int | None = None, split: str = "") -> None:
     """Say what is wrong with the choices before a model is loaded or sampled.
 
     Args:
         choices: each ``probe``, ``efficientnet-lite``, a file or a folder.
         where: the option or field that they stand in, for the message.
         frames: of the clips that they are to see, where that is known.
-        trained_on: of the splits that they are to judge, those that a probe is trained on.
+        split: that they are to judge, where a probe would be trained on ``train``; a recipe keeps its two apart itself.
 
     Raises:
         UserError: a package, a file or a folder is missing, one is none of the four or cannot be read, two give
@@ -61,9 +59,9 @@ def check_encoders(
             earlier = choices[names.index(name)]
             both = f"{earlier} twice" if choices[index] == earlier else f"{earlier} and {choices[index]}"
             raise UserError(f"{where}: {both} would give figures of one name, {name}: name one of them")
-    if PROBE in choices and trained_on:
+    if PROBE in choices and split == "train":
         raise UserError(
-            f"{where} {PROBE} on split {trained_on[0]}: a probe has seen these clips; choose a split that it has not"
+            f"{where} {PROBE} on split {split}: a probe has seen these clips; choose a split that it has not"
         )
     for choice in choices:
         if choice != PROBE:
