@@ -34,6 +34,7 @@ from anyflow.data.decode import ClipShape
 from anyflow.data.encode import Encoding
 from anyflow.data.module import VideoDataModule
 from anyflow.data.reader import ShardReader, find_split
+from anyflow.flowmap.intervals import IntervalShares
 from anyflow.flowmap.objective import FlowMapObjective
 from anyflow.recipe import Recipe
 from anyflow.stages.base import Stage
@@ -42,7 +43,7 @@ from anyflow.stages.codec import CodecObjective, CodecStage
 from anyflow.stages.ema import EmaSettings
 from anyflow.stages.finetune import FinetuneStage, FinetuneTailStage, TailPlan
 from anyflow.stages.flow import Conditioning
-from anyflow.stages.forward import ForwardStage, IntervalShares
+from anyflow.stages.forward import ForwardStage
 from anyflow.stages.onpolicy import OnPolicySettings, OnPolicyStage
 from anyflow.stages.optimizers import OptimizerSettings
 from anyflow.stages.teacher import TeacherStage
@@ -158,6 +159,7 @@ def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stag
         "ema": EmaSettings(**asdict(recipe.ema)),
         "total_steps": stage.steps,
         "seed": recipe.run.seed,
+        "passes": recipe.hardware.accumulate,
     }
     if stage.name == "codec":
         codec.vae.requires_grad_(True)
@@ -194,7 +196,6 @@ def build_onpolicy(recipe: Recipe, codec: Codec, roles: Roles, shared: dict[str,
     options = asdict(stage.onpolicy)
     taken = ("budgets", "extra_guidance", "forward_weight", "critic_turns", "watch")
     settings = OnPolicySettings(
-        accumulate=recipe.hardware.accumulate,
         recompute_jumps=recipe.hardware.recompute_jumps,
         **{key: options[key] for key in taken},
     )
@@ -276,6 +277,7 @@ def build_data(recipe: Recipe, codec: Codec, *, encode: bool = True) -> VideoDat
         width=data.width,
         fps=data.fps or None,
         steps=batches_of(recipe),
+        passes=recipe.hardware.accumulate,
         seed=recipe.run.seed,
         num_workers=data.num_workers,
         error_budget=data.error_budget,

@@ -29,6 +29,7 @@ from anyflow.evaluation.report import write_report
 from anyflow.probes import judges_of
 from anyflow.recipe import Recipe
 from anyflow.runs import RunFolder
+from anyflow.stages.forward import ForwardStage
 from anyflow.tracking import log_artifacts, log_curve
 
 
@@ -208,6 +209,8 @@ def describe_parts(recipe: Recipe, parts: Parts) -> Iterator[str]:
     if plan is not None:
         yield f"data        {plan.num_samples} clips, {plan.batches_per_epoch} batches an epoch"
     yield from (f"bucket      {line}" for line in parts.data.shares)
+    if isinstance(parts.stage, ForwardStage):
+        yield f"intervals   {parts.stage.shares.told(recipe.global_batch)}"
     if recipe.data.precompute and "frames" in batch and recipe.stage.name != "codec":
         yield "cache       not there yet: training makes it before it starts, or make it by anyflow data encode"
 

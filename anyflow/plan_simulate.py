@@ -123,7 +123,7 @@ def _measure(recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], s
         "optimizer": 2 * _bytes(everything),
         "ema": _bytes(average),
     }
-    mixed = recipe.hardware.precision == "bf16-mixed" and not sharded
+    mixed = recipe.hardware.precision != "32-true" and not sharded
     tracker = Peak()
     for tensor in (*weights.values(), *average, *waiting, *(t for o in optimizers.values() for t in _state(o))):
         tracker.count(tensor)

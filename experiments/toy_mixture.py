@@ -135,7 +135,7 @@ class Learner:
 def forward_loss(network: MeanVelocity, generator: torch.Generator, is_flow_map: bool = True) -> Tensor:
     """The loss on a fresh batch of data: the rebalanced flow-map objective, or plain flow matching."""
     clean, noise = draw_ring(BATCH, generator), torch.randn(BATCH, 2, generator=generator)
-    intervals = draw_intervals(torch.rand(BATCH, 2, generator=generator), 0.5, 0.25, SHIFT)
+    intervals = draw_intervals(torch.rand(BATCH, 2, generator=generator), shift=SHIFT)
     if not is_flow_map:
         return flow_matching_loss(network, clean, noise, intervals.timestep, ROWS).mean()
     found = flow_map_loss(OBJECTIVE, network, clean, noise, intervals.timestep, intervals.r_timestep, ROWS)

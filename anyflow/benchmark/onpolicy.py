@@ -85,7 +85,7 @@ def _step(roles: Roles, text: Text, latents: Tensor, jumps: list[tuple[float, fl
     timestep = matching_timestep(uniforms, SHIFT)
     found = matching_gradient(critic, teacher, samples, noise, timestep, rows)
     matching_loss(samples, found.gradient).mean().backward()
-    drawn = draw_intervals(torch.stack([uniforms, 1 - uniforms], dim=1), 0.5, 0.25, SHIFT)
+    drawn = draw_intervals(torch.stack([uniforms, 1 - uniforms], dim=1), shift=SHIFT)
     data = flow_map_loss(FlowMapObjective(shift=SHIFT), student, clean, noise, drawn.timestep, drawn.r_timestep, rows)
     data.per_sample.mean().backward()
 

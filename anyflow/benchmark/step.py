@@ -79,7 +79,7 @@ def _ways(
     frames, height, width = size
     shape = (batch_size, frames, stock.config.in_channels, height, width)
     clean, noise = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
-    drawn = draw_intervals(torch.rand(batch_size, 2, generator=generator), 0.5, 0.25, SHIFT).to(device)
+    drawn = draw_intervals(torch.rand(batch_size, 2, generator=generator), shift=SHIFT).to(device)
     dropped = torch.rand(batch_size, generator=generator) < 0.1
     rows = torch.arange(batch_size).masked_fill(dropped, batch_size).to(device)
     text, padded = _texts(batch_size, padded_length, stock.config.text_dim, generator, device)

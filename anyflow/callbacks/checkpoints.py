@@ -2,7 +2,8 @@
 
 A run's folder holds ``checkpoints/step_00000100/state.ckpt`` and a file ``checkpoints/latest`` with the newest name.
 The name is counted in optimiser steps of the stage. Resuming from it is exact: weights, average, optimiser, schedule,
-stream position and every random state are inside.
+stream position and every random state are inside. Where a step takes several passes, a checkpoint is of the moment
+between two updates: passes that wait for theirs have changed no weight, and are done again.
 """
 
 from __future__ import annotations
@@ -38,22 +39,34 @@ class Checkpoints(Callback):
         self.every_steps = every_steps
         self.keep = keep
         self._random_state: dict[str, Any] | None = None
-        self._saved_step = -1
+        self._own_random: dict[str, Any] = {}  # of this rank, when the update under way began
+        self._saved = (0, 0)  # step and turn of what is on disk; a run need not save how it begins
+
+    def on_train_start(self, trainer: lightning.Trainer, stage: Any) -> None:
+        self._saved = (stage.step, stage.turn)
+        self._own_random = _random_state()
 
     def on_train_batch_end(self, trainer: lightning.Trainer, stage: Any, *_: Any) -> None:
-        if stage.step % self.every_steps == 0 and stage.step != self._saved_step and stage.step > 0:
+        if not stage.is_between_updates:
+            return
+        self._own_random = _random_state()
+        if stage.turn == 0 and stage.step % self.every_steps == 0:
             self.save(trainer, stage)
 
     def on_train_end(self, trainer: lightning.Trainer, stage: Any) -> None:
-        if stage.step != self._saved_step:
-            self.save(trainer, stage)
+        self.save(trainer, stage)
         self.writer.wait()
 
-    def save(self, trainer: lightning.Trainer, stage: Any) -> Path:
-        """Write a checkpoint of this moment; a reader sees the old newest one or this, never a part."""
+    def save(self, trainer: lightning.Trainer, stage: Any) -> None:
+        """Write a checkpoint of the newest update if there is none; a reader sees the one before or this, never a part.
+
+        All ranks must come here together.
+        """
         self.writer.wait()  # for the one before: one copy in memory, and what went wrong with it is told
-        self._saved_step = stage.step
-        within = f"_turn_{stage.turn}" if getattr(stage, "turn", 0) else ""  # between the updates of one step
+        if self._saved == (stage.step, stage.turn):
+            return
+        self._saved = (stage.step, stage.turn)
+        within = f"_turn_{stage.turn}" if stage.turn else ""  # between the updates of one step
         final = self.folder / f"step_{stage.step:08d}{within}"
         partial = self.folder / f"{final.name}.partial"
         if trainer.is_global_zero:
@@ -65,14 +78,19 @@ class Checkpoints(Callback):
             self.writer.later(lambda: self._publish(partial, final))
         if not self.writer.is_behind:
             trainer.strategy.barrier()
-        return final
+
+    def on_save_checkpoint(self, trainer: lightning.Trainer, stage: Any, checkpoint: dict[str, Any]) -> None:
+        forget_passes(checkpoint, stage.passes_waiting, stage.automatic_optimization)
 
     def _publish(self, partial: Path, final: Path) -> None:
         """Give a complete checkpoint its name."""
         sync_tree(partial)
-        if final.exists():  # a resumed run may reach the same step again
-            shutil.rmtree(final)
+        replaced = self.folder / f"{final.name}.replaced.partial"
+        if final.exists():  # a run that went on from an earlier one reaches the same step again
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         partial.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
         write_atomically(self.folder / POINTER, final.name)
         self._prune()
 
@@ -83,13 +101,7 @@ class Checkpoints(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The random state of every rank."""
-        own = {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "numpy": _numpy_state(),
-            "python": random.getstate(),
-        }
-        return {"random": gather(own)}
+        return {"random": gather(self._own_random)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         rank, states = world()[0], state_dict["random"]
@@ -144,6 +156,36 @@ def sync_tree(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def forget_passes(checkpoint: dict[str, Any], passes: int, is_automatic: bool) -> None:
+    """Count the passes that wait for their update out of a checkpoint: Lightning has counted each as done.
+
+    Their gradients are not saved, so they come again: the stage and the data stream say the same of themselves.
+
+    Args:
+        checkpoint: Lightning's, with the state of its loops.
+        passes: how many of them wait.
+        is_automatic: whether Lightning accumulates their gradients, or the stage does (then each counts as a step).
+    """
+    if not passes:
+        return
+    loops = checkpoint["loops"]["fit_loop"]
+    progress = loops["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        for name in counts:
+            counts[name] -= passes
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1 if is_automatic else passes
+
+
+def _random_state() -> dict[str, Any]:
+    """Every random state of this process, readable without unpickling."""
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": _numpy_state(),
+        "python": random.getstate(),
+    }
 
 
 def _numpy_state() -> tuple[Any, ...]:

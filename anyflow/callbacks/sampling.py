@@ -16,12 +16,10 @@ class Sampling(Callback):
         self.measure = measure
         self.every_steps = every_steps
         self.total_steps = total_steps
-        self._measured = -1
 
     def on_train_batch_end(self, trainer: lightning.Trainer, stage: Any, *_: Any) -> None:
-        due = stage.step > 0 and stage.step % self.every_steps == 0 and stage.step < self.total_steps
-        if due and stage.step != self._measured:  # on all ranks: sampling from sharded weights takes all of them
-            self._measured = stage.step
+        is_whole = stage.is_between_updates and stage.turn == 0 and 0 < stage.step < self.total_steps
+        if is_whole and stage.step % self.every_steps == 0:  # on all ranks: sampling from sharded weights takes all
             stage.eval()
             with torch.no_grad():
                 self.measure(f"step_{stage.step:08d}")

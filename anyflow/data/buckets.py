@@ -277,7 +277,10 @@ class BucketDataset(BatchDataset):
 
     def __getitem__(self, index: int) -> Batch:
         bucket, number = self.plan.locate(index)
-        return {**self.parts[bucket][number], "position": index}
+        return {**self.parts[bucket][number], "position": index, "place": self.place(index)}
+
+    def clips_of(self, index: int) -> int:
+        return self.plan.plans[self.plan.locate(index)[0]].global_batch
 
     def adopt(self, saved: PlanIdentity) -> None:
         """Take the sizes of the batches from a checkpoint, which may have been written by another number of ranks.

@@ -30,6 +30,7 @@ class VideoDataModule(pl.LightningDataModule):
         frames, height, width: shape of a clip; longer footage is cut, larger is scaled and cropped, never stretched.
         fps: frames a second after resampling in time; None takes the footage's own frames.
         steps: batches that the whole run asks for: the stream's declared length.
+        passes: batches whose gradients make one update.
         seed: seed of the order and of the cuts.
         num_workers: processes that decode; 0 decodes in the training process. The batches are the same for any number.
         error_budget: largest share of unusable clips; they are replaced and recorded up to it, beyond it the run stops.
@@ -41,7 +42,8 @@ class VideoDataModule(pl.LightningDataModule):
         codec_hash: fingerprint of the autoencoder that the caches must carry, if it is given.
 
     Batches: ``{"frames": uint8 [B, F, H, W, 3] | "latents": float32 [B, F, C, H, W], "caption": list[str],
-    "key": list[str], "attributes": list[dict], "position": int, "skipped": list[dict]}``.
+    "key": list[str], "attributes": list[dict], "position": int, "place": (clips of the update before it, all of them), "skipped":
+    list[dict]}``.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class VideoDataModule(pl.LightningDataModule):
         width: int = 96,
         fps: float | None = None,
         steps: int = 1000,
+        passes: int = 1,
         seed: int = 0,
         num_workers: int = 0,
         error_budget: float = 0.01,
@@ -69,7 +72,7 @@ class VideoDataModule(pl.LightningDataModule):
         self.split = split
         self.batch_size = batch_size
         self.shape = ClipShape(frames, height, width, fps)
-        self.steps, self.seed = steps, seed
+        self.steps, self.passes, self.seed = steps, passes, seed
         self.num_workers, self.prefetch = num_workers, prefetch
         self.error_budget = error_budget
         self.weights = tuple(weights)
@@ -91,6 +94,7 @@ class VideoDataModule(pl.LightningDataModule):
             return
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         dataset, skipped = self._open(rank, world_size)
+        dataset.passes = self.passes
         self.stream = ClipStream(dataset, self.steps, self.error_budget, skipped)
         if skipped:  # encoded under another budget, perhaps
             self.stream.check_budget()

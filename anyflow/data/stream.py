@@ -53,6 +53,24 @@ class BatchDataset(Dataset[Batch]):
     """A :class:`Plan`, or what answers as one."""
     rank: int
     world_size: int
+    passes: int = 1
+    """Batches whose gradients make one update."""
+    first: int = 0
+    """A batch that an update begins with."""
+
+    def clips_of(self, index: int) -> int:
+        """Clips of a batch over all ranks."""
+        return self.plan.global_batch
+
+    def passes_before(self, index: int) -> int:
+        """How many batches of its update come before a batch."""
+        return (index - self.first) % self.passes
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Where a batch stands in that of its update: the clips before it, and all of them, over all ranks."""
+        before = self.passes_before(index)
+        sizes = [self.clips_of(number) for number in range(index - before, index - before + self.passes)]
+        return sum(sizes[:before]), sum(sizes)
 
     def adopt(self, saved: PlanIdentity) -> None:
         """Take over what a checkpoint's plan may set; nothing, in general."""
@@ -69,7 +87,7 @@ class ClipDataset(BatchDataset):
         latent_shape: (F, C, H, W) if the shards hold latents instead of footage.
 
     An item is ``{"frames": uint8 [B, F, H, W, 3] | "latents": float32 [B, F, C, H, W], "caption", "key",
-    "attributes", "position", "skipped"}``. A failure is returned as ``{"error": sentence}``: an exception that crosses
+    "attributes", "position", "place", "skipped"}``. A failure is returned as ``{"error": sentence}``: an exception that crosses
     from a worker to the main process would arrive as a traceback.
     """
 
@@ -100,6 +118,7 @@ class ClipDataset(BatchDataset):
             "key": [entry["key"] for entry in metadata],
             "attributes": [entry["attributes"] for entry in metadata],
             "position": index,
+            "place": self.place(index),
             "skipped": [asdict(skip) for skip in bad.values()],
         }
 
@@ -192,11 +211,12 @@ class ClipStream:
     def state_dict(self) -> dict[str, Any]:
         """{epoch, batch, plan_hash, plan, skipped}: the place in the stream, for any number of ranks and workers.
 
+        It is where the update under way began, if some of its batches are still to come: a stop loses their gradients.
         With several ranks all of them must call this together, as they do for a checkpoint.
         """
         self.gather()
         plan = self.dataset.plan
-        epoch, batch = plan.epoch_and_batch(self.position)
+        epoch, batch = plan.epoch_and_batch(self.position - self.dataset.passes_before(self.position))
         return {
             "epoch": epoch,
             "batch": batch,
@@ -217,7 +237,7 @@ class ClipStream:
         if state["plan_hash"] != plan.identity.hash:
             difference = describe_difference(saved, plan.identity)
             raise UserError(f"The checkpoint's place in the data does not fit: {difference} changed; set it back.")
-        self.position = state["epoch"] * plan.batches_per_epoch + state["batch"]
+        self.position = self.dataset.first = state["epoch"] * plan.batches_per_epoch + state["batch"]
         self.skipped = {}
         self._record(state["skipped"])
 

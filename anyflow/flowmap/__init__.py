@@ -23,7 +23,7 @@ float32 or better whatever the network's precision.
 
 from anyflow.flowmap.chunks import ChunkLayout, Lesson, draw_layout, layout_of, partition_frames, teach
 from anyflow.flowmap.endpoint import Renoise, consistency_loss, guided_velocity, normalised
-from anyflow.flowmap.intervals import Intervals, draw_intervals, keep_first_frame
+from anyflow.flowmap.intervals import Intervals, IntervalShares, draw_intervals, keep_first_frame
 from anyflow.flowmap.matching import (
     MatchingGradient,
     critic_loss,
@@ -78,6 +78,7 @@ __all__ = [
     "ChunkLayout",
     "FlowMapLoss",
     "FlowMapObjective",
+    "IntervalShares",
     "Intervals",
     "Lesson",
     "MatchingGradient",

@@ -1,7 +1,14 @@
-"""Drawing the intervals (t, r) of a training batch, with shares that hold over the whole batch of all ranks."""
+"""Drawing the intervals (t, r) of an optimiser step's batch, with shares that hold over all of it.
+
+The batch of a step may be split in ranks and passes; its samples are numbered through, pass by pass, and within a pass
+dealt out to the ranks in turn. Diffusion samples come first, so they fill the first passes of all ranks at once: their
+mean loss is known when the first interval is weighed against it, and no rank waits for another's finite difference.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,75 +16,126 @@ from torch import Tensor
 
 from anyflow.flowmap.schedule import TIMESTEPS, at_least_float32, shift_sigma
 
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+"""Its multiples, modulo 1, fill the unit interval more evenly than those of any other number."""
+
+ROUNDING = 1e-9
+"""What float arithmetic may add to a whole number of samples."""
+
+
+@dataclass(frozen=True)
+class IntervalShares:
+    """How the samples of an optimiser step are divided: ``diffusion`` has r = t, ``consistency`` has r = 0, the rest a
+    free r.
+
+    Raises:
+        ValueError: a share is negative, or both exceed 1 together.
+    """
+
+    diffusion: float = 0.5
+    consistency: float = 0.25
+
+    def __post_init__(self) -> None:
+        if min(self.diffusion, self.consistency) < 0 or self.diffusion + self.consistency > 1 + ROUNDING:
+            raise ValueError(
+                f"diffusion_share {self.diffusion} and consistency_share {self.consistency} must not be negative, "
+                "nor exceed 1 together"
+            )
+
+    def counts(self, samples: int, step: int | None = None) -> tuple[int, int]:
+        """How many of a step's samples learn the velocity (r = t), and how many the jump to data (r = 0).
+
+        Args:
+            samples: of the whole step: of all ranks and passes.
+            step: the step's number. Where a share of the samples is no whole number, the counts of successive steps
+                differ by one, so that the shares hold over the steps: a step of one sample is now of one kind, now of
+                another. None: the released rounding (Python's, halves to the even number), the same at every step.
+        """
+        if step is None:
+            diffusion = round(self.diffusion * samples)
+            return diffusion, min(round(self.consistency * samples), samples - diffusion)
+        offset = min((step * GOLDEN_RATIO) % 1.0, 1.0 - 2 * ROUNDING) + ROUNDING
+        diffusion = math.floor(self.diffusion * samples + offset)
+        both = math.floor((self.diffusion + self.consistency) * samples + offset)
+        return diffusion, both - diffusion
+
+    def are_whole(self, samples: int) -> bool:
+        """Whether every step of so many samples has exactly these shares."""
+        parts = (self.diffusion * samples, self.consistency * samples)
+        return all(abs(part - round(part)) < samples * ROUNDING for part in parts)
+
+    def told(self, samples: int) -> str:
+        """The division of so many samples in words."""
+        if self.are_whole(samples):
+            diffusion, consistency = self.counts(samples)
+            rest = samples - diffusion - consistency
+            return f"of a step's {samples} clips {diffusion} have r = t, {consistency} r = 0, {rest} any r between"
+        return (
+            f"{self.diffusion:.1%} of the clips have r = t, {self.consistency:.1%} r = 0: a step of {samples} cannot be "
+            "divided so, and the shares hold over the steps"
+        )
+
 
 @dataclass(frozen=True)
 class Intervals:
-    """The intervals of N samples, each field ``[N]``: times in float32 or better, r <= t, and r = t for diffusion."""
+    """The intervals of N samples: ``timestep`` and ``r_timestep`` ``[N]`` in float32 or better, r <= t; the first
+    ``num_diffusion`` have r = t.
+    """
 
     timestep: Tensor
     r_timestep: Tensor
-    is_diffusion: Tensor
+    num_diffusion: int
 
-    def for_rank(self, rank: int, world_size: int) -> Intervals:
-        """Return every ``world_size``-th interval from ``rank`` on: this rank's samples.
+    @property
+    def is_diffusion(self) -> Tensor:
+        """``[N]`` bool: which have r = t."""
+        return torch.arange(len(self.timestep), device=self.timestep.device) < self.num_diffusion
 
-        Dealing the samples out in turn, rather than in blocks, gives each rank about the same mix: a diffusion sample
-        costs less than an interval, and the slowest rank sets the pace.
-        """
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank}; it must lie in 0..{world_size - 1}")
-        own = slice(rank, None, world_size)
-        return Intervals(self.timestep[own], self.r_timestep[own], self.is_diffusion[own])
+    def of(self, samples: Sequence[int]) -> Intervals:
+        """Return the intervals of some samples, which are given in ascending order."""
+        chosen = torch.as_tensor(samples, device=self.timestep.device)
+        own = sum(sample < self.num_diffusion for sample in samples)
+        return Intervals(self.timestep[chosen], self.r_timestep[chosen], own)
 
     def to(self, device: torch.device | str) -> Intervals:
         """Return the same intervals on another device."""
-        return Intervals(self.timestep.to(device), self.r_timestep.to(device), self.is_diffusion.to(device))
+        return Intervals(self.timestep.to(device), self.r_timestep.to(device), self.num_diffusion)
 
 
 def draw_intervals(
-    uniforms: Tensor, diffusion_share: float = 0.5, consistency_share: float = 0.25, shift: float = 5.0
+    uniforms: Tensor, shares: IntervalShares | None = None, shift: float = 5.0, *, step: int | None = None
 ) -> Intervals:
-    """Turn the uniforms ``[N, 2]`` of the GLOBAL batch into intervals (sec. 3, steps 1 and 2).
+    """Turn the uniforms ``[N, 2]`` of an optimiser step's WHOLE batch into intervals (sec. 3, steps 1 and 2).
 
-    ``t`` is the larger uniform and ``r`` the smaller. The first ``round(diffusion_share * N)`` samples get ``r = t``
-    (they learn the instantaneous velocity and anchor the rest), the next ``round(consistency_share * N)`` get ``r =
-    0`` (they learn the whole jump to data: quality at 1 step), the others keep a free interval (quality at 2 steps and
-    more). Both are then shifted and scaled to timesteps. Every rank calls this with the same uniforms and takes its
-    part with :meth:`Intervals.for_rank`: rounding the shares by rank would give a wrong mix at small batches.
-
-    ``round`` is Python's: halves go to the even number, so N = 1 at share 0.5 has no diffusion sample.
+    ``t`` is the larger uniform and ``r`` the smaller. The first samples get ``r = t`` (they learn the instantaneous
+    velocity and anchor the rest), the next ones ``r = 0`` (they learn the whole jump to data: quality at 1 step), the
+    others keep a free interval (quality at 2 steps and more); :meth:`IntervalShares.counts` says how many of ``step``.
+    Both times are then shifted and scaled to timesteps. Every rank and pass calls this with the same uniforms and takes
+    its part with :meth:`Intervals.of`: shares rounded by rank or by pass would give a wrong mix at small batches.
     """
     if uniforms.ndim != 2 or uniforms.shape[1] != 2:
         raise ValueError(f"uniforms has shape {tuple(uniforms.shape)}; expected [N, 2]")
-    if min(diffusion_share, consistency_share) < 0 or diffusion_share + consistency_share > 1 + 1e-9:
-        raise ValueError(
-            f"diffusion_share {diffusion_share} and consistency_share {consistency_share} must not be negative, "
-            "nor exceed 1 together"
-        )
     count = uniforms.shape[0]
-    num_diffusion = round(diffusion_share * count)
-    num_consistency = round(consistency_share * count)
+    num_diffusion, num_consistency = (shares or IntervalShares()).counts(count, step)
     position = torch.arange(count, device=uniforms.device)
     is_diffusion = position < num_diffusion
     is_consistency = ~is_diffusion & (position < num_diffusion + num_consistency)
-
     start, end = at_least_float32(uniforms).max(dim=1).values, at_least_float32(uniforms).min(dim=1).values
     end = torch.where(is_diffusion, start, end)
     end = torch.where(is_consistency, torch.zeros_like(end), end)
-    return Intervals(TIMESTEPS * shift_sigma(start, shift), TIMESTEPS * shift_sigma(end, shift), is_diffusion)
+    return Intervals(TIMESTEPS * shift_sigma(start, shift), TIMESTEPS * shift_sigma(end, shift), num_diffusion)
 
 
 def keep_first_frame(
-    timestep: Tensor, r_timestep: Tensor, num_frames: int, is_image_to_video: Tensor
+    timestep: Tensor, r_timestep: Tensor, num_frames: int, chosen: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Spread times ``[B]`` over frames and make the chosen samples image-to-video.
+    """Spread times ``[B]`` over frames and make samples image-to-video: the ``chosen`` ones ``[B]`` (bool), or all.
 
-    ``is_image_to_video [B]`` (bool) marks samples whose first latent frame is given: there t = r = 0, so the path
-    leaves it clean, and it carries no loss. Returns ``timestep [B, F]``, ``r_timestep [B, F]``, ``loss_frames [B, F]``
-    (bool).
+    Their first latent frame is given: there t = r = 0, so the path leaves it clean, and it carries no loss. Returns
+    ``timestep [B, F]``, ``r_timestep [B, F]``, ``loss_frames [B, F]`` (bool).
     """
     given = torch.zeros(timestep.shape[0], num_frames, dtype=torch.bool, device=timestep.device)
-    given[:, 0] = is_image_to_video
+    given[:, 0] = True if chosen is None else chosen
     spread = timestep.unsqueeze(1).masked_fill(given, 0.0)
     r_spread = r_timestep.unsqueeze(1).masked_fill(given, 0.0)
     return spread, r_spread, ~given

@@ -331,10 +331,10 @@ def _check_hardware(recipe: Recipe) -> None:
     if hardware.strategy != "fsdp" and (hardware.offload or hardware.shard_within == "node"):
         field = "offload=true" if hardware.offload else "shard_within='node'"
         raise UserError(f"hardware.{field} is an option of fsdp: set hardware.strategy=fsdp with it")
-    if hardware.strategy == "fsdp" and hardware.precision == "bf16-true" and not recipe.model.lora.enabled:
+    if hardware.precision == "bf16-true" and (not recipe.model.lora.enabled or recipe.stage.name == "codec"):
         raise UserError(
-            "hardware.precision='bf16-true' with fsdp would train weights in bfloat16, which swallows small updates: "
-            "set hardware.precision=bf16-mixed"
+            "hardware.precision='bf16-true' would train weights in bfloat16, which swallows small updates: set "
+            "hardware.precision=bf16-mixed, or train float32 adapters on a frozen base (model.lora.enabled=true)"
         )
     if hardware.keep_attention and not hardware.gradient_checkpointing:
         raise UserError("hardware.keep_attention=true is part of hardware.gradient_checkpointing=true: set that too")

@@ -274,7 +274,8 @@ class HardwareRecipe:
     num_nodes: int = _option(1, "machines that the run spans", low=1)
     precision: str = _option(
         "32-true",
-        "arithmetic of the network; times and losses stay in float32",
+        "arithmetic of the network (times and losses stay in float32); bf16-true also keeps the frozen base under "
+        "adapters in bfloat16",
         choices=("32-true", "bf16-mixed", "bf16-true"),
     )
     strategy: str = _option(

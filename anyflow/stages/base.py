@@ -3,6 +3,9 @@
 A stage is a LightningModule whose ``training_step`` reads as the algorithm's pseudo-code. Everything random in it comes
 from :meth:`Stage.generator`, a function of (seed, purpose, position) alone: the same numbers on every rank, after every
 resume, for every number of workers.
+
+An update may take several passes, each with a batch of its own. What is drawn for a sample depends on its number in the
+update's whole batch, and losses are averaged over that: how it is split in passes and ranks changes nothing.
 """
 
 from __future__ import annotations
@@ -27,25 +30,81 @@ class Stage(lightning.LightningModule):
     """A stage of training over one trained module.
 
     Attributes:
+        passes: Batches whose gradients make one update.
         step: Optimiser steps done. Our own count: Lightning's ``global_step`` counts every optimiser's.
-        position: Batches begun, from which every random draw is derived.
+        turn: Updates done of the step under way, of a stage whose steps have several.
+        position: Updates begun, from which every random draw is derived.
     """
 
     def __init__(
-        self, trained: nn.Module, *, optimizer: OptimizerSettings, ema: EmaSettings, total_steps: int, seed: int
+        self,
+        trained: nn.Module,
+        *,
+        optimizer: OptimizerSettings,
+        ema: EmaSettings,
+        total_steps: int,
+        seed: int,
+        passes: int = 1,
     ) -> None:
         super().__init__()
         self.optimizer_settings = optimizer
         self.total_steps = total_steps
         self.seed = seed
-        self.step = 0
-        self.position = 0
+        self.passes = passes
+        self.step = self.turn = self.position = 0
+        self._passes_begun = 0  # of the update under way
+        self._place: tuple[int, int] | None = None  # of the batch: see begin_pass
+        self._before_update: dict[str, Any] = {}
         self.strict_loading = False  # frozen weights are not saved; what is missing is looked for in on_load_checkpoint
         self._has_bad_loss: Tensor | bool = False
         self.ema = Ema(trained.parameters(), ema) if ema.decay > 0 else None
 
+    def begin_pass(self, place: tuple[int, int] | None = None) -> None:
+        """Go on to the next batch, and to the next update if the one under way has all of its passes.
+
+        ``place`` is where the batch stands in that of the update: the clips before it, and all of them, over all ranks.
+        None: all passes have as many clips.
+        """
+        if self.is_between_updates:
+            self._before_update = self.counters()
+            self.position += 1
+            self._passes_begun = 0
+        self._passes_begun += 1
+        self._place = place
+
+    @property
+    def is_between_updates(self) -> bool:
+        """Whether no pass waits for others to make its update: now nothing is lost by a stop."""
+        return self._passes_begun in (0, self.passes)
+
+    @property
+    def passes_waiting(self) -> int:
+        """Passes whose gradients have not become an update yet."""
+        return 0 if self.is_between_updates else self._passes_begun
+
+    def place_of(self, batch_size: int) -> tuple[int, int]:
+        """Where a batch of this many clips a rank stands in its update's: the clips before it, and all of them."""
+        size = batch_size * world()[1]
+        return self._place or (max(0, self._passes_begun - 1) * size, self.passes * size)
+
+    def own_samples(self, batch_size: int) -> list[int]:
+        """The numbers of this rank's samples in the update's batch: dealt out in turn, as the data stream does."""
+        rank, ranks = world()
+        first = self.place_of(batch_size)[0]
+        return list(range(first + rank, first + batch_size * ranks, ranks))
+
+    def weight_of_pass(self, batch_size: int) -> float:
+        """What a batch's mean counts for, so that the mean over ranks and passes is that over the update's batch: 1 if
+        all passes have as many clips.
+        """
+        return batch_size * world()[1] * self.passes / self.place_of(batch_size)[1]
+
+    def mean_of_update(self, per_sample: Tensor) -> Tensor:
+        """The mean of losses ``[B]``, weighed with :meth:`weight_of_pass`."""
+        return per_sample.mean() * self.weight_of_pass(len(per_sample))
+
     def generator(self, purpose: str, *position: int) -> torch.Generator:
-        """A CPU generator for the current batch's ``purpose``, equal on all ranks."""
+        """A CPU generator for the current update's ``purpose``, equal on all ranks and in all passes."""
         text = ":".join(map(str, (self.seed, purpose, self.position, *position)))
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
         return torch.Generator().manual_seed(seed)
@@ -100,11 +159,21 @@ class Stage(lightning.LightningModule):
         if self.ema is not None:
             self.ema.update(self.step)
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.position += 1  # here and not at the batch's end: callbacks save before the module's own end hook runs
+    def on_train_batch_start(self, batch: dict[str, Any], batch_index: int) -> None:
+        self.begin_pass(batch.get("place"))
+
+    def counters(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside weights and optimisers; later steps do not change it."""
+        return {"step": self.step, "turn": self.turn, "position": self.position}
+
+    def count_from(self, counters: dict[str, Any]) -> None:
+        """Take up what :meth:`counters` kept; the next pass begins an update."""
+        self.step, self.turn, self.position = (counters[name] for name in ("step", "turn", "position"))
+        self._passes_begun = 0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["anyflow"] = {"step": self.step, "position": self.position}
+        # Passes that wait for their update have changed no weight: a checkpoint is of the moment before them.
+        checkpoint["anyflow"] = self.counters() if self.is_between_updates else self._before_update
         frozen = {name for name, weight in self.named_parameters() if not weight.requires_grad}
         for name in frozen & checkpoint.get("state_dict", {}).keys():
             del checkpoint["state_dict"][name]  # a frozen base is loaded from where it came from
@@ -116,8 +185,7 @@ class Stage(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "state_dict" in checkpoint:
             check_complete(self, checkpoint["state_dict"])
-        self.step = checkpoint["anyflow"]["step"]
-        self.position = checkpoint["anyflow"]["position"]
+        self.count_from(checkpoint["anyflow"])
 
 
 def check_complete(stage: Stage, names: Iterable[str]) -> None:
@@ -148,9 +216,8 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def global_mean(values: Tensor, chosen: Tensor) -> Tensor | None:
-    """Mean of ``values[chosen]`` over all ranks, detached; None when no rank has any (all ranks agree on that)."""
-    total = torch.stack([values.detach()[chosen].double().sum(), chosen.double().sum()])
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of all ranks' ``values``, on every rank."""
     if world()[1] > 1:
-        dist.all_reduce(total)
-    return (total[0] / total[1]).to(values.dtype) if total[1] > 0 else None
+        dist.all_reduce(values)
+    return values

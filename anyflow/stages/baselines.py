@@ -20,11 +20,12 @@ from torch import Tensor
 
 from anyflow.backbone.roles import Roles, bind
 from anyflow.flowmap.endpoint import Renoise, consistency_loss, normalised
+from anyflow.flowmap.intervals import IntervalShares
 from anyflow.flowmap.rollout import BackwardSimulation, RenoisingSimulation
 from anyflow.flowmap.sampling import Take, take_jump
 from anyflow.stages.base import world
 from anyflow.stages.flow import FlowBatch
-from anyflow.stages.forward import ForwardStage, IntervalShares
+from anyflow.stages.forward import ForwardStage
 from anyflow.stages.onpolicy import OnPolicyStage
 
 TO_DATA = IntervalShares(diffusion=0.0, consistency=1.0)
@@ -35,7 +36,7 @@ class ConsistencyStage(ForwardStage):
     """Consistency distillation of a teacher, along its own path."""
 
     def __init__(self, roles: Roles, *args: Any, **kwargs: Any) -> None:
-        super().__init__(roles.student, *args, **kwargs)
+        super().__init__(roles.student, *args, **{**kwargs, "shares": TO_DATA})
         self.roles = roles
 
     def forward_loss(self, data: FlowBatch) -> Tensor:
@@ -49,6 +50,9 @@ class ConsistencyStage(ForwardStage):
 
 class DmdStage(OnPolicyStage):
     """Distribution matching on samples of a re-noising sampler of a few steps."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "shares": TO_DATA})
 
     def draw_plan(self) -> BackwardSimulation:
         plan = super().draw_plan()
@@ -66,7 +70,7 @@ def consistency(stage: ForwardStage, roles: Roles, data: FlowBatch) -> Tensor:
     """The mean normalised consistency loss of this rank's samples, over chunks where the teacher sees chunks."""
     layout = stage.draw_layout(data) if roles.network("teacher").is_causal else None
     view = {} if layout is None else {"layout": layout}
-    times = stage.draw_times(len(data.clean), TO_DATA)
+    times = stage.draw_times(len(data.clean), stage.shares)
     lesson = stage.lesson(data, times.timestep, times.r_timestep, layout)
     per_sample = consistency_loss(
         stage.objective,
@@ -80,4 +84,4 @@ def consistency(stage: ForwardStage, roles: Roles, data: FlowBatch) -> Tensor:
         same_calls=world()[1] > 1,
     )
     stage.note_losses(per_sample)
-    return normalised(per_sample).mean()
+    return stage.mean_of_update(normalised(per_sample))

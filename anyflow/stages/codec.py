@@ -10,6 +10,7 @@ not: trained on 9 frames alone, it is 15 dB worse at the 17th than at the 9th.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,18 +59,20 @@ class CodecStage(Stage):
         ema: EmaSettings,
         total_steps: int,
         seed: int,
+        passes: int = 1,
     ) -> None:
-        super().__init__(vae, optimizer=optimizer, ema=ema, total_steps=total_steps, seed=seed)
+        super().__init__(vae, optimizer=optimizer, ema=ema, total_steps=total_steps, seed=seed, passes=passes)
         self.vae = vae
         self.objective = objective
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Crop, encode, sample, decode, compare."""
-        generator = self.generator("codec")
-        video = self.crop(pixels_from_bytes(batch["frames"]), generator)
+        frames = batch["frames"]
+        generators = [self.generator("codec", i) for i in self.own_samples(len(frames))]
+        video = self.crop(pixels_from_bytes(frames), generators)
         mean, log_variance = encode_moments(self.vae, video).chunk(2, dim=1)
-        noise = torch.randn(mean.shape, generator=generator).to(mean)
-        reconstruction = decode_latents(self.vae, mean + noise * torch.exp(0.5 * log_variance))
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
+        reconstruction = decode_latents(self.vae, mean + noise.to(mean) * torch.exp(0.5 * log_variance))
 
         error = charbonnier(reconstruction - video)
         weight = 1.0 + (self.objective.motion_weight - 1.0) * motion_mask(video)
@@ -80,16 +83,16 @@ class CodecStage(Stage):
         with torch.no_grad():
             psnr = -10 * torch.log10((reconstruction - video).div(2).square().mean())
         self.report(loss=loss, pixel_loss=pixel_loss, gradient_loss=gradient_loss, kl=kl, psnr=psnr)
-        return loss
+        return loss * self.weight_of_pass(len(frames))
 
-    def crop(self, video: Tensor, generator: torch.Generator) -> Tensor:
+    def crop(self, video: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """A random crop of every clip on the latent grid; of two candidates half the time the one that moves more."""
         frames, height, width = self.objective.crop_frames, self.objective.crop_height, self.objective.crop_width
         if self.step >= (1.0 - self.objective.whole_share) * self.total_steps:
             frames = video.shape[2]
         grid = self.vae.config.scale_factor_spatial
         crops = []
-        for clip in video:
+        for clip, generator in zip(video, generators, strict=True):
             candidates = []
             for _ in range(2):
                 f = _draw(clip.shape[1] - frames, 1, generator)

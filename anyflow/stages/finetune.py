@@ -19,9 +19,14 @@ from typing import Any
 from torch import Tensor
 
 from anyflow.stages.flow import FlowBatch
-from anyflow.stages.forward import ForwardStage, IntervalShares
+from anyflow.flowmap.intervals import IntervalShares
+from anyflow.stages.forward import ForwardStage
 from anyflow.stages.onpolicy import Mover, OnPolicyStage
 from anyflow.stages.optimizers import OptimizerSettings
+
+
+ALL_AT_ONE_TIME = IntervalShares(diffusion=1.0, consistency=0.0)
+"""Every sample learns the velocity."""
 
 
 class FinetuneStage(ForwardStage):
@@ -81,16 +86,15 @@ class FinetuneTailStage(OnPolicyStage):
     def data_turn(self, name: str, data: FlowBatch) -> Tensor:
         """Accumulate the gradient of the student's or the teacher's loss on data; update when it is complete."""
         loss = self.forward_loss(data) if name == "forward" else self.teacher_loss(data)
-        self.manual_backward(loss / self.settings.accumulate)
+        self.manual_backward(loss / self.passes)
         loss = loss.detach()
         self.report(**({"loss": loss} if name == "forward" else {"loss": loss, "teacher_loss": loss}))
-        self.turn += 1
-        if self.turn == self.settings.accumulate:
+        if self.is_between_updates:
             self.update(name)
-            self.turn = 0
             self.step += 1
         return loss
 
     def teacher_loss(self, data: FlowBatch) -> Tensor:
         """The teacher's velocities on the domain: the forward objective with r = t for every sample."""
-        return self.flow_map(data, self.velocity(data.text, "teacher"), IntervalShares(1.0, 0.0)).per_sample.mean()
+        times = self.draw_times(len(data.clean), ALL_AT_ONE_TIME)
+        return self.mean_of_update(self.flow_map(data, self.velocity(data.text, "teacher"), times).per_sample)

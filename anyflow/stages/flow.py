@@ -15,7 +15,7 @@ from anyflow.flowmap.chunks import ChunkLayout, Lesson, teach
 from anyflow.flowmap.intervals import keep_first_frame
 from anyflow.flowmap.objective import Velocity
 from anyflow.flowmap.schedule import logit_normal_timestep
-from anyflow.stages.base import Stage, world
+from anyflow.stages.base import Stage
 from anyflow.stages.ema import EmaSettings
 from anyflow.stages.optimizers import OptimizerSettings
 
@@ -48,14 +48,19 @@ class FlowBatch:
         noise: Standard normal, as ``clean``.
         text: ``B + 1`` texts: the samples' own, then the negative prompt.
         rows: ``[B]`` which text each sample is trained with: its own, or ``B`` where it was dropped.
-        first_frame_given: ``[B]`` bool, all equal: whether this step trains image-to-video.
+        is_first_frame_given: Whether this update trains image-to-video.
     """
 
     clean: Tensor
     noise: Tensor
     text: Text
     rows: Tensor
-    first_frame_given: Tensor
+    is_first_frame_given: bool
+
+    @property
+    def first_frames(self) -> Tensor | None:
+        """The given frames ``[B, 1, C, H, W]``, None where there are none."""
+        return self.clean[:, :1] if self.is_first_frame_given else None
 
 
 class FlowStage(Stage):
@@ -71,8 +76,9 @@ class FlowStage(Stage):
         ema: EmaSettings,
         total_steps: int,
         seed: int,
+        passes: int = 1,
     ) -> None:
-        super().__init__(backbone, optimizer=optimizer, ema=ema, total_steps=total_steps, seed=seed)
+        super().__init__(backbone, optimizer=optimizer, ema=ema, total_steps=total_steps, seed=seed, passes=passes)
         self.backbone = backbone
         self.conditioning = conditioning
         self._codec = (codec,)  # frozen and shared: kept out of this module's parameters and checkpoints
@@ -94,12 +100,10 @@ class FlowStage(Stage):
             clean = batch["latents"] if "latents" in batch else self.codec.encode_video(batch["frames"])
             text = self.codec.encode_text(captions).to(self.device)
         clean = clean.to(self.device, torch.float32)
-        own = self.global_indices(len(clean))
-        noise = torch.stack([torch.randn(clean.shape[1:], generator=self.generator("noise", i)) for i in own])
-        drop = self.draw_all("drop", len(clean) * world()[1])[own] < self.conditioning.text_drop
-        rows = torch.arange(len(clean)).masked_fill(drop, len(clean))
-        given = torch.rand((), generator=self.generator("i2v")) < self.conditioning.i2v_prob
-        return FlowBatch(clean, noise.to(clean), text, rows.to(self.device), given.expand(len(clean)).to(self.device))
+        drop = self.draw_all("drop", self.place_of(len(clean))[1])[self.own_samples(len(clean))]
+        rows = torch.arange(len(clean)).masked_fill(drop < self.conditioning.text_drop, len(clean))
+        is_given = bool(torch.rand((), generator=self.generator("i2v")) < self.conditioning.i2v_prob)
+        return FlowBatch(clean, self.draw_noise("noise", clean), text, rows.to(self.device), is_given)
 
     def velocity(self, text: Text, *, layout: ChunkLayout | None = None) -> Velocity:
         """The seam ``u(z, t, r, rows)`` with this batch's texts bound, and the layout of a pass over chunks if any."""
@@ -111,12 +115,12 @@ class FlowStage(Stage):
         return velocity
 
     def draw_layout(self, data: FlowBatch) -> ChunkLayout | None:
-        """Which chunks of the clips this step trains, equal on all ranks; None: all frames at once."""
+        """Which chunks of the clips this update trains, equal on all ranks; None: all frames at once."""
         uniforms = torch.rand(2, generator=self.generator("chunks"))
         return self.backbone.draw_layout(data.clean.shape[1], uniforms, self.conditioning.long_context)
 
     def keeps_bidirectional(self) -> bool:
-        """Whether this step also trains a causal network with all frames at once; equal on all ranks."""
+        """Whether this update also trains a causal network with all frames at once; equal on all ranks."""
         chance = float(torch.rand((), generator=self.generator("bidirectional")))
         return self.backbone.is_causal and chance < self.conditioning.bidirectional_prob
 
@@ -125,22 +129,22 @@ class FlowStage(Stage):
     ) -> Lesson:
         """The batch at times ``[B]`` as the network is taught it: a first frame given or not, in chunks or not."""
         lesson = Lesson(data.clean, data.noise, timestep, r_timestep)
-        if bool(data.first_frame_given.any()):
-            times = keep_first_frame(timestep, r_timestep, data.clean.shape[1], data.first_frame_given)
+        if data.is_first_frame_given:
+            times = keep_first_frame(timestep, r_timestep, data.clean.shape[1])
             lesson = Lesson(data.clean, data.noise, *times)
         return lesson if layout is None else teach(layout, lesson)
 
     def draw_logit_normal(self, purpose: str, batch_size: int, shift: float) -> Tensor:
         """Shifted logit-normal timesteps ``[B]`` of this rank's samples."""
-        own = self.global_indices(batch_size)
+        own = self.own_samples(batch_size)
         normals = torch.cat([torch.randn(1, generator=self.generator(purpose, i)) for i in own])
         return logit_normal_timestep(normals, shift).to(self.device)
 
-    def draw_all(self, purpose: str, *size: int) -> Tensor:
-        """Uniforms for the whole global batch, the same on every rank."""
-        return torch.rand(size, generator=self.generator(purpose))
+    def draw_noise(self, purpose: str, like: Tensor) -> Tensor:
+        """Standard normal shaped as latents ``[B, ...]``, sample by sample."""
+        own = self.own_samples(len(like))
+        return torch.stack([torch.randn(like.shape[1:], generator=self.generator(purpose, i)) for i in own]).to(like)
 
-    def global_indices(self, batch_size: int) -> list[int]:
-        """Where this rank's samples stand in the global batch: dealt out in turn, as the data stream deals clips."""
-        rank, ranks = world()
-        return list(range(rank, batch_size * ranks, ranks))
+    def draw_all(self, purpose: str, *size: int) -> Tensor:
+        """Uniforms for the update's whole batch, the same on every rank and in every pass."""
+        return torch.rand(size, generator=self.generator(purpose))

@@ -5,12 +5,13 @@ generator's turn:  samples = backward simulation from noise, with the graph of a
                    loss = |samples - stop_grad(samples - gradient)|^2 + forward flow-map loss on data
 critic's turn:     on a fresh batch, fresh samples without graph; plain flow matching on them
 
-Every batch of the stream is one turn, so the place in the data says nothing of the step: the turn is a state of its
-own, and a run killed between the two updates goes on with the one that is due.
+A step has several updates, the student's and the critic's: whose turn it is is a state of its own, and a run killed
+between two of them goes on with the one that is due.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,6 @@ from anyflow.flowmap.matching import critic_loss, matching_gradient, matching_lo
 from anyflow.flowmap.objective import Velocity
 from anyflow.flowmap.rollout import DEFAULT_BUDGETS, BackwardSimulation, draw_simulation
 from anyflow.flowmap.sampling import Take, take_jump
-from anyflow.flowmap.schedule import logit_normal_timestep
 from anyflow.flowmap.tape import Tape
 from anyflow.stages.base import world
 from anyflow.stages.ema import Ema, EmaSettings
@@ -47,7 +47,6 @@ class OnPolicySettings:
         extra_guidance: The teacher's: ``cond + extra * (cond - uncond)``, a usual guidance scale of 1 + extra.
         forward_weight: Of the forward loss in the student's step; without it long rollouts decay. 0 leaves it out.
         critic_turns: Critic updates for each of the student's.
-        accumulate: Batches whose gradients make one update.
         recompute_jumps: Keep the activations of one jump of a rollout instead of all, and take the others again.
         watch: Warn when the student's samples drift, and name the likely cause.
     """
@@ -56,14 +55,13 @@ class OnPolicySettings:
     extra_guidance: float = 3.0
     forward_weight: float = 1.0
     critic_turns: int = 1
-    accumulate: int = 1
     recompute_jumps: bool = False
     watch: bool = True
 
     @property
     def turns(self) -> int:
-        """Batches of one step: the student's, then the critic's."""
-        return self.accumulate * (1 + self.critic_turns)
+        """Updates of one step: the student's, then the critic's."""
+        return 1 + self.critic_turns
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class OnPolicyStage(ForwardStage):
     """Distribution matching on the student's own samples, with forward co-training.
 
     Attributes:
-        turn: Batches done of the step that is under way.
+        turn: Updates done of the step that is under way.
         movers: The optimisers, by name.
     """
 
@@ -105,7 +103,6 @@ class OnPolicyStage(ForwardStage):
         self.settings = settings
         self.roles = roles
         self.others = torch.nn.ModuleDict(roles.others)
-        self.turn = 0
         self.drift = DriftWatch()
         critic_updates = self.total_steps * settings.critic_turns
         self.movers = {
@@ -116,19 +113,17 @@ class OnPolicyStage(ForwardStage):
             self.ema = Ema([weight for _, weight in roles.parameters("student")], ema)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        """One turn: part of the student's update or of the critic's."""
+        """One pass of the student's update or of the critic's."""
         return self.onpolicy_turn(self.prepare(batch))
 
     def onpolicy_turn(self, data: FlowBatch) -> Tensor:
-        """Do the turn that is due, and the update that it completes."""
-        is_students = self.turn < self.settings.accumulate
-        self.turn += 1
+        """Do a pass of the turn that is due, and the update that it completes."""
+        is_students = self.turn == 0
         loss = self.generator_turn(data) if is_students else self.critic_turn(data)
-        if self.turn % self.settings.accumulate == 0:
+        if self.is_between_updates:
             self.update("student" if is_students else "critic")
-        if self.turn == self.settings.turns:
-            self.turn = 0
-            self.step += 1
+            self.turn = (self.turn + 1) % self.settings.turns
+            self.step += self.turn == 0
         return loss
 
     def generator_turn(self, data: FlowBatch) -> Tensor:
@@ -152,13 +147,13 @@ class OnPolicyStage(ForwardStage):
         )
         per_sample = matching_loss(samples, found.gradient)
         self.note_losses(per_sample)
-        matching = per_sample.mean()
-        self.manual_backward(matching / self.settings.accumulate)
+        matching = self.mean_of_update(per_sample)
+        self.manual_backward(matching / self.passes)
         tape.backward(lambda end, gradient: self.manual_backward(end, gradient=gradient))
         total = matching.detach()
         if self.settings.forward_weight > 0:
             forward = self.settings.forward_weight * self.forward_loss(data)
-            self.manual_backward(forward / self.settings.accumulate)
+            self.manual_backward(forward / self.passes)
             self.report(forward_loss=forward.detach())
             total = total + forward.detach()
         figures = {"normaliser": found.normaliser.mean(), **rollout_figures(samples.detach(), data.clean)}
@@ -170,12 +165,9 @@ class OnPolicyStage(ForwardStage):
         """Accumulate the critic's gradient: flow matching on fresh samples."""
         with torch.no_grad():
             samples = self.simulate(data, self.draw_plan())
-        normals = torch.stack(
-            [torch.randn((), generator=self.generator("critic", i)) for i in self.global_indices(len(samples))]
-        )
-        timestep, loss_frames = logit_normal_timestep(normals, self.objective.shift).to(self.device), None
-        if self.given_frames(data) is not None:
-            timestep, _, loss_frames = keep_first_frame(timestep, timestep, samples.shape[1], data.first_frame_given)
+        timestep, loss_frames = self.draw_logit_normal("critic", len(samples), self.objective.shift), None
+        if data.is_first_frame_given:
+            timestep, _, loss_frames = keep_first_frame(timestep, timestep, samples.shape[1])
         per_sample = critic_loss(
             self.velocity(data.text, "critic"),
             samples,
@@ -185,14 +177,14 @@ class OnPolicyStage(ForwardStage):
             loss_frames,
         )
         self.note_losses(per_sample)
-        loss = per_sample.mean()
-        self.manual_backward(loss / self.settings.accumulate)
+        loss = self.mean_of_update(per_sample)
+        self.manual_backward(loss / self.passes)
         self.report(critic_loss=loss.detach())
         self.warn_of_drift({"critic_loss": loss.detach()})
         return loss.detach()
 
     def draw_plan(self) -> BackwardSimulation:
-        """The sampler that this turn simulates; budget and step are the same on all ranks."""
+        """The sampler that this update simulates; budget and step are the same on all ranks and in all passes."""
         uniforms = torch.rand(2, generator=self.generator("simulation"))
         return draw_simulation(uniforms, self.settings.budgets, self.objective.shift)
 
@@ -203,9 +195,8 @@ class OnPolicyStage(ForwardStage):
     def simulate(self, data: FlowBatch, plan: BackwardSimulation, take: Take = take_jump) -> Tensor:
         """Samples of this batch's prompts by backward simulation."""
         text = data.text.select(self.own_texts(data))
-        first_frames = data.clean[:, :1] if bool(data.first_frame_given.any()) else None
         noise = self.draw_noise("rollout", data.clean)
-        return torch.cat(list(self.roles.generate("student", text, noise, plan.jumps, first_frames, take)), dim=1)
+        return torch.cat(list(self.roles.generate("student", text, noise, plan.jumps, data.first_frames, take)), dim=1)
 
     def update(self, name: str) -> None:
         """One optimiser step of a mover."""
@@ -224,7 +215,8 @@ class OnPolicyStage(ForwardStage):
         """Say on rank 0 what the figures of the student's samples have come to, and why that may be."""
         if not self.settings.watch:
             return
-        for sentence in self.drift.see({name: float(value) for name, value in figures.items()}):
+        values = torch.stack([value.double() for value in figures.values()]).tolist()
+        for sentence in self.drift.see(dict(zip(figures, values, strict=True))):
             if world()[0] == 0:
                 print(f"warning, step {self.step}: {sentence}", file=sys.stderr, flush=True)
 
@@ -238,7 +230,7 @@ class OnPolicyStage(ForwardStage):
 
     def given_frames(self, data: FlowBatch) -> Tensor | None:
         """``[B, F]`` mask of given frames, None where there are none."""
-        if not bool(data.first_frame_given.any()):
+        if not data.is_first_frame_given:
             return None
         given = torch.zeros(data.clean.shape[:2], dtype=torch.bool, device=self.device)
         given[:, 0] = True
@@ -246,14 +238,8 @@ class OnPolicyStage(ForwardStage):
 
     def draw_own(self, purpose: str, batch_size: int) -> Tensor:
         """Uniforms ``[B]`` of this rank's samples."""
-        own = self.global_indices(batch_size)
+        own = self.own_samples(batch_size)
         return torch.stack([torch.rand((), generator=self.generator(purpose, i)) for i in own]).to(self.device)
-
-    def draw_noise(self, purpose: str, like: Tensor) -> Tensor:
-        """Standard normal shaped as the latents, sample by sample."""
-        own = self.global_indices(len(like))
-        noise = [torch.randn(like.shape[1:], generator=self.generator(purpose, i)) for i in own]
-        return torch.stack(noise).to(like)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizers, schedules = [], []
@@ -267,11 +253,9 @@ class OnPolicyStage(ForwardStage):
         if self.roles.frozen is not None:
             self.roles.frozen.to(self.device)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["anyflow"] |= {"turn": self.turn, "drift": self.drift.state}
+    def counters(self) -> dict[str, Any]:
+        return {**super().counters(), "drift": copy.deepcopy(self.drift.state)}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self.turn = checkpoint["anyflow"]["turn"]
-        self.drift.state = checkpoint["anyflow"]["drift"]
+    def count_from(self, counters: dict[str, Any]) -> None:
+        super().count_from(counters)
+        self.drift.state = counters["drift"]

@@ -39,4 +39,4 @@ class TeacherStage(FlowStage):
             velocity, lesson.clean, lesson.noise, lesson.timestep, data.rows, lesson.loss_frames
         )
         self.note_losses(per_sample)
-        return per_sample.mean()
+        return self.mean_of_update(per_sample)

@@ -61,7 +61,7 @@ def through_json(state: Mapping[str, Any]) -> dict[str, Any]:
 def test_a_batch_holds_the_clips_that_its_keys_name(shards: Path) -> None:
     batch = run(open_stream(shards), 1)[0]
     assert batch["frames"].shape == (4, FRAMES, HEIGHT, WIDTH, 3) and batch["frames"].dtype == torch.uint8
-    assert set(batch) == {"frames", "caption", "key", "attributes", "position", "skipped"}
+    assert set(batch) == {"frames", "caption", "key", "attributes", "position", "place", "skipped"}
     for row, (key, caption, attributes) in enumerate(
         zip(batch["key"], batch["caption"], batch["attributes"], strict=True)
     ):

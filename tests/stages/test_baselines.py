@@ -74,9 +74,9 @@ def test_a_causal_student_is_taught_in_chunks_by_a_causal_teacher(codec: Codec) 
 def test_dmd_takes_turns_on_samples_of_a_few_noised_steps(codec: Codec) -> None:
     stage = onpolicy_stage(codec, DmdStage, settings=FOUR_STEPS)
     asked = watch_times(stage.roles.student)
-    for position, (mover, rester) in enumerate([("student", "critic"), ("critic", "student")], start=1):
+    for mover, rester in [("student", "critic"), ("critic", "student")]:
         moving, resting = weights_of(stage, mover), weights_of(stage, rester)
-        turn(stage, position)
+        turn(stage)
         assert moved(moving, weights_of(stage, mover)) and not moved(resting, weights_of(stage, rester))
     assert stage.step == 1
     assert all(torch.equal(t, r) for t, r in asked)

@@ -118,7 +118,7 @@ def test_a_given_first_frame_is_clean_and_without_loss(codec: Codec) -> None:
     assert lesson.loss_frames.tolist() == [[False, True, False, False]] * 4
     assert torch.equal(lesson.clean[:, 0], data.clean[:, 0])
     whole = stage.lesson(data, t, t)
-    assert torch.equal(whole.timestep, keep_first_frame(t, t, 4, data.first_frame_given)[0])
+    assert torch.equal(whole.timestep, keep_first_frame(t, t, 4)[0])
 
 
 @pytest.mark.parametrize("kind", [TeacherStage, ForwardStage])

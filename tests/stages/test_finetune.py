@@ -12,7 +12,7 @@ from anyflow.backbone.codec import Codec
 from anyflow.flowmap.objective import FlowMapObjective, flow_matching_loss
 from anyflow.stages.ema import EmaSettings
 from anyflow.stages.finetune import FinetuneTailStage, TailPlan
-from anyflow.stages.forward import IntervalShares
+from anyflow.flowmap.intervals import IntervalShares
 from anyflow.stages.onpolicy import OnPolicySettings
 from anyflow.stages.optimizers import OptimizerSettings
 
@@ -30,12 +30,12 @@ def tail_stage(codec: Codec, **changes: Any) -> FinetuneTailStage:
     return onpolicy_stage(codec, FinetuneTailStage, trains_teacher=True, **options)
 
 
-def movements(stage: FinetuneTailStage, positions: range) -> list[set[str]]:
+def movements(stage: FinetuneTailStage, batches: int) -> list[set[str]]:
     """Which roles each batch moves."""
     found = []
-    for position in positions:
+    for _ in range(batches):
         before = {role: weights_of(stage, role) for role in ("student", "teacher", "critic")}
-        turn(stage, position)
+        turn(stage)
         found.append({role for role in before if moved(before[role], weights_of(stage, role))})
     return found
 
@@ -47,31 +47,31 @@ def test_each_part_moves_its_own(codec: Codec) -> None:
         [{"teacher"}, {"teacher", "critic"}],
         [{"student"}, {"critic"}] * 2,
     )
-    assert movements(stage, range(1, 9)) == [*forward, *teacher, *correction]
+    assert movements(stage, 8) == [*forward, *teacher, *correction]
     assert stage.step == PLAN.total == stage.total_steps
 
 
 def test_the_critic_begins_as_the_adapted_teacher(codec: Codec) -> None:
     stage = tail_stage(codec)
-    movements(stage, range(1, 5))
+    movements(stage, 4)
     assert not moved(weights_of(stage, "teacher"), weights_of(stage, "critic"))
 
 
 def test_the_tail_begins_from_the_average(codec: Codec) -> None:
     stage = tail_stage(codec, ema=EmaSettings(0.5))
-    turn(stage, 1)
+    turn(stage)
     assert stage.ema is not None
     assert moved(stage.ema.shadows, weights_of(stage, "student"))
-    turn(stage, 2)
+    turn(stage)
     assert not moved(stage.ema.shadows, weights_of(stage, "student"))
 
 
 @pytest.mark.parametrize("cut", range(1, 8))
 def test_a_run_cut_anywhere_goes_on(codec: Codec, cut: int) -> None:
     whole = tail_stage(codec)
-    movements(whole, range(1, 9))
+    movements(whole, 8)
     first, saved = tail_stage(codec), {}
-    movements(first, range(1, cut + 1))
+    movements(first, cut)
     first.on_save_checkpoint(saved)
     second = tail_stage(codec)
     second.load_state_dict(first.state_dict())
@@ -79,7 +79,7 @@ def test_a_run_cut_anywhere_goes_on(codec: Codec, cut: int) -> None:
     for kind in ("optimizers", "lr_schedulers"):
         for new, old in zip(getattr(second, kind)(), getattr(first, kind)(), strict=True):
             new.load_state_dict(old.state_dict())
-    movements(second, range(cut + 1, 9))
+    movements(second, 8 - cut)
     for role in ("student", "teacher", "critic"):
         assert not moved(weights_of(whole, role), weights_of(second, role))
     assert whole.ema is not None and second.ema is not None

@@ -17,9 +17,9 @@ def test_student_and_critic_take_turns_and_the_teacher_rests(codec: Codec) -> No
     stage = onpolicy_stage(codec)
     assert stage.roles.frozen is not None
     teacher = [weight.clone() for weight in stage.roles.frozen.parameters()]
-    for position, (mover, rester, step) in enumerate([("student", "critic", 0), ("critic", "student", 1)], start=1):
+    for mover, rester, step in [("student", "critic", 0), ("critic", "student", 1)]:
         moving, resting = weights_of(stage, mover), weights_of(stage, rester)
-        turn(stage, position)
+        turn(stage)
         assert moved(moving, weights_of(stage, mover)) and not moved(resting, weights_of(stage, rester))
         assert stage.step == step
     assert not moved(teacher, list(stage.roles.frozen.parameters()))
@@ -27,11 +27,11 @@ def test_student_and_critic_take_turns_and_the_teacher_rests(codec: Codec) -> No
 
 
 def test_accumulated_turns_move_once(codec: Codec) -> None:
-    stage = onpolicy_stage(codec, settings=OnPolicySettings(accumulate=2, critic_turns=2))
+    stage = onpolicy_stage(codec, settings=OnPolicySettings(critic_turns=2), passes=2)
     changes = []
-    for position in range(1, 7):
+    for _ in range(6):
         before = {role: weights_of(stage, role) for role in ("student", "critic")}
-        turn(stage, position)
+        turn(stage)
         changes.append([role for role in before if moved(before[role], weights_of(stage, role))])
     assert changes == [[], ["student"], [], ["critic"], [], ["critic"]]
     assert stage.step == 1 and stage.turn == 0
@@ -39,10 +39,10 @@ def test_accumulated_turns_move_once(codec: Codec) -> None:
 
 def test_a_run_cut_between_the_updates_goes_on_with_the_critics(codec: Codec) -> None:
     whole = onpolicy_stage(codec)
-    for position in (1, 2, 3):
-        turn(whole, position)
+    for _ in range(3):
+        turn(whole)
     first = onpolicy_stage(codec)
-    turn(first, 1)
+    turn(first)
     saved: dict[str, Any] = {}
     first.on_save_checkpoint(saved)
     second = onpolicy_stage(codec)
@@ -50,8 +50,8 @@ def test_a_run_cut_between_the_updates_goes_on_with_the_critics(codec: Codec) ->
     second.on_load_checkpoint(saved)
     for new, old in zip(second.optimizers(), first.optimizers(), strict=True):  # type: ignore[arg-type]
         new.load_state_dict(old.state_dict())
-    for position in (2, 3):
-        turn(second, position)
+    for _ in range(2):
+        turn(second)
     for role in ("student", "critic"):
         assert not moved(weights_of(whole, role), weights_of(second, role))
     assert whole.ema is not None and second.ema is not None
@@ -77,8 +77,8 @@ def test_given_frames_come_back_and_carry_nothing(codec: Codec) -> None:
     stage.position = 1
     data = stage.prepare(batch())
     assert torch.equal(stage.simulate(data, stage.draw_plan())[:, 0], data.clean[:, 0])
-    turn(stage, 1)
-    turn(stage, 2)
+    turn(stage)
+    turn(stage)
     assert stage.step == 1
 
 

@@ -13,12 +13,12 @@ from anyflow.backbone.codec import Codec
 from anyflow.backbone.embedded import build_vae
 from anyflow.backbone.load import new_backbone
 from anyflow.errors import UserError
+from anyflow.flowmap.intervals import IntervalShares
 from anyflow.flowmap.objective import FlowMapObjective, plain_flow_map_loss, rebalance
-from anyflow.stages.base import global_mean
 from anyflow.stages.codec import CodecObjective, CodecStage, motion_mask
 from anyflow.stages.ema import EmaSettings
 from anyflow.stages.flow import Conditioning
-from anyflow.stages.forward import ForwardStage, IntervalShares
+from anyflow.stages.forward import ForwardStage
 from anyflow.stages.optimizers import OptimizerSettings
 from anyflow.stages.teacher import TeacherStage
 
@@ -116,12 +116,12 @@ def test_the_codec_stage_crops_on_the_latent_grid_then_to_full_length() -> None:
         )
     )
     columns = torch.arange(48).div(24).sub(1).expand(2, 3, 9, 32, 48)
-    crop = stage.crop(columns, torch.Generator().manual_seed(0))
+    crop = stage.crop(columns, [torch.Generator().manual_seed(0)] * 2)
     assert crop.shape == (2, 3, 5, 16, 16)
     left = (crop[:, 0, 0, 0, 0] + 1) * 24
     torch.testing.assert_close(left % 8, torch.zeros(2))
     stage.step = 5
-    assert stage.crop(columns, torch.Generator()).shape == (2, 3, 9, 16, 16)
+    assert stage.crop(columns, [torch.Generator()] * 2).shape == (2, 3, 9, 16, 16)
 
     frames = torch.randint(0, 255, (1, 5, 16, 16, 3), dtype=torch.uint8)
     loss = stage.training_step({"frames": frames, "caption": ["a"]}, 0)
@@ -135,13 +135,6 @@ def test_motion_weighs_both_sides_of_a_change() -> None:
     mask = motion_mask(video)
     assert mask[0, 0, :, 0, 0].tolist() == [0, 1, 1, 0]
     assert mask[0, 0, :, 1, 1].tolist() == [0, 0, 0, 0]
-
-
-def test_the_global_mean_of_nothing_is_none() -> None:
-    values = torch.tensor([1.0, 2.0, 6.0], requires_grad=True)
-    assert global_mean(values, torch.zeros(3, dtype=torch.bool)) is None
-    mean = global_mean(values, torch.tensor([True, False, True]))
-    assert mean is not None and float(mean) == 3.5 and not mean.requires_grad
 
 
 def test_generators_differ_by_purpose_and_position() -> None:

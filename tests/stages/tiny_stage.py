@@ -83,9 +83,11 @@ def weights_of(stage: Any, role: Any) -> list[torch.Tensor]:
     return [weight.detach().clone() for _, weight in stage.roles.parameters(role)]
 
 
-def turn(stage: Any, position: int) -> None:
-    stage.position = position
-    stage.training_step(batch(), 0)
+def turn(stage: Any, content: dict[str, Any] | None = None) -> None:
+    """One pass, as a Trainer goes about it."""
+    content = batch() if content is None else content
+    stage.on_train_batch_start(content, 0)
+    stage.training_step(content, 0)
 
 
 def moved(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
