@@ -64,7 +64,9 @@ def test_counts_of_a_step_are_its_shares_rounded_up_or_down(
     shares = IntervalShares(diffusion, remainder * (1 - diffusion))
     counts = shares.counts(samples, step)
     kinds = (*counts, samples - sum(counts))
-    for count, share in zip(kinds, (shares.diffusion, shares.consistency, 1 - diffusion - shares.consistency), strict=True):
+    for count, share in zip(
+        kinds, (shares.diffusion, shares.consistency, 1 - diffusion - shares.consistency), strict=True
+    ):
         assert count >= 0 and abs(count - share * samples) < 1 + 1e-6
     if shares.are_whole(samples):
         assert counts == (round(shares.diffusion * samples), round(shares.consistency * samples))
@@ -98,7 +100,9 @@ def test_the_released_rounding_is_pythons() -> None:
 def test_times_are_float32_or_better() -> None:
     assert draw_intervals(uniforms(4, 0).bfloat16()).timestep.dtype == torch.float32
     draws = uniforms(4, 0).double()
-    assert torch.equal(draw_intervals(draws, IntervalShares(0, 0)).timestep, 1000 * shift_sigma(draws.max(dim=1).values, 5.0))
+    assert torch.equal(
+        draw_intervals(draws, IntervalShares(0, 0)).timestep, 1000 * shift_sigma(draws.max(dim=1).values, 5.0)
+    )
 
 
 def test_wrong_arguments_are_refused() -> None:

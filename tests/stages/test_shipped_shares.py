@@ -22,7 +22,8 @@ STAGES = sorted(
 )
 MODELS = sorted(path.stem for path in (ROOT / "models").glob("*.yaml"))
 HARDWARE = sorted(path.stem for path in (ROOT / "hardware").glob("*.yaml"))
-SMALL_BATCHES = ("data.global_batch=0", "data.batch_size=1")
+ONE_CLIP = ("data.global_batch=0", "data.batch_size=1")
+SMALL = (ONE_CLIP, (*ONE_CLIP, "hardware.accumulate=4"))
 
 
 def recipes_of(stage: str) -> list[Recipe]:
@@ -30,7 +31,7 @@ def recipes_of(stage: str) -> list[Recipe]:
     found = []
     for model in MODELS:
         for hardware in HARDWARE:
-            for more in ((), (*SMALL_BATCHES, "hardware.accumulate=4"), SMALL_BATCHES):
+            for more in ((), *(SMALL if model == "tiny" else ())):
                 try:
                     found.append(load_recipe(stage, model=model, hardware=hardware, overrides=more))
                 except UserError:
