@@ -1,0 +1,239 @@
+"""What a recipe says is what is drawn, trained, averaged and exported: objects built from recipes, looked at in action.
+
+Each test here was written against a wrong line that no other test saw; ``test_mutants.py`` puts the lines back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from anyflow.assemble import assemble
+from anyflow.callbacks.checkpoints import latest_checkpoint
+from anyflow.flowmap.matching import critic_loss
+from anyflow.flowmap.schedule import shift_sigma
+from anyflow.launch import train
+from anyflow.recipe import Recipe, load_recipe
+from anyflow.stages import onpolicy
+
+SMALL = (
+    "data.card=driving",
+    "data.frames=5",
+    "data.height=32",
+    "data.width=32",
+    "data.precompute=false",
+    "data.num_workers=0",
+    "data.global_batch=4",
+    "optimizer.name=adamw",
+    "sampling.prompts=0",
+    "run.tracking_uri=",
+)
+SHIFT = 9.0
+"""Of no shipped model: a default taken for it shows."""
+
+
+@pytest.fixture(autouse=True)
+def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+
+
+def recipe_of(name: str, model: Path, *more: str) -> Recipe:
+    weights = (f"model.weights={model}", f"stage.onpolicy.teacher={model}")
+    return load_recipe(name, overrides=[*SMALL, *weights, f"model.shift={SHIFT}", *more])
+
+
+def built(name: str, model: Path, *more: str) -> Any:
+    """The stage of a recipe, with optimisers at hand but without a Trainer."""
+    stage: Any = assemble(recipe_of(name, model, *more)).stage
+    stage.report = lambda **metrics: None
+    if not stage.automatic_optimization:
+        optimizers, schedules = stage.configure_optimizers()
+        stage.optimizers, stage.lr_schedulers = lambda: optimizers, lambda: schedules
+        stage.manual_backward = lambda loss, **options: loss.backward(**options)
+    return stage
+
+
+def clips(count: int = 4) -> dict[str, Any]:
+    """Latents of 5 x 32 x 32 pixels, with a prompt each."""
+    latents = torch.randn(count, 2, 16, 4, 4, generator=torch.Generator().manual_seed(1))
+    return {"latents": latents, "caption": [f"A green car drives, {number}." for number in range(count)]}
+
+
+def turn(stage: Any) -> Any:
+    stage.on_train_batch_start(clips(), 0)
+    return stage.training_step(clips(), 0)
+
+
+@contextmanager
+def asked(roles: Any, role: str) -> Iterator[list[tuple[torch.Tensor, ...]]]:
+    """``(t, r, embeddings)`` of every question to a role."""
+    found: list[tuple[torch.Tensor, ...]] = []
+    kind, call = type(roles), type(roles).__call__
+
+    def listen(self: Any, who: str, z: Any, t: Any, r: Any, text: Any, **view: Any) -> Any:
+        if who == role:
+            found.append((t, r, text.embeddings))
+        return call(self, who, z, t, r, text, **view)
+
+    kind.__call__ = listen
+    try:
+        yield found
+    finally:
+        kind.__call__ = call
+
+
+@pytest.mark.parametrize("name", ["forward/tiny", "finetune/driving", "onpolicy/tiny"])
+def test_intervals_have_the_models_shift(name: str, small_model: Path) -> None:
+    stage = built(name, small_model, "stage.diffusion_share=0", "stage.consistency_share=0")
+    stage.begin_pass()
+    uniforms = stage.draw_all("intervals", 4, 2)
+    expected = 1000 * shift_sigma(uniforms.max(dim=1).values, SHIFT)
+    torch.testing.assert_close(stage.draw_times(4, stage.shares).timestep, expected)
+    assert stage.objective.shift == SHIFT
+
+
+def test_the_teachers_times_have_the_models_shift(small_model: Path) -> None:
+    shifted = built("teacher/tiny", small_model, "model.init=weights", "model.codec=")
+    assert shifted.shift == SHIFT
+    plain = torch.randn(1, generator=shifted.generator("timestep", 0)).sigmoid()
+    torch.testing.assert_close(shifted.draw_logit_normal("timestep", 1, SHIFT), 1000 * shift_sigma(plain, SHIFT))
+
+
+def test_matching_is_at_uniform_times_of_the_models_shift(small_model: Path) -> None:
+    stage = built("onpolicy/tiny", small_model, "stage.onpolicy.forward_weight=0")
+    with asked(stage.roles, "teacher") as questions:
+        turn(stage)
+    expected = 1000 * shift_sigma(stage.draw_own("matching", 4), SHIFT)
+    assert questions
+    for t, r, _ in questions:
+        torch.testing.assert_close(t, expected.to(t))
+        assert torch.equal(t, r)
+
+
+def test_the_critic_learns_the_students_samples(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the data: it would then learn what the teacher knows, and the difference of the two would teach nothing."""
+    stage = built("onpolicy/tiny", small_model)
+    turn(stage)
+    seen: list[torch.Tensor] = []
+
+    def listen(velocity: Any, samples: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(samples)
+        return critic_loss(velocity, samples, *rest)
+
+    monkeypatch.setattr(onpolicy, "critic_loss", listen)
+    turn(stage)
+    data = stage.prepare(clips())
+    with torch.no_grad():
+        expected = stage.simulate(data, stage.draw_plan())
+    torch.testing.assert_close(seen[0], expected)
+    assert float((seen[0] - data.clean).abs().mean()) > 0.1
+
+
+def test_rollouts_are_of_the_samples_own_prompts(small_model: Path) -> None:
+    """Also where the forward loss of the same step drops them: the student answers prompts when it is sampled."""
+    stage = built("onpolicy/tiny", small_model, "stage.text_drop=1.0", "stage.onpolicy.forward_weight=0")
+    own = stage.codec.encode_text(clips()["caption"]).embeddings
+    for _ in range(2):
+        with asked(stage.roles, "student") as questions:
+            turn(stage)
+        assert questions
+        for _, _, embeddings in questions:
+            torch.testing.assert_close(embeddings[:, : own.shape[1] - 1], own[:, : embeddings.shape[1]][:, :-1])
+
+
+@pytest.mark.parametrize("name", ["onpolicy/tiny", "finetune/driving"])
+def test_every_movers_rate_follows_its_schedule(name: str, small_model: Path) -> None:
+    lora = ("model.lora.enabled=true", "model.lora.rank=2", "stage.onpolicy.teacher=")
+    tail = ("stage.steps=2", "stage.tail.teacher_steps=2", "stage.tail.steps=2", "stage.tail.optimizer.warmup_steps=4")
+    more = tail if name.startswith("finetune") else ()
+    warm = ("optimizer.lr=1e-4", "optimizer.warmup_steps=4", "stage.onpolicy.critic.warmup_steps=4")
+    stage = built(name, small_model, *lora, *warm, *more)
+    for _ in range(8 if more else 2):
+        turn(stage)
+    for mover, optimizer in zip(stage.movers.values(), stage.optimizers(), strict=True):
+        done = 2 if more else 1
+        rate = optimizer.param_groups[0]["lr"]
+        assert rate == pytest.approx(mover.settings.lr * (done + 1) / 4), f"{mover.field} after {done} updates"
+
+
+def test_the_students_average_moves_with_its_updates(small_model: Path) -> None:
+    stage = built("onpolicy/tiny", small_model, "ema.decay=0.5", "ema.start_step=0", "optimizer.lr=1e-2")
+    before = [weight.clone() for weight in stage.ema.shadows]
+    turn(stage)
+    now = [weight.detach() for _, weight in stage.roles.parameters("student")]
+    for average, old, new in zip(stage.ema.shadows, before, now, strict=True):
+        torch.testing.assert_close(average, (old + new) / 2)
+
+
+def test_the_critic_begins_as_the_teacher(small_model: Path) -> None:
+    stage = built("onpolicy/tiny", small_model)
+    critic = dict(stage.roles.network("critic").named_parameters())
+    assert all(torch.equal(weight, critic[name]) for name, weight in stage.roles.network("teacher").named_parameters())
+
+
+def test_options_of_the_recipe_reach_their_stage(small_model: Path) -> None:
+    """A value of its own for each option: one that is dropped, or mixed up with another, shows."""
+    forward = built(
+        "forward/tiny",
+        small_model,
+        *("stage.guidance_scale=1.7", "stage.delta=7", "stage.weight=gaussian", "stage.rebalance=false"),
+        *("stage.diffusion_share=0.3", "stage.consistency_share=0.6", "stage.text_drop=0.21", "stage.i2v_prob=0.22"),
+        *("stage.long_context=0.23", "stage.bidirectional_prob=0.24", "model.negative_prompt=nothing"),
+        *("optimizer.lr=0.011", "optimizer.betas=[0.5,0.6]", "optimizer.weight_decay=0.07", "optimizer.clip=0.8"),
+        *("ema.decay=0.55", "ema.start_step=3", "run.seed=12", "stage.steps=17", "data.batch_size=2"),
+    )
+    objective, conditioning, optimizer = forward.objective, forward.conditioning, forward.optimizer_settings
+    assert (objective.guidance_scale, objective.delta, objective.weight) == (1.7, 7, "gaussian")
+    assert not objective.rebalance and (forward.shares.diffusion, forward.shares.consistency) == (0.3, 0.6)
+    assert (conditioning.text_drop, conditioning.i2v_prob, conditioning.long_context) == (0.21, 0.22, 0.23)
+    assert (conditioning.bidirectional_prob, conditioning.negative_prompt) == (0.24, "nothing")
+    assert (optimizer.lr, optimizer.betas, optimizer.weight_decay, optimizer.clip) == (0.011, (0.5, 0.6), 0.07, 0.8)
+    assert (forward.ema.settings.decay, forward.ema.settings.start_step) == (0.55, 3)
+    assert (forward.seed, forward.total_steps, forward.passes) == (12, 17, 2)
+    onpolicy_stage = built(
+        "onpolicy/tiny",
+        small_model,
+        *("stage.onpolicy.budgets=[3]", "stage.onpolicy.extra_guidance=2.5", "stage.onpolicy.forward_weight=0.4"),
+        *("stage.onpolicy.critic_turns=3", "stage.onpolicy.critic.lr=0.013", "hardware.recompute_jumps=true"),
+    )
+    found = onpolicy_stage.settings
+    assert (list(found.budgets), found.extra_guidance, found.forward_weight) == ([3], 2.5, 0.4)
+    assert (found.critic_turns, found.recompute_jumps, onpolicy_stage.movers["critic"].settings.lr) == (3, True, 0.013)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_exported_model_is_the_average(lora: bool, small_model: Path, tmp_path: Path) -> None:
+    """The files themselves are read: neither the weights as they were last, nor those of the beginning."""
+    more = ["model.lora.enabled=true", "model.lora.rank=2", "model.lora.alpha=6"] if lora else []
+    rates = ["optimizer.lr=2e-2", "optimizer.warmup_steps=0", "ema.decay=0.5", "ema.start_step=0", "stage.steps=3"]
+    assert train(recipe_of("finetune/driving", small_model, *rates, *more), out=tmp_path / "run") == 0
+    path = latest_checkpoint(tmp_path / "run/checkpoints")
+    assert path is not None
+    state = torch.load(path, weights_only=True)["state_dict"]
+    trained = [name for name in state if name.startswith("backbone.transformer.") and (not lora or ".lora_" in name)]
+    averages = {name: state[f"ema.shadow_{index}"] for index, name in enumerate(trained)}
+    assert len(averages) == sum(name.startswith("ema.") for name in state)
+    if lora:
+        stored = load_file(tmp_path / "run/lora/pytorch_lora_weights.safetensors")
+        files = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
+        pairs = {name: files[name.removeprefix("backbone.transformer.").replace(".default.", ".")] for name in trained}
+        factor = 6 / 2
+        layer = "blocks.0.attn1.to_q"
+        down, up = (averages[f"backbone.transformer.{layer}.lora_{part}.default.weight"] for part in "AB")
+        base = load_file(next((small_model / "transformer").glob("*.safetensors")))[f"{layer}.weight"]
+        merged = load_file(next((tmp_path / "run/model/transformer").glob("*.safetensors")))[f"{layer}.weight"]
+        torch.testing.assert_close(merged.float(), base.float() + factor * up @ down, rtol=1e-2, atol=1e-3)
+    else:
+        files = load_file(next((tmp_path / "run/model/transformer").glob("*.safetensors")))
+        pairs = {name: files[name.removeprefix("backbone.transformer.")] for name in trained}
+    moved = 0.0
+    for name, stored_weight in pairs.items():
+        torch.testing.assert_close(stored_weight.float(), averages[name].float(), rtol=1e-2, atol=1e-4)
+        moved = max(moved, float((state[name] - averages[name]).abs().max()))
+    assert moved > 5e-3, "the last weights are too near to the average to tell one from the other"
