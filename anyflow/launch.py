@@ -211,7 +211,7 @@ def _strategy(recipe: Recipe, manual: bool, writer: Writer) -> dict[str, Any]:
     copies = "ddp_find_unused_parameters_true" if manual or recipe.model.architecture == "causal" else "ddp"
     return {
         "strategy": copies if ranks > 1 else "auto",
-        # bf16-true has a frozen base in bfloat16, which it is loaded in; Lightning would cast adapters and draws as well
+        # bf16-true's frozen base is loaded in bfloat16; Lightning would cast adapters and draws as well
         "precision": "32-true" if hardware.precision == "32-true" else "bf16-mixed",
         "plugins": [AnyCheckpoint(writer), *([TorchElasticEnvironment()] if ranks > 1 else [])],
     }

@@ -42,8 +42,8 @@ class VideoDataModule(pl.LightningDataModule):
         codec_hash: fingerprint of the autoencoder that the caches must carry, if it is given.
 
     Batches: ``{"frames": uint8 [B, F, H, W, 3] | "latents": float32 [B, F, C, H, W], "caption": list[str],
-    "key": list[str], "attributes": list[dict], "position": int, "place": (clips of the update before it, all of them), "skipped":
-    list[dict]}``.
+    "key": list[str], "attributes": list[dict], "position": int, "place": [clips of its update before it, all of them],
+    "skipped": list[dict]}``.
     """
 
     def __init__(

@@ -87,8 +87,8 @@ class ClipDataset(BatchDataset):
         latent_shape: (F, C, H, W) if the shards hold latents instead of footage.
 
     An item is ``{"frames": uint8 [B, F, H, W, 3] | "latents": float32 [B, F, C, H, W], "caption", "key",
-    "attributes", "position", "place", "skipped"}``. A failure is returned as ``{"error": sentence}``: an exception that crosses
-    from a worker to the main process would arrive as a traceback.
+    "attributes", "position", "place", "skipped"}``. A failure is returned as ``{"error": sentence}``: an exception that
+    crosses from a worker to the main process would arrive as a traceback.
     """
 
     def __init__(

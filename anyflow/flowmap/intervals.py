@@ -71,8 +71,8 @@ class IntervalShares:
             rest = samples - diffusion - consistency
             return f"of a step's {samples} clips {diffusion} have r = t, {consistency} r = 0, {rest} any r between"
         return (
-            f"{self.diffusion:.1%} of the clips have r = t, {self.consistency:.1%} r = 0: a step of {samples} cannot be "
-            "divided so, and the shares hold over the steps"
+            f"{self.diffusion:.1%} of the clips have r = t, {self.consistency:.1%} r = 0: a step of {samples} cannot "
+            "be divided so, and the shares hold over the steps"
         )
 
 

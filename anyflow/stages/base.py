@@ -160,7 +160,8 @@ class Stage(lightning.LightningModule):
             self.ema.update(self.step)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_index: int) -> None:
-        self.begin_pass(batch.get("place"))
+        place = batch.get("place")
+        self.begin_pass(None if place is None else (place[0], place[1]))
 
     def counters(self) -> dict[str, Any]:
         """What a checkpoint keeps beside weights and optimisers; later steps do not change it."""

@@ -18,12 +18,11 @@ from typing import Any
 
 from torch import Tensor
 
-from anyflow.stages.flow import FlowBatch
 from anyflow.flowmap.intervals import IntervalShares
+from anyflow.stages.flow import FlowBatch
 from anyflow.stages.forward import ForwardStage
 from anyflow.stages.onpolicy import Mover, OnPolicyStage
 from anyflow.stages.optimizers import OptimizerSettings
-
 
 ALL_AT_ONE_TIME = IntervalShares(diffusion=1.0, consistency=0.0)
 """Every sample learns the velocity."""

@@ -97,6 +97,16 @@ def test_an_epoch_shows_each_clip_once_and_another_one_in_another_order(mixed: P
     assert batches[:9] != batches[9:]
 
 
+def test_the_passes_of_an_update_know_their_places_whatever_their_shapes(mixed: Path) -> None:
+    """Shares and averages are over the update's clips: a pass of a longer shape has fewer of them."""
+    batches = read(module(mixed, steps=9, passes=3))
+    for first in range(0, 9, 3):
+        sizes = [len(batch["key"]) for batch in batches[first : first + 3]]
+        before = [sum(sizes[:number]) for number in range(3)]
+        assert [batch["place"] for batch in batches[first : first + 3]] == [[clips, sum(sizes)] for clips in before]
+    assert len({batch["place"][1] for batch in batches}) > 1
+
+
 def test_shares_are_told_with_what_is_left_out(mixed: Path) -> None:
     lines = module(mixed).shares
     assert [line.split()[:3] for line in lines] == [

@@ -9,10 +9,10 @@ import torch
 from tiny_stage import batch, moved, onpolicy_stage, turn, weights_of
 
 from anyflow.backbone.codec import Codec
+from anyflow.flowmap.intervals import IntervalShares
 from anyflow.flowmap.objective import FlowMapObjective, flow_matching_loss
 from anyflow.stages.ema import EmaSettings
 from anyflow.stages.finetune import FinetuneTailStage, TailPlan
-from anyflow.flowmap.intervals import IntervalShares
 from anyflow.stages.onpolicy import OnPolicySettings
 from anyflow.stages.optimizers import OptimizerSettings
 

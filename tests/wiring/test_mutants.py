@@ -1,7 +1,7 @@
 """Wrong lines put back on purpose: for each, a test fails that is there to see it.
 
-A mutant is one text replaced in a copy of the package, and the tests that must notice. That every text is still there is
-checked quickly; that it is noticed takes a process each, and is slow.
+A mutant is one text replaced in a copy of the package, and the tests that must notice. That every text is still there
+is checked quickly; that it is noticed takes a process each, and is slow.
 """
 
 from __future__ import annotations
