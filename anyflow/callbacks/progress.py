@@ -11,6 +11,9 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+BAR_SECONDS = 0.2
+"""Between two looks at the loss for the bar."""
+
 
 class TrainingProgress(Callback):
     """One line for the run; where output is not a terminal, a plain line every ``plain_every`` seconds."""
@@ -20,7 +23,7 @@ class TrainingProgress(Callback):
         self.total_steps = total_steps
         self.plain_every = plain_every
         self._progress: Progress | None = None
-        self._loss = float("nan")
+        self._loss: Any = None  # smoothed where it is computed: fetching it each time would make the device wait
         self._started = (0.0, 0)  # the end of the first batch: that one also warms up, and says little of the others
         self._clips = 0
         self._spoke = 0.0
@@ -44,22 +47,25 @@ class TrainingProgress(Callback):
 
     def on_train_batch_end(self, trainer: lightning.Trainer, stage: Any, outputs: Any, batch: Any, *_: Any) -> None:
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        value = float(loss.detach()) if loss is not None else float("nan")
-        self._loss = value if self._loss != self._loss else 0.95 * self._loss + 0.05 * value
+        if loss is not None:
+            value = loss.detach().float()
+            self._loss = value if self._loss is None else self._loss.lerp(value, 0.05)
         if self._clips < 0:
             self._started, self._clips = (time.monotonic(), stage.step), 0
         else:
             self._clips += len(batch["caption"]) * trainer.world_size
         elapsed = time.monotonic() - self._started[0]
         speed = f"{self._clips / elapsed:.1f}" if self._clips else "-"
+        every = self.plain_every if self._progress is None else BAR_SECONDS
+        if not trainer.is_global_zero or (time.monotonic() - self._spoke < every and stage.step < self.total_steps):
+            return
+        self._spoke = time.monotonic()
+        loss_told = "-" if self._loss is None else f"{float(self._loss):.4g}"
         if self._progress is not None:
             task = self._progress.task_ids[0]
-            self._progress.update(task, completed=stage.step, loss=f"{self._loss:.4g}", speed=speed)
-        elif trainer.is_global_zero and (
-            time.monotonic() - self._spoke > self.plain_every or stage.step == self.total_steps
-        ):
-            self._spoke = time.monotonic()
-            told = f"{self.title}  step {stage.step}/{self.total_steps}  loss {self._loss:.4g}"
+            self._progress.update(task, completed=stage.step, loss=loss_told, speed=speed)
+        else:
+            told = f"{self.title}  step {stage.step}/{self.total_steps}  loss {loss_told}"
             steps = stage.step - self._started[1]
             if steps > 0:
                 left = elapsed / steps * (self.total_steps - stage.step)

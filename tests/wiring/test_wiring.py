@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 
 from anyflow.assemble import assemble
 from anyflow.callbacks.checkpoints import latest_checkpoint
+from anyflow.errors import UserError
 from anyflow.flowmap.matching import critic_loss
 from anyflow.flowmap.schedule import shift_sigma
 from anyflow.launch import train
 from anyflow.recipe import Recipe, load_recipe
 from anyflow.stages import onpolicy
+from anyflow.stages.forward import ForwardStage
 
 SMALL = (
     "data.card=driving",
@@ -205,6 +207,44 @@ def test_options_of_the_recipe_reach_their_stage(small_model: Path) -> None:
     found = onpolicy_stage.settings
     assert (list(found.budgets), found.extra_guidance, found.forward_weight) == ([3], 2.5, 0.4)
     assert (found.critic_turns, found.recompute_jumps, onpolicy_stage.movers["critic"].settings.lr) == (3, True, 0.013)
+
+
+def test_a_base_in_bfloat16_is_trained_under_float32_adapters(small_model: Path, tmp_path: Path) -> None:
+    """Cast with the base, adapters would swallow small updates, their average not follow, and draws have 8 bits."""
+    lora = ("model.lora.enabled=true", "model.lora.rank=2", "stage.steps=2", "hardware.precision=bf16-true")
+    recipe = recipe_of("finetune/driving", small_model, *lora, "optimizer.lr=1e-2")
+    seen: list[torch.dtype] = []
+    draw = ForwardStage.draw_times
+
+    def listen(self: Any, *arguments: Any) -> Any:
+        times = draw(self, *arguments)
+        weights = dict(self.backbone.named_parameters())
+        base = {weight.dtype for name, weight in weights.items() if ".base_layer.weight" in name and "blocks." in name}
+        assert base == {torch.bfloat16}
+        assert {weight.dtype for weight in weights.values() if weight.requires_grad} == {torch.float32}
+        assert {shadow.dtype for shadow in self.ema.shadows} == {torch.float32}
+        uniforms = self.draw_all("intervals", 4, 2)
+        assert torch.unique(uniforms * 2**12 % 1).numel() > 1, "finer than bfloat16"
+        seen.append(times.timestep.dtype)
+        return times
+
+    ForwardStage.draw_times = listen  # type: ignore[method-assign]
+    try:
+        assert train(recipe, out=tmp_path / "run") == 0
+    finally:
+        ForwardStage.draw_times = draw  # type: ignore[method-assign]
+    assert seen == [torch.float32] * 2
+    path = latest_checkpoint(tmp_path / "run/checkpoints")
+    assert path is not None
+    state = torch.load(path, weights_only=True)["state_dict"]
+    assert all(".lora_" in name or name.startswith("ema.") for name in state)
+    assert any(".lora_B." in name and tensor.abs().max() > 0 for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("name", ["finetune/driving", "codec/tiny"])
+def test_weights_are_not_trained_in_bfloat16(name: str) -> None:
+    with pytest.raises(UserError, match=r"hardware\.precision='bf16-true' .*bf16-mixed"):
+        load_recipe(name, overrides=["hardware.precision=bf16-true"])
 
 
 @pytest.mark.parametrize("lora", [False, True])
