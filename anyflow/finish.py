@@ -205,9 +205,10 @@ def describe_parts(recipe: Recipe, parts: Parts) -> Iterator[str]:
     yield f"            caption {batch['caption'][0]!r}"
     if "frames" in batch and recipe.stage.name != "codec":
         yield f"latents     {[len(batch['caption']), *parts.codec.latent_shape(*batch['frames'].shape[1:4])]}"
-    plan = parts.data.stream.dataset.plan if parts.data.stream else None
-    if plan is not None:
-        yield f"data        {plan.num_samples} clips, {plan.batches_per_epoch} batches an epoch"
+    if parts.data.stream is not None:
+        dataset = parts.data.stream.dataset
+        batches = dataset.plan.batches_per_epoch * dataset.split_in
+        yield f"data        {dataset.plan.num_samples} clips, {batches} batches an epoch"
     yield from (f"bucket      {line}" for line in parts.data.shares)
     if isinstance(parts.stage, ForwardStage):
         yield f"intervals   {parts.stage.shares.told(recipe.global_batch)}"

@@ -79,8 +79,8 @@ class Checkpoints(Callback):
         if not self.writer.is_behind:
             trainer.strategy.barrier()
 
-    def on_save_checkpoint(self, trainer: lightning.Trainer, stage: Any, checkpoint: dict[str, Any]) -> None:
-        forget_passes(checkpoint, stage.passes_waiting, stage.automatic_optimization)
+    def on_load_checkpoint(self, trainer: lightning.Trainer, stage: Any, checkpoint: dict[str, Any]) -> None:
+        count_passes(checkpoint, stage.passes, stage.automatic_optimization)
 
     def _publish(self, partial: Path, final: Path) -> None:
         """Give a complete checkpoint its name."""
@@ -158,24 +158,23 @@ def sync_tree(folder: Path) -> None:
             os.close(descriptor)
 
 
-def forget_passes(checkpoint: dict[str, Any], passes: int, is_automatic: bool) -> None:
-    """Count the passes that wait for their update out of a checkpoint: Lightning has counted each as done.
+def count_passes(checkpoint: dict[str, Any], passes: int, is_automatic: bool) -> None:
+    """Tell Lightning's loops how many batches a checkpoint's updates took, if each takes so many.
 
-    Their gradients are not saved, so they come again: the stage and the data stream say the same of themselves.
+    Their own count has passes that waited for an update, whose gradients were not saved and which come again; and the
+    run may go on with its updates in another number of passes.
 
     Args:
         checkpoint: Lightning's, with the state of its loops.
-        passes: how many of them wait.
+        passes: batches of an update.
         is_automatic: whether Lightning accumulates their gradients, or the stage does (then each counts as a step).
     """
-    if not passes:
-        return
-    loops = checkpoint["loops"]["fit_loop"]
-    progress = loops["epoch_loop.batch_progress"]
-    for counts in (progress["total"], progress["current"]):
-        for name in counts:
-            counts[name] -= passes
-    loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1 if is_automatic else passes
+    updates = checkpoint["anyflow"]["position"]
+    done, loops = updates * passes, checkpoint["loops"]["fit_loop"]
+    for counts in (loops["epoch_loop.batch_progress"][name] for name in ("total", "current")):
+        counts.update(dict.fromkeys(("ready", "started", "processed"), done), completed=done - 1)
+    # saved within a batch's last hook: Lightning counts that batch once more
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = (updates if is_automatic else done) - 1
 
 
 def _random_state() -> dict[str, Any]:

@@ -113,13 +113,18 @@ class VideoDataModule(pl.LightningDataModule):
         latent_shapes, skipped = self._check_caches() if self.caches else (None, [])
         splits = [] if self.caches else [find_split(card, self.split) for card in self.cards]
         reader = ShardReader(self.caches or [s.folder for s in splits], [s.caption for s in splits] or None)
-        base_batch = self.batch_size * world_size
+        base_batch, parts = self.batch_size * world_size, 1
         if len(self.shapes) == 1:
             for split in splits:
                 check_length(split, self.shape)
-            plan = plan_of(reader.planned(), reader.counts, self.weights, self.seed, base_batch)
+            planned = reader.planned()
+            if base_batch * self.passes <= sum(shard.samples for shard in planned):
+                parts = self.passes
+            plan = plan_of(planned, reader.counts, self.weights, self.seed, base_batch * parts)
             latent_shape = latent_shapes[0] if latent_shapes else None
-            return ClipDataset(reader, plan, self.shape, rank, world_size, latent_shape), skipped
+            dataset = ClipDataset(reader, plan, self.shape, rank, world_size, latent_shape)
+            dataset.split_in = parts
+            return dataset, skipped
         kept = sort_latents(reader, latent_shapes) if latent_shapes else sort_clips(reader, splits, self.shapes)
         buckets = make_buckets(reader, kept, self.shapes, self.batch_size, world_size, self.weights, latent_shapes)
         self.shares = tell_buckets(buckets, sum(len(shard.samples) for _, shard in reader.shards))

@@ -57,10 +57,13 @@ class BatchDataset(Dataset[Batch]):
     """Batches whose gradients make one update."""
     first: int = 0
     """A batch that an update begins with."""
+    split_in: int = 1
+    """Batches that one of the plan's is divided into: those of an update, so that its clips are the same however it is
+    split; 1 where a batch is planned by itself."""
 
     def clips_of(self, index: int) -> int:
         """Clips of a batch over all ranks."""
-        return self.plan.global_batch
+        return self.plan.global_batch // self.split_in
 
     def passes_before(self, index: int) -> int:
         """How many batches of its update come before a batch."""
@@ -105,7 +108,10 @@ class ClipDataset(BatchDataset):
         self.latent_shape = latent_shape
 
     def __getitem__(self, index: int) -> Batch:
-        epoch, positions = self.plan.batch_positions(index, self.rank, self.world_size)
+        planned, part = divmod(index, self.split_in)
+        epoch, positions = self.plan.batch_positions(planned, self.rank, self.world_size)
+        size = len(positions) // self.split_in
+        positions = positions[part * size : (part + 1) * size]
         pixels = self._allocate(len(positions))
         bad: dict[tuple[int, int], Skip] = {}
         try:
@@ -205,7 +211,8 @@ class ClipStream:
         """
         plan = self.dataset.plan
         total = plan.num_samples + self.left_out
-        read = ((self.position if position is None else position) + 1) * plan.global_batch
+        batches = (self.position if position is None else position) + 1
+        read = batches * plan.global_batch // self.dataset.split_in
         enforce_budget(list(self.skipped.values()), total if self.left_out else read, total, self.error_budget)
 
     def state_dict(self) -> dict[str, Any]:
@@ -216,7 +223,8 @@ class ClipStream:
         """
         self.gather()
         plan = self.dataset.plan
-        epoch, batch = plan.epoch_and_batch(self.position - self.dataset.passes_before(self.position))
+        begun = self.position - self.dataset.passes_before(self.position)
+        epoch, batch = plan.epoch_and_batch(begun // self.dataset.split_in)
         return {
             "epoch": epoch,
             "batch": batch,
@@ -237,7 +245,8 @@ class ClipStream:
         if state["plan_hash"] != plan.identity.hash:
             difference = describe_difference(saved, plan.identity)
             raise UserError(f"The checkpoint's place in the data does not fit: {difference} changed; set it back.")
-        self.position = self.dataset.first = state["epoch"] * plan.batches_per_epoch + state["batch"]
+        planned = state["epoch"] * plan.batches_per_epoch + state["batch"]
+        self.position = self.dataset.first = planned * self.dataset.split_in
         self.skipped = {}
         self._record(state["skipped"])
 

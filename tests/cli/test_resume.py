@@ -176,6 +176,32 @@ def test_a_run_stopped_between_the_passes_of_a_step_goes_on_bitwise(
     assert expected["loops"]["fit_loop"]["epoch_loop.state_dict"] == found["loops"]["fit_loop"]["epoch_loop.state_dict"]
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_with_its_steps_in_other_passes(small_model: Path, tmp_path: Path) -> None:
+    """As on a machine with fewer devices: the same clips, draws and shares, so the same weights but for rounding."""
+    whole, out = tmp_path / "whole", tmp_path / "cut"
+    plain = ("optimizer.name=adamw", "optimizer.lr=1e-4", "optimizer.warmup_steps=0", "ema.decay=0.0")
+
+    def words(folder: Path, *more: str) -> list[str]:
+        return training(small_model, folder, *ACCUMULATED, *plain, *more)
+
+    finished = run(*words(whole))
+    assert finished.returncode == 0, finished.stderr
+    script = STOPPED_IN_A_PASS.format(passes=6, number=int(signal.SIGTERM))
+    stopped = subprocess.run([sys.executable, "-c", script, *words(out)], env=environment(), capture_output=True)
+    assert stopped.returncode == EXIT_PREEMPTED, stopped.stderr.decode()
+    begun = torch.load(latest_checkpoint(out / "checkpoints"), weights_only=True)
+    finished = run(*words(out, "data.batch_size=4", "--resume", "auto"))
+    assert finished.returncode == 0, finished.stderr
+    expected, found = (torch.load(latest_checkpoint(f / "checkpoints"), weights_only=True) for f in (whole, out))
+    assert (
+        found["anyflow"]["step"] == expected["anyflow"]["step"] == expected["global_step"] == found["global_step"] == 3
+    )
+    apart = sum(float((one - found["state_dict"][key]).square().sum()) for key, one in expected["state_dict"].items())
+    moved = sum(float((one - begun["state_dict"][key]).square().sum()) for key, one in expected["state_dict"].items())
+    assert 0 < apart < 0.01 * moved
+
+
 KILLED_WHILE_WRITING = """
 import os, signal, torch
 from anyflow.callbacks import checkpoints

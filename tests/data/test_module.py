@@ -156,3 +156,53 @@ def test_the_benchmark_measures_both(shards: Path) -> None:
     assert result["clips"] == 16 and result["ratio"] > 0.3
     ours, bare = result["loader_clips_per_second"], result["pyav_clips_per_second"]
     assert result["ratio"] == pytest.approx(ours / bare)
+
+
+def steps_of(
+    folder: Path, split: tuple[int, int, int], state: Any = None, steps: int = 6
+) -> tuple[list[list[str]], Any]:
+    """The clips of each step in their places, of so many (clips, ranks, passes), and a state after the first steps."""
+    size, ranks, passes = split
+    dealt: list[list[list[str]]] = []
+    states: list[Any] = []
+    for rank in range(ranks):
+        module = VideoDataModule(
+            folder, batch_size=size, passes=passes, steps=steps * passes, frames=FRAMES, height=HEIGHT, width=WIDTH
+        )
+        module.trainer = type("Ranks", (), {"global_rank": rank, "world_size": ranks, "callbacks": []})()  # type: ignore[assignment]
+        module.setup()
+        module.trainer = None
+        assert module.stream is not None
+        if state is not None:
+            module.load_state_dict(state)
+        batches = []
+        for batch in module.train_dataloader():
+            module.stream.advance(batch)
+            batches.append(batch["key"])
+            if len(batches) == 3 * passes:
+                states.append(module.state_dict())
+        dealt.append(batches)
+    passed = [
+        [clip for clips in zip(*ranks_of, strict=True) for clip in clips] for ranks_of in zip(*dealt, strict=True)
+    ]
+    merged = [
+        [clip for batch in passed[first : first + passes] for clip in batch] for first in range(0, len(passed), passes)
+    ]
+    return merged, states[0] if states else None
+
+
+@pytest.mark.parametrize("split", [(1, 1, 8), (2, 1, 4), (2, 2, 2), (1, 8, 1), (4, 2, 1)])
+def test_a_step_has_the_same_clips_however_it_is_split(shards: Path, split: tuple[int, int, int]) -> None:
+    """Over several epochs, whose ends fall between passes; and a run may go on with another split of its step."""
+    expected, state = steps_of(shards, (8, 1, 1))
+    found, other = steps_of(shards, split)
+    assert found == expected and len({clip for step in expected for clip in step}) > 8
+    assert other["plan_hash"] == state["plan_hash"] and other["batch"] == state["batch"]
+    assert steps_of(shards, split, state)[0] == expected[3:]
+    assert steps_of(shards, (8, 1, 1), other)[0] == expected[3:]
+
+
+def test_a_step_of_more_clips_than_there_are_goes_through_them_again(shards: Path) -> None:
+    count = len({clip for step in steps_of(shards, (1, 1, 1), steps=40)[0] for clip in step})
+    merged, _ = steps_of(shards, (4, 1, 8), steps=4)
+    assert count < 32 and all(len(step) == 32 for step in merged)

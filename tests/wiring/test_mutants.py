@@ -169,8 +169,8 @@ MUTANTS = [
     Mutant(
         "the stream goes on behind passes whose gradients are lost",
         "data/stream.py",
-        "plan.epoch_and_batch(self.position - self.dataset.passes_before(self.position))",
-        "plan.epoch_and_batch(self.position)",
+        "begun = self.position - self.dataset.passes_before(self.position)",
+        "begun = self.position",
         "tests/data/test_stream.py::test_a_stop_between_passes_goes_back_to_the_first",
     ),
     Mutant(
