@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyflow.callbacks.checkpoints import latest_checkpoint, write_atomically
+from anyflow.callbacks.checkpoints import latest_checkpoint
 from anyflow.data.locks import locked
 from anyflow.errors import UserError
+from anyflow.files import write_atomically
 from anyflow.recipe import Recipe, load_recipe, to_dict
 from anyflow.recipe.fields import flatten
 

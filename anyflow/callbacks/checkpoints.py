@@ -7,7 +7,6 @@ stream position and every random state are inside.
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from pathlib import Path
@@ -20,6 +19,7 @@ from lightning.pytorch.callbacks import Callback
 
 from anyflow.callbacks.background import Writer
 from anyflow.errors import UserError
+from anyflow.files import sync_tree, write_atomically
 from anyflow.stages.base import gather, world
 
 STATE_FILE = "state.ckpt"
@@ -124,26 +124,6 @@ def latest_checkpoint(folder: Path) -> Path | None:
     if not others:
         raise UserError(f"{named} is missing though {pointer} names it; restore it or start again without --resume")
     return others[-1]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file in one step."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def sync_tree(folder: Path) -> None:
-    """Force a folder's files, and the folder itself, to disk."""
-    for path in [*(p for p in folder.rglob("*") if p.is_file()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _numpy_state() -> tuple[Any, ...]:
