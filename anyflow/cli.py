@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from anyflow import early  # noqa: F401  the first of all imports: it answers signals
+
+# isort: split
+
 import os
 import sys
 

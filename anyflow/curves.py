@@ -238,5 +238,5 @@ def save_curve(folder: Path, result: CurveResult, asked: Mapping[str, Any] | Non
     ]
     saved: dict[str, Any] = {"curve": result.curve.to_json(), "shown": shown, "samples": dict(result.samples.items())}
     saved |= {} if asked is None else {"asked": dict(asked)}
-    with replacing(folder / f"{result.curve.label}.pt") as partial:
-        torch.save(saved, partial)
+    with replacing(folder / f"{result.curve.label}.pt") as partial, open(partial, "wb") as file:
+        torch.save(saved, file)

@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "anyflow"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 STREET = {
-    *("assemble", "benchmark", "cli", "commands", "comparison", "console", "curves", "encoding"),
+    *("assemble", "benchmark", "cli", "commands", "comparison", "console", "curves", "early"),
+    "encoding",
     *("experiment", "fingerprints", "finish", "launch", "plan", "plan_peak", "plan_simulate", "plan_turns", "probes"),
     *("ranks", "runs", "sync", "tracking"),
 }
@@ -66,7 +67,7 @@ LIGHTNING_BELOW_STAGES = {"anyflow/data/module.py"}
 LIGHT_AT_THE_DOOR = {"typer", "anyflow"}
 """What ``anyflow --help`` may import."""
 
-LIGHT_ROOMS = {"__version__", "cli", "commands", "recipe", "errors", "files", "plan", "ranks", "signals"}
+LIGHT_ROOMS = {"__version__", "cli", "commands", "early", "recipe", "errors", "files", "plan", "ranks", "signals"}
 
 
 def room_of(path: Path) -> str:

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from anyflow.backbone.parallelize import WAIT, gloo_group, part_of
 from anyflow.callbacks.background import Writer
+from anyflow.callbacks.checkpoints import save_state
 from anyflow.stages.base import check_complete
 
 _WEIGHT, _OPTIMIZER = "weights.", "optimizer."
@@ -67,7 +68,7 @@ class ShardedStrategy(ModelParallelStrategy):
             dcp.save(tensors, storage_writer=storage)
         if self.is_global_zero:
             plain = self.writer.stage(checkpoint)
-            self.writer.later(lambda: torch.save(plain, path))
+            self.writer.later(lambda: save_state(plain, path))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Put a checkpoint of either kind into the stage and its optimisers; returns the plain values."""
@@ -128,8 +129,10 @@ class AnyCheckpoint(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write the whole state, now or behind."""
-        staged, write = self.writer.stage(checkpoint), super().save_checkpoint
-        self.writer.later(lambda: write(staged, path, storage_options))
+        # at its place: Lightning writes through the system's folder for temporary files, which may be small, and where
+        # what was killed would stay
+        staged = self.writer.stage(checkpoint)
+        self.writer.later(lambda: save_state(staged, Path(path)))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """The whole state, as one process saves it."""
