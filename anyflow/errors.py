@@ -86,5 +86,11 @@ _FAULTS: tuple[tuple[tuple[int, ...], tuple[str, ...], str, str], ...] = (
         "a process that decodes clips was killed, most likely for want of memory",
         f"lower data.num_workers (0: none) or data.batch_size, or free memory; {_AGAIN}",
     ),
+    (
+        (),
+        ("does not have a deterministic implementation",),
+        "run.deterministic=true, and an operation has no deterministic kernel on this device",
+        f"set run.deterministic=false; {_AGAIN}",
+    ),
 )
 """Numbers of the system and words of compiled libraries, what they mean, and the remedy."""

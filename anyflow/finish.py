@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from lightning.pytorch.loggers import MLFlowLogger
 
 from anyflow.assemble import Parts
 from anyflow.backbone.codec import Codec, pixels_from_bytes
@@ -30,6 +29,7 @@ from anyflow.evaluation.report import write_report
 from anyflow.evaluation.samples import KeptSamples
 from anyflow.probes import judges_of
 from anyflow.recipe import Recipe
+from anyflow.run_log import RunLogger, recorded_id
 from anyflow.runs import RunFolder
 from anyflow.signals import Listener
 from anyflow.tracking import log_artifacts, log_curve
@@ -44,7 +44,7 @@ def measure(
     recipe: Recipe,
     run: RunFolder,
     parts: Parts,
-    logger: MLFlowLogger | None,
+    logger: RunLogger | None,
     *,
     label: str,
     listener: Listener | None = None,
@@ -125,7 +125,7 @@ def _sampled(recipe: Recipe, parts: Parts, label: str, samples: KeptSamples, lis
         )
 
 
-def finish_flow(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | None) -> None:
+def finish_flow(recipe: Recipe, run: RunFolder, parts: Parts, logger: RunLogger | None) -> None:
     """Measure again, export the averaged weights, write the report."""
     after = measure(recipe, run, parts, logger, label="after")
     before = load_curve(run.path / "curves", "before")
@@ -152,7 +152,7 @@ def finish_flow(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogg
         log_artifacts(logger, run.report, "report")
 
 
-def finish_codec(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | None) -> None:
+def finish_codec(recipe: Recipe, run: RunFolder, parts: Parts, logger: RunLogger | None) -> None:
     """Fix the latents' statistics, measure the reconstruction of held-out clips, export with an untrained network."""
     if rank_and_size()[0] > 0:
         return
@@ -268,8 +268,8 @@ def summary(run: RunFolder) -> str:
     if run.checkpoint is not None:
         lines.append(f"  checkpoint {run.checkpoint.parent}   (an interrupted run goes on with --resume {run.path})")
     lines.append(f'  sample     {program()} sample "..." --model {run.model} --steps 1,4,16')
-    if run.status.get("mlflow_run_id"):
-        lines.append(f"  MLflow     run {run.status['mlflow_run_id']}   (open it with: make mlflow)")
+    if run_id := recorded_id(run):
+        lines.append(f"  MLflow     run {run_id}   (open it with: make mlflow)")
     return "\n".join(lines)
 
 

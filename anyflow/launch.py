@@ -17,7 +17,6 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
 from anyflow.assemble import Parts, assemble, batches_of
@@ -38,6 +37,7 @@ from anyflow.callbacks.progress import TrainingProgress
 from anyflow.callbacks.sampling import Sampling
 from anyflow.callbacks.sharded import AnyCheckpoint, ShardedStrategy
 from anyflow.console import quiet_libraries
+from anyflow.deterministic import make_deterministic
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError, explain
 from anyflow.evaluation.curve import pixel_frames
 from anyflow.evaluation.encoders import check_encoders
@@ -47,6 +47,7 @@ from anyflow.plan import memory_here, plan
 from anyflow.ranks import leave_place
 from anyflow.recipe import Recipe, check_files, lagging_average, save_recipe, to_dict
 from anyflow.recipe.fields import flatten
+from anyflow.run_log import RunLogger
 from anyflow.runs import RunFolder, changed_fields, open_run
 from anyflow.signals import Listener, Terminated, signals_raise
 from anyflow.tracking import close_tracking, code_version, log_artifact, open_tracking
@@ -71,6 +72,8 @@ def train(
     quiet_libraries()
     if recipe.hardware.threads:
         torch.set_num_threads(recipe.hardware.threads)
+    if recipe.run.deterministic:
+        make_deterministic()
     check_files(recipe)
     sampled = recipe.data.frames - pixel_frames(recipe.sampling.given_frames)
     check_encoders(recipe.sampling.encoders, "sampling.encoders", sampled)
@@ -147,7 +150,7 @@ def _train_parts(recipe: Recipe, run: RunFolder, parts: Parts, more: list[Any]) 
     return 0
 
 
-def _open_records(recipe: Recipe, run: RunFolder) -> MLFlowLogger | None:
+def _open_records(recipe: Recipe, run: RunFolder) -> RunLogger | None:
     """The run's folder with its recipe, and the tracker."""
     run.path.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, run.recipe)
@@ -165,7 +168,7 @@ def _open_records(recipe: Recipe, run: RunFolder) -> MLFlowLogger | None:
 
 
 def fit(
-    recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | None, more: Sequence[Any] = ()
+    recipe: Recipe, run: RunFolder, parts: Parts, logger: RunLogger | None, more: Sequence[Any] = ()
 ) -> signal.Signals | None:
     """Train from the run's newest checkpoint (or the start) to the last step; returns the signal that cut it short.
 
@@ -239,12 +242,12 @@ def _place(parts: Parts, device: torch.device) -> None:
 
 
 def _measure_now(
-    recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | None, listener: Listener, label: str
+    recipe: Recipe, run: RunFolder, parts: Parts, logger: RunLogger | None, listener: Listener, label: str
 ) -> None:
     measure(recipe, run, parts, logger, label=label, listener=listener)
 
 
-def _failed(run: RunFolder, logger: MLFlowLogger | None) -> None:
+def _failed(run: RunFolder, logger: RunLogger | None) -> None:
     """Note it, whatever went wrong; on a full disk there is room once what was being written is gone."""
     with suppress(OSError):
         clear_leftovers(run.checkpoints)

@@ -4,7 +4,7 @@ runs/finetune-driving-001/
     recipe.yaml      the resolved recipe          status.json   running | preempted | failed | finished
     checkpoints/     step_00000100/, latest       curves/       the any-step curve before and after
     model/           the exported pipeline        report/       picture, film, plot, table
-    skipped.json     clips that could not be used, if there are any
+    figures.jsonl    what was logged in training   skipped.json     clips that could not be used, if there are any
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from anyflow.recipe import Recipe, load_recipe, to_dict
 from anyflow.recipe.fields import flatten
 
 FREE_ON_RESUME = (
-    *("run.recipe", "run.name", "run.out", "run.tracking_uri", "run.experiment"),
+    *("run.recipe", "run.name", "run.out", "run.tracking_uri", "run.experiment", "run.deterministic"),
     *("hardware.", "checkpoint.", "sampling."),
     *("data.num_workers", "data.error_budget", "data.batch_size"),
 )
@@ -59,6 +59,11 @@ class RunFolder:
     def model(self) -> Path:
         """The exported diffusers pipeline."""
         return self.path / "model"
+
+    @property
+    def figures(self) -> Path:
+        """Every figure that was logged, a line of JSON each time."""
+        return self.path / "figures.jsonl"
 
     @property
     def report(self) -> Path:

@@ -13,10 +13,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "anyflow"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 STREET = {
-    *("assemble", "benchmark", "cli", "commands", "comparison", "console", "curves", "early"),
+    *("assemble", "benchmark", "cli", "commands", "comparison", "console", "curves", "deterministic", "early"),
     "encoding",
     *("experiment", "fingerprints", "finish", "launch", "plan", "plan_peak", "plan_simulate", "plan_turns", "probes"),
-    *("ranks", "runs", "sync", "tracking"),
+    *("ranks", "run_log", "runs", "sync", "tracking"),
 }
 """The street door and the launcher: they may use every room."""
 
@@ -46,6 +46,7 @@ THIRD_PARTY: dict[str, set[str]] = {
 ONLY_IN: dict[str, set[str]] = {
     "mlflow": {
         "anyflow/tracking.py",
+        "anyflow/run_log.py",
         "anyflow/sync.py",
         "anyflow/comparison.py",
         "anyflow/launch.py",
