@@ -10,6 +10,8 @@ from __future__ import annotations
 import random
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,25 @@ def latest_checkpoint(folder: Path) -> Path | None:
         if (whole / STATE_FILE).exists():
             return whole / STATE_FILE
     raise UserError(f"{named} is missing though {pointer} names it; restore it or start again without --resume")
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Within the block a checkpoint is read: what is wrong with its files is told, and which older one is whole.
+
+    Raises:
+        UserError: a file is cut off, or was changed.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        own = path.parent
+        others = [other.name for other in _finished(own.parent) if other != own and (other / STATE_FILE).exists()]
+        what = next(iter(str(error).splitlines()), "") or type(error).__name__
+        older = f"delete {own}, and the run goes on from {others[-1]}" if others else "no other is left: train anew"
+        raise UserError(f"the checkpoint {own} cannot be read, it is damaged ({what[:200]}): {older}") from error
 
 
 def clear_leftovers(folder: Path) -> None:

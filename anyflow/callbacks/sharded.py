@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from anyflow.backbone.parallelize import WAIT, gloo_group, part_of
 from anyflow.callbacks.background import Writer
-from anyflow.callbacks.checkpoints import save_state
+from anyflow.callbacks.checkpoints import readable, save_state
 from anyflow.stages.base import check_complete
 
 _WEIGHT, _OPTIMIZER = "weights.", "optimizer."
@@ -73,7 +73,8 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Put a checkpoint of either kind into the stage and its optimisers; returns the plain values."""
         path = Path(checkpoint_path)
-        plain = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with readable(path):
+            plain = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if is_sharded_checkpoint(path):
             self._load_parts(path, plain)
         else:
@@ -82,7 +83,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def _load_parts(self, path: Path, plain: dict[str, Any]) -> None:
         module: Any = self.lightning_module
-        stored = _stored(path)
+        with readable(path):
+            stored = _stored(path)
         check_complete(module, (key.removeprefix(_WEIGHT) for key in stored))
         tensors = {_WEIGHT + name: tensor for name, tensor in module.state_dict().items() if _WEIGHT + name in stored}
         weights = dict(module.named_parameters())
@@ -146,12 +148,13 @@ def is_sharded_checkpoint(path: Path) -> bool:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The whole of a checkpoint (its ``state.ckpt``), put together in host memory if it is sharded."""
-    plain = torch.load(path, map_location="cpu", weights_only=True)
-    if not is_sharded_checkpoint(path):
-        return plain
-    stored = _stored(path)
-    tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in stored.items()}
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path.parent)), no_dist=True)
+    with readable(path):
+        plain = torch.load(path, map_location="cpu", weights_only=True)
+        if not is_sharded_checkpoint(path):
+            return plain
+        stored = _stored(path)
+        tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in stored.items()}
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path.parent)), no_dist=True)
     plain["state_dict"] = {
         key.removeprefix(_WEIGHT): tensor for key, tensor in tensors.items() if key.startswith(_WEIGHT)
     }
