@@ -258,8 +258,12 @@ def _failed(run: RunFolder, logger: RunLogger | None) -> None:
 
 def _stopped(run: RunFolder, received: signal.Signals) -> int:
     """Say how to go on."""
-    if rank_and_size()[0] > 0 or not run.recipe.exists():
-        return EXIT_INTERRUPTED if received == signal.SIGINT else EXIT_PREEMPTED
+    code = EXIT_INTERRUPTED if received == signal.SIGINT else EXIT_PREEMPTED
+    if rank_and_size()[0] > 0:
+        return code
+    if not run.recipe.exists():
+        print(f"\nStopped by {received.name} before training began; run the same command again.", file=sys.stderr)
+        return code
     run.note(state="preempted" if received == signal.SIGTERM else "interrupted")
     where = run.checkpoint.parent.name if run.checkpoint else "the start"
     print(f"\nStopped by {received.name}; {run.path} is saved.", file=sys.stderr)
@@ -268,7 +272,7 @@ def _stopped(run: RunFolder, received: signal.Signals) -> int:
         f'(a make command with ARGS="--resume {run.path}")',
         file=sys.stderr,
     )
-    return EXIT_INTERRUPTED if received == signal.SIGINT else EXIT_PREEMPTED
+    return code
 
 
 def _refuse_another_recipe(run: RunFolder, recipe: Recipe, accept: bool) -> bool:

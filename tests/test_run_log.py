@@ -90,14 +90,15 @@ def test_a_deleted_database_is_made_anew_with_all_figures(run: RunFolder, capsys
     """It was never recorded to again, and the summary named the run that was gone."""
     first = opened(run)
     first.log_metrics({"loss": 3.0}, 1)
-    assert recorded_id(run) == first.version
+    gone = first.version
+    assert recorded_id(run) == gone
     Path("mlflow.db").rename("gone.db")
     first.log_metrics({"loss": 2.0}, 2)
     assert "was deleted" in capsys.readouterr().err or not Path("mlflow.db").exists()
     assert recorded_id(run) is None, "no summary names a run that is not there"
     second = opened(run, "new.db")  # another name: this process has the first one open
     second.log_metrics({"loss": 1.0}, 3)
-    assert second.version != first.version and recorded_id(run) == second.version
+    assert second.version != gone and recorded_id(run) == second.version
     assert history(run, "loss", "new.db") == [(1, 3.0), (2, 2.0), (3, 1.0)]
     client = MlflowClient(tracking_uri=f"sqlite:///{Path('new.db').resolve()}")
     assert client.get_run(second.version).data.params == {"optimizer.lr": "0.1"}

@@ -8,6 +8,7 @@ ever unpickled. Either kind is resumed by any number of ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from anyflow.backbone.parallelize import WAIT, gloo_group, part_of
@@ -63,9 +65,10 @@ class ShardedStrategy(ModelParallelStrategy):
         if self.writer.is_behind:
             self._apart = self._apart or gloo_group()
             written = dcp.async_save(tensors, storage_writer=storage, process_group=self._apart)
-            self.writer.later(written.result)  # type: ignore[union-attr]
+            self.writer.later(_as_exception()(written.result))  # type: ignore[union-attr]
         else:
-            dcp.save(tensors, storage_writer=storage)
+            with _as_exception():
+                dcp.save(tensors, storage_writer=storage)
         if self.is_global_zero:
             plain = self.writer.stage(checkpoint)
             self.writer.later(lambda: save_state(plain, path))
@@ -83,7 +86,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def _load_parts(self, path: Path, plain: dict[str, Any]) -> None:
         module: Any = self.lightning_module
-        with readable(path):
+        with readable(path), _as_exception():
             stored = _stored(path)
         check_complete(module, (key.removeprefix(_WEIGHT) for key in stored))
         tensors = {_WEIGHT + name: tensor for name, tensor in module.state_dict().items() if _WEIGHT + name in stored}
@@ -94,7 +97,8 @@ class ShardedStrategy(ModelParallelStrategy):
             for index, name, key, field in _optimizer_entries(stored, saved, number):
                 state.setdefault(index, {})[field] = tensors[key] = _like(weights[name], stored[key])
             states.append({"state": state, "param_groups": _numbered(saved["param_groups"])})
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path.parent)))
+        with readable(path), _as_exception():
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path.parent)))
         for optimizer, loaded in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(loaded)
 
@@ -141,6 +145,16 @@ class AnyCheckpoint(TorchCheckpointIO):
         return read_checkpoint(Path(path))
 
 
+@contextmanager
+def _as_exception() -> Iterator[None]:
+    """Make an exception of what torch's distributed checkpoints raise: it is none, and nobody would catch it."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (first, _) = next(iter(error.failures.items()))
+        raise RuntimeError(f"a checkpoint's part of rank {rank}: {first}") from first
+
+
 def is_sharded_checkpoint(path: Path) -> bool:
     """Whether a checkpoint's tensors lie beside its ``state.ckpt``."""
     return any(path.parent.glob("*.safetensors"))
@@ -148,7 +162,7 @@ def is_sharded_checkpoint(path: Path) -> bool:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The whole of a checkpoint (its ``state.ckpt``), put together in host memory if it is sharded."""
-    with readable(path):
+    with readable(path), _as_exception():
         plain = torch.load(path, map_location="cpu", weights_only=True)
         if not is_sharded_checkpoint(path):
             return plain

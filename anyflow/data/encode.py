@@ -367,4 +367,6 @@ def _told(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"the cache {str(folder)!r} cannot be written: {error.strerror or error}") from error
+        what = f"the cache {str(folder)!r} cannot be written: {error.strerror or error}"
+        remedy = "make room or its disk writable, or train from the footage by data.precompute=false"
+        raise UserError(f"{what}; {remedy}") from error
