@@ -248,11 +248,13 @@ def _measure_now(
 
 
 def _failed(run: RunFolder, logger: RunLogger | None) -> None:
-    """Note it, whatever went wrong; on a full disk there is room once what was being written is gone."""
-    with suppress(OSError):
-        clear_leftovers(run.checkpoints)
-    with suppress(OSError):
+    """Note it, whatever went wrong."""
+    try:
         run.note(state="failed")
+    except OSError:  # a full disk: there is room once what was being written is gone
+        with suppress(OSError):
+            clear_leftovers(run.checkpoints)
+            run.note(state="failed")
     close_tracking(logger, "FAILED")
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -56,7 +57,8 @@ def watch(devices: int, nodes: int, again: str = RESUME) -> int:
         UserError: a run over several nodes does not say which node this is, or where the first one is.
     """
     node = _node(nodes)
-    with tempfile.TemporaryDirectory(prefix="anyflow-ranks-") as folder:
+    _clear_dead_watchers()
+    with tempfile.TemporaryDirectory(prefix=f"{_FOLDER}{os.getpid()}-") as folder:
         shared = {
             "WORLD_SIZE": str(devices * nodes),
             "LOCAL_WORLD_SIZE": str(devices),
@@ -136,6 +138,17 @@ def _start(number: int, local: int, folder: Path, shared: dict[str, str]) -> _Ra
         # a session of its own: Ctrl-C reaches it through the watcher alone, once
         process = subprocess.Popen(command, env=own, stdin=subprocess.DEVNULL, start_new_session=True, **streams)  # type: ignore[call-overload]
     return _Rank(number, process, report, log)
+
+
+_FOLDER = "anyflow-ranks-"
+
+
+def _clear_dead_watchers() -> None:
+    """Remove the reports of watchers that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*-*"):
+        watcher = folder.name.removeprefix(_FOLDER).partition("-")[0]
+        if watcher.isdigit() and not Path(f"/proc/{watcher}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _note_end(folder: Path, code: int) -> None:
