@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import errno
+from anyflow import early  # noqa: F401  the first of all imports: it answers signals
+
+# isort: split
+
 import os
 import sys
 
@@ -24,7 +27,7 @@ from anyflow.commands import (
     train,
     vbench,
 )
-from anyflow.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
+from anyflow.errors import EXIT_INTERRUPTED, EXIT_USER, UserError, explain
 from anyflow.ranks import leave_report
 
 app = typer.Typer(
@@ -75,27 +78,12 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
-        if not _disk_is_full(error):
-            if leave_report():  # one rank of several: its watcher speaks for all
-                os._exit(1)  # without waiting for collectives that will never end
-            raise
-        place = getattr(error, "filename", None)
-        full = f"the disk is full ({place})" if place else "the disk is full"
-        _fail(f"{full}: free some space, or write elsewhere by --out; a run goes on by --resume auto")
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    """Whether an error, or what it came from, says so: by its number, or in the words of a compiled library."""
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return any(
-        (isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT))
-        or any(words in str(link) for words in ("No space left on device", "disk is full"))
-        for link in chain
-    )
+        sentence = explain(error)
+        if sentence is not None:
+            _fail(sentence)
+        if leave_report():  # one rank of several: its watcher speaks for all
+            os._exit(1)  # without waiting for collectives that will never end
+        raise
 
 
 def _fail(sentence: str) -> None:

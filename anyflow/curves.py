@@ -24,6 +24,7 @@ from anyflow.errors import UserError
 from anyflow.evaluation.curve import CurveResult, HeldOut
 from anyflow.evaluation.measure import CurveCodec, OnProgress, Sampler, measure_curve, sampler_of
 from anyflow.evaluation.samples import KeptSamples
+from anyflow.files import replacing
 from anyflow.flowmap.sampling import SamplerKind, Take
 
 
@@ -235,9 +236,7 @@ def save_curve(folder: Path, result: CurveResult, asked: Mapping[str, Any] | Non
         }
         for item in result.shown
     ]
-    path = folder / f"{result.curve.label}.pt"
-    partial = path.with_name(path.name + ".partial")
     saved: dict[str, Any] = {"curve": result.curve.to_json(), "shown": shown, "samples": dict(result.samples.items())}
     saved |= {} if asked is None else {"asked": dict(asked)}
-    torch.save(saved, partial)
-    partial.replace(path)
+    with replacing(folder / f"{result.curve.label}.pt") as partial, open(partial, "wb") as file:
+        torch.save(saved, file)

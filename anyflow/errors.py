@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 EXIT_USER = 2
 """The recipe, the arguments or the files are at fault: one sentence says what and how to mend it."""
 
@@ -14,3 +16,81 @@ EXIT_PREEMPTED = 75
 
 class UserError(Exception):
     """A mistake of the user's: one sentence that names the field, the value and the remedy."""
+
+
+def explain(error: BaseException, place: str = "") -> str | None:
+    """One sentence for a failure of the machine, or None for anything else: a programmer's mistake has a traceback.
+
+    Args:
+        error: what was raised; what it came from is looked at too, since libraries wrap what the system says.
+        place: the folder that was written in, for errors that do not name their file.
+    """
+    for link in _chain(error):
+        number = link.errno if isinstance(link, OSError) else None
+        for numbers, words, what, remedy in _FAULTS:
+            is_meant = number in numbers or any(word in str(link) for word in words)
+            # a refusal that was dealt with, before something else went wrong, is no news
+            if is_meant and (errno.EACCES not in numbers or link in (error, error.__cause__)):
+                named = str(getattr(link, "filename", None) or "") or place
+                return f"{what}{f' ({named})' if named else ''}: {remedy}"
+    return None
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    links: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in links:
+        links.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return links
+
+
+_ELSEWHERE = "write elsewhere (--out, --to, run.out)"
+_AGAIN = "a run goes on by --resume auto"
+_FAULTS: tuple[tuple[tuple[int, ...], tuple[str, ...], str, str], ...] = (
+    (
+        (errno.ENOSPC,),
+        ("No space left on device", "disk is full"),
+        "the disk is full",
+        f"free some space, or {_ELSEWHERE}; {_AGAIN}",
+    ),
+    (
+        (errno.EDQUOT,),
+        ("Disk quota exceeded",),
+        "your disk quota is used up",
+        f"delete something, or {_ELSEWHERE}; {_AGAIN}",
+    ),
+    (
+        (errno.EFBIG,),
+        ("File too large",),
+        "a file would be larger than this shell allows",
+        f"raise the limit (ulimit -f unlimited); {_AGAIN}",
+    ),
+    ((errno.EROFS,), ("Read-only file system",), "the disk is read-only", f"make it writable, or {_ELSEWHERE}"),
+    (
+        (errno.EACCES, errno.EPERM),
+        ("Permission denied",),
+        "permission is denied",
+        f"change the owner or the rights, or {_ELSEWHERE}",
+    ),
+    ((errno.EIO,), (), "the disk reports an error", f"look at the disk (dmesg), or {_ELSEWHERE}; {_AGAIN}"),
+    (
+        (errno.EMFILE, errno.ENFILE),
+        ("Too many open files",),
+        "too many files are open",
+        f"raise the limit (ulimit -n 65536); {_AGAIN}",
+    ),
+    (
+        (),
+        ("DataLoader worker (pid",),
+        "a process that decodes clips was killed, most likely for want of memory",
+        f"lower data.num_workers (0: none) or data.batch_size, or free memory; {_AGAIN}",
+    ),
+    (
+        (),
+        ("does not have a deterministic implementation",),
+        "run.deterministic=true, and an operation has no deterministic kernel on this device",
+        f"set run.deterministic=false; {_AGAIN}",
+    ),
+)
+"""Numbers of the system and words of compiled libraries, what they mean, and the remedy."""

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from lightning.pytorch.loggers import MLFlowLogger
 
 from anyflow.assemble import Parts
 from anyflow.backbone.codec import Codec, pixels_from_bytes
@@ -17,6 +16,7 @@ from anyflow.backbone.export import export_lora, export_pipeline
 from anyflow.backbone.model_card import ModelCard
 from anyflow.backbone.parallelize import from_rank_zero, gather_state, rank_and_size
 from anyflow.backbone.wan_vae import encode_moments
+from anyflow.callbacks.preemption import stop_between_calls
 from anyflow.console import program, progress_line
 from anyflow.curves import TooFewClips, curve_of, held_out, load_curve, save_curve
 from anyflow.data.card import load_card
@@ -26,9 +26,12 @@ from anyflow.data.stream import write_skipped
 from anyflow.evaluation.curve import CurveResult
 from anyflow.evaluation.reconstruction import measure_domains
 from anyflow.evaluation.report import write_report
+from anyflow.evaluation.samples import KeptSamples
 from anyflow.probes import judges_of
 from anyflow.recipe import Recipe
+from anyflow.run_log import RunLogger, recorded_id
 from anyflow.runs import RunFolder
+from anyflow.signals import Listener
 from anyflow.stages.forward import ForwardStage
 from anyflow.tracking import log_artifacts, log_curve
 
@@ -39,11 +42,21 @@ def clip_shape(recipe: Recipe) -> ClipShape:
 
 
 def measure(
-    recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | None, *, label: str
+    recipe: Recipe,
+    run: RunFolder,
+    parts: Parts,
+    logger: RunLogger | None,
+    *,
+    label: str,
+    listener: Listener | None = None,
 ) -> CurveResult | None:
     """The any-step curve at this moment, with the averaged weights; measured once for each label and then kept.
 
-    A run may go on with other ``sampling.*`` than it began with: then it is measured again.
+    A run may go on with other ``sampling.*`` than it began with: then it is measured again. What is sampled is kept
+    until the curve is there: a run that is stopped meanwhile goes on with it.
+
+    Raises:
+        Terminated: a signal came, to ``listener`` if there is one.
     """
     if not recipe.sampling.prompts:
         return None
@@ -51,21 +64,23 @@ def measure(
     kept = from_rank_zero(load_curve(run.path / "curves", label, asked))
     if kept is not None:
         return kept
+    samples = KeptSamples(run.samples_of(label), f"{label} {asked}")
     try:
-        result = _sampled(recipe, parts, label)
+        result = _sampled(recipe, parts, label, samples, listener)
     except TooFewClips as error:  # small footage is trained on without a curve rather than not at all
         if rank_and_size()[0] == 0:
             print(f"no curve ({label}): {error}", file=sys.stderr)
         return None
     if rank_and_size()[0] == 0:
         save_curve(run.path / "curves", result, asked)
+        samples.clear()
         if label == "before":
             print("\n".join(result.curve.notes), file=sys.stderr, end="\n" if result.curve.notes else "")
     log_curve(logger, label, list(result.curve.to_json()["rows"]))
     return result
 
 
-def _sampled(recipe: Recipe, parts: Parts, label: str) -> CurveResult:
+def _sampled(recipe: Recipe, parts: Parts, label: str, samples: KeptSamples, listener: Listener | None) -> CurveResult:
     device = next(parts.backbone.parameters()).device
     with progress_line("training the probe") as on_progress:
         judging, notes = judges_of(
@@ -78,7 +93,17 @@ def _sampled(recipe: Recipe, parts: Parts, label: str) -> CurveResult:
             device=device,
             on_progress=on_progress,
         )
-    with averaged(parts), parts.codec.lent(device), progress_line(f"sampling {label}") as on_progress:
+    with (
+        averaged(parts),
+        parts.codec.lent(device),
+        progress_line(f"sampling {label}") as show,
+        stop_between_calls(parts.backbone, listener) as check,
+    ):
+
+        def on_progress(done: int, total: int, what: str) -> None:
+            show(done, total, what)
+            check()
+
         return curve_of(
             parts.backbone,
             parts.codec,
@@ -96,11 +121,12 @@ def _sampled(recipe: Recipe, parts: Parts, label: str) -> CurveResult:
             judging=judging,
             notes=notes,
             divide=True,
+            kept=samples,
             on_progress=on_progress,
         )
 
 
-def finish_flow(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | None) -> None:
+def finish_flow(recipe: Recipe, run: RunFolder, parts: Parts, logger: RunLogger | None) -> None:
     """Measure again, export the averaged weights, write the report."""
     after = measure(recipe, run, parts, logger, label="after")
     before = load_curve(run.path / "curves", "before")
@@ -127,7 +153,7 @@ def finish_flow(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogg
         log_artifacts(logger, run.report, "report")
 
 
-def finish_codec(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | None) -> None:
+def finish_codec(recipe: Recipe, run: RunFolder, parts: Parts, logger: RunLogger | None) -> None:
     """Fix the latents' statistics, measure the reconstruction of held-out clips, export with an untrained network."""
     if rank_and_size()[0] > 0:
         return
@@ -246,8 +272,8 @@ def summary(run: RunFolder) -> str:
     if run.checkpoint is not None:
         lines.append(f"  checkpoint {run.checkpoint.parent}   (an interrupted run goes on with --resume {run.path})")
     lines.append(f'  sample     {program()} sample "..." --model {run.model} --steps 1,4,16')
-    if run.status.get("mlflow_run_id"):
-        lines.append(f"  MLflow     run {run.status['mlflow_run_id']}   (open it with: make mlflow)")
+    if run_id := recorded_id(run):
+        lines.append(f"  MLflow     run {run_id}   (open it with: make mlflow)")
     return "\n".join(lines)
 
 

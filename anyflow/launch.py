@@ -10,14 +10,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
 from anyflow.assemble import Parts, assemble, batches_of
@@ -32,22 +31,25 @@ from anyflow.backbone.parallelize import (
 )
 from anyflow.callbacks.background import BackgroundWriter, Writer
 from anyflow.callbacks.changes import KeepSettings
-from anyflow.callbacks.checkpoints import Checkpoints
+from anyflow.callbacks.checkpoints import Checkpoints, clear_leftovers
 from anyflow.callbacks.preemption import Preemption
 from anyflow.callbacks.progress import TrainingProgress
 from anyflow.callbacks.sampling import Sampling
 from anyflow.callbacks.sharded import AnyCheckpoint, ShardedStrategy
 from anyflow.console import quiet_libraries
-from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
+from anyflow.deterministic import make_deterministic
+from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError, explain
 from anyflow.evaluation.curve import pixel_frames
 from anyflow.evaluation.encoders import check_encoders
 from anyflow.fingerprints import facts_of
 from anyflow.finish import describe_parts, finish_codec, finish_flow, measure, report_skipped, summary
 from anyflow.plan import memory_here, plan
+from anyflow.ranks import leave_place
 from anyflow.recipe import Recipe, check_files, lagging_average, save_recipe, to_dict
 from anyflow.recipe.fields import flatten
+from anyflow.run_log import RunLogger
 from anyflow.runs import RunFolder, changed_fields, open_run
-from anyflow.signals import Terminated, sigterm_raises
+from anyflow.signals import Listener, Terminated, signals_raise
 from anyflow.tracking import close_tracking, code_version, log_artifact, open_tracking
 
 
@@ -70,6 +72,8 @@ def train(
     quiet_libraries()
     if recipe.hardware.threads:
         torch.set_num_threads(recipe.hardware.threads)
+    if recipe.run.deterministic:
+        make_deterministic()
     check_files(recipe)
     sampled = recipe.data.frames - pixel_frames(recipe.sampling.given_frames)
     check_encoders(recipe.sampling.encoders, "sampling.encoders", sampled)
@@ -84,6 +88,8 @@ def train(
     join_ranks(recipe.hardware.accelerator)
     rank = rank_and_size()[0]
     run = from_rank_zero(open_run(Path(recipe.run.out), recipe.run.name, out=out, resume=resume) if rank == 0 else None)
+    if rank == 0:
+        leave_place(run.path)
     if on_open is not None:
         on_open(run)
     changed = _refuse_another_recipe(run, recipe, accept_changes)
@@ -93,17 +99,22 @@ def train(
         return 0
     wait_for_all()  # nobody writes before all have read
     try:
-        with sigterm_raises(Terminated):  # outside of the training loop; the loop has its own
+        with signals_raise():  # outside of the training loop; the loop has its own
             return _train(recipe, run, [KeepSettings()] if changed else [])
-    except KeyboardInterrupt:
-        return _stopped(run, signal.SIGINT)
-    except Terminated:
-        return _stopped(run, signal.SIGTERM)
+    except Terminated as stop:
+        return _stopped(run, stop.received)
+    finally:
+        if rank == 0:
+            run.give_back()
 
 
 def _train(recipe: Recipe, run: RunFolder, more: list[Any]) -> int:
+    was_new = not run.recipe.exists()
     parts = assemble(recipe)
     with run.held() if rank_and_size()[0] == 0 else nullcontext():
+        if rank_and_size()[0] == 0:
+            run.clear_leftovers(recipe.total_steps, is_new=was_new, is_changed=bool(more))
+        wait_for_all()
         return _train_parts(recipe, run, parts, more)
 
 
@@ -119,14 +130,18 @@ def _train_parts(recipe: Recipe, run: RunFolder, parts: Parts, more: list[Any]) 
             measure(recipe, run, parts, logger, label="before")
         received = fit(recipe, run, parts, logger, more)
         if received is not None:
-            close_tracking(logger, "KILLED")
-            return _stopped(run, received)
+            raise Terminated(received)
         (finish_codec if is_codec else finish_flow)(recipe, run, parts, logger)
-    except UserError:
-        if is_first:
-            run.note(state="failed")
-            close_tracking(logger, "FAILED")
+    except Terminated:
+        close_tracking(logger, "KILLED")
         raise
+    except Exception as error:
+        if is_first:
+            _failed(run, logger)
+        sentence = explain(error, str(run.path))
+        if sentence is None or isinstance(error, UserError):
+            raise
+        raise UserError(sentence) from error
     if is_first:
         run.note(state="finished")
         close_tracking(logger, "FINISHED")
@@ -135,7 +150,7 @@ def _train_parts(recipe: Recipe, run: RunFolder, parts: Parts, more: list[Any]) 
     return 0
 
 
-def _open_records(recipe: Recipe, run: RunFolder) -> MLFlowLogger | None:
+def _open_records(recipe: Recipe, run: RunFolder) -> RunLogger | None:
     """The run's folder with its recipe, and the tracker."""
     run.path.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, run.recipe)
@@ -153,7 +168,7 @@ def _open_records(recipe: Recipe, run: RunFolder) -> MLFlowLogger | None:
 
 
 def fit(
-    recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | None, more: Sequence[Any] = ()
+    recipe: Recipe, run: RunFolder, parts: Parts, logger: RunLogger | None, more: Sequence[Any] = ()
 ) -> signal.Signals | None:
     """Train from the run's newest checkpoint (or the start) to the last step; returns the signal that cut it short.
 
@@ -166,9 +181,10 @@ def fit(
     preemption = Preemption(checkpoints)
     callbacks: list[Any] = [checkpoints, TrainingProgress(recipe.stage.name, recipe.total_steps), preemption, *more]
     if recipe.sampling.every_steps and recipe.stage.name != "codec":
-        measure_now = partial(_measure_now, recipe, run, parts, logger)
-        every = recipe.sampling.every_steps
-        callbacks.insert(0, Sampling(measure_now, every_steps=every, total_steps=recipe.total_steps))
+        listener, every = preemption.listener, recipe.sampling.every_steps
+        measure_now = partial(_measure_now, recipe, run, parts, logger, listener)
+        sampling = Sampling(measure_now, every_steps=every, total_steps=recipe.total_steps, listener=listener)
+        callbacks.insert(0, sampling)
     manual = not parts.stage.automatic_optimization  # such a stage has several optimisers and counts its own steps
     turns = batches_of(recipe) // recipe.total_steps if manual else 1
     trainer = lightning.Trainer(
@@ -194,6 +210,7 @@ def fit(
             parts.data.stream.gather()
     finally:
         report_skipped(run, parts.data)
+    wait_for_all()  # the first rank may still have been writing: none leaves before it, and is taken for dead
     return preemption.received
 
 
@@ -225,16 +242,31 @@ def _place(parts: Parts, device: torch.device) -> None:
         parts.backbone.to(device)
 
 
-def _measure_now(recipe: Recipe, run: RunFolder, parts: Parts, logger: MLFlowLogger | None, label: str) -> None:
-    measure(recipe, run, parts, logger, label=label)
+def _measure_now(
+    recipe: Recipe, run: RunFolder, parts: Parts, logger: RunLogger | None, listener: Listener, label: str
+) -> None:
+    measure(recipe, run, parts, logger, label=label, listener=listener)
+
+
+def _failed(run: RunFolder, logger: RunLogger | None) -> None:
+    """Note it, whatever went wrong."""
+    try:
+        run.note(state="failed")
+    except OSError:  # a full disk: there is room once what was being written is gone
+        with suppress(OSError):
+            clear_leftovers(run.checkpoints)
+            run.note(state="failed")
+    close_tracking(logger, "FAILED")
 
 
 def _stopped(run: RunFolder, received: signal.Signals) -> int:
     """Say how to go on."""
+    code = EXIT_INTERRUPTED if received == signal.SIGINT else EXIT_PREEMPTED
     if rank_and_size()[0] > 0:
-        return EXIT_INTERRUPTED if received == signal.SIGINT else EXIT_PREEMPTED
-    if not run.path.exists():
-        return EXIT_INTERRUPTED if received == signal.SIGINT else EXIT_PREEMPTED
+        return code
+    if not run.recipe.exists():
+        print(f"\nStopped by {received.name} before training began; run the same command again.", file=sys.stderr)
+        return code
     run.note(state="preempted" if received == signal.SIGTERM else "interrupted")
     where = run.checkpoint.parent.name if run.checkpoint else "the start"
     print(f"\nStopped by {received.name}; {run.path} is saved.", file=sys.stderr)
@@ -243,7 +275,7 @@ def _stopped(run: RunFolder, received: signal.Signals) -> int:
         f'(a make command with ARGS="--resume {run.path}")',
         file=sys.stderr,
     )
-    return EXIT_INTERRUPTED if received == signal.SIGINT else EXIT_PREEMPTED
+    return code
 
 
 def _refuse_another_recipe(run: RunFolder, recipe: Recipe, accept: bool) -> bool:

@@ -10,7 +10,9 @@ its own. Here the first failure is the report, and the others are ended.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,16 +20,23 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from anyflow.errors import EXIT_USER, UserError
+from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER, UserError
+from anyflow.files import write_atomically
+from anyflow.signals import STOPPING
 
 REPORT = "ANYFLOW_RANK_REPORT"
 """The file that a watched rank leaves its last words in, instead of the screen."""
 
 RESUME = "go on from the last checkpoint by the same command with --resume auto"
+
+PLACE = "run"
+"""The file beside the reports that names the run's folder."""
 
 GRACE_SECONDS = 8.0
 """How long the other ranks may take to end by themselves once one has failed."""
@@ -48,7 +57,8 @@ def watch(devices: int, nodes: int, again: str = RESUME) -> int:
         UserError: a run over several nodes does not say which node this is, or where the first one is.
     """
     node = _node(nodes)
-    with tempfile.TemporaryDirectory(prefix="anyflow-ranks-") as folder:
+    _clear_dead_watchers()
+    with tempfile.TemporaryDirectory(prefix=f"{_FOLDER}{os.getpid()}-") as folder:
         shared = {
             "WORLD_SIZE": str(devices * nodes),
             "LOCAL_WORLD_SIZE": str(devices),
@@ -57,15 +67,22 @@ def watch(devices: int, nodes: int, again: str = RESUME) -> int:
             "MASTER_PORT": os.environ.get("MASTER_PORT") or str(_free_port()),
             "ANYFLOW_WATCHER": str(os.getpid()),
         }
-        ranks = [_start(node * devices + local, local, Path(folder), shared) for local in range(devices)]
-        previous = {number: signal.signal(number, _pass_on(ranks)) for number in (signal.SIGTERM, signal.SIGINT)}
+        ranks: list[_Rank] = []
+        passed: list[int] = []
+        previous = {number: signal.signal(number, _pass_on(ranks, passed)) for number in STOPPING}
         try:
-            return _wait(ranks, devices * nodes, again)
+            for local in range(devices):
+                if not passed:
+                    ranks.append(_start(node * devices + local, local, Path(folder), shared))
+            code = _wait(ranks, devices * nodes, again, passed)
         finally:
             for rank in ranks:
                 rank.process.kill()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+        if code:
+            _note_end(Path(folder), code)
+        return code
 
 
 def end_with_watcher() -> None:
@@ -79,6 +96,13 @@ def end_with_watcher() -> None:
     ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
     if os.getppid() != int(watcher):  # it died before we asked
         os._exit(1)
+
+
+def leave_place(run: Path) -> None:
+    """Tell the watcher, if there is one, where the run is: a rank that is killed cannot note its end."""
+    place = os.environ.get(REPORT)
+    if place is not None:
+        (Path(place).parent / PLACE).write_text(str(run.resolve()), encoding="utf-8")
 
 
 def leave_report(text: str | None = None) -> bool:
@@ -116,7 +140,28 @@ def _start(number: int, local: int, folder: Path, shared: dict[str, str]) -> _Ra
     return _Rank(number, process, report, log)
 
 
-def _wait(ranks: list[_Rank], world_size: int, again: str) -> int:
+_FOLDER = "anyflow-ranks-"
+
+
+def _clear_dead_watchers() -> None:
+    """Remove the reports of watchers that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*-*"):
+        watcher = folder.name.removeprefix(_FOLDER).partition("-")[0]
+        if watcher.isdigit() and not Path(f"/proc/{watcher}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _note_end(folder: Path, code: int) -> None:
+    """Say in the run's folder how it ended, where the rank that does so was ended before it could."""
+    with suppress(OSError, ValueError):
+        status = Path((folder / PLACE).read_text(encoding="utf-8")) / "status.json"
+        known = json.loads(status.read_text(encoding="utf-8"))
+        if known.get("state") == "running":
+            state = {EXIT_PREEMPTED: "preempted", EXIT_INTERRUPTED: "interrupted"}.get(code, "failed")
+            write_atomically(status, json.dumps({**known, "state": state}, indent=2) + "\n")
+
+
+def _wait(ranks: list[_Rank], world_size: int, again: str, passed: Sequence[int] = ()) -> int:
     failed: _Rank | None = None
     deadline = float("inf")
     while any(rank.process.poll() is None for rank in ranks) and time.monotonic() < deadline:
@@ -126,6 +171,9 @@ def _wait(ranks: list[_Rank], world_size: int, again: str) -> int:
             deadline = time.monotonic() + GRACE_SECONDS
         time.sleep(0.1)
     gone = [rank for rank in ranks if rank.process.poll()]
+    if passed and (not ranks or any(_was_stopped(rank, passed) for rank in gone)):
+        # the others may have failed for want of those that went, or hung in a collective with them
+        return EXIT_INTERRUPTED if passed[0] == signal.SIGINT else EXIT_PREEMPTED
     failed = failed or min(gone, key=lambda rank: rank.process.returncode, default=None)
     if failed is None:
         return 0
@@ -136,6 +184,10 @@ def _wait(ranks: list[_Rank], world_size: int, again: str) -> int:
     elif code < 0 or code == 1:
         print(_report(failed, world_size, words, again), file=sys.stderr)
     return code if code > 0 else 128 - code
+
+
+def _was_stopped(rank: _Rank, passed: Sequence[int]) -> bool:
+    return rank.process.returncode in (EXIT_PREEMPTED, EXIT_INTERRUPTED, *(-number for number in passed))
 
 
 def _report(failed: _Rank, world_size: int, words: str, again: str) -> str:
@@ -149,8 +201,9 @@ def _report(failed: _Rank, world_size: int, words: str, again: str) -> str:
     return "\n".join(lines + ([f"Its last words:\n{words}"] if words else []))
 
 
-def _pass_on(ranks: list[_Rank]) -> signal.Handlers | None:
+def _pass_on(ranks: list[_Rank], passed: list[int]) -> signal.Handlers | None:
     def handler(number: int, frame: FrameType | None) -> None:
+        passed.append(number)
         for rank in ranks:
             if rank.process.poll() is None:
                 rank.process.send_signal(number)

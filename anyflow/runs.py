@@ -4,27 +4,29 @@ runs/finetune-driving-001/
     recipe.yaml      the resolved recipe          status.json   running | preempted | failed | finished
     checkpoints/     step_00000100/, latest       curves/       the any-step curve before and after
     model/           the exported pipeline        report/       picture, film, plot, table
-    skipped.json     clips that could not be used, if there are any
+    figures.jsonl    what was logged in training   skipped.json     clips that could not be used, if there are any
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyflow.callbacks.checkpoints import latest_checkpoint, write_atomically
+from anyflow.callbacks.checkpoints import clear_leftovers, latest_checkpoint
 from anyflow.data.locks import locked
 from anyflow.errors import UserError
+from anyflow.files import write_atomically
 from anyflow.recipe import Recipe, load_recipe, to_dict
 from anyflow.recipe.fields import flatten
 
 FREE_ON_RESUME = (
-    *("run.recipe", "run.name", "run.out", "run.tracking_uri", "run.experiment"),
+    *("run.recipe", "run.name", "run.out", "run.tracking_uri", "run.experiment", "run.deterministic"),
     *("hardware.", "checkpoint.", "sampling."),
     *("data.num_workers", "data.error_budget", "data.batch_size"),
 )
@@ -59,6 +61,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def figures(self) -> Path:
+        """Every figure that was logged, a line of JSON each time."""
+        return self.path / "figures.jsonl"
+
+    @property
     def report(self) -> Path:
         """Pictures, plots and numbers for people."""
         return self.path / "report"
@@ -72,6 +79,34 @@ class RunFolder:
     def note(self, **facts: Any) -> None:
         """Add facts to the status, atomically."""
         write_atomically(self.path / "status.json", json.dumps({**self.status, **facts}, indent=2) + "\n")
+
+    def samples_of(self, label: str) -> Path:
+        """Where the samples of a curve lie that is being measured."""
+        return self.path / "curves" / f".{label}"
+
+    def clear_leftovers(self, total_steps: int, *, is_new: bool, is_changed: bool) -> None:
+        """Remove what killed processes have left; who calls holds the run.
+
+        Samples stay for a curve that is to be measured now with the very same weights.
+
+        Raises:
+            UserError: the run was to be a new one, and another process has begun it meanwhile.
+        """
+        if is_new and self.recipe.exists():
+            raise UserError(f"{self.path} was begun by another process meanwhile: choose another --out, or none")
+        clear_leftovers(self.checkpoints)
+        checkpoint = self.checkpoint
+        step = checkpoint.parent.name if checkpoint is not None else "before"
+        due = {step, "after" if step == f"step_{total_steps:08d}" else step}
+        for folder in (self.path / "curves").glob(".*"):
+            if is_changed or folder.name.removeprefix(".") not in due:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def give_back(self) -> None:
+        """Remove the folder if nothing was begun in it, and nobody is about to."""
+        if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= {".lock"}:
+            with suppress(BlockingIOError), locked(self.path / ".lock", 0.0):
+                shutil.rmtree(self.path, ignore_errors=True)
 
     @contextmanager
     def held(self, patience: float = 10.0) -> Iterator[None]:
@@ -106,8 +141,8 @@ def open_run(root: Path, name: str, *, out: Path | None, resume: str | None) -> 
         root: Where runs live.
         name: The recipe's name; new runs are numbered after it.
         out: A folder that the user chose.
-        resume: None for a new run; ``auto`` for the newest unfinished run of this name (or ``out``), and a new one
-            where there is none; otherwise a run's name or folder.
+        resume: None for a new run, whose folder is made; ``auto`` for the newest unfinished run of this name (or
+            ``out``), and a new one where there is none; otherwise a run's name or folder.
 
     Raises:
         UserError: The chosen folder is in use, or the run to resume does not exist.
@@ -118,7 +153,7 @@ def open_run(root: Path, name: str, *, out: Path | None, resume: str | None) -> 
             return RunFolder(candidate)
         if out is not None and out.exists() and any(out.iterdir()):
             raise UserError(f"--out {out} is not empty; choose another folder, or --resume auto to go on with it")
-        return RunFolder(out if out is not None else root / f"{name}-{_next_number(root, name):03d}")
+        return RunFolder(out if out is not None else _claimed(root, name))
     for path in (Path(resume), root / resume):
         if (path / "recipe.yaml").exists():
             return RunFolder(path)
@@ -142,8 +177,16 @@ def _numbered(root: Path, name: str) -> dict[int, Path]:
     return {int(match[1]): path for match, path in matches if match}
 
 
-def _next_number(root: Path, name: str) -> int:
-    return max(_numbered(root, name), default=0) + 1
+def _claimed(root: Path, name: str) -> Path:
+    """A new folder with the next number, which no other process that starts now is given."""
+    number = max(_numbered(root, name), default=0) + 1
+    root.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            (folder := root / f"{name}-{number:03d}").mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
 
 
 def _newest(root: Path, name: str) -> Path | None:

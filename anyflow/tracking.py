@@ -1,8 +1,7 @@
 """MLflow: where runs are compared. A run is logged with its recipe, code, machine, curves, pictures and files.
 
 Local first: runs are recorded in a database on this machine, whatever the recipe names; :mod:`anyflow.sync` sends them
-to a server when one asks for it. Tracking must never cost a training: a store that fails is reported once and the run
-goes on, its files being on disk.
+to a server when one asks for it. Tracking must never cost a training: see :mod:`anyflow.run_log`.
 """
 
 from __future__ import annotations
@@ -12,15 +11,15 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.loggers import MLFlowLogger
 
+from anyflow.run_log import RunLogger, check_database, first_line
 from anyflow.runs import RunFolder
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -35,29 +34,6 @@ TREE = ("--", ":(top)", ":(top,exclude)experiments/results")
 ROLE_TAG = "anyflow.role"
 MAX_PARAM = 500
 """Characters of a parameter's value; MLflow refuses long ones."""
-
-
-class SafeLogger(MLFlowLogger):
-    """Lightning's logger, whose failures are told once and stop nothing."""
-
-    is_broken = False
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # type: ignore[override]
-        self._safely(super().log_metrics, metrics, step)
-
-    def log_hyperparams(self, params: Any) -> None:  # type: ignore[override]
-        self._safely(super().log_hyperparams, params)
-
-    def finalize(self, status: str = "success") -> None:
-        self._safely(super().finalize, status)
-
-    def _safely(self, action: Any, *arguments: Any) -> None:
-        try:
-            action(*arguments)
-        except Exception as error:
-            if not self.is_broken:
-                print(f"MLflow does not take this run's figures ({_first_line(error)}); it goes on", file=sys.stderr)
-            self.is_broken = True
 
 
 def local_store(uri: str) -> tuple[str, str]:
@@ -75,8 +51,8 @@ def local_store(uri: str) -> tuple[str, str]:
 
 def open_tracking(
     run: RunFolder, *, uri: str, experiment: str, parameters: Mapping[str, Any], tags: Mapping[str, str]
-) -> SafeLogger | None:
-    """A logger on a new MLflow run, or on the resumed run's own; None if tracking is off or fails.
+) -> RunLogger | None:
+    """A logger on a new MLflow run, or on the resumed run's own; None if tracking is off.
 
     A run of an ``experiment`` stands below that experiment's own run.
     """
@@ -84,33 +60,61 @@ def open_tracking(
         return None
     try:
         store, artifacts = local_store(uri)
+    except OSError as error:
+        print(f"MLflow at {uri} cannot be used ({first_line(error)}); the run goes on without it", file=sys.stderr)
+        return None
+
+    def connect() -> tuple[Any, str, bool]:
         parent = {PARENT_TAG: experiment_run(store, artifacts, experiment)[1]} if experiment else {}
-        logger = SafeLogger(
-            experiment_name=experiment or EXPERIMENT,
-            run_name=run.name,
-            tracking_uri=store,
-            artifact_location=artifacts,
-            run_id=run.status.get("mlflow_run_id"),
-            tags={**tags, **parent, **code_version(), **machine()},
-        )
-        client, run_id = logger.experiment, logger.run_id
-        if run.status.get("mlflow_run_id") is None:
-            _log_params(client, str(run_id), parameters)
-        client.set_terminated(run_id, status="RUNNING")  # a resumed run would otherwise stay FINISHED
-        run.note(mlflow_run_id=run_id)
-        return logger
-    except Exception as error:  # any store, any failure: training matters more
-        print(f"MLflow at {uri} cannot be used ({error}); the run goes on without it", file=sys.stderr)
+        client, number = _experiment(store, artifacts, experiment or EXPERIMENT)
+        run_id = _known_run(client, run.status.get("mlflow_run_id"))
+        if run_id is not None:
+            client.set_terminated(run_id, status="RUNNING")  # a resumed run would otherwise stay FINISHED
+            return client, run_id, False
+        made = client.create_run(number, run_name=run.name, tags={**tags, **parent, **code_version(), **machine()})
+        _log_params(client, made.info.run_id, parameters)
+        return client, made.info.run_id, True
+
+    logger = RunLogger(run, _database(store), connect)
+    logger.deliver()
+    return logger
+
+
+def _database(store: str) -> Path:
+    return Path(store.removeprefix("sqlite:///"))
+
+
+def _experiment(store: str, artifacts: str, name: str) -> tuple[Any, str]:
+    """MLflow's client and an experiment's id: made if there is none, and taken back if somebody has deleted it."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=store)
+    known = client.get_experiment_by_name(name)
+    if known is None:
+        return client, client.create_experiment(name, artifact_location=artifacts)
+    if known.lifecycle_stage == "deleted":
+        client.restore_experiment(known.experiment_id)
+        print(f"MLflow's experiment {name!r} was deleted: it is restored", file=sys.stderr)
+    return client, known.experiment_id
+
+
+def _known_run(client: Any, run_id: str | None) -> str | None:
+    """The id of a run that MLflow still has, else None."""
+    from mlflow.exceptions import MlflowException
+
+    if run_id is None:
+        return None
+    try:
+        return run_id if client.get_run(run_id).info.lifecycle_stage == "active" else None
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
         return None
 
 
 def experiment_run(store: str, artifacts: str, name: str) -> tuple[Any, str]:
     """MLflow's client and the id of an experiment's own run, below which its runs stand; made if there is none."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=store)
-    known = client.get_experiment_by_name(name)
-    number = known.experiment_id if known else client.create_experiment(name, artifact_location=artifacts)
+    client, number = _experiment(store, artifacts, name)
     found = client.search_runs([number], filter_string=f"tags.`{ROLE_TAG}` = 'experiment'", max_results=1)
     if found:
         return client, found[0].info.run_id
@@ -137,7 +141,7 @@ def record_curves(
     """
 
     def record(client: Any, parent: str) -> None:
-        run_id = run.status.get("mlflow_run_id")
+        run_id = _known_run(client, run.status.get("mlflow_run_id"))
         if run_id is None:
             number = client.get_run(parent).info.experiment_id
             made = client.create_run(
@@ -172,24 +176,37 @@ def _with_experiment(uri: str, experiment: str, action: Any) -> None:
     if not uri:
         return
     try:
-        action(*experiment_run(*local_store(uri), experiment))
+        store, artifacts = local_store(uri)
+        check_database(_database(store))
+        action(*experiment_run(store, artifacts, experiment))
     except Exception as error:
-        print(f"MLflow did not take this: {_first_line(error)}", file=sys.stderr)
+        print(f"MLflow did not take this: {first_line(error)}", file=sys.stderr)
 
 
-def log_artifacts(logger: MLFlowLogger | None, folder: Path, name: str) -> None:
+def log_artifacts(logger: RunLogger | None, folder: Path, name: str) -> None:
     """Copy a folder's files into the run's artifacts."""
-    _quietly(logger, lambda client, run_id: client.log_artifacts(run_id, str(folder), name))
+    if logger is not None:
+        logger.later(lambda client, run_id: client.log_artifacts(run_id, str(folder), name))
 
 
-def log_artifact(logger: MLFlowLogger | None, path: Path) -> None:
+def log_artifact(logger: RunLogger | None, path: Path) -> None:
     """Copy one file into the run's artifacts."""
-    _quietly(logger, lambda client, run_id: client.log_artifact(run_id, str(path)))
+    if logger is not None:
+        logger.later(lambda client, run_id: client.log_artifact(run_id, str(path)))
 
 
-def log_curve(logger: MLFlowLogger | None, when: str, rows: Iterable[Mapping[str, Any]]) -> None:
+def log_curve(logger: RunLogger | None, when: str, rows: Iterable[Mapping[str, Any]]) -> None:
     """Log a curve's figures, with the number of steps as MLflow's step: ``before/motion_accuracy`` over 1, 2, 4 ..."""
-    _quietly(logger, lambda client, run_id: _log_rows(client, run_id, when, rows))
+    if logger is not None:
+        for row in rows:
+            logger.log_metrics({f"{when}/{key}": value for key, value in _numbers(row)}, int(row["num_steps"]))
+
+
+def _numbers(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The figures of a curve's row."""
+    for key, value in row.items():
+        if key != "num_steps" and isinstance(value, int | float) and value == value:
+            yield key, float(value)
 
 
 def _log_rows(client: Any, run_id: str, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -206,13 +223,10 @@ def _log_rows(client: Any, run_id: str, name: str, rows: Iterable[Mapping[str, A
 
     now = int(time.time() * 1000)
     figures = [
-        Metric(f"{name}/{key}", float(value), now, int(row["num_steps"]))
+        Metric(f"{name}/{key}", value, now, int(row["num_steps"]))
         for row in rows
-        for key, value in row.items()
-        if key != "num_steps"
-        and isinstance(value, int | float)
-        and value == value
-        and there.get((f"{name}/{key}", int(row["num_steps"]))) != float(value)
+        for key, value in _numbers(row)
+        if there.get((f"{name}/{key}", int(row["num_steps"]))) != value
     ]
     for start in range(0, len(figures), 500):
         client.log_batch(run_id, metrics=figures[start : start + 500])
@@ -226,9 +240,10 @@ def _log_params(client: Any, run_id: str, parameters: Mapping[str, Any]) -> None
         client.log_batch(run_id, params=params[start : start + 50])
 
 
-def close_tracking(logger: MLFlowLogger | None, status: str) -> None:
+def close_tracking(logger: RunLogger | None, status: str) -> None:
     """End the MLflow run as FINISHED, KILLED or FAILED."""
-    _quietly(logger, lambda client, run_id: client.set_terminated(run_id, status=status))
+    if logger is not None:
+        logger.close(status)
 
 
 def code_version() -> dict[str, str]:
@@ -258,16 +273,3 @@ def machine() -> dict[str, str]:
         with suppress(PackageNotFoundError):  # run from its folder, without installation
             facts[f"version.{name}"] = version(name)
     return facts
-
-
-def _quietly(logger: MLFlowLogger | None, action: Any) -> None:
-    if logger is None:
-        return
-    try:
-        action(logger.experiment, logger.run_id)
-    except Exception as error:
-        print(f"MLflow did not take this: {_first_line(error)}", file=sys.stderr)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from anyflow import cli
-from anyflow.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
+from anyflow.errors import EXIT_INTERRUPTED, EXIT_USER, UserError, explain
 
 PROJECT = Path(__file__).resolve().parents[1]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -159,5 +159,5 @@ def test_a_full_disk_is_seen_behind_another_error() -> None:
         except OSError as error:
             raise RuntimeError("could not save") from error
     except RuntimeError as error:
-        assert cli._disk_is_full(error)
-    assert not cli._disk_is_full(RuntimeError("other"))
+        assert "the disk is full" in str(explain(error))
+    assert explain(RuntimeError("other")) is None

@@ -90,24 +90,6 @@ def test_a_servers_address_is_not_waited_for(template: Path) -> None:
     assert (template / "runs" / "mlflow.db").is_file()
 
 
-def test_a_store_that_breaks_is_told_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from lightning.pytorch.loggers import MLFlowLogger
-
-    from anyflow.tracking import SafeLogger
-
-    def broken(*_: Any, **__: Any) -> None:
-        raise OSError("database is locked\nand more")
-
-    monkeypatch.setattr(MLFlowLogger, "log_metrics", broken)
-    logger = SafeLogger(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
-    for step in range(3):
-        logger.log_metrics({"loss": 1.0}, step)
-    told = capsys.readouterr().err
-    assert told.count("database is locked") == 1 and "and more" not in told
-
-
 def check_copy(local: str, to: str) -> None:
     """Everything is at the server once, however often it is sent."""
     sent = sync(local, to)
@@ -163,6 +145,15 @@ def check_rewritten(local: str, to: str) -> None:
         assert Path(sent).read_text() == "<p>it fails</p>"
     finally:
         path.write_text(written)
+
+
+@pytest.mark.parametrize("to", ["", "127.0.0.1:5000", "file:/tmp/mlruns", "http://"])
+def test_what_is_no_server_is_refused(to: str, local: str) -> None:
+    """An empty address was a new database in the working folder; the others were tracebacks."""
+    from anyflow.commands.sync import sync as command
+
+    with pytest.raises(UserError, match="is no server's address: give one such as http"):
+        command(to=to, uri=local)
 
 
 def test_a_dead_server_is_one_sentence(local: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,6 +28,7 @@ from anyflow.backbone.lora import ADAPTER, LORA_FILE, lora_metadata, lora_state,
 from anyflow.backbone.model_card import ModelCard
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.errors import UserError
+from anyflow.files import partial_folder, write_atomically
 from anyflow.flowmap.sampling import SamplerKind
 
 _WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
@@ -112,7 +112,7 @@ def export_lora(
     layers = {
         name: tensor.float().cpu().contiguous() for name, tensor in lora_state(backbone, adapter, weights).items()
     }
-    partial = f".{uuid.uuid4().hex}.safetensors"
+    partial = ".partial.safetensors"
     AnyFlowPipeline.save_lora_weights(
         target,
         transformer_lora_layers=layers,
@@ -122,7 +122,7 @@ def export_lora(
     (target / partial).replace(target / LORA_FILE)
     if card is not None:
         is_causal = isinstance(backbone.transformer, AnyFlowFARTransformer3DModel)
-        (target / "README.md").write_text(replace(card, causal=is_causal).render(lora=True), encoding="utf-8")
+        write_atomically(target / "README.md", replace(card, causal=is_causal).render(lora=True))
     return target / LORA_FILE
 
 
@@ -199,16 +199,11 @@ def _link_or_copy(source: Path, place: Path) -> None:
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
     """A folder to write into that takes the target's place on success, and vanishes on failure."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unique = uuid.uuid4().hex[:8]
-    place, previous = (target.with_name(f".{target.name}.{unique}.{state}") for state in ("new", "old"))
-    place.mkdir()
-    try:
+    previous = target.with_name(f".{target.name}.previous")
+    with partial_folder(target) as place:
         yield place
         if target.exists():
+            shutil.rmtree(previous, ignore_errors=True)
             target.rename(previous)
         place.rename(target)
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        raise
     shutil.rmtree(previous, ignore_errors=True)

@@ -248,6 +248,15 @@ def from_rank_zero(value: Any) -> Any:
     return values[0]
 
 
+def largest_on_ranks(number: int) -> int:
+    """The largest of all ranks' numbers, on every rank (a collective)."""
+    if not dist.is_initialized():
+        return number
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def own_rows(count: int) -> list[int]:
     """Rows of a batch that are this rank's to do: dealt out in turn, equally many everywhere (the last is repeated)."""
     rank, size = rank_and_size()

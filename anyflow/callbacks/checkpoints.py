@@ -8,9 +8,11 @@ between two updates: passes that wait for theirs have changed no weight, and are
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from lightning.pytorch.callbacks import Callback
 
 from anyflow.callbacks.background import Writer
 from anyflow.errors import UserError
+from anyflow.files import PARTIAL, naming, sync_tree, write_atomically
 from anyflow.stages.base import gather, world
 
 STATE_FILE = "state.ckpt"
@@ -68,7 +71,7 @@ class Checkpoints(Callback):
         self._saved = (stage.step, stage.turn)
         within = f"_turn_{stage.turn}" if stage.turn else ""  # between the updates of one step
         final = self.folder / f"step_{stage.step:08d}{within}"
-        partial = self.folder / f"{final.name}.partial"
+        partial = self.folder / f"{final.name}{PARTIAL}"
         if trainer.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -85,18 +88,15 @@ class Checkpoints(Callback):
     def _publish(self, partial: Path, final: Path) -> None:
         """Give a complete checkpoint its name."""
         sync_tree(partial)
-        replaced = self.folder / f"{final.name}.replaced.partial"
         if final.exists():  # a run that went on from an earlier one reaches the same step again
-            shutil.rmtree(replaced, ignore_errors=True)
-            final.rename(replaced)
+            final.rename(_replaced(final))
         partial.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
         write_atomically(self.folder / POINTER, final.name)
+        shutil.rmtree(_replaced(final), ignore_errors=True)
         self._prune()
 
     def _prune(self) -> None:
-        finished = sorted(path for path in self.folder.glob("step_*") if not path.name.endswith(".partial"))
-        for old in finished[: -self.keep]:
+        for old in _finished(self.folder)[: -self.keep]:
             shutil.rmtree(old)
 
     def state_dict(self) -> dict[str, Any]:
@@ -104,20 +104,35 @@ class Checkpoints(Callback):
         return {"random": gather(self._own_random)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        rank, states = world()[0], state_dict["random"]
+        (rank, ranks), states = world(), state_dict["random"]
         self._random_state = states[rank] if rank < len(states) else None
+        if rank == 0 and ranks != len(states):
+            print(
+                f"saved by {len(states)} rank{'s' if len(states) > 1 else ''} and taken up by {ranks}: clips, noise "
+                "and times stay those of the seed; sums over ranks are rounded otherwise, so the weights will agree "
+                "closely, not bitwise",
+                file=sys.stderr,
+            )
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Take up the saved random state as late as possible: building loaders has drawn from it."""
         if self._random_state is not None:
             torch.set_rng_state(self._random_state["torch"])
-            if self._random_state["cuda"]:
-                torch.cuda.set_rng_state_all(self._random_state["cuda"])
+            _restore_cuda(self._random_state["cuda"])
             name, keys, *rest = self._random_state["numpy"]
             np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
             version, numbers, gauss = self._random_state["python"]
             random.setstate((version, tuple(numbers), gauss))
             self._random_state = None
+
+
+def save_state(content: Any, path: Path) -> None:
+    """Write plain values and tensors to a file that is part of something not yet named.
+
+    Through a file of our own: on a full disk torch's own writer only says that a position is unexpected.
+    """
+    with naming(path), open(path, "wb") as file:
+        torch.save(content, file)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -129,33 +144,63 @@ def latest_checkpoint(folder: Path) -> Path | None:
     pointer = folder / POINTER
     if not pointer.exists():
         return None
-    named = folder / pointer.read_text().strip() / STATE_FILE
-    if named.exists():
-        return named
-    others = sorted(path for path in folder.glob(f"step_*/{STATE_FILE}") if not path.parent.name.endswith(".partial"))
-    if not others:
-        raise UserError(f"{named} is missing though {pointer} names it; restore it or start again without --resume")
-    return others[-1]
+    named = folder / pointer.read_text().strip()
+    for whole in (named, _replaced(named), *reversed(_finished(folder))):
+        if (whole / STATE_FILE).exists():
+            return whole / STATE_FILE
+    raise UserError(f"{named} is missing though {pointer} names it; restore it or start again without --resume")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file in one step."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Within the block a checkpoint is read: what is wrong with its files is told, and which older one is whole.
+
+    Raises:
+        UserError: a file is cut off, or was changed.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        own = path.parent
+        others = [other.name for other in _finished(own.parent) if other != own and (other / STATE_FILE).exists()]
+        what = next(iter(str(error).splitlines()), "") or type(error).__name__
+        older = f"delete {own}, and the run goes on from {others[-1]}" if others else "no other is left: train anew"
+        raise UserError(f"the checkpoint {own} cannot be read, it is damaged ({what[:200]}): {older}") from error
 
 
-def sync_tree(folder: Path) -> None:
-    """Force a folder's files, and the folder itself, to disk."""
-    for path in [*(p for p in folder.rglob("*") if p.is_file()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def clear_leftovers(folder: Path) -> None:
+    """Remove what killed runs have left of checkpoints in a folder that nobody writes in meanwhile."""
+    for aside in folder.glob(f"step_*{_ASIDE}"):
+        final = aside.with_name(aside.name.removesuffix(_ASIDE))
+        if (final / STATE_FILE).exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(final)
+    for partial in folder.glob(f"step_*{PARTIAL}"):
+        shutil.rmtree(partial)
+
+
+_ASIDE = ".replaced"
+
+
+def _replaced(final: Path) -> Path:
+    """Where a checkpoint lies while another one of the same step takes its place."""
+    return final.with_name(final.name + _ASIDE)
+
+
+def _finished(folder: Path) -> list[Path]:
+    """The folders of whole checkpoints, the oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.suffix not in (PARTIAL, _ASIDE))
+
+
+def _restore_cuda(states: list[torch.Tensor]) -> None:
+    """Put a rank's state of its device back, if it has one here; older checkpoints have those of a whole node."""
+    if states and torch.cuda.is_available():
+        index = torch.cuda.current_device() if len(states) > 1 else 0
+        if index < len(states):
+            torch.cuda.set_rng_state(states[index])
 
 
 def count_passes(checkpoint: dict[str, Any], passes: int, is_automatic: bool) -> None:
@@ -181,7 +226,7 @@ def _random_state() -> dict[str, Any]:
     """Every random state of this process, readable without unpickling."""
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() and torch.cuda.is_initialized() else [],
         "numpy": _numpy_state(),
         "python": random.getstate(),
     }

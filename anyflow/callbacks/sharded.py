@@ -8,6 +8,7 @@ ever unpickled. Either kind is resumed by any number of ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from anyflow.backbone.parallelize import WAIT, gloo_group, part_of
 from anyflow.callbacks.background import Writer
+from anyflow.callbacks.checkpoints import readable, save_state
 from anyflow.stages.base import check_complete
 
 _WEIGHT, _OPTIMIZER = "weights.", "optimizer."
@@ -62,17 +65,19 @@ class ShardedStrategy(ModelParallelStrategy):
         if self.writer.is_behind:
             self._apart = self._apart or gloo_group()
             written = dcp.async_save(tensors, storage_writer=storage, process_group=self._apart)
-            self.writer.later(written.result)  # type: ignore[union-attr]
+            self.writer.later(_as_exception()(written.result))  # type: ignore[union-attr]
         else:
-            dcp.save(tensors, storage_writer=storage)
+            with _as_exception():
+                dcp.save(tensors, storage_writer=storage)
         if self.is_global_zero:
             plain = self.writer.stage(checkpoint)
-            self.writer.later(lambda: torch.save(plain, path))
+            self.writer.later(lambda: save_state(plain, path))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Put a checkpoint of either kind into the stage and its optimisers; returns the plain values."""
         path = Path(checkpoint_path)
-        plain = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with readable(path):
+            plain = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if is_sharded_checkpoint(path):
             self._load_parts(path, plain)
         else:
@@ -81,7 +86,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def _load_parts(self, path: Path, plain: dict[str, Any]) -> None:
         module: Any = self.lightning_module
-        stored = _stored(path)
+        with readable(path), _as_exception():
+            stored = _stored(path)
         check_complete(module, (key.removeprefix(_WEIGHT) for key in stored))
         tensors = {_WEIGHT + name: tensor for name, tensor in module.state_dict().items() if _WEIGHT + name in stored}
         weights = dict(module.named_parameters())
@@ -91,7 +97,8 @@ class ShardedStrategy(ModelParallelStrategy):
             for index, name, key, field in _optimizer_entries(stored, saved, number):
                 state.setdefault(index, {})[field] = tensors[key] = _like(weights[name], stored[key])
             states.append({"state": state, "param_groups": _numbered(saved["param_groups"])})
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path.parent)))
+        with readable(path), _as_exception():
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path.parent)))
         for optimizer, loaded in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(loaded)
 
@@ -128,12 +135,24 @@ class AnyCheckpoint(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write the whole state, now or behind."""
-        staged, write = self.writer.stage(checkpoint), super().save_checkpoint
-        self.writer.later(lambda: write(staged, path, storage_options))
+        # at its place: Lightning writes through the system's folder for temporary files, which may be small, and where
+        # what was killed would stay
+        staged = self.writer.stage(checkpoint)
+        self.writer.later(lambda: save_state(staged, Path(path)))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """The whole state, as one process saves it."""
         return read_checkpoint(Path(path))
+
+
+@contextmanager
+def _as_exception() -> Iterator[None]:
+    """Make an exception of what torch's distributed checkpoints raise: it is none, and nobody would catch it."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (first, _) = next(iter(error.failures.items()))
+        raise RuntimeError(f"a checkpoint's part of rank {rank}: {first}") from first
 
 
 def is_sharded_checkpoint(path: Path) -> bool:
@@ -143,12 +162,13 @@ def is_sharded_checkpoint(path: Path) -> bool:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The whole of a checkpoint (its ``state.ckpt``), put together in host memory if it is sharded."""
-    plain = torch.load(path, map_location="cpu", weights_only=True)
-    if not is_sharded_checkpoint(path):
-        return plain
-    stored = _stored(path)
-    tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in stored.items()}
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path.parent)), no_dist=True)
+    with readable(path), _as_exception():
+        plain = torch.load(path, map_location="cpu", weights_only=True)
+        if not is_sharded_checkpoint(path):
+            return plain
+        stored = _stored(path)
+        tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in stored.items()}
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path.parent)), no_dist=True)
     plain["state_dict"] = {
         key.removeprefix(_WEIGHT): tensor for key, tensor in tensors.items() if key.startswith(_WEIGHT)
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from anyflow.errors import UserError
+from anyflow.files import partial_folder
 from anyflow.recipe import is_hub_id
 
 Json = Annotated[
@@ -127,19 +127,14 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: another process took the place meanwhile; what was written stays beside it.
     """
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
+    with partial_folder(folder) as partial:
         yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if _is_used(folder):
-        kept = partial.rename(folder.with_name(f"{folder.name}-{os.getpid()}"))
-        raise UserError(f"{folder} was taken by another process meanwhile: the results are in {kept}")
-    if folder.is_dir():
-        folder.rmdir()
-    partial.rename(folder)
+        if _is_used(folder):
+            kept = partial.rename(folder.with_name(f"{folder.name}-{os.getpid()}"))
+            raise UserError(f"{folder} was taken by another process meanwhile: the results are in {kept}")
+        if folder.is_dir():
+            folder.rmdir()
+        partial.rename(folder)
 
 
 def _is_used(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +33,8 @@ def sync(
         raise UserError(f"--uri {uri}: there is no such database: train something first, or name another one")
     if to == uri:
         raise UserError(f"--to {to} is the local database itself: name a server")
+    if not re.fullmatch(r"https?://[^/\s]+\S*", to):
+        raise UserError(f"--to {to!r} is no server's address: give one such as http://tracking:5000")
     from anyflow.console import progress_line
     from anyflow.sync import sync as copy
 

@@ -11,6 +11,7 @@ import typer
 
 from anyflow.commands.common import SAMPLERS, Json, check_model, check_sampler, parse_steps, print_json
 from anyflow.errors import UserError
+from anyflow.files import write_atomically
 
 if TYPE_CHECKING:
     from anyflow.data.decode import ClipShape
@@ -131,7 +132,7 @@ def _sample_all(
     ]
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
-    (out / "prompts.txt").write_text("".join(f"{asked.prompt}\n" for asked in prompts), encoding="utf-8")
+    write_atomically(out / "prompts.txt", "".join(f"{asked.prompt}\n" for asked in prompts))
     if not due:
         return folders
     shape = native_shape(model, frames=None, height=None, width=None, fps=None)
@@ -186,6 +187,4 @@ def _device() -> str:
 
 
 def _write_json(path: Path, document: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, json.dumps(document, indent=1) + "\n")

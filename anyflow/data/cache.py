@@ -23,9 +23,10 @@ from anyflow.data.card import told_caption
 from anyflow.data.decode import ClipShape, DecodeError
 from anyflow.data.plan import digest
 from anyflow.data.reader import ShardReader, Split
-from anyflow.data.shards import Sample, write_durably
+from anyflow.data.shards import Sample
 from anyflow.data.stream import Skip
 from anyflow.errors import UserError
+from anyflow.files import write_atomically
 
 CACHE_FILE = "cache.json"
 CACHE_VERSION = 2
@@ -58,7 +59,7 @@ class LatentCache:
 
     def save(self, folder: Path) -> None:
         """Write it down in the cache's folder."""
-        write_durably(folder / CACHE_FILE, json.dumps({"version": CACHE_VERSION, **asdict(self)}).encode())
+        write_atomically(folder / CACHE_FILE, json.dumps({"version": CACHE_VERSION, **asdict(self)}).encode())
 
 
 def load_cache(folder: str | Path, codec_hash: str | None = None) -> LatentCache:

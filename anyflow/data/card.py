@@ -17,6 +17,7 @@ import yaml
 from anyflow.data import remote
 from anyflow.data.shards import INDEX_NAME, Sample, Shard, check_folder, load_index
 from anyflow.errors import UserError
+from anyflow.files import write_atomically
 
 CARD_NAME = "card.yaml"
 """The card's name inside a rendered or imported data set's own folder."""
@@ -147,7 +148,7 @@ def write_card(card: DatasetCard, path: Path) -> None:
     document = {f.name: getattr(card, f.name) for f in dataclasses.fields(card) if f.name != "path"}
     document = {name: dict(value) if isinstance(value, Mapping) else value for name, value in document.items()}
     document["splits"] = {split: _relative(folder, path.parent) for split, folder in card.splits.items()}
-    path.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110))
+    write_atomically(path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110))
 
 
 def check_shards(card: DatasetCard | str | Path) -> list[str]:

@@ -34,11 +34,11 @@ from anyflow.data.shards import (
     ShardIndex,
     shard_from_dict,
     shard_to_dict,
-    write_durably,
     write_tar,
 )
 from anyflow.data.stream import Skip, enforce_budget
 from anyflow.errors import UserError
+from anyflow.files import write_atomically
 
 CLIPS_PER_SHARD = 256
 """Clips, or captions, that one shard is made from: what is lost when encoding is broken off."""
@@ -205,7 +205,7 @@ class Encoding:
                 shard = write_tar(self._encoded(job.items, latent_shapes, progress), tar)
             skipped = [asdict(skip) for skip in self.skipped[before:]]
             note = {"shard": shard_to_dict(shard), "skipped": skipped, "latent_shapes": list(latent_shapes.items())}
-            write_durably(tar.with_suffix(".done"), json.dumps(note).encode())
+            write_atomically(tar.with_suffix(".done"), json.dumps(note).encode())
 
     def finish(self) -> None:
         """Put the shards together as the cache; it appears whole or not at all.
@@ -233,7 +233,7 @@ class Encoding:
                 raise UserError(f"card {self.title}: no clip can be encoded")
             for kind, folder in (("texts", self.partial / TEXTS), ("latents", self.partial)):
                 index = ShardIndex(tuple(shards[kind])).to_dict()
-                write_durably(folder / INDEX_NAME, json.dumps(index, separators=(",", ":")).encode())
+                write_atomically(folder / INDEX_NAME, json.dumps(index, separators=(",", ":")).encode())
             shapes = tuple(latent_shapes.get(number) for number in range(len(self.shapes)))
             cache = LatentCache(self.fingerprint, self.source, self.shapes, shapes, len(self.texts), tuple(skipped))
             cache.save(self.partial)
@@ -367,4 +367,6 @@ def _told(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"the cache {str(folder)!r} cannot be written: {error.strerror or error}") from error
+        what = f"the cache {str(folder)!r} cannot be written: {error.strerror or error}"
+        remedy = "make room or its disk writable, or train from the footage by data.precompute=false"
+        raise UserError(f"{what}; {remedy}") from error

@@ -17,9 +17,10 @@ from anyflow.data.card import CARD_NAME, DatasetCard, write_card
 from anyflow.data.cutting import Cutting, find_duplicates
 from anyflow.data.import_jobs import MOST_VALUES, Job, JobResult
 from anyflow.data.recording import Unusable
-from anyflow.data.shards import INDEX_NAME, Shard, ShardIndex, write_durably, write_tar
+from anyflow.data.shards import INDEX_NAME, Shard, ShardIndex, write_tar
 from anyflow.data.sources import SPLITS
 from anyflow.errors import UserError
+from anyflow.files import write_atomically
 
 if TYPE_CHECKING:
     from anyflow.data.importing import ImportOptions
@@ -147,7 +148,8 @@ def _write_split(plan: Plan, split: str, made: Sequence[JobResult], repeats: set
             except OSError:  # a file system without links
                 shutil.copyfile(tar, place)
             shards.append(replace(result.shard, name=place.name))
-    write_durably(folder / INDEX_NAME, json.dumps(ShardIndex(tuple(shards)).to_dict(), separators=(",", ":")).encode())
+    index = ShardIndex(tuple(shards)).to_dict()
+    write_atomically(folder / INDEX_NAME, json.dumps(index, separators=(",", ":")))
     return sum(len(shard.samples) for shard in shards)
 
 
@@ -206,4 +208,4 @@ def _write_card(
 
 def write_report(path: Path, document: Mapping[str, Any]) -> None:
     """A report, as JSON that people can read."""
-    write_durably(path, json.dumps(document, indent=1, ensure_ascii=False, default=str).encode(errors="replace"))
+    write_atomically(path, json.dumps(document, indent=1, ensure_ascii=False, default=str).encode(errors="replace"))

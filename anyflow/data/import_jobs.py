@@ -20,9 +20,10 @@ import numpy as np
 from anyflow.data.cutting import CutReport, Cutting, cut
 from anyflow.data.decode import DecodeError, first_line
 from anyflow.data.recording import ImageFiles, Recording, Unusable
-from anyflow.data.shards import Shard, shard_from_dict, shard_to_dict, write_durably, write_tar
+from anyflow.data.shards import Shard, shard_from_dict, shard_to_dict, write_tar
 from anyflow.data.sources.formats import source_of
 from anyflow.errors import UserError
+from anyflow.files import write_atomically
 
 JOB_VERSION = 1
 STRANGERS_FAULTS = (OSError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError, RecursionError)
@@ -112,7 +113,7 @@ def run_job(job: Job) -> JobResult:
         {name: sorted(values)[: MOST_VALUES + 1] for name, values in sorted(writer.attributes.items())},
         tuple(sorted(writer.controls)),
     )
-    write_durably(job.work / f"{digest}.json", json.dumps(_to_dict(result)).encode())
+    write_atomically(job.work / f"{digest}.json", json.dumps(_to_dict(result)).encode())
     return result
 
 

@@ -12,7 +12,6 @@ plain WebDataset shards and can be read without the index as well.
 from __future__ import annotations
 
 import json
-import os
 import tarfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from anyflow.data.clip import Clip
 from anyflow.data.safety import is_safe_name
 from anyflow.data.shapes import Noted, note_shape
 from anyflow.errors import UserError
+from anyflow.files import replacing, write_atomically
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
@@ -125,7 +125,7 @@ def write_samples(
         raise UserError(f"folder {str(folder)!r}: no clip was given, so there is nothing to write")
     index = ShardIndex(tuple(shards))
     text = json.dumps(index.to_dict(), separators=(",", ":"))
-    write_durably(folder / INDEX_NAME, text.encode())
+    write_atomically(folder / INDEX_NAME, text.encode())
     return index
 
 
@@ -273,18 +273,17 @@ def write_tar(batch: Iterable[tuple[str, Mapping[str, bytes]]], path: Path) -> S
     """One tar, whole or not at all: written beside, synced, renamed. Fixed times and owners make it reproducible."""
     import webdataset
 
-    temporary = path.with_name(path.name + ".part")
     shapes: dict[str, Noted] = {}
-    with temporary.open("wb") as file:
-        with webdataset.TarWriter(file, mtime=0, encoder=False, user="anyflow", group="anyflow") as tar:
+    with replacing(path) as temporary:
+        with (
+            temporary.open("wb") as file,
+            webdataset.TarWriter(file, mtime=0, encoder=False, user="anyflow", group="anyflow") as tar,
+        ):
             for key, parts in batch:
                 tar.write({"__key__": key, **dict(sorted(parts.items()))})
                 shapes[key] = note_shape(parts)
-        file.flush()
-        os.fsync(file.fileno())
-    samples = tuple(replace(sample, shape=shapes.get(sample.key, ())) for sample in _read_members(temporary))
-    shard = Shard(path.name, temporary.stat().st_size, remote.file_sha256(temporary), samples)
-    temporary.rename(path)
+        samples = tuple(replace(sample, shape=shapes.get(sample.key, ())) for sample in _read_members(temporary))
+        shard = Shard(path.name, temporary.stat().st_size, remote.file_sha256(temporary), samples)
     return shard
 
 
@@ -310,13 +309,3 @@ def _read_members(path: Path) -> tuple[Sample, ...]:
             key, _, extension = member.name.partition(".")
             samples.setdefault(key, {})[extension] = (member.offset_data, member.size)
     return tuple(Sample(key, parts) for key, parts in samples.items())
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)

@@ -21,8 +21,9 @@ from anyflow.data.decode import ClipShape, DecodeError, decode_clip
 from anyflow.data.mixture import MixedPlan
 from anyflow.data.plan import Plan, PlanIdentity, describe_difference, sample_seed
 from anyflow.data.reader import ShardReader, load_latents
-from anyflow.data.shards import Sample, write_durably
+from anyflow.data.shards import Sample
 from anyflow.errors import UserError
+from anyflow.files import write_atomically
 
 Batch = dict[str, Any]
 
@@ -335,7 +336,7 @@ def enforce_budget(
 
 def write_skipped(path: Path, skipped: Iterable[Skip]) -> None:
     """Name every clip that could not be used, and why, in a JSON file for people."""
-    write_durably(path, json.dumps([asdict(skip) for skip in skipped], indent=1, ensure_ascii=False).encode())
+    write_atomically(path, json.dumps([asdict(skip) for skip in skipped], indent=1, ensure_ascii=False).encode())
 
 
 def _name_offenders(skipped: Sequence[Skip]) -> str:

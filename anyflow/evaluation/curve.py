@@ -19,6 +19,7 @@ from torch import Tensor
 
 from anyflow.errors import UserError
 from anyflow.evaluation.intervals import half_interval
+from anyflow.files import write_atomically
 
 STEPS = (1, 2, 4, 8, 16, 32)
 
@@ -187,7 +188,7 @@ class Curve:
 
     def save(self, path: Path) -> None:
         """Write the curve as JSON."""
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        write_atomically(path, json.dumps(self.to_json(), indent=1) + "\n")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from anyflow.errors import UserError
 from anyflow.evaluation.curve import HeldOut
+from anyflow.files import replacing, write_atomically
 
 TRUSTED = 0.9
 """Accuracy on real held-out clips below which a label is not used."""
@@ -147,12 +148,10 @@ class Probe:
 
         folder.mkdir(parents=True, exist_ok=True)
         facts = {"domain": self.domain, "labels": self.labels, "accuracy": self.accuracy}
-        weights = folder / "probe.safetensors.partial"
-        save_file(self.network.state_dict(), weights)
-        weights.replace(folder / "probe.safetensors")
-        about = folder / "probe.json.partial"
-        about.write_text(json.dumps({**facts, "settings": asdict(self.settings)}, indent=1) + "\n", encoding="utf-8")
-        about.replace(folder / "probe.json")  # last: who finds it finds the weights
+        with replacing(folder / "probe.safetensors") as weights:
+            save_file(self.network.state_dict(), weights)
+        about = json.dumps({**facts, "settings": asdict(self.settings)}, indent=1) + "\n"
+        write_atomically(folder / "probe.json", about)  # last: who finds it finds the weights
 
     @classmethod
     def load(cls, folder: Path) -> Probe | None:

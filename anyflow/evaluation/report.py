@@ -16,6 +16,7 @@ from anyflow.evaluation.curve import Curve, CurveResult, Marks, pixel_frames
 from anyflow.evaluation.figures import Figure
 from anyflow.evaluation.picture import Grid, Prompt, save_mp4, save_png
 from anyflow.evaluation.tables import COLUMNS, check_comparable, comparison_markdown, comparison_text, interval_of
+from anyflow.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -161,9 +162,9 @@ def write_report(
     paths = {name: folder / name for name in FILES}
     content: dict[str, Any] = {"version": 1, "about": dict(about or {}), "after": after.curve.to_json()}
     content["before"] = earlier.to_json() if earlier is not None else None
-    paths["curve.json"].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    paths["table.md"].write_text(comparison_markdown(earlier, after.curve), encoding="utf-8")
-    paths["table.txt"].write_text(comparison_text(earlier, after.curve), encoding="utf-8")
+    write_atomically(paths["curve.json"], json.dumps(content, indent=1) + "\n")
+    write_atomically(paths["table.md"], comparison_markdown(earlier, after.curve))
+    write_atomically(paths["table.txt"], comparison_text(earlier, after.curve))
     plot_curve(paths["curve.png"], earlier, after.curve)
     grid = sample_grid(
         [result for result in (before, after) if result is not None], title or _picture_title(before, after)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anyflow.backbone.parallelize import from_rank_zero, rank_and_size
+from anyflow.files import replacing
 
 
 class KeptSamples:
@@ -56,9 +57,8 @@ class KeptSamples:
             return
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file({"latents": latents.cpu().contiguous()}, partial, {"seconds": repr(seconds)})
-        partial.replace(path)
+        with replacing(path) as partial:
+            save_file({"latents": latents.cpu().contiguous()}, partial, {"seconds": repr(seconds)})
 
     def clear(self) -> None:
         """Forget what was loaded or kept here: it is part of a result now."""

@@ -25,6 +25,7 @@ from anyflow.experiment.pieces import (
     training_state,
 )
 from anyflow.experiment.schema import Experiment
+from anyflow.files import write_atomically
 from anyflow.fingerprints import facts_of, model_fingerprint
 from anyflow.recipe import Recipe, to_dict
 from anyflow.recipe.fields import flatten
@@ -87,9 +88,9 @@ def keep(experiment: Experiment, pieces: Iterable[Piece], finished: Collection[s
                 "code": piece.run.status.get("code") or code_version(),
                 "machine": machine(),
             }
-            _file(folder, piece).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            write_atomically(_file(folder, piece), json.dumps(document, indent=1) + "\n")
         elif read_kept(experiment, piece) is not None:
-            _file(folder, piece).write_bytes(_file(experiment.results, piece).read_bytes())
+            write_atomically(_file(folder, piece), _file(experiment.results, piece).read_bytes())
 
 
 def origins(experiment: Experiment, pieces: Iterable[Piece], kept: Collection[str]) -> list[str]:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from anyflow.callbacks.checkpoints import write_atomically
 from anyflow.experiment.jobs import measured_on
 from anyflow.experiment.pieces import Piece, curve_folder, read_curve
 from anyflow.experiment.schema import Experiment
+from anyflow.files import write_atomically
 from anyflow.tracking import record_curves
 
 APART = 1000

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +24,7 @@ from anyflow.experiment.pieces import Piece
 from anyflow.experiment.plots import plot_cost, plot_curves
 from anyflow.experiment.samples import Samples, as_jpeg, draw_samples
 from anyflow.experiment.schema import Experiment
+from anyflow.files import partial_folder
 from anyflow.tracking import code_version, record_report
 
 
@@ -42,9 +42,7 @@ def write_report(experiment: Experiment, pieces: Sequence[Piece], jobs: Sequence
     measured = measure(experiment, jobs)
     answers = [answer(measured, claim) for claim in experiment.claims]
     folder = experiment.results
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".report-") as place:
-        partial = Path(place)
+    with partial_folder(folder) as partial:
         content = content_of(measured, pieces, answers, missing, kept)
         if measured.cards():
             plot_curves(partial / "curves.png", measured)

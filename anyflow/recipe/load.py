@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.errors import UserError
+from anyflow.files import write_atomically
 from anyflow.recipe.check import check_recipe, fit_batch, fit_strategy
 from anyflow.recipe.fields import all_fields, flatten, group_keys
 from anyflow.recipe.schema import GROUPS, Recipe
@@ -69,11 +70,11 @@ def load_recipe(
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the recipe with every field, so that ``load_recipe(path)`` gives the same one on its own."""
+    """Write the recipe, whole or not at all, with every field: ``load_recipe(path)`` gives the same one on its own."""
     from omegaconf import OmegaConf
 
     tree = {"complete": True, **to_dict(recipe)}
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(tree)), encoding="utf-8")
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(tree)))
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

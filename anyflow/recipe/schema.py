@@ -311,6 +311,10 @@ class RunRecipe:
     recipe: str = _option("", "stage file that the recipe was made from; set by itself")
     name: str = _option("", "name of the run and of its folder; empty: made of recipe and model")
     seed: int = _option(0, "seed of every draw", low=0, high=2**31 - 1)
+    deterministic: bool = _option(
+        False,
+        "GPUs: kernels that give the same bits every time: a resumed run is then bitwise the uninterrupted one",
+    )
     out: str = _option("runs", "folder that run folders are made in")
     tracking_uri: str = _option(
         "sqlite:///runs/mlflow.db", "MLflow's database on this machine; `anyflow sync` sends it to a server"

@@ -16,9 +16,12 @@ export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=${MASTER_PORT:-29400}
 mkdir -p runs
 
+# From Slurm 22.05 on srun does not take over --cpus-per-task by itself: without it all ranks of a node share one core.
+cpus=${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}
+
 # The run has the job's name, so that a requeued job finds it. SIGTERM comes 300 s before the time is up: the ranks save
 # and exit with 75, which means "start me again".
-srun --kill-on-bad-exit=1 .venv/bin/anyflow train "$@" --out "runs/$SLURM_JOB_NAME-$SLURM_JOB_ID" --resume auto
+srun $cpus --kill-on-bad-exit=1 .venv/bin/anyflow train "$@" --out "runs/$SLURM_JOB_NAME-$SLURM_JOB_ID" --resume auto
 code=$?
 if [ "$code" -eq 75 ]; then
   scontrol requeue "$SLURM_JOB_ID"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -301,6 +302,118 @@ def test_a_run_stopped_between_student_and_critic_goes_on_bitwise(
     expected, found = state(whole), state(out)
     assert expected.keys() == found.keys() and any("critic" in name for name in found)
     assert not [name for name in expected if not torch.equal(expected[name], found[name])]
+
+
+STOPPED_WHILE_SAMPLING = """
+import os, signal
+from anyflow import finish
+from anyflow.backbone.protocol import FlowMapBackbone
+from anyflow.cli import main
+
+sampled, sample, labels = finish._sampled, FlowMapBackbone.sample, []
+
+def note(recipe, parts, label, *rest):
+    labels.append(label)
+    return sampled(recipe, parts, label, *rest)
+
+def stop_at_second(self, *inputs, **options):
+    if labels[-1] == "{label}":
+        labels.append(labels[-1])
+        if labels.count("{label}") == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+    return sample(self, *inputs, **options)
+
+finish._sampled, FlowMapBackbone.sample = note, stop_at_second
+main()
+"""
+"""The command line, told to stop by itself while the second number of steps of a curve is sampled."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", ["before", "step_00000003", "after"])
+def test_a_run_stopped_while_it_samples_goes_on_with_the_curve(
+    label: str, small_model: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Stopped between two calls of the network; what was sampled stays, the rest is measured, weights are the same."""
+    out = tmp_path / "cut"
+    words = training(small_model, out, "sampling.every_steps=3", "sampling.steps=[1,2,4]")
+    words = ["sampling.prompts=2" if word == "sampling.prompts=0" else word for word in words]
+    script = STOPPED_WHILE_SAMPLING.format(label=label)
+    stopped = subprocess.run([sys.executable, "-c", script, *words], env=environment(), capture_output=True, text=True)
+    assert stopped.returncode == EXIT_PREEMPTED, stopped.stderr
+    assert RunFolder(out).status["state"] == "preempted" and "Traceback" not in stopped.stderr
+    curves = out / "curves"
+    assert not (curves / f"{label}.pt").exists() and len(list((curves / f".{label}").iterdir())) == 1
+    newest = latest_checkpoint(out / "checkpoints")
+    assert (newest.parent.name if newest else "before") in (label, "step_00000009")
+    finished = run(*words, "--resume", "auto")
+    assert finished.returncode == 0, finished.stderr
+    found = sorted(path.name for path in curves.iterdir())
+    assert found == ["after.pt", "before.pt", "step_00000003.pt", "step_00000006.pt"]
+    whole, resumed = state(uninterrupted), state(out)
+    assert not [name for name in whole if not torch.equal(whole[name], resumed[name])]
+
+
+def fails(words: list[str], limit: int = 0) -> str:
+    """What a training says that the machine stops; ``limit`` is the largest size of a file in bytes."""
+    import resource
+
+    def prepare() -> None:
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    process = subprocess.run(
+        command(*words), capture_output=True, text=True, env=environment(), preexec_fn=prepare, timeout=300
+    )
+    assert process.returncode == 2, process.stderr
+    return process.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_limit_of_file_sizes_is_one_sentence_and_the_run_has_failed(small_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    told = fails(training(small_model, out), limit=1 << 20)
+    assert told.startswith("anyflow: a file would be larger") and "ulimit -f" in told and str(out) in told
+    assert RunFolder(out).status["state"] == "failed" and latest_checkpoint(out / "checkpoints") is None
+
+
+@pytest.mark.slow
+def test_a_killed_data_worker_is_one_sentence_and_the_run_has_failed(small_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = training(small_model, out, "stage.steps=400")
+    process = subprocess.Popen(command(*words), stderr=subprocess.PIPE, env=environment(), text=True)
+    while latest_checkpoint(out / "checkpoints") is None:
+        assert process.poll() is None
+        time.sleep(0.05)
+    (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    told = process.communicate(timeout=120)[1]
+    assert process.returncode == 2 and "Traceback" not in told
+    assert "a process that decodes clips was killed" in told and "data.num_workers" in told
+    assert RunFolder(out).status["state"] == "failed"
+
+
+@pytest.mark.slow
+def test_a_deterministic_run_takes_every_step(small_model: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """On the CPU nothing else comes out, and no operation of a step lacks such a kernel."""
+    out = tmp_path / "same"
+    finished = run(*training(small_model, out, "run.deterministic=true"))
+    assert finished.returncode == 0, finished.stderr
+    whole, found = state(uninterrupted), state(out)
+    assert not [name for name in whole if not torch.equal(whole[name], found[name])]
+
+
+def test_deterministic_kernels_are_asked_for_strictly() -> None:
+    """With warn_only attention keeps its backward pass that adds in any order."""
+    code = """
+import os, torch
+from anyflow.deterministic import make_deterministic
+make_deterministic()
+print(torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+print(torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark, os.environ["CUBLAS_WORKSPACE_CONFIG"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert done.stdout.split() == ["True", "False", "True", "False", ":4096:8"], done.stderr
 
 
 def test_a_finished_run_has_nothing_to_resume(small_model: Path, uninterrupted: Path) -> None:

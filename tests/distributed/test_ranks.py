@@ -174,6 +174,25 @@ def test_a_preempted_run_of_one_process_goes_on_with_two_ranks(small_model: Path
     assert weights(out)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.1, 3, 8])
+def test_two_ranks_that_are_stopped_before_they_train_say_start_me_again(
+    seconds: float, small_model: Path, tmp_path: Path
+) -> None:
+    """While they import, meet, or load: it was 143, or a report of the rank that lost the other."""
+    out = tmp_path / "run"
+    process = start(training(small_model, out))
+    while not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=120)[1].decode()
+    assert process.returncode == EXIT_PREEMPTED and "Traceback" not in errors, errors
+    status = out / "status.json"
+    assert not status.exists() or "running" not in status.read_text()
+
+
 def test_a_mistake_on_one_rank_is_one_sentence(small_model: Path, tmp_path: Path) -> None:
     card = tmp_path / "card.yaml"
     card.write_text("nothing: here\n")

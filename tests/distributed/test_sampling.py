@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from anyflow import curves
 from anyflow.assemble import assemble
 from anyflow.backbone import parallelize
 from anyflow.backbone.parallelize import join_ranks, leave_ranks, own_rows
+from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.curves import held_out, load_curve
 from anyflow.finish import measure
 from anyflow.recipe import load_recipe
 from anyflow.runs import RunFolder
+from anyflow.signals import Terminated
 
 PROMPTS, STEPS = 3, 2
 
@@ -70,6 +73,34 @@ def test_two_ranks_measure_what_one_process_measures(small_model: Path, tmp_path
         assert second.sliced_w1 == pytest.approx(first.sliced_w1, rel=1e-3)
         assert second.frame_frechet == pytest.approx(first.frame_frechet, rel=1e-3), "each clip counts once"
         assert second.motion_energy == pytest.approx(first.motion_energy, rel=1e-2)
+
+
+def _stopped_rank(rank: int, port: int, model: Path, out: Path) -> None:
+    """Measure on one of two ranks, the second of which alone is told to stop; then again."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    join_ranks("cpu")
+    sample = FlowMapBackbone.sample
+
+    def told_to_stop(self: Any, *inputs: Any, **options: Any) -> Any:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sample(self, *inputs, **options)
+
+    FlowMapBackbone.sample = told_to_stop  # type: ignore[method-assign]
+    with pytest.raises(Terminated) as stop:
+        measured(model, out, 2)
+    assert stop.value.received is signal.SIGTERM and load_curve(out / "curves", "before") is None
+    FlowMapBackbone.sample = sample  # type: ignore[method-assign]
+    assert measured(model, out, 2) == STEPS * 2, "both went to the same place: no collective is left half-way"
+    leave_ranks()
+
+
+def test_a_signal_to_one_rank_stops_sampling_on_both(small_model: Path, tmp_path: Path) -> None:
+    """A rank that stopped by itself would leave the other one in a collective until that times out."""
+    port = 32500 + os.getpid() % 1000
+    torch.multiprocessing.spawn(_stopped_rank, (port, small_model, tmp_path), nprocs=2)
 
 
 def test_a_single_held_out_clip_gives_no_curve_and_stops_nothing(
