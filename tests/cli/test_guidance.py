@@ -1,4 +1,4 @@
-"""Guided samples through the commands: a teacher's export, plain Wan, and models that have guidance in their weights."""
+"""Guided samples through the commands: a teacher, plain Wan, and models that have guidance in their weights."""
 
 from __future__ import annotations
 
