@@ -213,10 +213,10 @@ def _measured(curves: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[Figures,
         key: _possible(own[0] if len(own) == 1 else estimate([[value.mean for value in own]]), key[1])
         for key, own in values.items()
     }
-    told = [{"left_out": curve.get("given_frames"), **curve} for _, curve in curves]
+    told = [{"left_out": curve.get("given_frames"), "guidance_scale": 1.0, **curve} for _, curve in curves]
     settings = {
         f"{MEASURED}{key}": _joined(str(curve[key]) for curve in told if key in curve)
-        for key in ("domain", "clips", "given_frames", "left_out", "version")
+        for key in ("domain", "clips", "given_frames", "left_out", "guidance_scale", "version")
     }
     return figures, {key: value for key, value in settings.items() if value}
 

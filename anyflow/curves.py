@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from anyflow.backbone.codec import Codec
+from anyflow.backbone.guidance import UNGUIDED, Guidance
 from anyflow.backbone.parallelize import join_rows, own_rows, rank_and_size
 from anyflow.data.decode import ClipShape, DecodeError
 from anyflow.data.plan import Plan
@@ -25,6 +26,7 @@ from anyflow.evaluation.curve import CurveResult, HeldOut
 from anyflow.evaluation.measure import CurveCodec, OnProgress, Sampler, measure_curve, sampler_of
 from anyflow.evaluation.samples import KeptSamples
 from anyflow.files import replacing
+from anyflow.flowmap.endpoint import Renoise
 from anyflow.flowmap.sampling import SamplerKind, Take
 
 
@@ -90,6 +92,7 @@ def curve_of(
     given_frames: int = 0,
     left_out: int = 0,
     sampler: SamplerKind = "flowmap",
+    guidance: Guidance = UNGUIDED,
     judging: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
     batch_size: int = 8,
@@ -102,6 +105,7 @@ def curve_of(
 
     ``given_frames`` latent frames are given from each prompt's own clip: 1 is image-to-video; comparisons leave them
     out, or ``left_out`` ones if that is more. ``judging`` and ``notes`` are further judges and what is said of them.
+    ``guidance`` is for a network that has none in its weights.
     What is sampled goes to ``kept``, and comes from there if it was sampled before.
     ``or_fewer`` takes fewer prompts where the split has too few clips, and says so. ``divide`` deals each batch out to
     the ranks, all of which must come here: every one does its clips, and has the whole.
@@ -110,7 +114,7 @@ def curve_of(
         TooFewClips: The split has too few clips.
     """
     items, reference, note = _dealt(cards, split, shape, prompts, or_fewer)
-    sample: Sampler = sampler_of(backbone, codec)
+    sample: Sampler = sampler_of(backbone, codec, guidance)
     measured: CurveCodec = codec
     if divide:
         sample, measured = _divided(sample), _DividedCodec(codec)
@@ -127,6 +131,7 @@ def curve_of(
         given_frames=given_frames,
         left_out=left_out,
         kind=sampler,
+        guidance=guidance,
         calls=backbone.calls_of,
         judging=judging,
         notes=[*notes, *note],
@@ -177,17 +182,17 @@ def _dealt(
 def _divided(sampler: Sampler) -> Sampler:
     """Every rank samples its rows of a batch. What a row becomes depends on its own prompt and noise alone.
 
-    Another way of taking jumps may draw noise for the batch as it stands: then every rank samples all of it.
+    Re-noising draws for the batch as it stands: then every rank samples all of it.
     """
 
     def sample(
         captions: list[str], noise: Tensor, num_steps: int, shift: float, first_frames: Tensor | None, **way: Take
     ) -> Tensor:
-        if way:
+        if isinstance(way.get("take"), Renoise):
             return sampler(captions, noise, num_steps, shift, first_frames, **way)
         rows = own_rows(len(noise))
         given = None if first_frames is None else first_frames[rows]
-        own = sampler([captions[row] for row in rows], noise[rows], num_steps, shift, given)
+        own = sampler([captions[row] for row in rows], noise[rows], num_steps, shift, given, **way)
         return join_rows(own, len(noise))
 
     return sample

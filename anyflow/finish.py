@@ -13,6 +13,7 @@ import torch
 from anyflow.assemble import Parts
 from anyflow.backbone.codec import Codec, pixels_from_bytes
 from anyflow.backbone.export import export_lora, export_pipeline
+from anyflow.backbone.guidance import Guidance
 from anyflow.backbone.model_card import ModelCard
 from anyflow.backbone.parallelize import from_rank_zero, gather_state, rank_and_size
 from anyflow.backbone.wan_vae import encode_moments
@@ -34,6 +35,11 @@ from anyflow.runs import RunFolder
 from anyflow.signals import Listener
 from anyflow.stages.forward import ForwardStage
 from anyflow.tracking import log_artifacts, log_curve
+
+
+def guidance_of(recipe: Recipe) -> Guidance:
+    """How samples of what the recipe trains are guided: not at all if its weights hold guidance."""
+    return Guidance(recipe.sampled_guidance, recipe.model.negative_prompt)
 
 
 def clip_shape(recipe: Recipe) -> ClipShape:
@@ -60,7 +66,9 @@ def measure(
     """
     if not recipe.sampling.prompts:
         return None
-    asked = {key: value for key, value in asdict(recipe.sampling).items() if key != "every_steps"}
+    other = ("every_steps", "guidance_scale")  # the latter by what it comes to
+    asked = {key: value for key, value in asdict(recipe.sampling).items() if key not in other}
+    asked |= asdict(guidance_of(recipe)) if recipe.sampled_guidance != 1 else {}
     kept = from_rank_zero(load_curve(run.path / "curves", label, asked))
     if kept is not None:
         return kept
@@ -115,6 +123,7 @@ def _sampled(recipe: Recipe, parts: Parts, label: str, samples: KeptSamples, lis
             seeds=[recipe.sampling.seed],
             given_frames=recipe.sampling.given_frames,
             sampler=recipe.sampler,  # type: ignore[arg-type]
+            guidance=guidance_of(recipe),
             label=label,
             split=recipe.data.heldout,
             or_fewer=True,
@@ -145,6 +154,7 @@ def finish_flow(recipe: Recipe, run: RunFolder, parts: Parts, logger: RunLogger 
             card,
             weights=weights,
             sampler=recipe.sampler,  # type: ignore[arg-type]
+            guidance=guidance_of(recipe) if recipe.sampler == "euler" else None,
         )
         if recipe.model.lora.enabled:
             export_lora(run.path / "lora", parts.backbone, card, weights=weights)

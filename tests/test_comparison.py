@@ -38,6 +38,18 @@ def test_what_differs_comes_first_and_names_do_not_count(tmp_path: Path) -> None
     assert dict(differences(sides)) == {"optimizer.lr": ["0.0001", "0.0002"], "data (fingerprint)": ["aa", "bb"]}
 
 
+def test_guidance_differs_where_it_does_and_compares_all_the_same(tmp_path: Path) -> None:
+    """A teacher at two calls a step beside what was made of it; a curve from before there was guidance had none."""
+    old, teacher = make_run(tmp_path / "old", {1: 1.0}), make_run(tmp_path / "teacher", {1: 1.0})
+    place = teacher / "evaluation" / "driving.json"
+    curve = json.loads(place.read_text())["curve"]
+    place.write_text(json.dumps({"curve": {**curve, "guidance_scale": 3.0}}))
+    sides = [read_side(str(path), "") for path in (old, teacher)]
+    assert dict(differences(sides)) == {"measured: guidance_scale": ["1.0", "3.0"]} and not unlike(sides)
+    place.write_text(json.dumps({"curve": {**curve, "guidance_scale": 1.0}}))
+    assert differences([sides[0], read_side(str(teacher), "")]) == []
+
+
 def test_an_arm_is_its_seeds_together(tmp_path: Path) -> None:
     for arm, level in (("plain", 1.0), ("forward", 0.5), ("forward-opd", 0.1)):
         for seed in range(3):

@@ -59,6 +59,22 @@ def test_a_model_file_names_no_other_model(tmp_path: Path) -> None:
         load(model=str(path))
 
 
+def test_samples_are_guided_where_the_weights_have_no_guidance() -> None:
+    """As much as is fused elsewhere, or as the recipe says; what has guidance fused is never guided on top."""
+    assert load(name="teacher/tiny").sampled_guidance == 1.5
+    for name in ("teacher/wan2.1-t2v-1.3b", "teacher/wan2.1-t2v-14b"):
+        assert load("data.card=driving", name=name).sampled_guidance == 3.0, "the released teacher's"
+    assert load("stage.guidance_scale=1", name="teacher/tiny").sampled_guidance == 1.0
+    assert load("sampling.guidance_scale=4", name="teacher/tiny").sampled_guidance == 4.0
+    for name in ("finetune/driving", "forward/tiny", "onpolicy/tiny", "consistency/tiny", "dmd/tiny"):
+        more = ["stage.onpolicy.teacher=data/models/tiny"] if name == "onpolicy/tiny" else []
+        assert load(*more, name=name).sampled_guidance == 1.0
+        with pytest.raises(UserError, match=r"leave it out, and set stage\.guidance_scale"):
+            load(*more, "sampling.guidance_scale=4", name=name)
+    with pytest.raises(UserError, match="is below 1"):
+        load("sampling.guidance_scale=0.5", name="teacher/tiny")
+
+
 @pytest.mark.parametrize(("is_there", "found"), [(True, "gpu"), (False, "cpu")])
 def test_auto_is_a_gpu_if_there_is_one(is_there: bool, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never what Lightning would take besides: the rest of the code knows these two."""

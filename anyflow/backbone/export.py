@@ -23,7 +23,8 @@ from torch import Tensor
 
 from anyflow.backbone import far_pipeline
 from anyflow.backbone.codec import Codec
-from anyflow.backbone.load import SAMPLER_KEY
+from anyflow.backbone.guidance import Guidance
+from anyflow.backbone.load import GUIDANCE_KEYS, SAMPLER_KEY
 from anyflow.backbone.lora import ADAPTER, LORA_FILE, lora_metadata, lora_state, merged_state
 from anyflow.backbone.model_card import ModelCard
 from anyflow.backbone.protocol import FlowMapBackbone
@@ -43,6 +44,7 @@ def export_pipeline(
     *,
     weights: Mapping[str, Tensor] | None = None,
     sampler: SamplerKind = "flowmap",
+    guidance: Guidance | None = None,
     dtype: torch.dtype = torch.bfloat16,
     codec_dtype: torch.dtype | None = None,
     single_file: bool = False,
@@ -57,6 +59,7 @@ def export_pipeline(
         card: what the README says.
         weights: the transformer's state dict to write instead of its own: gathered from all ranks, or averaged.
         sampler: how the model is sampled; other than a flow map's it is written down with the scheduler.
+        guidance: of samples, written down there too if the weights have none; None: they have.
         dtype: precision of the transformer's weights.
         codec_dtype: precision of the autoencoder and text encoder. None: as they were, linked or copied from the folder
             that they came from.
@@ -76,13 +79,13 @@ def export_pipeline(
     with _replacing(target) as place:
         merged = merged_state(transformer, weights=weights)
         _write_transformer(place / "transformer", transformer, merged, dtype, single_file)
-        _write_scheduler(place / "scheduler", shift, sampler)
+        _write_scheduler(place / "scheduler", shift, sampler, guidance)
         _write_codec(place, codec, codec_dtype)
         is_causal = isinstance(transformer, AnyFlowFARTransformer3DModel)
         _write_index(place, codec, type(transformer).__name__, "AnyFlowFARPipeline" if is_causal else "AnyFlowPipeline")
         if is_causal:
             shutil.copyfile(far_pipeline.__file__, place / "pipeline.py")
-        told = replace(card, causal=is_causal, sampler=sampler)
+        told = replace(card, causal=is_causal, sampler=sampler, guidance=guidance.told if guidance else "")
         (place / "README.md").write_text(told.render(), encoding="utf-8")
     return target
 
@@ -136,11 +139,14 @@ def _write_transformer(
     _save_weights(place, state, dtype, single_file)
 
 
-def _write_scheduler(place: Path, shift: float, sampler: SamplerKind) -> None:
+def _write_scheduler(place: Path, shift: float, sampler: SamplerKind, guidance: Guidance | None) -> None:
     FlowMapEulerDiscreteScheduler(shift=shift).save_pretrained(place)
-    if sampler != "flowmap":
+    more: dict[str, Any] = {} if sampler == "flowmap" else {SAMPLER_KEY: sampler}
+    if guidance is not None:
+        more |= dict(zip(GUIDANCE_KEYS, (guidance.scale, guidance.negative), strict=True))
+    if more:
         file = place / "scheduler_config.json"
-        _write_json(file, {**json.loads(file.read_text(encoding="utf-8")), SAMPLER_KEY: sampler})
+        _write_json(file, {**json.loads(file.read_text(encoding="utf-8")), **more})
 
 
 def _write_codec(place: Path, codec: Codec, dtype: torch.dtype | None) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from anyflow.backbone.bidirectional import FLOAT32_PARTS, BidirectionalBackbone
 from anyflow.backbone.causal import CausalBackbone
 from anyflow.backbone.files import read_json, read_weights, resolve_folder
+from anyflow.backbone.guidance import Guidance
 from anyflow.errors import UserError
 from anyflow.flowmap.sampling import SamplerKind
 
@@ -39,6 +40,9 @@ CHUNKING = ("chunk_partition", "full_chunk_limit", "compressed_patch_size")
 
 SAMPLER_KEY = "anyflow_sampler"
 """Where the scheduler's configuration says how the model is sampled; diffusers warns that it does not know that."""
+
+GUIDANCE_KEYS = ("anyflow_guidance_scale", "anyflow_negative_prompt")
+"""Where it says how samples are guided, of a network that has no guidance in its weights."""
 
 _KINDS = (
     "WanTransformer3DModel",
@@ -210,12 +214,31 @@ def read_sampler(path: str | Path) -> SamplerKind:
     place = folder / "scheduler" / "scheduler_config.json"
     named = read_json(place).get(SAMPLER_KEY) if place.exists() else None
     if named is None:
-        network = folder / "transformer" / "config.json"
-        is_wan = network.exists() and read_json(network).get("_class_name") == _KINDS[0]
-        return "euler" if is_wan else "flowmap"
+        return "euler" if is_wan(path) else "flowmap"
     if named not in get_args(SamplerKind):
         raise UserError(f"{place} asks for the sampler {named!r}: known are {', '.join(get_args(SamplerKind))}.")
     return named
+
+
+def read_guidance(path: str | Path) -> Guidance | None:
+    """How a network without guidance in its weights is guided, if its export says so.
+
+    Raises:
+        UserError: the folder names no number from 1 up, or no text.
+    """
+    place = resolve_folder(path) / "scheduler" / "scheduler_config.json"
+    scale, negative = map((read_json(place) if place.exists() else {}).get, GUIDANCE_KEYS)
+    if scale is None:
+        return None
+    if not isinstance(scale, int | float) or not scale >= 1 or not isinstance(negative, str | None):
+        raise UserError(f"{place}: {GUIDANCE_KEYS[0]}={scale!r} with {GUIDANCE_KEYS[1]}={negative!r}: export it again.")
+    return Guidance(float(scale), negative or "")
+
+
+def is_wan(path: str | Path) -> bool:
+    """Whether a folder holds a plain Wan transformer."""
+    network = resolve_folder(path) / "transformer" / "config.json"
+    return network.exists() and read_json(network).get("_class_name") == _KINDS[0]
 
 
 def weight_precision(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -31,6 +31,8 @@ class ModelCard:
     """Whether it makes a video chunk by chunk; the export knows."""
     sampler: str = "flowmap"
     """How it is sampled; the export knows."""
+    guidance: str = ""
+    """How its samples are guided, in words, if the weights have no guidance; the export knows."""
 
     def render(self, lora: bool = False) -> str:
         """The text of README.md, with the Hub's header."""
@@ -58,8 +60,10 @@ class ModelCard:
         size = "num_frames={}, height={}, width={}".format(*self.size)
         if self.sampler != "flowmap" and not lora:
             command = 'anyflow sample "..." --model path/to/this/folder --steps 4'
-            shape = f"Trained on clips of {size}, fps={self.fps:g}."
-            return f"```sh\n{command}\n```\n\n{_OTHER_SAMPLERS[self.sampler]}\n\n{shape}"
+            told = [_OTHER_SAMPLERS[self.sampler], f"Trained on clips of {size}, fps={self.fps:g}."]
+            if self.guidance:
+                told.insert(1, f"It has no guidance in its weights, and is sampled with {self.guidance}.")
+            return "\n\n".join([f"```sh\n{command}\n```", *told])
         place = self.base_model if lora else "."
         kind = "DiffusionPipeline" if self.causal else "AnyFlowPipeline"
         corrected = f', custom_pipeline="{place}", trust_remote_code=True' if self.causal else ""

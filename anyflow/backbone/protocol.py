@@ -146,7 +146,7 @@ class FlowMapBackbone(nn.Module):
             jumps: see :func:`anyflow.flowmap.sampling.steps_of` for a sampler's.
             first_frames: given clean latents ``[B, k, C, H, W]``, which come back as they are (image- or
                 video-to-video).
-            ask: calls this network, in another role perhaps.
+            ask: calls this network, in another role or guided (:mod:`anyflow.backbone.guidance`) perhaps.
             take: how each jump is taken; a network that is no flow map needs another way than its default.
         """
         asked = ask or self
@@ -161,7 +161,8 @@ class FlowMapBackbone(nn.Module):
         shift: float,
         first_frames: Tensor | None = None,
         take: Take = take_jump,
+        ask: Ask | None = None,
     ) -> Tensor:
         """The clean latents of a ``num_steps``-step sampler (sec. 6); the arguments are :meth:`generate`'s."""
-        parts = self.generate(text, noise, steps_of(num_steps, shift), first_frames=first_frames, take=take)
+        parts = self.generate(text, noise, steps_of(num_steps, shift), first_frames=first_frames, take=take, ask=ask)
         return torch.cat(list(parts), dim=1)

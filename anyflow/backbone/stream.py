@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anyflow.backbone.codec import Codec
+from anyflow.backbone.guidance import UNGUIDED, Guidance
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.flowmap.sampling import Take, steps_of, take_jump
 
@@ -22,6 +23,7 @@ def stream_video(
     shift: float,
     first_frames: Tensor | None = None,
     take: Take = take_jump,
+    guidance: Guidance = UNGUIDED,
 ) -> Iterator[Tensor]:
     """Yield frames uint8 ``[B, f, H, W, 3]``; joined they are the video.
 
@@ -38,10 +40,12 @@ def stream_video(
         shift: of its schedule.
         first_frames: given latents ``[B, k, C, H, W]`` (``codec.encode_video`` of given frames); they are shown too.
         take: how the network takes a jump.
+        guidance: of a network that has none in its weights.
     """
     text = codec.encode_text(captions)
     num_given = 0 if first_frames is None else first_frames.shape[1]
-    parts = backbone.generate(text, noise, steps_of(num_steps, shift), first_frames=first_frames, take=take)
+    way = {"first_frames": first_frames, "take": take, **guidance.way(backbone, codec)}
+    parts = backbone.generate(text, noise, steps_of(num_steps, shift), **way)
     if len(backbone.chunks_of(noise.shape[1], num_given)) == 1:
         yield from (codec.decode(part) for part in parts)
     else:

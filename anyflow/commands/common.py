@@ -20,6 +20,19 @@ Json = Annotated[
 ]
 
 
+GuidanceScale = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance",
+        help="Guidance of a network that has none in its weights (a teacher, plain Wan): two calls a step; 1 is none; "
+        "else as the model says.",
+        min=1,
+    ),
+]
+Negative = Annotated[
+    str | None, typer.Option("--negative", help="The negative prompt that guidance leads away from; else the model's.")
+]
+
 SAMPLERS = ("flowmap", "euler", "renoise")
 """How jumps can be taken: see :class:`anyflow.flowmap.sampling.SamplerKind`."""
 

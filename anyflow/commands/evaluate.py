@@ -11,7 +11,9 @@ import typer
 
 from anyflow.commands.common import (
     SAMPLERS,
+    GuidanceScale,
     Json,
+    Negative,
     check_model,
     check_sampler,
     fresh_folder,
@@ -27,6 +29,7 @@ from anyflow.signals import Terminated, sigterm_raises
 if TYPE_CHECKING:
     import torch
 
+    from anyflow.backbone.guidance import Guidance
     from anyflow.evaluation.curve import CurveResult
     from anyflow.evaluation.samples import KeptSamples
 
@@ -49,6 +52,8 @@ def evaluate(
     sampler: Annotated[
         str | None, typer.Option(help=f"How jumps are taken, {' | '.join(SAMPLERS)}; else as the model says.")
     ] = None,
+    guidance: GuidanceScale = None,
+    negative: Negative = None,
     given_frames: Annotated[
         int, typer.Option(help="Latent frames given from each prompt's own clip: 1 is image-to-video.", min=0)
     ] = 0,
@@ -76,7 +81,9 @@ def evaluate(
       anyflow evaluate --model data/models/tiny --data driving --given-frames 1
       anyflow evaluate --model data/models/tiny --data robotics --probe --encoder efficientnet-lite
       anyflow evaluate --model runs/tiny-forward --data games --steps 1,4,16 --out curves/games --json
+      anyflow evaluate --model runs/tiny-forward-001 --against runs/tiny-teacher-001 --data games --guidance 2
     \b
+    --guidance is of networks that have none in their weights; of two models it guides such a one alone.
     Broken off, the same command goes on: samples are kept until all of them are measured.
     """
     counts, chosen = parse_steps(steps), parse_seeds(seeds)
@@ -90,12 +97,13 @@ def evaluate(
     end_with_watcher()
     settings: dict[str, Any] = {"steps": counts, "prompts": prompts, "split": split, "seeds": chosen}
     settings |= {"given_frames": given_frames, "batch_size": batch_size}
+    ways = _ways([name for name in (model, against) if name], sampler, guidance, negative)
     from anyflow.evaluation.report import write_report
     from anyflow.evaluation.samples import KeptSamples
 
     kept = KeptSamples(SAMPLES)
     with _goes_on():
-        before, after = _measured(model, against, data, sampler, judges, settings, kept)
+        before, after = _measured(model, against, data, ways, judges, settings, kept)
     if after is not None:
         with whole_folder(folder) as partial:
             title, about = f"{model}, held-out prompts of {data}", _about(model, data, split)
@@ -178,7 +186,7 @@ def _measured(
     model: str,
     against: str | None,
     data: str,
-    sampler: str | None,
+    ways: dict[str, Any],
     judges: list[str],
     settings: dict[str, Any],
     kept: KeptSamples,
@@ -191,8 +199,8 @@ def _measured(
     is_first = rank_and_size()[0] == 0
     judging, notes = _judges(model, data, settings["split"], judges, device)
     asked = {**settings, "judging": judging, "notes": notes}
-    before = _curve(against, data, "before", sampler, asked, kept) if against else None
-    after = _curve(model, data, "after" if against else "model", sampler, asked, kept)
+    before = _curve(against, data, "before", ways[against], asked, kept) if against else None
+    after = _curve(model, data, "after" if against else "model", ways[model], asked, kept)
     leave_ranks()
     try:
         check_comparable(before.curve if before else None, after.curve)
@@ -214,11 +222,30 @@ def _judges(
         return judges_of(judges, "--encoder", [data], shape, heldout=split, device=device, on_progress=on_progress)
 
 
+def _ways(
+    models: list[str], sampler: str | None, guidance: float | None, negative: str | None
+) -> dict[str, tuple[Any, Guidance]]:
+    """How each model is sampled. Where some have guidance in their weights and some not, the options guide the latter.
+
+    A teacher is compared with what was made of it: that the latter is guided by itself is no reason to guide it twice.
+    """
+    from anyflow.commands.models import has_guidance, way_of
+
+    fused = {model: has_guidance(model) for model in models}
+    left_alone = {model for model in models if fused[model] and not all(fused.values())}
+    own = {model: (None, None) if model in left_alone else (guidance, negative) for model in models}
+    return {model: way_of(model, sampler, *own[model]) for model in models}
+
+
 def _curve(
-    model: str, data: str, label: str, sampler: str | None, settings: dict[str, Any], kept: KeptSamples
+    model: str,
+    data: str,
+    label: str,
+    way: tuple[Any, Guidance],
+    settings: dict[str, Any],
+    kept: KeptSamples,
 ) -> CurveResult:
     """A model's curve."""
-    from anyflow.backbone.load import read_sampler
     from anyflow.commands.models import load_model, native_shape
     from anyflow.console import progress_line
     from anyflow.curves import curve_of
@@ -237,7 +264,8 @@ def _curve(
             shape,
             shift=shift,
             label=label,
-            sampler=sampler or read_sampler(model),  # type: ignore[arg-type]
+            sampler=way[0],
+            guidance=way[1],
             kept=kept.of(made_by),
             divide=True,
             on_progress=on_progress,

@@ -66,7 +66,7 @@ def _export_run(run: Path, target: Path, lora: bool, precision: str, single_file
     """From the newest checkpoint, of any number of ranks, on this process: neither GPU nor data are needed."""
     from anyflow.backbone.export import export_lora, export_pipeline
     from anyflow.console import quiet_libraries
-    from anyflow.finish import model_card
+    from anyflow.finish import guidance_of, model_card
     from anyflow.recipe import load_recipe
     from anyflow.runs import RunFolder
 
@@ -90,6 +90,7 @@ def _export_run(run: Path, target: Path, lora: bool, precision: str, single_file
             options: dict[str, Any] = {
                 "dtype": _dtype(precision),
                 "sampler": recipe.sampler,
+                "guidance": guidance_of(recipe) if recipe.sampler == "euler" else None,
                 "single_file": single_file,
             }
             export_pipeline(target, backbone.transformer, codec, recipe.model.shift, card, **options)
@@ -113,9 +114,9 @@ def _restored(recipe: Recipe, checkpoint: Path) -> tuple[Any, Any, Any]:
 def _export_model(source: str, target: Path, precision: str, single_file: bool) -> None:
     from anyflow.backbone.codec import Codec
     from anyflow.backbone.export import export_pipeline
-    from anyflow.backbone.load import load_backbone, read_sampler, read_shift
+    from anyflow.backbone.load import load_backbone
     from anyflow.backbone.model_card import ModelCard
-    from anyflow.commands.models import trained_shape
+    from anyflow.commands.models import has_guidance, shift_of, trained_shape, way_of
     from anyflow.console import quiet_libraries
 
     quiet_libraries()
@@ -129,8 +130,10 @@ def _export_model(source: str, target: Path, precision: str, single_file: bool) 
         size=(frames, height, width),
         fps=fps or 8.0,
     )
-    options: dict[str, Any] = {"dtype": dtype, "sampler": read_sampler(source), "single_file": single_file}
-    export_pipeline(target, backbone.transformer, codec, read_shift(source), card, **options)
+    sampler, guidance = way_of(source)
+    options: dict[str, Any] = {"dtype": dtype, "sampler": sampler, "single_file": single_file}
+    options["guidance"] = None if has_guidance(source) else guidance
+    export_pipeline(target, backbone.transformer, codec, shift_of(source), card, **options)
 
 
 def _dtype(precision: str) -> Any:

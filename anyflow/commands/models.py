@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anyflow.errors import UserError
-from anyflow.recipe import list_recipes, load_recipe
+from anyflow.recipe import Recipe, list_recipes, load_recipe
 
 if TYPE_CHECKING:
     from anyflow.backbone.codec import Codec
+    from anyflow.backbone.guidance import Guidance
     from anyflow.backbone.protocol import FlowMapBackbone
     from anyflow.data.decode import ClipShape
-    from anyflow.recipe import Recipe
+    from anyflow.flowmap.sampling import SamplerKind
 
 
 MODEL = ("model_index.json", "model", "transformer")
@@ -33,7 +36,7 @@ def load_model(model: str, precision: str = "") -> tuple[Codec, FlowMapBackbone,
     import torch
 
     from anyflow.backbone.codec import Codec
-    from anyflow.backbone.load import load_backbone, read_shift
+    from anyflow.backbone.load import load_backbone
     from anyflow.console import quiet_libraries
 
     quiet_libraries()
@@ -43,7 +46,59 @@ def load_model(model: str, precision: str = "") -> tuple[Codec, FlowMapBackbone,
     codec = Codec.from_folder(model, dtype=dtype, device=device)
     backbone = load_backbone(model, dtype=dtype, device=device)
     backbone.requires_grad_(False)
-    return codec, backbone, read_shift(model)
+    return codec, backbone, shift_of(model)
+
+
+def shift_of(model: str) -> float:
+    """The shift of a model's schedule: as its folder says; of plain Wan as its recipe says, which trains with it."""
+    from anyflow.backbone.load import is_wan, read_shift
+
+    recipe = recipe_of(model) if is_wan(model) else None
+    return read_shift(model) if recipe is None else recipe.model.shift
+
+
+def way_of(
+    model: str, sampler: str | None = None, scale: float | None = None, negative: str | None = None
+) -> tuple[SamplerKind, Guidance]:
+    """How a model is sampled: as the user says, else by itself; what is odd is told on stderr.
+
+    By itself a network is guided if its weights have no guidance (:func:`has_guidance`): as its export says, else as
+    its recipe does (:attr:`~anyflow.recipe.Recipe.teacher_guidance`); plain Wan that no recipe knows, as recipes do
+    where they say nothing.
+
+    Args:
+        model: folder or hub id.
+        sampler: how jumps are taken.
+        scale: of the guidance.
+        negative: the negative prompt.
+
+    Raises:
+        UserError: the folder holds no such model, or a negative prompt is given that nothing asks for.
+    """
+    from anyflow.backbone.guidance import Guidance
+    from anyflow.backbone.load import is_wan, read_guidance, read_sampler
+
+    found, recipe = read_guidance(model), recipe_of(model)
+    if found is None:
+        known = recipe or (Recipe() if is_wan(model) else None)
+        usual = known.teacher_guidance if known is not None and not has_guidance(model) else 1.0
+        found = Guidance(usual, recipe.model.negative_prompt if recipe is not None else "")
+    guidance = Guidance(found.scale if scale is None else scale, found.negative if negative is None else negative)
+    if scale not in (None, 1) and has_guidance(model) and os.environ.get("RANK", "0") == "0":
+        print(f"{model} has guidance in its weights: --guidance {scale:g} guides it twice", file=sys.stderr)
+    if negative is not None and guidance.scale == 1:
+        raise UserError(
+            f"--negative {negative!r}: nothing asks for it, {model} is sampled without guidance: give --guidance with "
+            "it, or leave it out"
+        )
+    return sampler or read_sampler(model), guidance  # type: ignore[return-value]
+
+
+def has_guidance(model: str) -> bool:
+    """Whether guidance is in a model's weights: in those of all but plain flow matching (a teacher, plain Wan)."""
+    from anyflow.backbone.load import read_sampler
+
+    return read_sampler(model) != "euler"
 
 
 def native_shape(

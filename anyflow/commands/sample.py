@@ -10,7 +10,9 @@ import typer
 
 from anyflow.commands.common import (
     SAMPLERS,
+    GuidanceScale,
     Json,
+    Negative,
     check_model,
     check_sampler,
     fresh_folder,
@@ -23,6 +25,7 @@ from anyflow.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from anyflow.backbone.guidance import Guidance
     from anyflow.data.decode import ClipShape
 
 
@@ -34,6 +37,8 @@ def sample(
     sampler: Annotated[
         str | None, typer.Option(help=f"How jumps are taken, {' | '.join(SAMPLERS)}; else as the model says.")
     ] = None,
+    guidance: GuidanceScale = None,
+    negative: Negative = None,
     frames: Annotated[int | None, typer.Option(help="Frames (4n+1); else as trained.", min=1)] = None,
     height: Annotated[int | None, typer.Option(help="Pixel rows (multiple of 16); else as trained.", min=16)] = None,
     width: Annotated[int | None, typer.Option(help="Pixel columns (multiple of 16); else as trained.", min=16)] = None,
@@ -52,6 +57,7 @@ def sample(
       anyflow sample "The robot arm opens a drawer." "It closes it." --model runs/finetune-robotics-tiny-001
       anyflow sample "A green car drives fast." --image start.png
       anyflow sample "A green car drives fast." --model data/models/tiny-causal --video start.mp4 --frames 65
+      anyflow sample "..." --model runs/wan-teacher --steps 50 --guidance 5 --negative "blurred, still"
       anyflow sample "..." --model nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers --steps 4 --out samples --json
     """
     counts = parse_steps(steps)
@@ -61,25 +67,31 @@ def sample(
     check_model(model)
     check_sampler(sampler)
     given = _check_given(image, video, given)
-    from anyflow.commands.models import load_model, native_shape
+    from anyflow.commands.models import load_model, native_shape, way_of
 
     shape = native_shape(model, frames=frames, height=height, width=width, fps=fps)
     pixels = given_pixels(image or video, given, shape)
-    from anyflow.backbone.load import read_sampler
-
+    way = way_of(model, sampler, guidance, negative)
     codec, backbone, shift = load_model(model)
-    kind = sampler or read_sampler(model)
     latent_shape = codec.latent_shape(shape.frames, shape.height, shape.width)
     first_frames = None if pixels is None else codec.encode_video(pixels)
-    seconds, clips = _sample_all(codec, backbone, prompts, latent_shape, counts, shift, kind, seed, first_frames)
+    seconds, clips = _sample_all(codec, backbone, prompts, latent_shape, counts, shift, way, seed, first_frames)
+    num_given = 0 if first_frames is None else first_frames.shape[1]
+    calls = {count: way[1].calls * backbone.calls_of(count, latent_shape[0], num_given) for count in counts}
     with whole_folder(folder) as partial:
         names = _write(partial, prompts, clips, shape.fps or 8.0, given)
     files = {kind: [folder / name for name in found] for kind, found in names.items()}
     if as_json:
-        print_json({"model": model, "prompts": prompts, "seed": seed, "seconds": seconds, "files": files})
+        told = {"model": model, "prompts": prompts, "seed": seed, "guidance": way[1].scale, "nfe": calls}
+        print_json({**told, "seconds": seconds, "files": files})
         return
     for count in counts:
-        typer.echo(f"{count:>4} steps  {seconds[count]:6.1f} s  {', '.join(map(str, files[str(count)]))}")
+        typer.echo(
+            f"{count:>4} steps  {calls[count]:>4} calls  {seconds[count]:6.1f} s  "
+            f"{', '.join(map(str, files[str(count)]))}"
+        )
+    if way[1].told:
+        typer.echo(way[1].told)
     typer.echo(f"side by side: {' and '.join(map(str, files['all']))}")
 
 
@@ -124,7 +136,7 @@ def _sample_all(
     shape: tuple[int, ...],
     counts: list[int],
     shift: float,
-    kind: Any,
+    way: tuple[Any, Guidance],
     seed: int,
     first_frames: Tensor | None,
 ) -> tuple[dict[int, float], dict[int, Any]]:
@@ -142,8 +154,8 @@ def _sample_all(
     with progress_line("sampling") as on_progress:
         for index, count in enumerate(counts):
             start, parts = time.perf_counter(), []
-            take = take_of(kind, prompts, seed)
-            for part in stream_video(backbone, codec, prompts, noise, count, shift, known, take):
+            take = take_of(way[0], prompts, seed)
+            for part in stream_video(backbone, codec, prompts, noise, count, shift, known, take, way[1]):
                 parts.append(part.cpu())
                 what = f"steps: {count}, chunk {len(parts)}"
                 on_progress(index * chunks + len(parts), len(counts) * chunks, what)

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anyflow.commands.common import SAMPLERS, Json, check_model, check_sampler, parse_steps, print_json
+from anyflow.commands.common import (
+    SAMPLERS,
+    GuidanceScale,
+    Json,
+    Negative,
+    check_model,
+    check_sampler,
+    parse_steps,
+    print_json,
+)
 from anyflow.errors import UserError
 from anyflow.files import write_atomically
 
@@ -34,6 +43,8 @@ def vbench(
     sampler: Annotated[
         str | None, typer.Option(help=f"How jumps are taken, {' | '.join(SAMPLERS)}; else as the model says.")
     ] = None,
+    guidance: GuidanceScale = None,
+    negative: Negative = None,
     batch_size: Annotated[int, typer.Option(help="Clips a pass.", min=1)] = 4,
     score: Annotated[bool, typer.Option("--score", help="Let the installed vbench package score the videos.")] = False,
     as_json: Json = False,
@@ -47,6 +58,7 @@ def vbench(
     Examples:
       anyflow vbench --model runs/forward-wan --steps 4,32 --out vbench/forward --score
       anyflow vbench --model runs/causal-wan --images crop/16-9 --info vbench2_i2v_full_info.json --out vbench/i2v
+      anyflow vbench --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --steps 50 --out vbench/wan
       anyflow vbench --model data/models/tiny --dimensions motion_smoothness --samples 1 --out vbench/tiny
     """
     counts = parse_steps(steps)
@@ -65,9 +77,14 @@ def vbench(
     )
     prompts = read_prompts(place, chosen, image=images is not None)
     _check_images(images, prompts)
-    settings = {"samples": samples, "seed": seed, "sampler": sampler, "batch_size": batch_size, "images": images}
+    from anyflow.commands.models import way_of
+
+    way = way_of(model, sampler, guidance, negative)
+    settings: dict[str, Any] = {"samples": samples, "seed": seed, "sampler": sampler, "images": images}
+    settings |= {"batch_size": batch_size, "way": way}
     _settle(out, model, settings)
     folders = _sample_all(model, prompts, counts, out, settings)
+    told: dict[str, Any] = {"model": model, "guidance": way[1].scale, "nfe": _calls(out, counts)}
     scores: dict[str, Any] = {}
     if score:
         resolution = None if images is None else images.name
@@ -76,13 +93,15 @@ def vbench(
                 folder, place, chosen, out / f"steps-{count:02d}", resolution=resolution, device=_device()
             )
             scores[str(count)] = {**found, **totals(found, image=images is not None)}
-        _write_json(out / "vbench.json", {"model": model, "seed": seed, "samples": samples, "scores": scores})
+        _write_json(out / "vbench.json", {**told, "seed": seed, "samples": samples, "scores": scores})
     if as_json:
-        print_json({"model": model, "prompts": len(prompts), "videos": folders, "scores": scores})
+        print_json({**told, "prompts": len(prompts), "videos": folders, "scores": scores})
         return
     for count, folder in folders.items():
-        told = ", ".join(f"{name} {100 * value:.2f}" for name, value in scores.get(str(count), {}).items())
-        typer.echo(f"{count:>4} steps  {told or folder}")
+        line = ", ".join(f"{name} {100 * value:.2f}" for name, value in scores.get(str(count), {}).items())
+        typer.echo(f"{count:>4} steps  {told['nfe'].get(str(count), '?'):>4} calls  {line or folder}")
+    if way[1].told:
+        typer.echo(way[1].told)
     if not score:
         typer.echo(
             f"score them: anyflow vbench ... --score, or: vbench evaluate --videos_path {folder} --dimension ..."
@@ -94,13 +113,25 @@ def _settle(out: Path, model: str, settings: dict[str, Any]) -> None:
     from anyflow.fingerprints import model_fingerprint
 
     now = {"model": model_fingerprint(model), **{key: str(settings[key]) for key in ("seed", "sampler", "images")}}
+    now |= {"guidance": settings["way"][1].told}
     path = out / "settings.json"
     was = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else now
+    was.setdefault("guidance", "")  # of a folder from before there was any
     changed = [key for key, value in now.items() if was.get(key) != value]
     if changed:
         raise UserError(f"--out {out} holds videos of another {' and '.join(changed)}: name another folder")
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(path, now)
+    _write_json(path, {**was, **now})
+
+
+def _calls(out: Path, counts: Sequence[int], found: dict[str, int] | None = None) -> dict[str, int]:
+    """Network calls of a video by step count, of those that were ever sampled here; ``found`` is noted for later."""
+    path = out / "settings.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    known: dict[str, int] = {**settings.get("nfe", {}), **(found or {})}
+    if found:
+        _write_json(path, {**settings, "nfe": known})
+    return {str(count): known[str(count)] for count in counts if str(count) in known}
 
 
 def _check_images(images: Path | None, prompts: Sequence[Asked]) -> None:
@@ -116,7 +147,6 @@ def _sample_all(
     model: str, prompts: Sequence[Asked], counts: Sequence[int], out: Path, settings: dict[str, Any]
 ) -> dict[int, Path]:
     """Every video that is not there yet; the folders by step count."""
-    from anyflow.backbone.load import read_sampler
     from anyflow.commands.models import load_model, native_shape
     from anyflow.console import progress_line
     from anyflow.evaluation.picture import write_mp4
@@ -137,7 +167,9 @@ def _sample_all(
         return folders
     shape = native_shape(model, frames=None, height=None, width=None, fps=None)
     codec, backbone, shift = load_model(model)
-    kind = settings["sampler"] or read_sampler(model)
+    frames, given = codec.latent_shape(shape.frames, shape.height, shape.width)[0], int(settings["images"] is not None)
+    per_call = settings["way"][1].calls
+    _calls(out, counts, {str(count): per_call * backbone.calls_of(count, frames, given) for count in counts})
     size, partial = settings["batch_size"], out / ".partial.mp4"
     done = 0
     with progress_line("sampling for vbench") as on_progress:
@@ -145,7 +177,7 @@ def _sample_all(
             of_count = [(asked, index) for steps, asked, index in due if steps == count]
             for start in range(0, len(of_count), size):
                 part = of_count[start : start + size]
-                clips = _sample(codec, backbone, shape, part, count, shift, kind, settings)
+                clips = _sample(codec, backbone, shape, part, count, shift, settings)
                 for (asked, index), clip in zip(part, clips, strict=True):
                     write_mp4(partial, list(clip), shape.fps or 8.0)
                     partial.replace(folders[count] / video_name(asked.prompt, index))
@@ -161,7 +193,6 @@ def _sample(
     part: Sequence[tuple[Asked, int]],
     num_steps: int,
     shift: float,
-    kind: Any,
     settings: dict[str, Any],
 ) -> Any:
     """Clips uint8 ``[n, F, H, W, 3]``; each video's noise follows seed, prompt and number alone."""
@@ -176,8 +207,10 @@ def _sample(
     if settings["images"] is not None:
         frames = [given_pixels(settings["images"] / asked.image, 1, shape) for asked, _ in part]
         first_frames = codec.encode_video(torch.cat([frame for frame in frames if frame is not None]).to(codec.device))
+    kind, guidance = settings["way"]
     text, take = codec.encode_text([asked.prompt for asked, _ in part]), take_of(kind, keys, settings["seed"])
-    return codec.decode(backbone.sample(text, noise, num_steps, shift, first_frames, take)).cpu().numpy()
+    guided = guidance.way(backbone, codec)
+    return codec.decode(backbone.sample(text, noise, num_steps, shift, first_frames, take, **guided)).cpu().numpy()
 
 
 def _device() -> str:

@@ -107,7 +107,8 @@ class CurveRow(Marks):
 
     Attributes:
         num_steps: steps of the sampler.
-        nfe: network calls a clip: one a step (guidance is fused into the model), of each chunk if it is made in chunks.
+        nfe: network calls a clip: one a step, of each chunk if it is made in chunks; all twice where samples are guided
+            because the network has no guidance in its weights.
         sampling_seconds: wall time a clip, noise to latents.
         decoding_seconds: wall time a clip, latents to frames.
         interval: of several seeds, half the width of each figure's 95 % interval.
@@ -140,6 +141,7 @@ class Curve:
         left_out: latent frames that comparisons left out, those that were given at least.
         seeds: all seeds of the noise; empty: ``seed`` alone.
         sampler: how jumps were taken: ``flowmap``, ``euler`` or ``renoise``.
+        guidance_scale: of the samples; 1: the network was asked once a step.
         notes: what is to be said beside the figures: how far a probe can be trusted.
     """
 
@@ -156,6 +158,7 @@ class Curve:
     left_out: int = 0
     seeds: tuple[int, ...] = ()
     sampler: str = "flowmap"
+    guidance_scale: float = 1.0
     notes: tuple[str, ...] = ()
 
     @property

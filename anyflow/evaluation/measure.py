@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from anyflow.backbone.guidance import UNGUIDED, Guidance
 from anyflow.evaluation.curve import STEPS, Curve, CurveResult, CurveRow, HeldOut, Marks, over_seeds
 from anyflow.evaluation.judge import Judge
 from anyflow.evaluation.samples import KeptSamples
@@ -79,13 +80,14 @@ def _generator(seed: int, key: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def sampler_of(backbone: Any, codec: Any) -> Sampler:
+def sampler_of(backbone: Any, codec: Any, guidance: Guidance = UNGUIDED) -> Sampler:
     """The sampler of a ``FlowMapBackbone`` with the ``Codec`` whose text encoder it was trained with."""
 
     def sample(
         captions: list[str], noise: Tensor, num_steps: int, shift: float, first_frames: Tensor | None, **way: Take
     ) -> Tensor:
-        return backbone.sample(codec.encode_text(captions), noise, num_steps, shift, first_frames, **way)
+        guided = guidance.way(backbone, codec)
+        return backbone.sample(codec.encode_text(captions), noise, num_steps, shift, first_frames, **way, **guided)
 
     return sample
 
@@ -104,6 +106,7 @@ def measure_curve(
     given_frames: int = 0,
     left_out: int = 0,
     kind: SamplerKind = "flowmap",
+    guidance: Guidance = UNGUIDED,
     calls: Callable[[int, int, int], int] = lambda num_steps, num_frames, num_given: num_steps,
     batch_size: int = 8,
     device: torch.device | str = "cpu",
@@ -126,7 +129,8 @@ def measure_curve(
         given_frames: latent frames that are given from each prompt's own clip: 1 is image-to-video.
         left_out: latent frames that comparisons leave out beyond those that are given: what another model is given.
         kind: how the model takes its jumps.
-        calls: network calls of a clip by steps, latent frames and given ones (a backbone's ``calls_of``).
+        guidance: that ``sampler`` was made with: each of its calls counts as so many of the network's.
+        calls: its calls of a clip by steps, latent frames and given ones (a backbone's ``calls_of``).
         batch_size: clips a pass; changes speed and memory, not the draws.
         device: where the model runs.
         show: of how many prompts (the first) the samples are kept for the picture.
@@ -139,9 +143,9 @@ def measure_curve(
     if not items or not seeds or len(reference) < len(items):
         raise ValueError(f"{len(items)} prompts need as many reference clips, got {len(reference)}, and a seed")
     counts = sorted(set(steps))
-    work = len(seeds) * sum(_work(num_steps) for num_steps in counts) + 2 * _work(0)
+    work = len(seeds) * sum(_work(guidance.calls * num_steps) for num_steps in counts) + 2 * _work(0)
     progress = _Progress(work * -(-len(items) // batch_size), on_progress)
-    runner = _Runner(codec, batch_size, device, progress, given_frames, kind, calls, kept)
+    runner = _Runner(codec, batch_size, device, progress, given_frames, kind, calls, kept, guidance)
     reference = reference[: len(items)]
     real_clips, other_clips = _stack(items), _stack(reference)
     real_latents, decoded = runner.encode_and_decode(real_clips)
@@ -159,7 +163,8 @@ def measure_curve(
         given_frames=given_frames,
         left_out=judge.left_out,
         sampler=kind,
-        notes=tuple(notes),
+        guidance_scale=guidance.scale,
+        notes=(*notes, *filter(None, [guidance.told])),
         shift=shift,
         size=(real_clips.shape[1], real_clips.shape[2], real_clips.shape[3]),
         rows=tuple(rows),
@@ -194,9 +199,9 @@ def _rows(
     return rows, dict(sorted(kept.items()))
 
 
-def _work(num_steps: int) -> int:
-    """What a batch costs, in network calls: its steps, and the codec's share."""
-    return num_steps + CODEC_CALLS
+def _work(calls: int) -> int:
+    """What a batch costs, in network calls: those of its steps, and the codec's share."""
+    return calls + CODEC_CALLS
 
 
 class _Progress:
@@ -223,6 +228,7 @@ class _Runner:
     kind: SamplerKind
     calls: Callable[[int, int, int], int]
     kept: KeptSamples | None = None
+    guidance: Guidance = UNGUIDED
 
     def encode_and_decode(self, clips: Tensor, decode: bool = True) -> tuple[Tensor, Tensor]:
         """Return the clips' latents, and the clips after the codec (as given, if they are not to be decoded)."""
@@ -258,8 +264,9 @@ class _Runner:
             clips.append(self.codec.decode(latents).cpu())
             sampling, decoding = sampling + seconds, decoding + _now(self.device) - begin
             all_latents.append(latents.float().cpu())
-            self.progress(f"{num_steps} step{'s' if num_steps > 1 else ''}", _work(num_steps))
-        nfe = self.calls(num_steps, like.shape[1], self.given_frames)
+            work = _work(self.guidance.calls * num_steps)
+            self.progress(f"{num_steps} step{'s' if num_steps > 1 else ''}", work)
+        nfe = self.guidance.calls * self.calls(num_steps, like.shape[1], self.given_frames)
         cost = {"nfe": nfe, "sampling_seconds": sampling / len(items), "decoding_seconds": decoding / len(items)}
         return torch.cat(clips), torch.cat(all_latents), cost
 
@@ -278,7 +285,8 @@ class _Runner:
         noise, name = prompt_noise(shape, keys, seed), ""
         if self.kept is not None:
             given = None if first_frames is None else first_frames.cpu()
-            name = self.kept.name((noise, given), (captions, keys, seed, num_steps, shift, self.kind))
+            guided = () if self.guidance.scale == 1 else (self.guidance,)
+            name = self.kept.name((noise, given), (captions, keys, seed, num_steps, shift, self.kind, *guided))
             found = self.kept.load(name)
             if found is not None:
                 return found[0].to(self.device), found[1]

@@ -75,7 +75,8 @@ def table_cells(
     for row in after.rows:
         shown = [*([before.row(row.num_steps)] if before is not None else []), row]
         cells = [" → ".join(_cell(marks, column, after.clips) for marks in shown) for column in columns]
-        rows.append([str(row.num_steps), *cells, f"{row.nfe}, {row.sampling_seconds + row.decoding_seconds:.2f}"])
+        calls = " → ".join(dict.fromkeys(str(one.nfe) for one in shown))  # type: ignore[attr-defined]
+        rows.append([str(row.num_steps), *cells, f"{calls}, {row.sampling_seconds + row.decoding_seconds:.2f}"])
     for name, marks in (("real clips", after.real), ("real, through the codec", after.codec)):
         rows.append([name, *(_cell(marks, column, after.clips) for column in columns), "-"])
     return headings, rows
@@ -138,7 +139,9 @@ def check_comparable(before: Curve | None, after: Curve) -> None:
 def _title(before: Curve | None, after: Curve) -> str:
     pair = f" ({before.label} → {after.label})" if before is not None else ""
     noise = f"{len(after.all_seeds)} seeds of noise, the same" if len(after.all_seeds) > 1 else "the same noise"
-    return f"Any-step curve{pair}: {after.domain}, {after.clips} prompts, {noise} at every step count"
+    scales = list(dict.fromkeys(f"{curve.guidance_scale:g}" for curve in (before, after) if curve is not None))
+    guidance = f", guidance {' → '.join(scales)}" if scales != ["1"] else ""
+    return f"Any-step curve{pair}: {after.domain}, {after.clips} prompts, {noise} at every step count{guidance}"
 
 
 def comparison_text(before: Curve | None, after: Curve) -> str:

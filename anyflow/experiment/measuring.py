@@ -21,8 +21,7 @@ APART = 1000
 
 def measure(experiment: Experiment, piece: Piece, card: str, on_progress: Callable[..., None] | None = None) -> None:
     """Measure the any-step curve of a piece on a card, and keep it in the piece's folder."""
-    from anyflow.backbone.load import read_sampler
-    from anyflow.commands.models import load_model, native_shape
+    from anyflow.commands.models import has_guidance, load_model, native_shape, way_of
     from anyflow.curves import curve_of, save_curve
     from anyflow.probes import judges_of
 
@@ -39,6 +38,8 @@ def measure(experiment: Experiment, piece: Piece, card: str, on_progress: Callab
         device=next(backbone.parameters()).device,
         on_progress=on_progress,
     )
+    scale = None if has_guidance(piece.model) else settings.guidance_scale or None
+    sampler, guidance = way_of(piece.model, scale=scale)
     result = curve_of(
         backbone,
         codec,
@@ -48,7 +49,8 @@ def measure(experiment: Experiment, piece: Piece, card: str, on_progress: Callab
         steps=settings.steps,
         shift=shift,
         seeds=[piece.seed + draw * APART for draw in range(settings.draws)],
-        sampler=read_sampler(piece.model),
+        sampler=sampler,
+        guidance=guidance,
         label=Path(card).stem,
         split=settings.split,
         given_frames=piece.given_frames,

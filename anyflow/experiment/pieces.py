@@ -218,6 +218,8 @@ def curve_settings(experiment: Experiment, piece: Piece) -> dict[str, Any]:
     del settings["batch_size"]
     if settings["draws"] == 1:
         del settings["draws"]
+    if settings["guidance_scale"] == 1:
+        del settings["guidance_scale"]
     settings["encoders"] = [encoder_fingerprint(choice) for choice in settings["encoders"]]
     if not settings["encoders"]:
         del settings["encoders"]

@@ -68,6 +68,9 @@ class Evaluation:
     steps: list[int] = option([1, 2, 4, 8, 16, 32], "step counts that each prompt is sampled at", low=1, high=1000)
     given_frames: int = option(0, "latent frames given from each prompt's own clip: 1 is image-to-video", low=0)
     split: str = option("heldout", "split that prompts and real clips come from")
+    guidance_scale: float = option(
+        1.0, "of networks that have no guidance in their weights; 1: none, 0: as each model says", low=0
+    )
     batch_size: int = option(8, "clips a pass", low=1)
     encoders: list[str] = option([], "further distances, as sampling.encoders of a recipe")
     precision: str = option(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from anyflow.flowmap.objective import FlowMapObjective, Velocity, flow_map_loss
-from anyflow.flowmap.sampling import BoundVelocity, take_velocity
+from anyflow.flowmap.sampling import BoundVelocity, guide, take_velocity
 from anyflow.flowmap.schedule import at_least_float32, interpolate, like_latents
 
 NORM_OFFSET = 0.1
@@ -110,8 +110,8 @@ def guided_velocity(teacher: Velocity, z: Tensor, timestep: Tensor, rows: Tensor
         return at_least_float32(teacher(z, time, time, rows))
     twice, negative = torch.cat([time, time]), torch.full_like(rows, len(z))
     answers = teacher(torch.cat([z, z]), twice, twice, torch.cat([rows, negative]))
-    conditional, unconditional = at_least_float32(answers).chunk(2)
-    return scale * conditional + (1 - scale) * unconditional
+    conditional, unconditional = answers.chunk(2)
+    return guide(conditional, unconditional, scale)
 
 
 def normalised(per_sample: Tensor) -> Tensor:

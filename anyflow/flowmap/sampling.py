@@ -43,7 +43,8 @@ def sample(
 ) -> Tensor:
     """Turn noise ``[B, F, C, H, W]`` (any ``[B, ...]``) into clean latents in ``num_steps`` network calls (sec. 6).
 
-    Guidance is 1: it is fused in the weights. The arguments are :func:`follow`'s.
+    Guidance is 1: it is fused in the weights, or ``velocity`` is guided (:func:`guide`). The arguments are
+    :func:`follow`'s.
     """
     return follow(velocity, noise, steps_of(num_steps, shift), on_step, first_frames, take or take_jump)
 
@@ -64,6 +65,15 @@ def take_velocity(velocity: BoundVelocity, latents: Tensor, timestep: Tensor, r_
     """One Euler step of a network of plain flow matching, which knows one time: it is asked ``u(z, t, t)``."""
     time = timestep.float()
     return step(latents, velocity(latents, time, time), timestep, r_timestep)
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance of two answers ``[B, ...]``, float32 or better.
+
+    It is ``unconditional + scale * (conditional - unconditional)``: 1 gives the conditional answer, more leads farther
+    away from the unconditional one.
+    """
+    return scale * at_least_float32(conditional) + (1 - scale) * at_least_float32(unconditional)
 
 
 def follow(

@@ -31,6 +31,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_geometry(recipe)
     _check_model(recipe)
     _check_objective(recipe)
+    _check_guidance(recipe)
     _check_onpolicy(recipe)
     _check_hardware(recipe)
 
@@ -258,6 +259,17 @@ def _check_objective(recipe: Recipe) -> None:
         )
     if recipe.data.precompute and stage.name == "codec":
         raise UserError("data.precompute=true leaves the codec stage without pixels: set data.precompute=false")
+
+
+def _check_guidance(recipe: Recipe) -> None:
+    scale, source = recipe.sampling.guidance_scale, recipe.sources.get("sampling.guidance_scale")
+    if 0 < scale < 1:
+        raise UserError(f"sampling.guidance_scale={scale} is below 1: give 1 for none, more, or 0 for the stage's")
+    if scale > 1 and source == "command line" and recipe.sampler != "euler":
+        raise UserError(
+            f"sampling.guidance_scale={scale} is for weights without guidance, and stage {recipe.stage.name} trains "
+            "guidance into them: leave it out, and set stage.guidance_scale"
+        )
 
 
 def _check_onpolicy(recipe: Recipe) -> None:

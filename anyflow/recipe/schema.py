@@ -245,6 +245,12 @@ class SamplingRecipe:
         "latent frames given from each prompt's own clip: 0 text-to-video, 1 image-to-video, more: video",
         low=0,
     )
+    guidance_scale: float = _option(
+        0.0,
+        "classifier-free guidance of samples where the weights have none (stage teacher, plain Wan): two network calls "
+        "a step; 1: none; 0: as much as stage.guidance_scale",
+        low=0,
+    )
     every_steps: int = _option(0, "training steps between samplings; 0: only before and after", low=0)
     encoders: list[str] = _option(
         [],
@@ -362,6 +368,16 @@ class Recipe:
     def sampler(self) -> str:
         """How what the stage trains is sampled: see :class:`anyflow.flowmap.sampling.SamplerKind`."""
         return {"teacher": "euler", "consistency": "renoise", "dmd": "renoise"}.get(self.stage.name, "flowmap")
+
+    @property
+    def teacher_guidance(self) -> float:
+        """The scale that a network without guidance in its weights is sampled at."""
+        return self.sampling.guidance_scale or self.stage.guidance_scale
+
+    @property
+    def sampled_guidance(self) -> float:
+        """The scale that what the stage trains is sampled at: 1 unless it is plain flow matching."""
+        return self.teacher_guidance if self.sampler == "euler" else 1.0
 
     @property
     def world_size(self) -> int:

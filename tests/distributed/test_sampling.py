@@ -24,10 +24,16 @@ from anyflow.signals import Terminated
 PROMPTS, STEPS = 3, 2
 
 
-def measured(model: Path, out: Path, ranks: int) -> int:
+GUIDED = ("teacher/tiny", "model.init=weights", "sampling.guidance_scale=2")
+
+
+def measured(model: Path, out: Path, ranks: int, name: str = "finetune/driving", *more: str) -> int:
     """Measure before training, as a run does; returns how many clips the network was asked about."""
     options = {
         "model.weights": model,
+        "model.codec": model,
+        "data.card": "driving",
+        "data.global_batch": 0,
         "data.frames": 5,
         "data.height": 32,
         "data.width": 32,
@@ -40,7 +46,7 @@ def measured(model: Path, out: Path, ranks: int) -> int:
         "hardware.devices": ranks,
         "hardware.strategy": "fsdp" if ranks > 1 else "auto",
     }
-    recipe = load_recipe("finetune/driving", overrides=[f"{key}={value}" for key, value in options.items()])
+    recipe = load_recipe(name, overrides=[*(f"{key}={value}" for key, value in options.items()), *more])
     parts, asked = assemble(recipe), [0]
 
     def count(module: Any, inputs: Any) -> None:
@@ -57,6 +63,7 @@ def _rank(rank: int, port: int, model: Path, out: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     join_ranks("cpu")
     assert measured(model, out, 2) == STEPS * 2, "three prompts: two, and one with a filler, in one batch"
+    assert measured(model, out / "guided", 2, *GUIDED) == STEPS * 2 * 2, "each asked for both prompts"
     leave_ranks()
 
 
@@ -64,8 +71,15 @@ def test_two_ranks_measure_what_one_process_measures(small_model: Path, tmp_path
     port = 31500 + os.getpid() % 1000
     torch.multiprocessing.spawn(_rank, (port, small_model, tmp_path / "two"), nprocs=2)
     assert measured(small_model, tmp_path / "one", 1) == STEPS * PROMPTS
-    one, two = (load_curve(tmp_path / name / "curves", "before") for name in ("one", "two"))
+    assert measured(small_model, tmp_path / "one" / "guided", 1, *GUIDED) == STEPS * PROMPTS * 2
+    for part, nfe in ((".", STEPS), ("guided", 2 * STEPS)):
+        _are_alike(tmp_path / "one" / part, tmp_path / "two" / part, nfe)
+
+
+def _are_alike(first_run: Path, second_run: Path, nfe: int) -> None:
+    one, two = (load_curve(run / "curves", "before") for run in (first_run, second_run))
     assert one is not None and two is not None
+    assert one.curve.rows[0].nfe == two.curve.rows[0].nfe == nfe
     assert [item.key for item in one.shown] == [item.key for item in two.shown]
     off = (one.samples[STEPS].int() - two.samples[STEPS].int()).abs()
     assert off.max() <= 1 and off.float().mean() < 0.01, "rounding to a grey level"
@@ -122,3 +136,11 @@ def test_rows_are_dealt_out_once_and_equally(count: int, size: int, monkeypatch:
     assert len({len(rows) for rows in dealt}) == 1
     in_turn = [row for turn in zip(*dealt, strict=True) for row in turn]
     assert in_turn[:count] == list(range(count)) and set(in_turn[count:]) <= {count - 1}
+
+
+def test_a_curve_of_another_guidance_is_measured_again(small_model: Path, tmp_path: Path) -> None:
+    """Catches a resumed run that takes the curve of another scale for its own, and one that measures twice."""
+    clips = STEPS * PROMPTS * 2
+    assert [measured(small_model, tmp_path, 1, *GUIDED) for _ in range(2)] == [clips, 0]
+    assert measured(small_model, tmp_path, 1, *GUIDED, "sampling.guidance_scale=3") == clips
+    assert measured(small_model, tmp_path, 1, *GUIDED, "sampling.guidance_scale=1") == clips // 2

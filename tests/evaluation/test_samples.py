@@ -10,6 +10,7 @@ import torch
 from models import BlockCodec, exact_sampler, held_out
 from torch import Tensor
 
+from anyflow.backbone.guidance import UNGUIDED, Guidance
 from anyflow.evaluation.curve import CurveResult
 from anyflow.evaluation.measure import measure_curve
 from anyflow.evaluation.samples import KeptSamples
@@ -60,6 +61,33 @@ def test_a_curve_that_is_measured_again_samples_nothing_and_tells_the_same(tmp_p
     for one, other in zip(first.curve.rows, (again.curve.row(1), again.curve.row(4)), strict=True):
         assert one.sampling_seconds == other.sampling_seconds and one.sliced_w1 == other.sliced_w1
     assert torch.equal(first.samples[4], again.samples[4])
+
+
+def test_guided_samples_are_others_and_cost_two_calls_a_step(tmp_path: Path) -> None:
+    """Catches kept samples of another scale or negative prompt, and costs that count steps instead of calls."""
+    names, seen = [], []
+
+    class Store(KeptSamples):
+        def name(self, tensors: Any, facts: Any) -> str:
+            names.append(facts)
+            return super().name(tensors, facts)
+
+    def measure(guidance: Guidance) -> CurveResult:
+        options = {"steps": (1, 4), "guidance": guidance, "on_progress": lambda *now: seen.append(now)}
+        return measure_curve(
+            exact_sampler(ITEMS), BlockCodec(), ITEMS, REFERENCE, kept=Store(tmp_path), batch_size=4, **options
+        )
+
+    plain = measure(UNGUIDED)
+    assert [len(facts) for facts in names] == [6, 6], "as they were named before there was guidance"
+    total = seen[-1][1]
+    guided = measure(Guidance(2.0, "still"))
+    measure(Guidance(3.0, "still")), measure(Guidance(3.0, "blurred"))
+    assert len({repr(facts) for facts in names}) == 8 == len(list(tmp_path.glob("*.safetensors")))
+    assert [row.nfe for row in plain.curve.rows] == [1, 4] and [row.nfe for row in guided.curve.rows] == [2, 8]
+    assert seen[-1][:2] == (total + 5, total + 5), "1 and 4 calls more, and all of them are counted"
+    assert (plain.curve.guidance_scale, guided.curve.guidance_scale) == (1.0, 2.0) and not plain.curve.notes
+    assert guided.curve.notes == ("guidance 2 against the negative prompt 'still': two network calls a step",)
 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors"])
