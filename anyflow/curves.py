@@ -83,6 +83,7 @@ def curve_of(
     prompts: int,
     steps: Sequence[int],
     shift: float,
+    device: torch.device,
     seeds: Sequence[int] = (0,),
     label: str = "after",
     split: str = "heldout",
@@ -101,7 +102,8 @@ def curve_of(
 
     ``given_frames`` latent frames are given from each prompt's own clip: 1 is image-to-video; comparisons leave them
     out, or ``left_out`` ones if that is more. ``judging`` and ``notes`` are further judges and what is said of them.
-    What is sampled goes to ``kept``, and comes from there if it was sampled before.
+    What is sampled goes to ``kept``, and comes from there if it was sampled before. Network and codec are on
+    ``device``; they take ``batch_size`` clips a pass at most, fewer where clips are large.
     ``or_fewer`` takes fewer prompts where the split has too few clips, and says so. ``divide`` deals each batch out to
     the ranks, all of which must come here: every one does its clips, and has the whole.
 
@@ -111,9 +113,10 @@ def curve_of(
     items, reference, note = _dealt(cards, split, shape, prompts, or_fewer)
     sample: Sampler = sampler_of(backbone, codec)
     measured: CurveCodec = codec
+    ranks = rank_and_size()[1] if divide else 1
     if divide:
         sample, measured = _divided(sample), _DividedCodec(codec)
-        batch_size = max(batch_size, rank_and_size()[1])
+    fitting = backbone.clips_at_once(codec.latent_shape(shape.frames, shape.height, shape.width))
     return measure_curve(
         sample,
         measured,
@@ -129,9 +132,9 @@ def curve_of(
         calls=backbone.calls_of,
         judging=judging,
         notes=[*notes, *note],
-        batch_size=batch_size,
+        batch_size=min(max(batch_size, ranks), fitting * ranks),
         kept=kept,
-        device=next(backbone.parameters()).device,
+        device=device,
         on_progress=on_progress,
     )
 

@@ -12,7 +12,9 @@ import typer
 from anyflow.commands.common import (
     SAMPLERS,
     Json,
+    Precision,
     check_model,
+    check_precision,
     check_sampler,
     fresh_folder,
     parse_seeds,
@@ -52,7 +54,7 @@ def evaluate(
     given_frames: Annotated[
         int, typer.Option(help="Latent frames given from each prompt's own clip: 1 is image-to-video.", min=0)
     ] = 0,
-    batch_size: Annotated[int, typer.Option(help="Clips a pass.", min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(help="Clips a pass, at most: of large ones fewer fit.", min=1)] = 8,
     probe: Annotated[
         bool, typer.Option("--probe", help="Judge labels (task, scene ...) and features by the data set's own probe.")
     ] = False,
@@ -63,6 +65,7 @@ def evaluate(
     devices: Annotated[
         int | None, typer.Option(help="GPUs that prompts are dealt out to; else all of the machine.", min=1)
     ] = None,
+    precision: Precision = "",
     out: Annotated[Path | None, typer.Option(help="A new folder; without it one under runs/evaluations.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -81,6 +84,7 @@ def evaluate(
     """
     counts, chosen = parse_steps(steps), parse_seeds(seeds)
     check_sampler(sampler)
+    check_precision(precision)
     folder = fresh_folder(out, f"runs/evaluations/{Path(data).stem}")
     judges = list(dict.fromkeys([*(["probe"] * probe), *(encoder or [])]))
     _check_clips(model, against, data, split, prompts)
@@ -95,7 +99,7 @@ def evaluate(
 
     kept = KeptSamples(SAMPLES)
     with _goes_on():
-        before, after = _measured(model, against, data, sampler, judges, settings, kept)
+        before, after = _measured(model, against, data, sampler, precision, judges, settings, kept)
     if after is not None:
         with whole_folder(folder) as partial:
             title, about = f"{model}, held-out prompts of {data}", _about(model, data, split)
@@ -179,6 +183,7 @@ def _measured(
     against: str | None,
     data: str,
     sampler: str | None,
+    precision: str,
     judges: list[str],
     settings: dict[str, Any],
     kept: KeptSamples,
@@ -191,8 +196,8 @@ def _measured(
     is_first = rank_and_size()[0] == 0
     judging, notes = _judges(model, data, settings["split"], judges, device)
     asked = {**settings, "judging": judging, "notes": notes}
-    before = _curve(against, data, "before", sampler, asked, kept) if against else None
-    after = _curve(model, data, "after" if against else "model", sampler, asked, kept)
+    before = _curve(against, data, "before", sampler, precision, asked, kept) if against else None
+    after = _curve(model, data, "after" if against else "model", sampler, precision, asked, kept)
     leave_ranks()
     try:
         check_comparable(before.curve if before else None, after.curve)
@@ -215,7 +220,7 @@ def _judges(
 
 
 def _curve(
-    model: str, data: str, label: str, sampler: str | None, settings: dict[str, Any], kept: KeptSamples
+    model: str, data: str, label: str, sampler: str | None, precision: str, settings: dict[str, Any], kept: KeptSamples
 ) -> CurveResult:
     """A model's curve."""
     from anyflow.backbone.load import read_sampler
@@ -226,9 +231,9 @@ def _curve(
     from anyflow.tracking import code_version
 
     shape = native_shape(model, frames=None, height=None, width=None, fps=None)
-    codec, backbone, shift = load_model(model)
-    device = next(backbone.parameters()).device.type
-    made_by = f"{model_fingerprint(model)} on {device}, {shape}, {sorted(code_version().items())}"
+    codec, backbone, shift = load_model(model, precision)
+    computed = f"on {codec.device.type} in {str(backbone.dtype).removeprefix('torch.')}"
+    made_by = f"{model_fingerprint(model)} {computed}, {shape}, {sorted(code_version().items())}"
     with progress_line(f"sampling {label}") as on_progress:
         return curve_of(
             backbone,
@@ -236,6 +241,7 @@ def _curve(
             [data],
             shape,
             shift=shift,
+            device=codec.device,
             label=label,
             sampler=sampler or read_sampler(model),  # type: ignore[arg-type]
             kept=kept.of(made_by),

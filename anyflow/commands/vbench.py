@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anyflow.commands.common import SAMPLERS, Json, check_model, check_sampler, parse_steps, print_json
+from anyflow.commands.common import (
+    SAMPLERS,
+    Json,
+    Precision,
+    check_model,
+    check_precision,
+    check_sampler,
+    parse_steps,
+    print_json,
+)
 from anyflow.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +42,8 @@ def vbench(
     sampler: Annotated[
         str | None, typer.Option(help=f"How jumps are taken, {' | '.join(SAMPLERS)}; else as the model says.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Clips a pass.", min=1)] = 4,
+    batch_size: Annotated[int, typer.Option(help="Clips a pass, at most: of large ones fewer fit.", min=1)] = 4,
+    precision: Precision = "",
     score: Annotated[bool, typer.Option("--score", help="Let the installed vbench package score the videos.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -51,6 +61,7 @@ def vbench(
     counts = parse_steps(steps)
     check_model(model)
     check_sampler(sampler)
+    check_precision(precision)
     if out.is_file():
         raise UserError(f"--out {out} is a file: name a folder")
     from anyflow.evaluation.vbench import dimensions_of, installed_prompts, read_prompts, run_vbench, totals
@@ -64,7 +75,10 @@ def vbench(
     )
     prompts = read_prompts(place, chosen, image=images is not None)
     _check_images(images, prompts)
+    from anyflow.commands.models import usual_precision
+
     settings = {"samples": samples, "seed": seed, "sampler": sampler, "batch_size": batch_size, "images": images}
+    settings["precision"] = precision or usual_precision(model)
     _settle(out, model, settings)
     folders = _sample_all(model, prompts, counts, out, settings)
     scores: dict[str, Any] = {}
@@ -92,10 +106,11 @@ def _settle(out: Path, model: str, settings: dict[str, Any]) -> None:
     """Note what the folder's videos are of: they are kept, so another model's must not come among them."""
     from anyflow.fingerprints import model_fingerprint
 
-    now = {"model": model_fingerprint(model), **{key: str(settings[key]) for key in ("seed", "sampler", "images")}}
+    told = ("seed", "sampler", "images", "precision")
+    now = {"model": model_fingerprint(model), **{key: str(settings[key]) for key in told}}
     path = out / "settings.json"
     was = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else now
-    changed = [key for key, value in now.items() if was.get(key) != value]
+    changed = [key for key, value in now.items() if was.get(key, value) != value]
     if changed:
         raise UserError(f"--out {out} holds videos of another {' and '.join(changed)}: name another folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -135,9 +150,10 @@ def _sample_all(
     if not due:
         return folders
     shape = native_shape(model, frames=None, height=None, width=None, fps=None)
-    codec, backbone, shift = load_model(model)
+    codec, backbone, shift = load_model(model, settings["precision"])
     kind = settings["sampler"] or read_sampler(model)
-    size, partial = settings["batch_size"], out / ".partial.mp4"
+    fitting = backbone.clips_at_once(codec.latent_shape(shape.frames, shape.height, shape.width))
+    size, partial = min(settings["batch_size"], fitting), out / ".partial.mp4"
     done = 0
     with progress_line("sampling for vbench") as on_progress:
         for count in counts:

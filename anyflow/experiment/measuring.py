@@ -36,7 +36,7 @@ def measure(experiment: Experiment, piece: Piece, card: str, on_progress: Callab
         [card],
         shape,
         heldout=settings.split,
-        device=next(backbone.parameters()).device,
+        device=codec.device,
         on_progress=on_progress,
     )
     result = curve_of(
@@ -47,6 +47,7 @@ def measure(experiment: Experiment, piece: Piece, card: str, on_progress: Callab
         prompts=settings.prompts,
         steps=settings.steps,
         shift=shift,
+        device=codec.device,
         seeds=[piece.seed + draw * APART for draw in range(settings.draws)],
         sampler=read_sampler(piece.model),
         label=Path(card).stem,

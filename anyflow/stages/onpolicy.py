@@ -264,8 +264,7 @@ class OnPolicyStage(ForwardStage):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if self.roles.frozen is not None:
-            self.roles.frozen.to(self.device)
+        self.roles.place(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
