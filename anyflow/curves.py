@@ -74,6 +74,15 @@ def _clips(card: str, split: str, shape: ClipShape) -> Iterator[HeldOut]:
         yield HeldOut(sample.key, facts["caption"], torch.from_numpy(frames), domain, attributes)
 
 
+BATCH_SIZE = 8
+"""Clips a pass of a curve, unless they are large or somebody asks for others."""
+
+
+def clips_a_pass(fitting: int, ranks: int, batch_size: int = BATCH_SIZE) -> int:
+    """Clips that all ranks together sample in one pass, where ``fitting`` fit on each."""
+    return min(max(batch_size, ranks), fitting * ranks)
+
+
 def curve_of(
     backbone: Any,
     codec: Codec,
@@ -92,7 +101,7 @@ def curve_of(
     sampler: SamplerKind = "flowmap",
     judging: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     kept: KeptSamples | None = None,
     or_fewer: bool = False,
     divide: bool = False,
@@ -132,7 +141,7 @@ def curve_of(
         calls=backbone.calls_of,
         judging=judging,
         notes=[*notes, *note],
-        batch_size=min(max(batch_size, ranks), fitting * ranks),
+        batch_size=clips_a_pass(fitting, ranks, batch_size),
         kept=kept,
         device=device,
         on_progress=on_progress,
