@@ -14,8 +14,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 STREET = {
     *("assemble", "benchmark", "cli", "commands", "comparison", "console", "curves", "encoding"),
-    *("experiment", "fingerprints", "finish", "launch", "plan", "plan_peak", "plan_simulate", "plan_turns", "probes"),
-    *("ranks", "runs", "signals", "sync", "tracking"),
+    *("experiment", "fingerprints", "finish", "launch", "plan", "plan_codec", "plan_peak", "plan_phases"),
+    *("plan_simulate", "plan_turns", "probes", "ranks", "runs", "signals", "sync", "tracking"),
 }
 """The street door and the launcher: they may use every room."""
 
@@ -62,7 +62,7 @@ LIGHTNING_BELOW_STAGES = {"anyflow/data/module.py"}
 LIGHT_AT_THE_DOOR = {"typer", "anyflow"}
 """What ``anyflow --help`` may import."""
 
-LIGHT_ROOMS = {"__version__", "cli", "commands", "recipe", "errors", "plan", "ranks", "signals"}
+LIGHT_ROOMS = {"__version__", "cli", "commands", "recipe", "errors", "plan", "plan_phases", "ranks", "signals"}
 
 
 def room_of(path: Path) -> str:
