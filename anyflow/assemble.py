@@ -147,7 +147,10 @@ def spread(recipe: Recipe, *networks: FlowMapBackbone) -> None:
     for network in networks:
         if is_sharded(recipe):
             parallelize(network, settings, join_ranks(hardware.accelerator))
-        elif settings.compile:
+            continue
+        if hardware.precision == "bf16-mixed":  # in sampling too, where Lightning is not around it
+            network.compute = torch.bfloat16
+        if settings.compile:
             compile_blocks(network)
 
 

@@ -28,7 +28,7 @@ from anyflow.commands import (
     vbench,
 )
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_USER, UserError, explain
-from anyflow.ranks import leave_report
+from anyflow.ranks import expand_segments, leave_report
 
 app = typer.Typer(
     name="anyflow",
@@ -71,6 +71,7 @@ app.command("mlflow")(tracking.mlflow)
 
 def main() -> None:
     """Run a command; the user's mistakes become one line on stderr and exit code 2, without a traceback."""
+    expand_segments()
     try:
         app()
     except UserError as error:

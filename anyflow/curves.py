@@ -77,6 +77,15 @@ def _clips(card: str, split: str, shape: ClipShape) -> Iterator[HeldOut]:
         yield HeldOut(sample.key, facts["caption"], torch.from_numpy(frames), domain, attributes)
 
 
+BATCH_SIZE = 8
+"""Clips a pass of a curve, unless they are large or somebody asks for others."""
+
+
+def clips_a_pass(fitting: int, ranks: int, batch_size: int = BATCH_SIZE) -> int:
+    """Clips that all ranks together sample in one pass, where ``fitting`` fit on each."""
+    return min(max(batch_size, ranks), fitting * ranks)
+
+
 def curve_of(
     backbone: Any,
     codec: Codec,
@@ -86,6 +95,7 @@ def curve_of(
     prompts: int,
     steps: Sequence[int],
     shift: float,
+    device: torch.device,
     seeds: Sequence[int] = (0,),
     label: str = "after",
     split: str = "heldout",
@@ -95,7 +105,7 @@ def curve_of(
     guidance: Guidance = UNGUIDED,
     judging: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     kept: KeptSamples | None = None,
     or_fewer: bool = False,
     divide: bool = False,
@@ -105,8 +115,9 @@ def curve_of(
 
     ``given_frames`` latent frames are given from each prompt's own clip: 1 is image-to-video; comparisons leave them
     out, or ``left_out`` ones if that is more. ``judging`` and ``notes`` are further judges and what is said of them.
-    ``guidance`` is for a network that has none in its weights.
-    What is sampled goes to ``kept``, and comes from there if it was sampled before.
+    ``guidance`` is for a network that has none in its weights. What is sampled goes to ``kept``, and comes from there
+    if it was sampled before. Network and codec are on ``device``; they take ``batch_size`` clips a pass at most, fewer
+    where clips are large.
     ``or_fewer`` takes fewer prompts where the split has too few clips, and says so. ``divide`` deals each batch out to
     the ranks, all of which must come here: every one does its clips, and has the whole.
 
@@ -116,9 +127,10 @@ def curve_of(
     items, reference, note = _dealt(cards, split, shape, prompts, or_fewer)
     sample: Sampler = sampler_of(backbone, codec, guidance)
     measured: CurveCodec = codec
+    ranks = rank_and_size()[1] if divide else 1
     if divide:
         sample, measured = _divided(sample), _DividedCodec(codec)
-        batch_size = max(batch_size, rank_and_size()[1])
+    fitting = backbone.clips_at_once(codec.latent_shape(shape.frames, shape.height, shape.width))
     return measure_curve(
         sample,
         measured,
@@ -135,9 +147,9 @@ def curve_of(
         calls=backbone.calls_of,
         judging=judging,
         notes=[*notes, *note],
-        batch_size=batch_size,
+        batch_size=clips_a_pass(fitting, ranks, batch_size),
         kept=kept,
-        device=next(backbone.parameters()).device,
+        device=device,
         on_progress=on_progress,
     )
 

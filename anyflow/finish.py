@@ -15,7 +15,13 @@ from anyflow.backbone.codec import Codec, pixels_from_bytes
 from anyflow.backbone.export import export_lora, export_pipeline
 from anyflow.backbone.guidance import Guidance
 from anyflow.backbone.model_card import ModelCard
-from anyflow.backbone.parallelize import from_rank_zero, gather_state, rank_and_size
+from anyflow.backbone.parallelize import (
+    from_rank_zero,
+    gather_state,
+    is_sharded_module,
+    join_ranks,
+    rank_and_size,
+)
 from anyflow.backbone.wan_vae import encode_moments
 from anyflow.callbacks.preemption import stop_between_calls
 from anyflow.console import program, progress_line
@@ -88,8 +94,22 @@ def measure(
     return result
 
 
+def place(recipe: Recipe, parts: Parts) -> torch.device:
+    """Put what is sampled from on this rank's device, wherever it was left; returns the device.
+
+    Lightning takes a network off the device when training ends. Sharded weights stay where they are: what they compute,
+    they compute on the device, also those that wait in host memory. No weight is asked where to compute.
+    """
+    device = join_ranks(recipe.hardware.accelerator)
+    if not parts.codec.is_parked:
+        parts.codec.to(device)
+    if not is_sharded_module(parts.backbone):
+        parts.backbone.to(device)
+    return device
+
+
 def _sampled(recipe: Recipe, parts: Parts, label: str, samples: KeptSamples, listener: Listener | None) -> CurveResult:
-    device = next(parts.backbone.parameters()).device
+    device = place(recipe, parts)
     with progress_line("training the probe") as on_progress:
         judging, notes = judges_of(
             recipe.sampling.encoders,
@@ -131,6 +151,7 @@ def _sampled(recipe: Recipe, parts: Parts, label: str, samples: KeptSamples, lis
             notes=notes,
             divide=True,
             kept=samples,
+            device=device,
             on_progress=on_progress,
         )
 
@@ -167,6 +188,7 @@ def finish_codec(recipe: Recipe, run: RunFolder, parts: Parts, logger: RunLogger
     """Fix the latents' statistics, measure the reconstruction of held-out clips, export with an untrained network."""
     if rank_and_size()[0] > 0:
         return
+    place(recipe, parts)
     with averaged(parts):
         vae = parts.codec.vae.requires_grad_(False)
         clips = held_out(recipe.data.card, recipe.data.split, clip_shape(recipe), 512)
@@ -195,9 +217,8 @@ def finish_codec(recipe: Recipe, run: RunFolder, parts: Parts, logger: RunLogger
 @torch.no_grad()
 def latent_statistics(codec: Codec, clips: torch.Tensor) -> tuple[list[float], list[float]]:
     """Per-channel mean and standard deviation of unnormalised latents of ``uint8 [N, F, H, W, 3]``."""
-    latents = torch.cat(
-        [encode_moments(codec.vae, pixels_from_bytes(part)).chunk(2, dim=1)[0] for part in clips.split(8)]
-    )
+    parts = (part.to(codec.device) for part in clips.split(min(8, codec.clips_at_once(*clips.shape[1:4]))))
+    latents = torch.cat([encode_moments(codec.vae, pixels_from_bytes(part)).chunk(2, dim=1)[0] for part in parts])
     over = (0, 2, 3, 4)
     return latents.mean(over).tolist(), latents.std(over).tolist()
 

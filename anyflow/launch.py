@@ -23,7 +23,6 @@ from anyflow.assemble import Parts, assemble, batches_of
 from anyflow.backbone.parallelize import (
     accelerator_here,
     from_rank_zero,
-    is_sharded_module,
     join_ranks,
     leave_ranks,
     rank_and_size,
@@ -125,7 +124,6 @@ def _train_parts(recipe: Recipe, run: RunFolder, parts: Parts, more: list[Any]) 
     logger = _open_records(recipe, run) if is_first else None
     is_codec = recipe.stage.name == "codec"
     try:
-        _place(parts, join_ranks(recipe.hardware.accelerator))
         if not is_codec:
             measure(recipe, run, parts, logger, label="before")
         received = fit(recipe, run, parts, logger, more)
@@ -232,14 +230,6 @@ def _strategy(recipe: Recipe, manual: bool, writer: Writer) -> dict[str, Any]:
         "precision": "32-true" if hardware.precision == "32-true" else "bf16-mixed",
         "plugins": [AnyCheckpoint(writer), *([TorchElasticEnvironment()] if ranks > 1 else [])],
     }
-
-
-def _place(parts: Parts, device: torch.device) -> None:
-    """Put what is sampled from on this rank's device; sharded weights are there."""
-    if not parts.codec.is_parked:
-        parts.codec.to(device)
-    if not is_sharded_module(parts.backbone):
-        parts.backbone.to(device)
 
 
 def _measure_now(

@@ -1,7 +1,7 @@
 """Memory known before hardware is rented: what a recipe needs of a GPU, and what to change where that is too much.
 
-The figures come from :mod:`anyflow.plan_simulate`. What lies beside the training step is added from sizes: the codec's
-text encoder and autoencoder, and a reserve for the CUDA context, NCCL and fragmentation.
+The figures come from :mod:`anyflow.plan_simulate` (the step, and sampling) and :mod:`anyflow.plan_codec` (clips in the
+autoencoder); what lies on the GPU meanwhile, phase by phase, from :mod:`anyflow.plan_phases`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.errors import UserError
+from anyflow.plan_phases import DECODING, ENCODING, EXPORT, GIB, READING, SAMPLING, STEP, phases_of
 from anyflow.recipe import Recipe, load_recipe, save_recipe
 
-GIB, GB = 2**30, 10**9
-"""GPUs are sold in the second, and hold the first."""
-
-RESERVE_GIB = 3.0
-"""CUDA context, NCCL's buffers and fragmentation of one GPU."""
-
-CODEC, RESERVE = "text encoder and autoencoder", "context, NCCL, fragmentation"
-"""Parts of what is needed, beside those of the training step."""
+GB = 10**9
+"""GPUs are sold in this, and hold GiB."""
 
 _SHARED = {
     "patch_size": [1, 2, 2],
@@ -66,7 +61,7 @@ class Need:
         recipe: its name.
         gpus: ranks.
         memory: of one GPU, bytes.
-        parts: bytes of one GPU by what they are for.
+        phases: bytes of one GPU by the phase of the run, and within it by what they are for.
         tokens: of one clip.
         checkpoint: bytes of one checkpoint on disk.
         disk: of all that are kept, one being written beside them.
@@ -77,7 +72,7 @@ class Need:
     recipe: str
     gpus: int
     memory: float
-    parts: dict[str, float]
+    phases: dict[str, dict[str, float]]
     tokens: int
     checkpoint: float
     disk: float
@@ -85,9 +80,24 @@ class Need:
     remedies: list[Remedy] = field(default_factory=list)
 
     @property
+    def totals(self) -> dict[str, float]:
+        """Bytes of one GPU by phase, all parts."""
+        return {name: sum(parts.values()) for name, parts in self.phases.items()}
+
+    @property
+    def peak(self) -> str:
+        """The phase that needs most."""
+        return max(self.totals, key=lambda name: self.totals[name])
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """What that phase needs it for."""
+        return self.phases[self.peak]
+
+    @property
     def needed(self) -> float:
-        """Bytes of one GPU, all parts."""
-        return sum(self.parts.values())
+        """Bytes of one GPU, in that phase."""
+        return self.totals[self.peak]
 
     @property
     def fits(self) -> bool:
@@ -96,15 +106,20 @@ class Need:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {**dataclasses.asdict(self), "needed": self.needed, "fits": self.fits}
+        found = {"peak": self.peak, "parts": self.parts, "needed": self.needed, "fits": self.fits}
+        return {**dataclasses.asdict(self), **found}
 
     def lines(self) -> Iterator[str]:
         """For people."""
         yield f"{self.recipe} on {self.gpus} x {self.memory / GB:.0f} GB, {self.tokens:,} tokens a clip"
+        yield f"most is needed in: {self.peak}"
         for name, size in self.parts.items():
             yield f"  {name:<34}{size / GIB:8.1f} GiB"
         verdict = "fits" if self.fits else "does not fit"
         yield f"  {'together':<34}{self.needed / GIB:8.1f} GiB of {self.memory / GIB:.1f}: it {verdict}"
+        yield "phases"
+        for name, size in self.totals.items():
+            yield f"  {name:<34}{size / GIB:8.1f} GiB"
         yield f"disk        {self.checkpoint / GIB:.1f} GiB a checkpoint, {self.disk / GIB:.1f} for those that are kept"
         yield f"host        {self.host / GIB:.1f} GiB of memory on each machine"
         if not self.fits:
@@ -131,27 +146,19 @@ def plan(recipe: Recipe, *, gpus: int | None = None, gpu_memory: float = 80.0, r
     need = _need(recipe, gpu_memory, simulate)
     if need.fits or not remedies:
         return need
-    tried = [(_need(changed, gpu_memory, simulate), change, cost) for change, changed, cost in changes(recipe)]
+    sensible = changes(recipe, need.peak)
+    tried = [(_need(changed, gpu_memory, simulate), change, cost) for change, changed, cost in sensible]
     fitting = [Remedy(change, found.needed, cost) for found, change, cost in tried if found.fits]
     return dataclasses.replace(need, remedies=fitting)
 
 
 def _need(recipe: Recipe, gpu_memory: float, simulate: Simulate) -> Need:
+    from anyflow.plan_codec import codec_work
+
     config, latents = transformer_config_of(recipe), latent_shape(recipe)
     memory = simulate(recipe, config, latents)
     hardware = recipe.hardware
     on_host = memory.states if hardware.offload else 0.0
-    parts = {
-        "weights": memory.weights,
-        "gradients between passes": memory.gradients,
-        "optimiser": memory.optimizer,
-        "moving average": memory.ema,
-        "activations, gathered blocks": memory.activations,
-        CODEC: 0.0 if hardware.park_codec or recipe.data.precompute else codec_bytes(recipe),
-        RESERVE: RESERVE_GIB * GIB if hardware.accelerator != "cpu" else 0.0,
-    }
-    if hardware.offload:
-        parts |= dict.fromkeys(("weights", "gradients between passes", "optimiser", "moving average"), 0.0)
     ranks = recipe.world_size if hardware.strategy == "fsdp" else 1
     if hardware.shard_within == "node":
         ranks = hardware.devices
@@ -162,7 +169,7 @@ def _need(recipe: Recipe, gpu_memory: float, simulate: Simulate) -> Need:
         recipe=recipe.run.name,
         gpus=recipe.world_size,
         memory=gpu_memory * GB,
-        parts=parts,
+        phases=phases_of(recipe, memory, codec_bytes(recipe), codec_work(recipe, memory.rows)),
         tokens=latents[0] * latents[2] * latents[3] // 4,
         checkpoint=checkpoint,
         disk=(recipe.checkpoint.keep + 1) * checkpoint,
@@ -170,26 +177,51 @@ def _need(recipe: Recipe, gpu_memory: float, simulate: Simulate) -> Need:
     )
 
 
-def changes(recipe: Recipe) -> Iterator[tuple[str, Recipe, str]]:
-    """Single changes that lower the peak, the cheapest first: ``(what to write, the changed recipe, its cost)``."""
+def changes(recipe: Recipe, phase: str = STEP) -> Iterator[tuple[str, Recipe, str]]:
+    """Single changes that lower what a phase needs, the cheapest first: ``(what to write, the recipe, its cost)``."""
+    if phase == STEP:
+        yield from _of_step(recipe)
+    if phase in (STEP, ENCODING) and recipe.data.batch_size > 1:
+        data = dataclasses.replace(recipe.data, batch_size=1)
+        passes = recipe.hardware.accumulate * recipe.data.batch_size
+        hardware = dataclasses.replace(recipe.hardware, accumulate=passes)
+        yield "data.batch_size=1", dataclasses.replace(recipe, data=data, hardware=hardware), "more passes a step"
+    if phase == STEP and not recipe.hardware.park_codec and not recipe.data.precompute:
+        hardware = dataclasses.replace(recipe.hardware, park_codec=True)
+        yield "hardware.park_codec=true", dataclasses.replace(recipe, hardware=hardware), "seconds more a batch"
+    if phase in (STEP, ENCODING, READING) and not recipe.data.precompute:
+        data = dataclasses.replace(recipe.data, precompute=True)
+        yield "data.precompute=true", dataclasses.replace(recipe, data=data), "disk, and encoding before training"
+    if phase in (SAMPLING["during"], DECODING["during"]):
+        sampling = dataclasses.replace(recipe.sampling, every_steps=0)
+        yield "sampling.every_steps=0", dataclasses.replace(recipe, sampling=sampling), "no curve during training"
+    if phase in (*SAMPLING.values(), *DECODING.values()):
+        sampling = dataclasses.replace(recipe.sampling, prompts=0)
+        yield "sampling.prompts=0", dataclasses.replace(recipe, sampling=sampling), "no curve: evaluate the model later"
+    yield from _of_all(recipe, phase)
+
+
+def _of_step(recipe: Recipe) -> Iterator[tuple[str, Recipe, str]]:
+    hardware = recipe.hardware
+
+    def on(**fields: Any) -> Recipe:
+        return dataclasses.replace(recipe, hardware=dataclasses.replace(hardware, **fields))
+
+    if not hardware.gradient_checkpointing:
+        yield "hardware.gradient_checkpointing=true", on(gradient_checkpointing=True), "a third more time"
+    elif hardware.keep_attention:
+        yield "hardware.keep_attention=false", on(keep_attention=False), "more recomputation"
+    if not hardware.recompute_jumps and (recipe.stage.name == "onpolicy" or recipe.has_tail):
+        yield "hardware.recompute_jumps=true", on(recompute_jumps=True), "a tenth more time"
+
+
+def _of_all(recipe: Recipe, phase: str) -> Iterator[tuple[str, Recipe, str]]:
+    """What lowers every phase."""
     hardware, data = recipe.hardware, recipe.data
 
     def on(group: str, **fields: Any) -> Recipe:
         return dataclasses.replace(recipe, **{group: dataclasses.replace(getattr(recipe, group), **fields)})
 
-    if not hardware.gradient_checkpointing:
-        yield "hardware.gradient_checkpointing=true", on("hardware", gradient_checkpointing=True), "a third more time"
-    elif hardware.keep_attention:
-        yield "hardware.keep_attention=false", on("hardware", keep_attention=False), "more recomputation"
-    if not hardware.recompute_jumps and (recipe.stage.name == "onpolicy" or recipe.has_tail):
-        yield "hardware.recompute_jumps=true", on("hardware", recompute_jumps=True), "a tenth more time"
-    if data.batch_size > 1:
-        smaller = on("data", batch_size=1)
-        accumulate = hardware.accumulate * data.batch_size
-        smaller = dataclasses.replace(smaller, hardware=dataclasses.replace(hardware, accumulate=accumulate))
-        yield "data.batch_size=1", smaller, "more passes a step"
-    if not hardware.park_codec and not data.precompute:
-        yield "hardware.park_codec=true", on("hardware", park_codec=True), "seconds more a batch"
     if hardware.strategy != "fsdp" and recipe.world_size > 1:
         yield "hardware.strategy=fsdp", on("hardware", strategy="fsdp"), "weights travel"
     if not recipe.model.lora.enabled and recipe.model.init == "weights":
@@ -203,7 +235,7 @@ def changes(recipe: Recipe) -> Iterator[tuple[str, Recipe, str]]:
                 yield f"{more} GPUs", with_gpus(recipe, more), f"{count} times the GPUs"
         yield "hardware.offload=true", on("hardware", offload=True), "several times slower"
     for frames in (49, 33, 17):
-        if frames < data.frames:
+        if frames < data.frames and phase != EXPORT:
             yield f"data.frames={frames}", on("data", frames=frames), "shorter clips"
 
 
@@ -314,8 +346,8 @@ def warning(need: Need) -> str | None:
     if need.fits:
         return None
     return (
-        f"warning: this run needs about {need.needed / GIB:.0f} GiB of each GPU, which has {need.memory / GIB:.0f}: "
-        "it will probably run out of memory; 'anyflow plan' lists what makes it fit"
+        f"warning: this run needs about {need.needed / GIB:.0f} GiB of each GPU ({need.peak}), which has "
+        f"{need.memory / GIB:.0f}: it will probably run out of memory; 'anyflow plan' lists what makes it fit"
     )
 
 

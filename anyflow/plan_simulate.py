@@ -9,8 +9,8 @@ grows exactly linearly in the layers, so two small depths are enough.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +23,9 @@ from anyflow.backbone.lora import add_lora
 from anyflow.backbone.parallelize import checkpoint_activations, device_mesh, load_parts, parallelize
 from anyflow.backbone.protocol import FlowMapBackbone, Text
 from anyflow.backbone.roles import AdapterRoles, Role, Roles, SeparateRoles
+from anyflow.plan_codec import rows_of_curve
 from anyflow.plan_peak import Peak, fake_ranks, local_part
-from anyflow.plan_turns import turns
+from anyflow.plan_turns import sample_once, turns
 from anyflow.recipe import Recipe
 
 DEPTHS = (4, 6)
@@ -42,6 +43,10 @@ class Memory:
         optimizer: AdamW's two averages.
         ema: the averaged weights.
         activations: everything else: activations, gathered blocks, gradients on their way.
+        sampling: what sampling takes beyond what lies there: activations and gathered blocks.
+        student: this rank's part of the weights of the network that is sampled.
+        largest: its largest weight, whole.
+        rows: clips that are sampled in one pass.
     """
 
     weights: float
@@ -49,11 +54,15 @@ class Memory:
     optimizer: float
     ema: float
     activations: float
+    sampling: float = 0.0
+    student: float = 0.0
+    largest: float = 0.0
+    rows: int = 1
 
     @property
     def peak(self) -> float:
-        """All of it."""
-        return sum(astuple(self))
+        """All of a training step."""
+        return self.weights + self.gradients + self.optimizer + self.ema + self.activations
 
     @property
     def states(self) -> float:
@@ -62,7 +71,7 @@ class Memory:
 
 
 def simulate(recipe: Recipe, config: dict[str, Any], latents: tuple[int, int, int, int]) -> Memory:
-    """The peak of one training step of a recipe on one of its ranks.
+    """The peak of one training step of a recipe on one of its ranks, and of sampling.
 
     Args:
         recipe: its hardware says how many ranks, and how they share.
@@ -76,15 +85,26 @@ def simulate(recipe: Recipe, config: dict[str, Any], latents: tuple[int, int, in
     steps = (depth - depths[0]) / (depths[-1] - depths[0]) if rest else 0.0
     grown = {name: value + (high.sizes[name] - value) * steps for name, value in low.sizes.items()}
     peak = max(a + (b - a) * steps for a, b in zip(low.peaks, high.peaks, strict=True))
-    return Memory(**grown, activations=max(0.0, peak - sum(grown.values())))
+    return Memory(
+        **grown,
+        activations=max(0.0, peak - sum(grown.values())),
+        sampling=low.sampling + (high.sampling - low.sampling) * steps,
+        student=low.student + (high.student - low.student) * steps,
+        largest=high.largest,
+        rows=high.rows,
+    )
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What a simulated depth gave: sizes of what lies there, and the peak of each phase."""
+    """What a simulated depth gave: sizes of what lies there, the peak of each part of a step, what sampling took."""
 
     sizes: dict[str, float]
     peaks: list[float]
+    sampling: float
+    student: float
+    largest: float
+    rows: int
 
 
 def _simulate(recipe: Recipe, config: dict[str, Any], latents: tuple[int, int, int, int]) -> _Run:
@@ -127,7 +147,8 @@ def _measure(recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], s
     tracker = Peak()
     for tensor in (*weights.values(), *average, *waiting, *(t for o in optimizers.values() for t in _state(o))):
         tracker.count(tensor)
-    with tracker, torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext():
+    precision = partial(torch.autocast, "cpu", torch.bfloat16, enabled=mixed)
+    with tracker, precision():
         for role, turn in turns(recipe, roles, latents, tracker.next_phase).items():
             turn()
             tracker.next_phase()
@@ -135,7 +156,14 @@ def _measure(recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], s
             optimizers[role].step()
             optimizers[role].zero_grad()
             tracker.next_phase()
-    return _Run(sizes, tracker.peaks)
+    tracker.peak = lying = tracker.live
+    rows = rows_of_curve(recipe, roles.student.clips_at_once(latents))
+    if recipe.sampling.prompts:
+        with tracker, precision():
+            sample_once(recipe, roles, latents, rows)
+    own = list(roles.student.parameters())
+    largest = max(weight.numel() * weight.element_size() for weight in own)
+    return _Run(sizes, tracker.peaks, tracker.peak - lying, _bytes(own), largest, rows)
 
 
 def _networks(recipe: Recipe, config: dict[str, Any]) -> Roles:

@@ -36,6 +36,16 @@ def turns(
     return {"student": step.teacher if recipe.stage.name == "teacher" else step.forward}
 
 
+def sample_once(recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], rows: int) -> None:
+    """Sample so many clips of full-length prompts, as a curve does, but in one step: further ones take no more."""
+    width = roles.student.transformer.config.text_dim
+    text = Text(torch.empty(rows, TEXT_TOKENS, width), None, TEXT_TOKENS)
+    noise, given = torch.empty(rows, *latents), recipe.sampling.given_frames
+    with torch.no_grad():
+        parts = roles.generate("student", text, noise, JUMPS[:1], noise[:, :given] if given else None)
+        torch.cat(list(parts), dim=1)
+
+
 class _Step:
     def __init__(
         self, recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], next_phase: Callable[[], None]

@@ -42,6 +42,20 @@ GRACE_SECONDS = 8.0
 """How long the other ranks may take to end by themselves once one has failed."""
 
 
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Where PyTorch looks for settings of its GPU memory."""
+
+
+def expand_segments() -> None:
+    """Let PyTorch's GPU memory grow in place, here and in every process that this one starts.
+
+    Clips of several shapes, encoding and sampling between steps ask for blocks of many sizes, and fixed segments leave
+    gaps among them. It must be said before torch is imported; what the user has set is left alone.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def needs_watcher(world_size: int) -> bool:
     """Whether this process is to start ranks rather than to be one."""
     return world_size > 1 and "RANK" not in os.environ

@@ -14,9 +14,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 STREET = {
     *("assemble", "benchmark", "cli", "commands", "comparison", "console", "curves", "deterministic", "early"),
-    "encoding",
-    *("experiment", "fingerprints", "finish", "launch", "plan", "plan_peak", "plan_simulate", "plan_turns", "probes"),
-    *("ranks", "run_log", "runs", "sync", "tracking"),
+    *("encoding", "experiment", "fingerprints", "finish", "launch", "plan", "plan_codec", "plan_peak", "plan_phases"),
+    *("plan_simulate", "plan_turns", "probes", "ranks", "run_log", "runs", "sync", "tracking"),
 }
 """The street door and the launcher: they may use every room."""
 
@@ -68,7 +67,9 @@ LIGHTNING_BELOW_STAGES = {"anyflow/data/module.py"}
 LIGHT_AT_THE_DOOR = {"typer", "anyflow"}
 """What ``anyflow --help`` may import."""
 
-LIGHT_ROOMS = {"__version__", "cli", "commands", "early", "recipe", "errors", "files", "plan", "ranks", "signals"}
+LIGHT_ROOMS = {
+    *("__version__", "cli", "commands", "early", "recipe", "errors", "files", "plan", "plan_phases", "ranks", "signals")
+}
 
 
 def room_of(path: Path) -> str:

@@ -29,6 +29,10 @@ ONE_PASS_PIXELS = 2**21
 """Up to so many pixels (frames x height x width x clips) the autoencoder takes all frames at once; above, diffusers'
 loop over chunks of four frames bounds the memory. 20 clips of 17 x 96 x 64, or 5 frames of 480 x 832."""
 
+PIXELS_AT_ONCE = 2**25
+"""Up to so many pixels go through the autoencoder in one pass, and at least one clip. One of 81 x 480 x 832 fills it (8
+GiB to decode in float32), and occupies a GPU by itself: more at once are no faster."""
+
 TEXT_CACHE_BYTES = 2**30
 
 
@@ -195,38 +199,47 @@ class Codec(nn.Module):
 
         Args:
             video: uint8 ``[B, F, H, W, 3]``, or float ``[B, 3, F, H, W]`` in [-1, 1].
-            clips_per_pass: encode so many clips at a time; with 1, a clip's latents do not depend on its batch at all.
+            clips_per_pass: encode so many clips at a time; with 1, a clip's latents do not depend on its batch at all;
+                None: as many as fit (:meth:`clips_at_once`).
 
         Raises:
             UserError: the clip's size does not fit (:meth:`check_video_shape`).
         """
-        pixels = pixels_from_bytes(video.to(self.device)) if video.dtype == torch.uint8 else video.to(self.device)
-        self.check_video_shape(*pixels.shape[2:])
+        is_bytes = video.dtype == torch.uint8
+        frames, height, width = video.shape[1:4] if is_bytes else video.shape[2:]
+        self.check_video_shape(frames, height, width)
         mean, std = self._statistics()
         latents = []
-        for clips in pixels.to(self.dtype).split(clips_per_pass or len(pixels)):
+        for part in video.split(clips_per_pass or self.clips_at_once(frames, height, width)):
+            clips = (pixels_from_bytes(part.to(self.device)) if is_bytes else part.to(self.device)).to(self.dtype)
             one_pass = clips[:, 0].numel() <= ONE_PASS_PIXELS and not self.vae.use_tiling
-            moments = encode_moments(self.vae, clips) if one_pass else self.vae._encode(clips)
+            with self._own_precision():
+                moments = encode_moments(self.vae, clips) if one_pass else self.vae._encode(clips)
             latents.append((moments.chunk(2, dim=1)[0].float() - mean) / std)
         return torch.cat(latents).transpose(1, 2).contiguous()
 
     @torch.no_grad()
     def decode(self, latents: Tensor, clips_per_pass: int | None = None) -> Tensor:
         """Video uint8 ``[B, F, H, W, 3]`` of normalised latents ``[B, F, C, H, W]``."""
-        return bytes_from_pixels(self.decode_to_pixels(latents, clips_per_pass))
+        return torch.cat([bytes_from_pixels(video) for video in self._decoded(latents, clips_per_pass)])
 
     @torch.no_grad()
     def decode_to_pixels(self, latents: Tensor, clips_per_pass: int | None = None) -> Tensor:
         """Video float32 ``[B, 3, F, H, W]`` in [-1, 1] of normalised latents ``[B, F, C, H, W]``."""
+        return torch.cat(list(self._decoded(latents, clips_per_pass)))
+
+    def _decoded(self, latents: Tensor, clips_per_pass: int | None) -> Iterator[Tensor]:
+        """The same pass by pass; None: as many clips as fit (:meth:`clips_at_once`)."""
         mean, std = self._statistics()
         stored = latents.to(self.device).float().transpose(1, 2) * std + mean
-        pixels_per_value = self.vae.config.scale_factor_temporal * self.vae.config.scale_factor_spatial**2
-        videos = []
-        for clips in stored.to(self.dtype).split(clips_per_pass or len(stored)):
-            one_pass = clips[:, 0].numel() * pixels_per_value <= ONE_PASS_PIXELS and not self.vae.use_tiling
-            video = decode_latents(self.vae, clips) if one_pass else self.vae.decode(clips, return_dict=False)[0]
-            videos.append(video.float().clamp(-1, 1))
-        return torch.cat(videos)
+        temporal, spatial = self.vae.config.scale_factor_temporal, self.vae.config.scale_factor_spatial
+        frames, height, width = stored.shape[2:]
+        at_once = self.clips_at_once(temporal * (frames - 1) + 1, spatial * height, spatial * width)
+        for clips in stored.to(self.dtype).split(clips_per_pass or at_once):
+            one_pass = clips[:, 0].numel() * temporal * spatial**2 <= ONE_PASS_PIXELS and not self.vae.use_tiling
+            with self._own_precision():
+                video = decode_latents(self.vae, clips) if one_pass else self.vae.decode(clips, return_dict=False)[0]
+            yield video.float().clamp(-1, 1)
 
     @torch.no_grad()
     def decode_parts(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -235,7 +248,18 @@ class Codec(nn.Module):
         mean, std = self._statistics()
         for part in parts:
             stored = part.to(self.device).float().transpose(1, 2) * std + mean
-            yield bytes_from_pixels(decoder(stored.to(self.dtype)).float().clamp(-1, 1))
+            with self._own_precision():
+                video = decoder(stored.to(self.dtype))
+            yield bytes_from_pixels(video.float().clamp(-1, 1))
+
+    def clips_at_once(self, frames: int, height: int, width: int) -> int:
+        """Clips of a size in pixels that go through the autoencoder in one pass; at least one."""
+        return max(1, PIXELS_AT_ONCE // (frames * height * width))
+
+    def _own_precision(self) -> torch.autocast:
+        """Within the block the codec computes in the precision of its weights, whatever a training step around it does:
+        what is encoded while training is what ``anyflow data encode`` makes of it."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Per-channel mean and standard deviation of stored latents, ``[1, C, 1, 1, 1]`` float32."""
@@ -293,7 +317,8 @@ class Codec(nn.Module):
             add_special_tokens=True,
             return_tensors="pt",
         )
-        output = self.text_encoder(tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device))
+        with self._own_precision():
+            output = self.text_encoder(tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device))
         return output.last_hidden_state[0].cpu()
 
 

@@ -19,6 +19,11 @@ Ask = Callable[..., Tensor]
 """Calls a network as its ``forward`` is called: the network itself, or one of its roles."""
 
 
+TOKENS_AT_ONCE = 2**15
+"""Up to so many tokens are sampled in one pass, and at least one clip. One of 81 x 480 x 832 fills it (32,760) and
+occupies a GPU by itself: more at once take more memory and are no faster."""
+
+
 class Text(NamedTuple):
     """Prompt embeddings with their padding folded into one token.
 
@@ -78,6 +83,17 @@ class FlowMapBackbone(nn.Module):
     stored: Any = None
     """Weights still in their files (:class:`anyflow.backbone.load.StoredWeights`) while the network is on ``meta``."""
 
+    compute: torch.dtype | None = None
+    """Precision that the large layers compute in where it is not that of their weights, in training and in sampling
+    alike. Times, the state that is sampled and what is returned stay float32. None where sharding sees to it."""
+
+    def __call__(self, latents: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        """:meth:`forward` in the network's precision, whoever asks."""
+        if self.compute is None:
+            return super().__call__(latents, *arguments, **options)
+        with torch.autocast(latents.device.type, self.compute):
+            return super().__call__(latents, *arguments, **options)
+
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the bulk of the weights; times are float32 whatever it is."""
@@ -121,6 +137,16 @@ class FlowMapBackbone(nn.Module):
         chunks = self.chunks_of(num_frames, num_given)
         made = [end - frames for frames, end in zip(chunks, accumulate(chunks), strict=True) if end > num_given]
         return num_steps * len(made) + sum(start > 0 for start in made)
+
+    def clips_at_once(self, shape: Sequence[int]) -> int:
+        """Clips of latents ``(F, C, H, W)`` that are sampled in one pass (:data:`TOKENS_AT_ONCE`); at least one.
+
+        It depends on nothing else, so that ranks which share a network's weights agree.
+        """
+        frames, _, height, width = shape
+        patch = self.transformer.config.patch_size
+        tokens = (frames // patch[0]) * (height // patch[1]) * (width // patch[2])
+        return max(1, TOKENS_AT_ONCE // tokens)
 
     def fit_clip(self, num_frames: int) -> None:
         """Note that clips of so many latent frames are trained on, where the network's configuration says that."""

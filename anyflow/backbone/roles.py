@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from anyflow.backbone.lora import ADAPTER, LoraSettings, add_lora, has_lora, lora_settings
+from anyflow.backbone.parallelize import is_sharded_module
 from anyflow.backbone.protocol import FlowMapBackbone, Text
 from anyflow.flowmap.sampling import Jump, Take, take_jump
 
@@ -87,6 +88,11 @@ class Roles:
     def networks(self) -> list[FlowMapBackbone]:
         """Every network once."""
         return [self.student]
+
+    def place(self, device: torch.device) -> None:
+        """Put what no stage owns on a device; sharded weights stay where they are: in host memory, if offloaded."""
+        if self.frozen is not None and not is_sharded_module(self.frozen):
+            self.frozen.to(device)
 
     @property
     def weight_bytes(self) -> int:

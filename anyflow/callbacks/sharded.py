@@ -38,7 +38,9 @@ class ShardedStrategy(ModelParallelStrategy):
         self._apart: Any = None  # ranks that write meet in a group of their own: training's collectives go on
 
     def model_to_device(self) -> None:
-        """Nothing: weights lie where they were put, in host memory if they are offloaded."""
+        """Tell the stage where it computes. Weights lie where they were put, in host memory if they are offloaded."""
+        assert self.lightning_module is not None
+        self.lightning_module._device = self.root_device
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """This rank's part of every weight."""

@@ -32,6 +32,13 @@ GuidanceScale = Annotated[
 Negative = Annotated[
     str | None, typer.Option("--negative", help="The negative prompt that guidance leads away from; else the model's.")
 ]
+PRECISIONS = ("float32", "bfloat16")
+
+Precision = Annotated[
+    str,
+    typer.Option(help=f"Of the network, {' or '.join(PRECISIONS)}; else on a GPU that of the model's recipe."),
+]
+"""What the network computes in; the autoencoder, the times and the samples' state are float32 in either."""
 
 SAMPLERS = ("flowmap", "euler", "renoise")
 """How jumps can be taken: see :class:`anyflow.flowmap.sampling.SamplerKind`."""
@@ -96,6 +103,16 @@ def check_sampler(sampler: str | None) -> None:
     """
     if sampler is not None and sampler not in SAMPLERS:
         raise UserError(f"--sampler {sampler!r} is not known: give one of {', '.join(SAMPLERS)}, or leave it out")
+
+
+def check_precision(precision: str) -> None:
+    """Refuse a precision that is not known; empty leaves it to model and device.
+
+    Raises:
+        UserError: it is not known.
+    """
+    if precision and precision not in PRECISIONS:
+        raise UserError(f"--precision {precision!r} is not known: give {' or '.join(PRECISIONS)}, or leave it out")
 
 
 def check_model(model: str, option: str = "--model") -> None:

@@ -14,7 +14,9 @@ from anyflow.commands.common import (
     GuidanceScale,
     Json,
     Negative,
+    Precision,
     check_model,
+    check_precision,
     check_sampler,
     fresh_folder,
     parse_seeds,
@@ -57,7 +59,7 @@ def evaluate(
     given_frames: Annotated[
         int, typer.Option(help="Latent frames given from each prompt's own clip: 1 is image-to-video.", min=0)
     ] = 0,
-    batch_size: Annotated[int, typer.Option(help="Clips a pass.", min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(help="Clips a pass, at most: of large ones fewer fit.", min=1)] = 8,
     probe: Annotated[
         bool, typer.Option("--probe", help="Judge labels (task, scene ...) and features by the data set's own probe.")
     ] = False,
@@ -68,6 +70,7 @@ def evaluate(
     devices: Annotated[
         int | None, typer.Option(help="GPUs that prompts are dealt out to; else all of the machine.", min=1)
     ] = None,
+    precision: Precision = "",
     out: Annotated[Path | None, typer.Option(help="A new folder; without it one under runs/evaluations.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -88,6 +91,7 @@ def evaluate(
     """
     counts, chosen = parse_steps(steps), parse_seeds(seeds)
     check_sampler(sampler)
+    check_precision(precision)
     folder = fresh_folder(out, f"runs/evaluations/{Path(data).stem}")
     judges = list(dict.fromkeys([*(["probe"] * probe), *(encoder or [])]))
     _check_clips(model, against, data, split, prompts)
@@ -103,7 +107,7 @@ def evaluate(
 
     kept = KeptSamples(SAMPLES)
     with _goes_on():
-        before, after = _measured(model, against, data, ways, judges, settings, kept)
+        before, after = _measured(model, against, data, ways, precision, judges, settings, kept)
     if after is not None:
         with whole_folder(folder) as partial:
             title, about = f"{model}, held-out prompts of {data}", _about(model, data, split)
@@ -187,6 +191,7 @@ def _measured(
     against: str | None,
     data: str,
     ways: dict[str, Any],
+    precision: str,
     judges: list[str],
     settings: dict[str, Any],
     kept: KeptSamples,
@@ -199,8 +204,8 @@ def _measured(
     is_first = rank_and_size()[0] == 0
     judging, notes = _judges(model, data, settings["split"], judges, device)
     asked = {**settings, "judging": judging, "notes": notes}
-    before = _curve(against, data, "before", ways[against], asked, kept) if against else None
-    after = _curve(model, data, "after" if against else "model", ways[model], asked, kept)
+    before = _curve(against, data, "before", ways[against], precision, asked, kept) if against else None
+    after = _curve(model, data, "after" if against else "model", ways[model], precision, asked, kept)
     leave_ranks()
     try:
         check_comparable(before.curve if before else None, after.curve)
@@ -242,6 +247,7 @@ def _curve(
     data: str,
     label: str,
     way: tuple[Any, Guidance],
+    precision: str,
     settings: dict[str, Any],
     kept: KeptSamples,
 ) -> CurveResult:
@@ -253,9 +259,9 @@ def _curve(
     from anyflow.tracking import code_version
 
     shape = native_shape(model, frames=None, height=None, width=None, fps=None)
-    codec, backbone, shift = load_model(model)
-    device = next(backbone.parameters()).device.type
-    made_by = f"{model_fingerprint(model)} on {device}, {shape}, {sorted(code_version().items())}"
+    codec, backbone, shift = load_model(model, precision)
+    computed = f"on {codec.device.type} in {str(backbone.dtype).removeprefix('torch.')}"
+    made_by = f"{model_fingerprint(model)} {computed}, {shape}, {sorted(code_version().items())}"
     with progress_line(f"sampling {label}") as on_progress:
         return curve_of(
             backbone,
@@ -263,6 +269,7 @@ def _curve(
             [data],
             shape,
             shift=shift,
+            device=codec.device,
             label=label,
             sampler=way[0],
             guidance=way[1],

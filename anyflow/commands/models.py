@@ -24,11 +24,13 @@ MODEL = ("model_index.json", "model", "transformer")
 
 
 def load_model(model: str, precision: str = "") -> tuple[Codec, FlowMapBackbone, float]:
-    """Codec, network and the shift of its schedule, on the GPU in bfloat16 if there is one, else on the CPU in float32.
+    """Codec, network and the shift of its schedule, on the GPU if there is one.
+
+    The autoencoder is in float32, as where it encodes what is trained on.
 
     Args:
         model: folder or hub id.
-        precision: ``float32`` or ``bfloat16`` instead of the device's.
+        precision: of the network, ``float32`` or ``bfloat16``, instead of :func:`usual_precision`.
 
     Raises:
         UserError: the folder or hub name holds no such model.
@@ -42,8 +44,8 @@ def load_model(model: str, precision: str = "") -> tuple[Codec, FlowMapBackbone,
     quiet_libraries()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype: torch.dtype = getattr(torch, precision or ("bfloat16" if device == "cuda" else "float32"))
-    codec = Codec.from_folder(model, dtype=dtype, device=device)
+    dtype: torch.dtype = getattr(torch, precision or usual_precision(model))
+    codec = Codec.from_folder(model, text_dtype=dtype, device=device)
     backbone = load_backbone(model, dtype=dtype, device=device)
     backbone.requires_grad_(False)
     return codec, backbone, shift_of(model)
@@ -99,6 +101,19 @@ def has_guidance(model: str) -> bool:
     from anyflow.backbone.load import read_sampler
 
     return read_sampler(model) != "euler"
+
+
+def usual_precision(model: str) -> str:
+    """What a model's network is sampled in: ``float32`` on the CPU, on a GPU as its recipe says, else ``bfloat16``.
+
+    Weights that are never trained lose nothing more by lying in the precision that they are computed in.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return "float32"
+    recipe = recipe_of(model)
+    return "float32" if recipe is not None and recipe.hardware.precision == "32-true" else "bfloat16"
 
 
 def native_shape(

@@ -29,7 +29,7 @@ def plan(
     gpu_memory: Annotated[float, typer.Option(help="GB of one GPU.", min=1)] = 80.0,
     as_json: Json = False,
 ) -> None:
-    """Plan: simulate a training step's memory on GPUs that need not be here, and find what makes it fit.
+    """Plan: simulate a run's memory, phase by phase, on GPUs that need not be here, and find what makes it fit.
 
     \b
     Examples:
@@ -71,12 +71,14 @@ def gpu_recipes() -> dict[str, Recipe]:
 
 
 def table_row(name: str, need: Need) -> str:
-    """A row of Markdown: GPUs, and GiB of the step alone, of all together, and of a checkpoint."""
-    from anyflow.plan import CODEC, GIB, RESERVE
+    """A row of Markdown: GPUs, GiB of step, sampling and autoencoder, the most, its phase, and of a checkpoint."""
+    from anyflow.plan_phases import DECODING, ENCODING, GIB, SAMPLING, STEP
 
-    step = need.needed - need.parts[CODEC] - need.parts[RESERVE]
-    sizes = (step, need.needed, need.checkpoint)
-    return f"| `{name}` | {need.gpus} | " + " | ".join(f"{size / GIB:.0f}" for size in sizes) + " |"
+    totals = need.totals
+    sampling = max((totals[phase] for phase in SAMPLING.values() if phase in totals), default=0.0)
+    codec = max((totals[phase] for phase in (ENCODING, *DECODING.values()) if phase in totals), default=0.0)
+    sizes = " | ".join(f"{size / GIB:.0f}" for size in (totals[STEP], sampling, codec, need.needed))
+    return f"| `{name}` | {need.gpus} | {sizes} | {need.peak} | {need.checkpoint / GIB:.0f} |"
 
 
 def _plan_all(gpu_memory: float, as_json: bool) -> None:
@@ -92,7 +94,8 @@ def _plan_all(gpu_memory: float, as_json: bool) -> None:
     if as_json:
         print_json({name: need.to_json() for name, need in needs.items()})
         return
-    typer.echo(f"| recipe | GPUs | step | of {gpu_memory * GB / GIB:.1f} GiB, together | a checkpoint |")
-    typer.echo("|---|--:|--:|--:|--:|")
+    most = f"of {gpu_memory * GB / GIB:.1f} GiB, at most"
+    typer.echo(f"| recipe | GPUs | step | sampling | autoencoder | {most} | in | a checkpoint |")
+    typer.echo("|---|--:|--:|--:|--:|--:|---|--:|")
     for name, need in needs.items():
         typer.echo(table_row(name, need))

@@ -13,7 +13,9 @@ from anyflow.commands.common import (
     GuidanceScale,
     Json,
     Negative,
+    Precision,
     check_model,
+    check_precision,
     check_sampler,
     fresh_folder,
     parse_steps,
@@ -46,6 +48,7 @@ def sample(
     video: Annotated[Path | None, typer.Option(help="A clip to go on from (video-to-video).")] = None,
     given: Annotated[int, typer.Option(help="With --video: how many of its frames (4n+1) are taken.", min=1)] = 5,
     fps: Annotated[float | None, typer.Option(help="Frames a second of the mp4; else as trained.", min=0.1)] = None,
+    precision: Precision = "",
     out: Annotated[Path | None, typer.Option(help="A new folder; without it one under runs/samples.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -66,13 +69,14 @@ def sample(
     folder = fresh_folder(out, "runs/samples/sample")
     check_model(model)
     check_sampler(sampler)
+    check_precision(precision)
     given = _check_given(image, video, given)
     from anyflow.commands.models import load_model, native_shape, way_of
 
     shape = native_shape(model, frames=frames, height=height, width=width, fps=fps)
     pixels = given_pixels(image or video, given, shape)
     way = way_of(model, sampler, guidance, negative)
-    codec, backbone, shift = load_model(model)
+    codec, backbone, shift = load_model(model, precision)
     latent_shape = codec.latent_shape(shape.frames, shape.height, shape.width)
     first_frames = None if pixels is None else codec.encode_video(pixels)
     seconds, clips = _sample_all(codec, backbone, prompts, latent_shape, counts, shift, way, seed, first_frames)
@@ -140,26 +144,34 @@ def _sample_all(
     seed: int,
     first_frames: Tensor | None,
 ) -> tuple[dict[int, float], dict[int, Any]]:
-    """Seconds and clips (uint8 ``[n, F, H, W, 3]``) by step count; each prompt has its own noise, the same at all."""
+    """Seconds and clips (uint8 ``[n, F, H, W, 3]``) by step count; each prompt has its own noise, the same at all.
+
+    As many prompts go together as fit.
+    """
     import torch
 
     from anyflow.backbone.stream import stream_video
     from anyflow.console import progress_line
     from anyflow.evaluation.measure import prompt_noise, take_of
 
-    noise = prompt_noise(shape, prompts, seed).to(codec.device)
-    known = None if first_frames is None else first_frames.expand(len(prompts), -1, -1, -1, -1)
-    chunks = len(backbone.chunks_of(shape[0], 0 if known is None else known.shape[1]))
+    at_once = backbone.clips_at_once(shape)
+    groups = [prompts[first : first + at_once] for first in range(0, len(prompts), at_once)]
+    chunks = len(backbone.chunks_of(shape[0], 0 if first_frames is None else first_frames.shape[1]))
     seconds, clips = {}, {}
+    done, total = 0, len(counts) * len(groups) * chunks
     with progress_line("sampling") as on_progress:
-        for index, count in enumerate(counts):
-            start, parts = time.perf_counter(), []
-            take = take_of(way[0], prompts, seed)
-            for part in stream_video(backbone, codec, prompts, noise, count, shift, known, take, way[1]):
-                parts.append(part.cpu())
-                what = f"steps: {count}, chunk {len(parts)}"
-                on_progress(index * chunks + len(parts), len(counts) * chunks, what)
-            clips[count] = torch.cat(parts, dim=1)
+        for count in counts:
+            start, videos = time.perf_counter(), []
+            for group in groups:
+                noise = prompt_noise(shape, group, seed).to(codec.device)
+                known = None if first_frames is None else first_frames.expand(len(group), -1, -1, -1, -1)
+                take, parts = take_of(way[0], group, seed), []
+                for part in stream_video(backbone, codec, group, noise, count, shift, known, take, way[1]):
+                    parts.append(part.cpu())
+                    done += 1
+                    on_progress(done, total, f"steps: {count}, chunk {len(parts)}")
+                videos.append(torch.cat(parts, dim=1))
+            clips[count] = torch.cat(videos)
             seconds[count] = time.perf_counter() - start
     return seconds, clips
 

@@ -14,7 +14,9 @@ from anyflow.commands.common import (
     GuidanceScale,
     Json,
     Negative,
+    Precision,
     check_model,
+    check_precision,
     check_sampler,
     parse_steps,
     print_json,
@@ -45,7 +47,8 @@ def vbench(
     ] = None,
     guidance: GuidanceScale = None,
     negative: Negative = None,
-    batch_size: Annotated[int, typer.Option(help="Clips a pass.", min=1)] = 4,
+    batch_size: Annotated[int, typer.Option(help="Clips a pass, at most: of large ones fewer fit.", min=1)] = 4,
+    precision: Precision = "",
     score: Annotated[bool, typer.Option("--score", help="Let the installed vbench package score the videos.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -64,6 +67,7 @@ def vbench(
     counts = parse_steps(steps)
     check_model(model)
     check_sampler(sampler)
+    check_precision(precision)
     if out.is_file():
         raise UserError(f"--out {out} is a file: name a folder")
     from anyflow.evaluation.vbench import dimensions_of, installed_prompts, read_prompts, run_vbench, totals
@@ -77,11 +81,11 @@ def vbench(
     )
     prompts = read_prompts(place, chosen, image=images is not None)
     _check_images(images, prompts)
-    from anyflow.commands.models import way_of
+    from anyflow.commands.models import usual_precision, way_of
 
     way = way_of(model, sampler, guidance, negative)
     settings: dict[str, Any] = {"samples": samples, "seed": seed, "sampler": sampler, "images": images}
-    settings |= {"batch_size": batch_size, "way": way}
+    settings |= {"batch_size": batch_size, "way": way, "precision": precision or usual_precision(model)}
     _settle(out, model, settings)
     folders = _sample_all(model, prompts, counts, out, settings)
     told: dict[str, Any] = {"model": model, "guidance": way[1].scale, "nfe": _calls(out, counts)}
@@ -112,12 +116,13 @@ def _settle(out: Path, model: str, settings: dict[str, Any]) -> None:
     """Note what the folder's videos are of: they are kept, so another model's must not come among them."""
     from anyflow.fingerprints import model_fingerprint
 
-    now = {"model": model_fingerprint(model), **{key: str(settings[key]) for key in ("seed", "sampler", "images")}}
+    told = ("seed", "sampler", "images", "precision")
+    now = {"model": model_fingerprint(model), **{key: str(settings[key]) for key in told}}
     now |= {"guidance": settings["way"][1].told}
     path = out / "settings.json"
     was = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else now
     was.setdefault("guidance", "")  # of a folder from before there was any
-    changed = [key for key, value in now.items() if was.get(key) != value]
+    changed = [key for key, value in now.items() if was.get(key, value) != value]
     if changed:
         raise UserError(f"--out {out} holds videos of another {' and '.join(changed)}: name another folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -166,11 +171,11 @@ def _sample_all(
     if not due:
         return folders
     shape = native_shape(model, frames=None, height=None, width=None, fps=None)
-    codec, backbone, shift = load_model(model)
-    frames, given = codec.latent_shape(shape.frames, shape.height, shape.width)[0], int(settings["images"] is not None)
-    per_call = settings["way"][1].calls
-    _calls(out, counts, {str(count): per_call * backbone.calls_of(count, frames, given) for count in counts})
-    size, partial = settings["batch_size"], out / ".partial.mp4"
+    codec, backbone, shift = load_model(model, settings["precision"])
+    latents = codec.latent_shape(shape.frames, shape.height, shape.width)
+    given, per_call = int(settings["images"] is not None), settings["way"][1].calls
+    _calls(out, counts, {str(count): per_call * backbone.calls_of(count, latents[0], given) for count in counts})
+    size, partial = min(settings["batch_size"], backbone.clips_at_once(latents)), out / ".partial.mp4"
     done = 0
     with progress_line("sampling for vbench") as on_progress:
         for count in counts:

@@ -35,7 +35,7 @@ def measure(experiment: Experiment, piece: Piece, card: str, on_progress: Callab
         [card],
         shape,
         heldout=settings.split,
-        device=next(backbone.parameters()).device,
+        device=codec.device,
         on_progress=on_progress,
     )
     scale = None if has_guidance(piece.model) else settings.guidance_scale or None
@@ -48,6 +48,7 @@ def measure(experiment: Experiment, piece: Piece, card: str, on_progress: Callab
         prompts=settings.prompts,
         steps=settings.steps,
         shift=shift,
+        device=codec.device,
         seeds=[piece.seed + draw * APART for draw in range(settings.draws)],
         sampler=sampler,
         guidance=guidance,

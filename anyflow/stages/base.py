@@ -155,6 +155,7 @@ class Stage(lightning.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
+        args[2].zero_grad()  # Lightning would keep them through the next pass, and through sampling
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.step)

@@ -44,8 +44,7 @@ class ConsistencyStage(ForwardStage):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if self.roles.frozen is not None:
-            self.roles.frozen.to(self.device)
+        self.roles.place(self.device)
 
 
 class DmdStage(OnPolicyStage):

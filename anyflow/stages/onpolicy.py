@@ -250,8 +250,7 @@ class OnPolicyStage(ForwardStage):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if self.roles.frozen is not None:
-            self.roles.frozen.to(self.device)
+        self.roles.place(self.device)
 
     def counters(self) -> dict[str, Any]:
         return {**super().counters(), "drift": copy.deepcopy(self.drift.state)}

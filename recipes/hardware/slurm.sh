@@ -14,6 +14,8 @@
 
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=${MASTER_PORT:-29400}
+# anyflow sets it for itself; what else the job starts has it too, and a setting of one's own stays
+if [ -z "${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}; fi
 mkdir -p runs
 
 # From Slurm 22.05 on srun does not take over --cpus-per-task by itself: without it all ranks of a node share one core.
