@@ -176,7 +176,9 @@ def load_lora(backbone: FlowMapBackbone, path: str | Path, adapter: str = ADAPTE
         with safe_open(file, framework="pt") as stored:
             expected = {name.removeprefix("transformer.") for name in stored.keys()}  # noqa: SIM118 (no mapping)
             full = [name for name in (stored.metadata() or {}).get(FULL_KEY, "").split(",") if name]
-        transformer.load_lora_adapter(str(file.parent), adapter_name=adapter, **source)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            transformer.load_lora_adapter(str(file.parent), adapter_name=adapter, **source)
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{file} does not fit this network: {str(error).strip().splitlines()[0]}") from error
     adapted = {name.rpartition(".lora_")[0] for name in lora_state(backbone, adapter)}
