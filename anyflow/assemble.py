@@ -15,8 +15,9 @@ import torch
 
 from anyflow.backbone.codec import Codec, codec_dtypes
 from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build_vae, transformer_config
+from anyflow.backbone.full import RELEASED_FULL, add_full
 from anyflow.backbone.load import load_backbone, new_backbone
-from anyflow.backbone.lora import LoraSettings, add_lora, load_lora
+from anyflow.backbone.lora import ADAPTER, LoraSettings, add_lora, load_lora
 from anyflow.backbone.parallelize import (
     ParallelSettings,
     checkpoint_activations,
@@ -83,6 +84,8 @@ def load_networks(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec,
     if recipe.model.lora.enabled and recipe.stage.name != "codec":
         if recipe.model.lora.start:
             load_lora(backbone, recipe.model.lora.start)
+            # what this recipe trains in full and the run before did not, as a network that has become causal
+            add_full(backbone.transformer, lora_settings(recipe).full, ADAPTER)
         else:
             add_lora(backbone, lora_settings(recipe))
     return codec, backbone
@@ -246,7 +249,9 @@ def build_roles(recipe: Recipe, backbone: FlowMapBackbone) -> Roles:
 def lora_settings(recipe: Recipe) -> LoraSettings:
     """The shape of the recipe's adapters."""
     lora = recipe.model.lora
-    return LoraSettings(lora.rank, lora.alpha, tuple(lora.targets), dropout=lora.dropout)
+    released = RELEASED_FULL[recipe.model.architecture]
+    full = [name for item in lora.full for name in (released if item == "released" else (item,))]
+    return LoraSettings(lora.rank, lora.alpha, tuple(lora.targets), dropout=lora.dropout, full=tuple(full))
 
 
 def optimizer_settings(fields: dict[str, Any]) -> OptimizerSettings:

@@ -289,7 +289,7 @@ def transformer_config_of(recipe: Recipe) -> dict[str, Any]:
             f"model.weights={model.weights!r}: its dimensions are not known before it is there; give the folder of a "
             "model, or one of the published Wan2.1 and AnyFlow models"
         )
-    return PUBLISHED[size]
+    return {**PUBLISHED[size], **{name: value for name, value in model.network.items() if name in _NEEDED}}
 
 
 EMBEDDED = ("tiny", "tiny-causal")

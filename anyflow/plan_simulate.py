@@ -9,7 +9,7 @@ grows exactly linearly in the layers, so two small depths are enough.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -185,6 +185,10 @@ def _networks(recipe: Recipe, config: dict[str, Any]) -> Roles:
         student = build()
         if recipe.model.lora.enabled:
             add_lora(student, lora_settings(recipe))
+            if recipe.stage.onpolicy.teacher and recipe.has_teacher and not recipe.has_tail:
+                # an adapter of the teacher stage: as wide, without the time embedders, which that stage leaves alone
+                blocks_alone = tuple(target for target in recipe.model.lora.targets if "_embedder" not in target)
+                add_lora(student, replace(lora_settings(recipe), targets=blocks_alone, full=()), adapter="teacher")
             if recipe.has_teacher:
                 return AdapterRoles(student, lora_settings(recipe), **which)
         if recipe.has_teacher:
@@ -208,8 +212,7 @@ class _BlankWeights:
     """Stands for the files: parts of the right shape and precision, without contents."""
 
     def __init__(self, transformer: nn.Module, dtype: torch.dtype) -> None:
-        named = transformer.named_parameters()
-        self._shapes = {name.replace(".base_layer.", "."): weight.shape for name, weight in named}
+        self._shapes = {name: weight.shape for name, weight in transformer.named_parameters()}
         self._dtype = dtype
 
     def read(self, name: str, window: tuple[slice, ...] = ()) -> Tensor:

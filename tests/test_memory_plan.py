@@ -57,7 +57,7 @@ def test_on_policy_at_14b_shares_one_base() -> None:
     """Three roles as adapters; three networks would need half as much again, and would not fit 80 GB."""
     kept = "hardware.recompute_jumps=false"
     one = peak("onpolicy/wan2.1-t2v-14b")
-    three = peak("onpolicy/wan2.1-t2v-14b", "model.lora.enabled=false", "stage.onpolicy.teacher=a/b", kept)
+    three = peak("onpolicy/wan2.1-t2v-14b", *FULL[:1], "model.lora.start=", "stage.onpolicy.teacher=a/b", kept)
     assert one < 36 and peak("onpolicy/wan2.1-t2v-14b", kept) < 60 and three > 80
 
 

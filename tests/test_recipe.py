@@ -84,21 +84,6 @@ def test_auto_is_a_gpu_if_there_is_one(is_there: bool, found: str, monkeypatch: 
     assert accelerator_here("auto") == found and accelerator_here("cpu") == "cpu"
 
 
-@pytest.mark.parametrize(("size", "steps", "batch"), [("1.3b", 6000, 32), ("14b", 4000, 16)])
-def test_released_settings(size: str, steps: int, batch: int) -> None:
-    """The published hyper-parameters of the forward stage (paper, sec. 3 and appendix)."""
-    recipe = load(name=f"forward/wan2.1-t2v-{size}")
-    assert (recipe.stage.steps, recipe.global_batch, recipe.model.shift) == (steps, batch, 5.0)
-    optimizer = recipe.optimizer
-    assert (optimizer.name, optimizer.lr, optimizer.betas, optimizer.weight_decay) == ("adamw", 5e-5, [0.9, 0.95], 0.0)
-    assert (optimizer.warmup_steps, optimizer.schedule, optimizer.clip) == (1000, "constant", 1.0)
-    assert (recipe.ema.decay, recipe.ema.start_step) == (0.999, 1000)
-    assert (recipe.model.lora.enabled, recipe.model.lora.rank, recipe.model.lora.alpha) == (True, 256, 256.0)
-    assert (recipe.stage.guidance_scale, recipe.stage.delta, recipe.stage.weight) == (3.0, 5.0, "beta08")
-    assert (recipe.stage.diffusion_share, recipe.stage.consistency_share, recipe.stage.text_drop) == (0.5, 0.25, 0.1)
-    assert (recipe.data.frames, recipe.data.height, recipe.data.width) == (81, 480, 832)
-
-
 def test_a_saved_recipe_is_complete_and_the_same(tmp_path: Path) -> None:
     recipe = load("stage.steps=7", "data.card=[driving,games]", "model.network.num_layers=2", hardware="8gpu")
     path = tmp_path / "recipe.yaml"
@@ -167,6 +152,7 @@ MISTAKES = [
     ("data.buckets=[9x64x90]", "data.width=90 is no multiple of 16"),
     ("data.buckets=[17x64x96]", "or the run's own shape: give it once"),
     ("data.buckets=[81x480x832]", "a clip has 32760 tokens, more than a pass of data.batch_size=8 clips"),
+    ("model.lora.start=runs/forward", "name that run in model.weights, and set model.lora.start= (empty)"),
     ("model.lora.dropout=0.1", "model.lora.dropout=0.1 would corrupt the finite difference"),
     ("stage.diffusion_share=0.9", "sum to 1.025, above 1"),
     ("stage.diffusion_share=-0.1", "is too small"),
@@ -198,15 +184,16 @@ def test_a_mistake_gets_one_sentence(override: str, sentence: str) -> None:
 TAIL_MISTAKES = [
     ("stage.tail.teacher_steps=0", "knows nothing of this domain and would pull the model back"),
     ("stage.onpolicy.budgets=[]", "stage.onpolicy.budgets is empty"),
-    ("model.lora.start=runs/forward/lora", "name the merged model"),
+    ("model.lora.enabled=true model.lora.start=runs/forward/lora", "name the merged model"),
 ]
 
 
 @pytest.mark.parametrize(("override", "sentence"), TAIL_MISTAKES, ids=[override for override, _ in TAIL_MISTAKES])
 def test_a_mistake_with_a_tail_gets_one_sentence(override: str, sentence: str) -> None:
-    load(override)  # without the tail it does not matter
+    overrides = override.split()
+    load(*overrides)  # without the tail it does not matter
     with pytest.raises(UserError) as caught:
-        load(override, "stage.tail.steps=10")
+        load(*overrides, "stage.tail.steps=10")
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -305,8 +292,25 @@ def test_an_impossible_onpolicy_recipe_gets_one_sentence(override: str, sentence
 
 
 def test_with_lora_the_base_may_teach() -> None:
-    recipe = load_recipe("onpolicy/wan2.1-t2v-1.3b", overrides=["data.card=driving"])
+    alone = ["data.card=driving", "stage.onpolicy.teacher=", "model.lora.start="]
+    recipe = load_recipe("onpolicy/wan2.1-t2v-1.3b", overrides=alone)
     assert recipe.model.lora.enabled and recipe.stage.onpolicy.teacher == ""
+    check_files(recipe)
+
+
+@pytest.mark.parametrize("place", ["runs/x-forward", "runs/x-forward/lora"])
+def test_a_run_that_was_numbered_by_itself_is_offered(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recipes of a chain name each other's folders; a run without --out has a number behind its name."""
+    recipe = load("model.lora.enabled=true", f"model.lora.start={place}", "model.weights=a/b")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="or run the recipe that makes it first"):
+        check_files(recipe)
+    for number in ("001", "002"):
+        (tmp_path / "runs" / f"x-forward-{number}" / "lora").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"did you mean {place.replace('forward', 'forward-002')}\?"):
+        check_files(recipe)
 
 
 def test_one_stage_file_serves_several_models() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +19,24 @@ import diffusers
 import torch
 from diffusers import AnyFlowFARTransformer3DModel, AnyFlowPipeline, FlowMapEulerDiscreteScheduler
 from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anyflow.backbone import far_pipeline
 from anyflow.backbone.codec import Codec
+from anyflow.backbone.full import FULL_FILE, full_names
 from anyflow.backbone.guidance import Guidance
 from anyflow.backbone.load import GUIDANCE_KEYS, SAMPLER_KEY
-from anyflow.backbone.lora import ADAPTER, LORA_FILE, lora_metadata, lora_state, merged_state
+from anyflow.backbone.lora import (
+    ADAPTER,
+    FULL_KEY,
+    LORA_FILE,
+    lora_full_state,
+    lora_metadata,
+    lora_state,
+    merged_state,
+)
 from anyflow.backbone.model_card import ModelCard
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.errors import UserError
@@ -100,6 +111,8 @@ def export_lora(
 ) -> Path:
     """Write an adapter as float32 safetensors that ``AnyFlowPipeline.load_lora_weights(folder)`` takes.
 
+    Modules that were trained in full go into a second file beside it, by the transformer's own names.
+
     Args:
         folder: where to; other files there stay.
         backbone: the network that carries the adapter.
@@ -108,13 +121,13 @@ def export_lora(
         adapter: its name.
 
     Returns:
-        The safetensors file.
+        The adapter's safetensors file.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    layers = {
-        name: tensor.float().cpu().contiguous() for name, tensor in lora_state(backbone, adapter, weights).items()
-    }
+    layers = _float32(lora_state(backbone, adapter, weights))
+    full = full_names(backbone.transformer, adapter)
+    _write_full(target, _float32(lora_full_state(backbone, adapter, weights)))
     partial = ".partial.safetensors"
     AnyFlowPipeline.save_lora_weights(
         target,
@@ -122,11 +135,37 @@ def export_lora(
         weight_name=partial,
         transformer_lora_adapter_metadata=lora_metadata(backbone, adapter),
     )
+    if full:
+        _note_full(target / partial, full)
     (target / partial).replace(target / LORA_FILE)
     if card is not None:
         is_causal = isinstance(backbone.transformer, AnyFlowFARTransformer3DModel)
-        write_atomically(target / "README.md", replace(card, causal=is_causal).render(lora=True))
+        told = replace(card, causal=is_causal, full=full)
+        write_atomically(target / "README.md", told.render(lora=True))
     return target / LORA_FILE
+
+
+def _float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.float().cpu().contiguous() for name, tensor in state.items()}
+
+
+def _write_full(target: Path, state: dict[str, Tensor]) -> None:
+    """The file of modules trained in full; an adapter without any leaves none from before."""
+    if not state:
+        (target / FULL_FILE).unlink(missing_ok=True)
+        return
+    partial = target / ".full.partial.safetensors"
+    save_file(state, partial, metadata={"format": "pt"})
+    partial.replace(target / FULL_FILE)
+
+
+def _note_full(file: Path, modules: Sequence[str]) -> None:
+    """Name them in the adapter's header: without their file it is half of what was trained."""
+    with safe_open(file, framework="pt") as stored:
+        header = stored.metadata() or {}
+    noted = file.with_name(".noted.partial.safetensors")  # what is read may still lie in the old file
+    save_file(load_file(file), noted, metadata={**header, FULL_KEY: ",".join(modules)})
+    noted.replace(file)
 
 
 def _write_transformer(

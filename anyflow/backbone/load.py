@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from anyflow.backbone.bidirectional import FLOAT32_PARTS, BidirectionalBackbone
 from anyflow.backbone.causal import CausalBackbone
 from anyflow.backbone.files import read_json, read_weights, resolve_folder
+from anyflow.backbone.full import stored_name
 from anyflow.backbone.guidance import Guidance
 from anyflow.errors import UserError
 from anyflow.flowmap.sampling import SamplerKind
@@ -101,8 +102,9 @@ class StoredWeights:
         self._precision = precision
 
     def read(self, name: str, window: tuple[slice, ...] = ()) -> Tensor:
-        """A copy of a weight, or of a window of it, in its precision."""
-        tensor = self._weights[name][window] if window else self._weights[name]
+        """A copy of a weight, or of a window of it, in its precision; by its name in a network with adapters, too."""
+        tensor = self._weights[stored_name(name)]
+        tensor = tensor[window] if window else tensor
         return tensor.to(self._precision(name) if tensor.is_floating_point() else tensor.dtype, copy=True)
 
     def __deepcopy__(self, memo: Any) -> StoredWeights:
@@ -253,7 +255,11 @@ def _with_delta_embedder(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _with_far_patch(weights: dict[str, Tensor], patch: Sequence[int]) -> dict[str, Tensor]:
-    """Compressed frames start with the patch embedding's kernel, stretched over the larger patch."""
+    """Compressed frames start with the patch embedding's kernel, stretched over the larger patch, as released.
+
+    It is not scaled: where neighbouring latents are alike its tokens are four times as large as the usual ones. That is
+    left to training, which with adapters trains this layer in full (:mod:`anyflow.backbone.full`).
+    """
     kernel = weights["patch_embedding.weight"]  # [dim, C, *patch]
     stretched = F.interpolate(kernel.float().flatten(0, 1)[:, None], size=tuple(patch), mode="trilinear")
     far = stretched.reshape(*kernel.shape[:2], *patch).to(kernel.dtype)

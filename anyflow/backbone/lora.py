@@ -2,6 +2,8 @@
 
 The adapted layers include both time embedders: an adapter on ``delta_embedder`` is what lets the network learn the
 second time, so it is trained and saved with the rest. An exported adapter loads with ``pipeline.load_lora_weights``.
+Modules that the runs train in full beside it (:mod:`anyflow.backbone.full`) come and go with it, in a file of their
+own.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
+from anyflow.backbone.full import FULL_FILE, add_full, copy_name, drop_full, full_names, full_state, stored_name
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.errors import UserError
 
@@ -24,6 +28,9 @@ ADAPTER = "default"
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name that ``pipeline.load_lora_weights(folder)`` looks for."""
+
+FULL_KEY = "anyflow_full"
+"""In the header of an adapter's file: the modules that were trained in full beside it, so that none is lost unseen."""
 
 RELEASED_TARGETS = (
     "attn1.to_q",
@@ -50,6 +57,8 @@ class LoraSettings:
     """Endings of module names."""
     dropout: float = 0.0
     """Must be 0: the calls that a finite difference compares would see different networks."""
+    full: tuple[str, ...] = ()
+    """Endings of the names of modules that are trained in full beside the adapter."""
 
     def __post_init__(self) -> None:
         if self.dropout != 0:
@@ -65,7 +74,7 @@ def add_lora(backbone: FlowMapBackbone, settings: LoraSettings, seed: int = 0, a
         The number of trainable parameters.
 
     Raises:
-        UserError: a target names no linear layer of the network.
+        UserError: a target names no linear layer of the network, or a module to be trained in full is none of it.
     """
     from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -89,6 +98,7 @@ def add_lora(backbone: FlowMapBackbone, settings: LoraSettings, seed: int = 0, a
         )  # several adapters are what roles are made of
         transformer.add_adapter(config, adapter)
     _start_adapter(transformer, adapter, seed)
+    add_full(transformer, settings.full, adapter)
     return sum(parameter.numel() for parameter in backbone.parameters() if parameter.requires_grad)
 
 
@@ -112,7 +122,8 @@ def has_lora(backbone: FlowMapBackbone) -> bool:
 def lora_settings(backbone: FlowMapBackbone, adapter: str = ADAPTER) -> LoraSettings:
     """The shape of an adapter that the network carries."""
     config = backbone.transformer.peft_config[adapter]
-    return LoraSettings(config.r, config.lora_alpha, tuple(sorted(config.target_modules)))
+    full = full_names(backbone.transformer, adapter)
+    return LoraSettings(config.r, config.lora_alpha, tuple(sorted(config.target_modules)), full=full)
 
 
 def lora_state(
@@ -130,8 +141,15 @@ def lora_state(
     return {
         name.removesuffix(marker) + ".weight": tensor.detach()
         for name, tensor in state.items()
-        if ".lora_" in name and name.endswith(marker)
+        if (".lora_A." in name or ".lora_B." in name) and name.endswith(marker)
     }
+
+
+def lora_full_state(
+    backbone: FlowMapBackbone, adapter: str = ADAPTER, weights: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """What was trained in full beside the adapter, by a plain network's names; see :func:`lora_state`."""
+    return full_state(backbone.transformer.state_dict() if weights is None else weights, adapter)
 
 
 def lora_metadata(backbone: FlowMapBackbone, adapter: str = ADAPTER) -> dict[str, Any]:
@@ -145,23 +163,23 @@ def load_lora(backbone: FlowMapBackbone, path: str | Path, adapter: str = ADAPTE
 
     Args:
         backbone: the network that the adapter was trained on.
-        path: the safetensors file, or the folder that holds it.
+        path: the safetensors file, the folder that holds it, or one of our runs.
         adapter: the name to give it.
 
     Raises:
-        UserError: no such file, or it belongs to another network.
+        UserError: no such file, or it belongs to another network, or what was trained beside it is missing.
     """
-    file = Path(path)
-    file = file / LORA_FILE if file.is_dir() else file
-    if not file.is_file() or file.suffix != ".safetensors":
-        raise UserError(f"No LoRA at {path}: give a folder with {LORA_FILE}, or the safetensors file itself.")
+    file = find_lora(path)
     transformer = backbone.transformer
     source = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
     source["low_cpu_mem_usage"] = backbone.stored is not None  # else its weights would vanish on meta, as the network's
     try:
         with safe_open(file, framework="pt") as stored:
             expected = {name.removeprefix("transformer.") for name in stored.keys()}  # noqa: SIM118 (no mapping)
-        transformer.load_lora_adapter(str(file.parent), adapter_name=adapter, **source)
+            full = [name for name in (stored.metadata() or {}).get(FULL_KEY, "").split(",") if name]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            transformer.load_lora_adapter(str(file.parent), adapter_name=adapter, **source)
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{file} does not fit this network: {str(error).strip().splitlines()[0]}") from error
     adapted = {name.rpartition(".lora_")[0] for name in lora_state(backbone, adapter)}
@@ -171,16 +189,80 @@ def load_lora(backbone: FlowMapBackbone, path: str | Path, adapter: str = ADAPTE
     differing = (stored_for ^ adapted) | (wanted ^ adapted)  # diffusers only warns of these
     if differing:
         raise UserError(f"{file} does not fit this network: {min(differing)} is in one of them only.")
+    _place(transformer, {_placed_name(name, adapter): weight for name, weight in load_file(file).items()})
+    if full:
+        _load_full(transformer, file.with_name(FULL_FILE), full, adapter)
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad_(".lora_" in name)
         if ".lora_" in name:
             parameter.data = parameter.data.float()
 
 
+def find_lora(path: str | Path) -> Path:
+    """The safetensors file of an adapter: itself, in a folder, or in the folder ``lora`` of one of our runs.
+
+    Raises:
+        UserError: there is none.
+    """
+    place = Path(path)
+    if place.is_dir() and not (place / LORA_FILE).is_file() and (place / "recipe.yaml").is_file():
+        if not (place / "lora" / LORA_FILE).is_file():
+            raise UserError(
+                f"{path} is a run without an adapter: let it finish, or take one that trains adapters "
+                "(model.lora.enabled=true)."
+            )
+        place = place / "lora"
+    file = place / LORA_FILE if place.is_dir() else place
+    if not file.is_file() or file.suffix != ".safetensors":
+        raise UserError(f"No LoRA at {path}: give a folder with {LORA_FILE}, or the safetensors file itself.")
+    return file
+
+
+def _load_full(transformer: Any, file: Path, modules: list[str], adapter: str) -> None:
+    """What was trained in full beside an adapter, from the file beside the adapter's."""
+    told = ", ".join(modules)
+    if not file.is_file():
+        raise UserError(f"{file} is missing: {told} was trained in full beside this LoRA: keep the two files together.")
+    try:
+        stored = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read ({str(error).strip()}): copy it again.") from error
+    try:
+        add_full(transformer, modules, adapter)
+    except UserError as error:
+        raise UserError(f"{file} does not fit this network: it has {told}.") from error
+    own = transformer.state_dict()
+    names = {name: f".lora_full.{adapter}." for name in own if f".lora_full.{adapter}." in name}
+    weights = {name: stored.pop(name.replace(part, "."), None) for name, part in names.items()}
+    wrong = [stored_name(name) for name, weight in weights.items() if weight is None or weight.shape != own[name].shape]
+    if wrong or stored:
+        raise UserError(f"{file} does not fit this network: {min([*wrong, *stored])} differs.")
+    _place(transformer, {name: weight for name, weight in weights.items() if weight is not None})
+
+
+def _placed_name(name: str, adapter: str) -> str:
+    """``transformer.X.lora_A.weight`` in a file as ``X.lora_A.NAME.weight`` in a network."""
+    owner, _, last = name.removeprefix("transformer.").rpartition(".")
+    return f"{owner}.{adapter}.{last}"
+
+
+def _place(transformer: Any, weights: Mapping[str, Tensor]) -> None:
+    """Weights of an adapter as they are stored, in float32, into a network that may lie on ``meta`` otherwise.
+
+    PEFT moves what it loads to the place and precision of the layer beneath: on ``meta`` it vanishes, and a bfloat16
+    base would round it.
+    """
+    device = next((weight.device for weight in transformer.parameters() if not weight.is_meta), torch.device("cpu"))
+    placed = {name: weight.to(device, torch.float32) for name, weight in weights.items()}
+    transformer.load_state_dict(placed, strict=False, assign=True)
+
+
 def merged_state(
     transformer: Any, adapter: str = ADAPTER, weights: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """A plain diffusers state dict with the adapter added into the layers (in float32); the network is left alone.
+
+    Modules that were trained in full beside the adapter are taken as trained.
 
     Args:
         transformer: with or without an adapter.
@@ -198,6 +280,9 @@ def merged_state(
         if down is not None and up is not None:
             change = _scale(transformer.peft_config[adapter]) * (up.detach().float() @ down.detach().float())
             tensor = (tensor.float() + change.to(tensor.device)).to(tensor.dtype)
+        full = state.get(copy_name(name, adapter)) if ".base_layer." in name else None
+        if full is not None:
+            tensor = full.detach().to(tensor)
         merged[name.replace(".base_layer.", ".")] = tensor
     return merged
 
@@ -206,6 +291,7 @@ def merge_lora(backbone: FlowMapBackbone, adapter: str = ADAPTER) -> None:
     """Add the adapter into the layers and drop it: a plain network remains, all of it trainable."""
     transformer = backbone.transformer
     merged = merged_state(transformer, adapter)
+    drop_full(transformer)
     transformer.unload_lora()
     transformer.load_state_dict(merged)
     transformer.requires_grad_(True)

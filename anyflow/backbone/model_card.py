@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from anyflow.backbone.full import FULL_FILE
+
 
 @dataclass(frozen=True)
 class ModelCard:
@@ -33,6 +35,8 @@ class ModelCard:
     """How it is sampled; the export knows."""
     guidance: str = ""
     """How its samples are guided, in words, if the weights have no guidance; the export knows."""
+    full: tuple[str, ...] = ()
+    """Modules trained in full beside an adapter, whose weights lie in a file of their own; the export knows."""
 
     def render(self, lora: bool = False) -> str:
         """The text of README.md, with the Hub's header."""
@@ -70,9 +74,13 @@ class ModelCard:
         load = [f'pipe = {kind}.from_pretrained("{place}"{corrected})']
         if lora:
             load.append('pipe.load_lora_weights(".")')
+        if lora and self.full:
+            load.append(f"# trained in full beside it: {', '.join(self.full)}")
+            load.append(f'pipe.transformer.load_state_dict(load_file("{FULL_FILE}"), strict=False)')
         code = [
             f"from diffusers import {kind}",
             "from diffusers.utils import export_to_gif",
+            *(["from safetensors.torch import load_file"] if lora and self.full else []),
             "",
             *load,
             f'video = pipe("...", num_inference_steps=4, {size}, output_type="pil").frames[0]',

@@ -136,7 +136,7 @@ def load_parts(backbone: FlowMapBackbone, device: torch.device) -> None:
     for name, weight in transformer.named_parameters():
         if weight.is_meta:
             assert stored is not None, f"{name} has no weights to load"
-            parts[name] = _part(stored, name.replace(".base_layer.", "."), weight, device)
+            parts[name] = _part(stored, name, weight, device)
     if parts:
         transformer.load_state_dict(parts, strict=False, assign=True)
     backbone.stored = None

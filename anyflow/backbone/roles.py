@@ -11,7 +11,8 @@ Switching adapters is full of traps that raise no error, so it is done here and 
 - Gradient checkpointing runs a block again in the backward pass, when another adapter may speak. Here the name is
   pinned inside what is recomputed.
 - The student's adapter on the delta embedder must not reach the teacher. Here a role sees its own adapter alone, on
-  every layer, and the time embedders of critic and teacher are the base's.
+  every layer, and the time embedders of critic and teacher are the base's. So are the modules that only the student
+  trains in full: critic and teacher see all frames at once, where a causal network has no compressed ones.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from anyflow.backbone.full import FullModule, original_name
 from anyflow.backbone.lora import ADAPTER, LoraSettings, add_lora, has_lora, lora_settings
 from anyflow.backbone.parallelize import is_sharded_module
 from anyflow.backbone.protocol import FlowMapBackbone, Text
@@ -153,7 +155,8 @@ class AdapterRoles(Roles):
 
     Args:
         backbone: a network that carries the student's adapter (``default``), and possibly one named ``teacher``.
-        settings: of the adapters that are added; their targets lose the time embedders.
+        settings: of the adapters that are added; their targets lose the time embedders, and nothing beside them is
+            trained in full.
         trains_teacher: add a teacher's adapter to be trained (adapted to a domain) before it teaches.
         has_critic: whether there is a critic.
         seed: of the new adapters' weights, which change nothing at first.
@@ -172,7 +175,7 @@ class AdapterRoles(Roles):
         if not has_lora(backbone):
             raise ValueError("the network carries no adapter: add the student's before its roles")
         blocks_alone = tuple(target for target in settings.targets if "_embedder" not in target)
-        settings = replace(settings, targets=blocks_alone or settings.targets)
+        settings = replace(settings, targets=blocks_alone or settings.targets, full=())
         if "teacher" in backbone.transformer.peft_config:
             settings = lora_settings(backbone, "teacher")  # so that the critic can start as its copy
         elif trains_teacher:
@@ -220,8 +223,11 @@ class AdapterRoles(Roles):
         adapter, other = self._adapters[source], self._adapters[target]
         weights = dict(self.student.named_parameters())
         for name in [name for name in weights if _adapter_of(name) == other]:
-            if adapter is not None:
-                weights[name].copy_(weights[name.replace(f".{other}.", f".{adapter}.")])
+            sources = name.replace(f".{other}.", f".{adapter}."), original_name(name)
+            if ".lora_full." in name:
+                weights[name].copy_(weights[sources[0] if sources[0] in weights else sources[1]])
+            elif adapter is not None:
+                weights[name].copy_(weights[sources[0]])
             elif ".lora_B." in name:
                 weights[name].zero_()  # the base itself: a change of nothing
 
@@ -248,7 +254,7 @@ def bind(roles: Roles, role: Role, text: Text, **view: Any) -> Callable[[Tensor,
 def _adapted_layers(module: nn.Module) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer | FullModule)]
 
 
 def _adapter_of(name: str) -> str | None:

@@ -57,11 +57,21 @@ def check_files(recipe: Recipe) -> None:
     if recipe.has_teacher and not recipe.has_tail:
         needed.append(("stage.onpolicy.teacher", recipe.stage.onpolicy.teacher))
     for key, place in needed:
-        if place and not Path(place).exists() and not is_hub_id(place):
-            raise UserError(
-                f"{key}={place!r} does not exist: give a folder of weights or a hub id (owner/name), "
-                "or run the recipe that makes it first"
+        is_adapter = recipe.model.lora.enabled and key in ("model.lora.start", "stage.onpolicy.teacher")
+        if place and not Path(place).exists() and (is_adapter or not is_hub_id(place)):
+            kinds = (
+                "a run or a folder with an adapter" if is_adapter else "a folder of weights or a hub id (owner/name)"
             )
+            near = _numbered_run(Path(place))
+            hint = f"did you mean {near}?" if near else "or run the recipe that makes it first"
+            raise UserError(f"{key}={place!r} does not exist: give {kinds}, {hint}")
+
+
+def _numbered_run(place: Path) -> Path | None:
+    """The newest run that was numbered by itself (``runs/NAME-003``) where a recipe looks for ``runs/NAME``."""
+    missing = [path for path in (place, *place.parents) if not path.exists()][-1]
+    runs = sorted(path for path in missing.parent.glob(f"{missing.name}-[0-9][0-9][0-9]") if path.is_dir())
+    return runs[-1] / place.relative_to(missing) if runs else None
 
 
 def find_card(name: str, where: str = "data.card=") -> Path:
@@ -361,6 +371,11 @@ def _check_model(recipe: Recipe) -> None:
     if model.lora.dropout > 0:
         raise UserError(
             f"model.lora.dropout={model.lora.dropout} would corrupt the finite difference of the target: set it to 0"
+        )
+    if model.lora.start and not model.lora.enabled:
+        raise UserError(
+            f"model.lora.start={model.lora.start!r} is an adapter, and model.lora.enabled=false trains every weight: "
+            "name that run in model.weights, and set model.lora.start= (empty)"
         )
     if model.lora.enabled and not model.lora.targets:
         raise UserError(

@@ -18,7 +18,7 @@ from anyflow.recipe.schema import GROUPS, Recipe
 STAGE_FOLDERS = ("codec", "teacher", "forward", "onpolicy", "finetune", "consistency", "dmd")
 COMMAND_LINE = "command line"
 DERIVED = "derived"
-NAMES_THE_MODEL = ("model.weights", "stage.onpolicy.teacher", "run.name")
+NAMES_THE_MODEL = ("model.weights", "model.lora.start", "stage.onpolicy.teacher", "run.name")
 _PROJECT = Path(__file__).resolve().parents[2]
 
 

@@ -49,8 +49,13 @@ class LoraRecipe:
     dropout: float = _option(
         0.0, "must be 0: dropout would corrupt the finite difference of the flow-map target", low=0
     )
-    start: str = _option("", "folder of an adapter that training goes on from; empty: a new one")
+    start: str = _option("", "run, or folder of an adapter, that training goes on from; empty: a new one")
     targets: list[str] = _option(list(LORA_TARGETS), "names (endings) of the layers that carry an adapter")
+    full: list[str] = _option(
+        ["released"],
+        "names (endings) of modules trained in full beside the adapters; released: what the published runs train, which "
+        "is far_patch_embedding of a causal network; empty: none",
+    )
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ class OnPolicyRecipe:
 
     teacher: str = _option(
         "",
-        "folder of the teacher: a model, or with LoRA an adapter on the same base; empty with LoRA, and for the "
+        "run or folder of the teacher: a model, or with LoRA an adapter on the same base; empty with LoRA, and for the "
         "baselines: the network that training starts from",
     )
     budgets: list[int] = _option(

@@ -77,16 +77,30 @@ def test_our_own_wrapper_serves_their_pipeline(backbone, codec, captions, noise,
     torch.testing.assert_close(theirs(parts, captions, noise), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_adapters_load_on_the_corrected_pipeline(backbone, codec, captions, noise, folder, tmp_path: Path) -> None:
-    add_lora(backbone, LoraSettings(rank=4, alpha=8))
+@pytest.mark.parametrize("full", [(), ("far_patch_embedding",)])
+def test_adapters_load_on_the_corrected_pipeline(
+    backbone, codec, captions, noise, folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: tuple[str, ...]
+) -> None:
+    """By the lines of their card; what was trained in full beside them comes from the second file."""
+    add_lora(backbone, LoraSettings(rank=4, alpha=8, full=full))
     for name, parameter in backbone.named_parameters():
-        if ".lora_B." in name:
+        if ".lora_B." in name or ".lora_full." in name:
             torch.nn.init.normal_(parameter, std=0.1)
     export_lora(tmp_path / "lora", backbone, CARD)
     expected = backbone.sample(codec.encode_text(captions), noise, STEPS, SHIFT)
     pipeline = AnyFlowFARPipeline.from_pretrained(folder, local_files_only=True)
     correct_attention(pipeline.transformer)
-    pipeline.load_lora_weights(tmp_path / "lora")
+    monkeypatch.chdir(tmp_path / "lora")
+    lines = Path("README.md").read_text().splitlines()
+    imports = [line for line in lines if line == "from safetensors.torch import load_file"]
+    load = [line for line in lines if line.startswith(("pipe.load_lora_weights(", "pipe.transformer."))]
+    assert len(load) == 1 + len(full) and len(imports) == len(full)
+    exec("\n".join([*imports, *load]), {"pipe": pipeline})  # our own card
+    if full:
+        alone = AnyFlowFARPipeline.from_pretrained(folder, local_files_only=True)
+        correct_attention(alone.transformer)
+        alone.load_lora_weights(tmp_path / "lora")  # the adapter's file loads by itself, too
+        assert (theirs(alone, captions, noise) - expected).abs().max() > 1e-3
     torch.testing.assert_close(theirs(pipeline, captions, noise), expected, atol=1e-4, rtol=1e-4)
 
 
