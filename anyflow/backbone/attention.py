@@ -114,7 +114,7 @@ class SelfAttentionProcessor:
         kv_cache: Memory | Recorder | None = None,
         kv_cache_flag: None = None,
     ) -> Tensor:
-        query, key, value = _project(attn, hidden_states, hidden_states)
+        query, key, value = project(attn, hidden_states, hidden_states)
         if isinstance(rotary_emb, dict):
             query = apply_stock_rotary(query.transpose(1, 2), rotary_emb["query"]).transpose(1, 2)
             key = apply_stock_rotary(key.transpose(1, 2), rotary_emb["key"]).transpose(1, 2)
@@ -139,14 +139,14 @@ class TextAttentionProcessor:
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         if isinstance(encoder_hidden_states, Tensor):
-            query, key, value = _project(attn, hidden_states, encoder_hidden_states)
+            query, key, value = project(attn, hidden_states, encoder_hidden_states)
             return _attend(attn, query, key, value, attention_mask)
         text = encoder_hidden_states
-        query, key, value = _project(attn, hidden_states, text.embeddings)
+        query, key, value = project(attn, hidden_states, text.embeddings)
         return _attend(attn, query, key, value, padding_bias(text, value.dtype))
 
 
-def _project(attn: Any, hidden_states: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def project(attn: Any, hidden_states: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, each ``[B, L, heads, head_dim]``."""
     query = attn.norm_q(attn.to_q(hidden_states))
     key = attn.norm_k(attn.to_k(source))
@@ -154,11 +154,17 @@ def _project(attn: Any, hidden_states: Tensor, source: Tensor) -> tuple[Tensor, 
     return tuple(part.unflatten(2, (attn.heads, -1)) for part in (query, key, value))  # type: ignore[return-value]
 
 
-def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | SegmentMask | None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | SegmentMask | None) -> Tensor:
+    """Attention ``[B, L, dim]`` of queries to keys, each ``[B, L, heads, head_dim]``, in the precision of the values."""
     query, key = query.to(value.dtype), key.to(value.dtype)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if isinstance(bias, SegmentMask):
         attended = bias.attend(query, key, value)
     else:
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2, 3)))
+    return attended.transpose(1, 2).flatten(2, 3)
+
+
+def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | SegmentMask | None) -> Tensor:
+    attended: Tensor = attn.to_out[1](attn.to_out[0](attend(query, key, value, bias)))
+    return attended
