@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from anyflow.backbone.codec import Codec, codec_dtypes
+from anyflow.backbone.compiled import compile_blocks
 from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build_vae, transformer_config
 from anyflow.backbone.load import load_backbone, new_backbone
 from anyflow.backbone.lora import LoraSettings, add_lora, load_lora
 from anyflow.backbone.parallelize import (
     ParallelSettings,
     checkpoint_activations,
-    compile_blocks,
     join_ranks,
     parallelize,
     rank_and_size,

@@ -6,6 +6,9 @@ frequencies, a plain tensor of text) they do what the stock ones do, so the wrap
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar, Token
 from typing import Any, NamedTuple
 
 import torch
@@ -155,7 +158,7 @@ def project(attn: Any, hidden_states: Tensor, source: Tensor) -> tuple[Tensor, T
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | SegmentMask | None) -> Tensor:
-    """Attention ``[B, L, dim]`` of queries to keys, each ``[B, L, heads, head_dim]``, in the precision of the values."""
+    """Attention ``[B, L, dim]`` of ``[B, L, heads, head_dim]`` each, in the precision of the values."""
     query, key = query.to(value.dtype), key.to(value.dtype)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if isinstance(bias, SegmentMask):
@@ -165,6 +168,33 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | SegmentMask
     return attended.transpose(1, 2).flatten(2, 3)
 
 
+class KeptAttention:
+    """A context in which each attention runs under a context of its own, in the order of the calls.
+
+    Selective checkpointing looks at operators through a mode. Under it ``torch.compile`` would do nothing for the rest
+    of a block, or be looked into; and every operator of the block would pass through Python.
+    """
+
+    def __init__(self, contexts: Sequence[AbstractContextManager[Any]]) -> None:
+        self._contexts = contexts
+        self._tokens: list[Token[Iterator[AbstractContextManager[Any]] | None]] = []
+
+    def __enter__(self) -> None:
+        self._tokens.append(_KEEPERS.set(iter(self._contexts)))
+
+    def __exit__(self, *_: object) -> None:
+        _KEEPERS.reset(self._tokens.pop())
+
+
+_KEEPERS: ContextVar[Iterator[AbstractContextManager[Any]] | None] = ContextVar("keepers", default=None)
+
+
+def attend_and_keep(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | SegmentMask | None) -> Tensor:
+    """:func:`attend`, under what :class:`KeptAttention` has for it."""
+    with next(_KEEPERS.get() or iter(()), nullcontext()):
+        return attend(query, key, value, bias)
+
+
 def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | SegmentMask | None) -> Tensor:
-    attended: Tensor = attn.to_out[1](attn.to_out[0](attend(query, key, value, bias)))
+    attended: Tensor = attn.to_out[1](attn.to_out[0](attend_and_keep(query, key, value, bias)))
     return attended

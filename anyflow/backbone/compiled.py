@@ -16,8 +16,7 @@ speaks, one time a clip or one a frame, one row or several. That is all, for any
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -25,12 +24,27 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._dynamo.utils import counters
+from torch.autograd import forward_ad
 
-from anyflow.backbone.attention import RotaryTable, attend, padding_bias, project, rotate
+from anyflow.backbone.attention import (
+    Memory,
+    Recorder,
+    RotaryTable,
+    attend,
+    attend_and_keep,
+    padding_bias,
+    project,
+    rotate,
+)
 from anyflow.backbone.protocol import FlowMapBackbone, Text
+from anyflow.backbone.segments import SegmentMask
 
 LIMIT = 64
 """Graphs of one function, after which the rest is not compiled: several times what any stage needs."""
+
+_REMEDY = "results stay right and steps become slower; hardware.compile=false spares the attempt"
 
 
 class Layer(NamedTuple):
@@ -111,27 +125,35 @@ def after_attention(
 class Piece:
     """A compiled function; where it cannot be compiled it says so once and goes on as it was written.
 
-    Attributes:
-        function: As it was written.
-        is_given_up: Whether it is no longer compiled.
+    ``fullgraph`` turns whatever ``torch.compile`` would pass over in silence (a limit reached, a break, an unsupported
+    call, a dispatch mode) into an exception.
     """
 
     def __init__(self, function: Callable[..., Any], backend: str) -> None:
-        self.function = function
-        self.is_given_up = False
-        self._compiled = torch.compile(
-            function, backend=backend, fullgraph=True, dynamic=False, recompile_limit=LIMIT
-        )
+        self._function = function
+        self._is_given_up = False
+        self._compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
 
     def __call__(self, *arguments: Any) -> Any:
-        if self.is_given_up:
-            return self.function(*arguments)
+        if self._is_given_up:
+            return self._function(*arguments)
+        if forward_ad.unpack_dual(arguments[1]).tangent is not None:
+            _tell("passes that take a forward-mode derivative (stage.derivative=jvp) are not compiled; all others are")
+            return self._function(*arguments)
         try:
             return self._compiled(*arguments)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            self.is_given_up = True
-            _tell(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
-        return self.function(*arguments)
+        except FailOnRecompileLimitHit:
+            self._give_up(f"calls of the network differ in more than {torch._dynamo.config.recompile_limit} ways")
+        except RuntimeError as error:
+            if not isinstance(error, TorchDynamoException) and "no compiled frames" not in str(error):
+                raise
+            self._give_up(f"{type(error).__name__}: {str(error).strip().splitlines()[0].rstrip('.')}")
+        return self._function(*arguments)
+
+    def _give_up(self, cause: str) -> None:
+        self._is_given_up = True
+        name = self._function.__name__
+        _tell(f"{name} is not compiled from here on ({cause}): {_REMEDY}")
 
 
 class CompiledBlock:
@@ -148,85 +170,136 @@ class CompiledBlock:
         temb: Tensor,
         rotary_emb: Any,
         attention_mask: Any = None,
-        kv_cache: Any = None,
+        kv_cache: Memory | Recorder | None = None,
         kv_cache_flag: Any = None,
     ) -> Tensor:
-        text, hidden, rotary = encoder_hidden_states, hidden_states, rotary_emb
-        parts = take_apart(self.block)
+        parts = None if isinstance(encoder_hidden_states, Tensor) else take_apart(self.block)
+        if parts is None or isinstance(encoder_hidden_states, Tensor):  # a pipeline's stock arguments, or strange parts
+            written: Any = type(self.block).forward
+            return written(  # type: ignore[no-any-return]
+                self.block,
+                hidden_states,
+                encoder_hidden_states,
+                temb,
+                rotary_emb,
+                attention_mask,
+                kv_cache,
+                kv_cache_flag,
+            )
+        return self._run(parts, hidden_states, encoder_hidden_states, temb, rotary_emb, attention_mask, kv_cache)
+
+    def _run(
+        self,
+        parts: Parts,
+        hidden: Tensor,
+        text: Text,
+        modulation: Tensor,
+        rotary: RotaryTable,
+        mask: SegmentMask | None,
+        memory: Memory | Recorder | None,
+    ) -> Tensor:
         before, after = pieces(self.backend)
         if torch.is_grad_enabled() and not hidden.requires_grad and _is_trained(parts):
-            hidden = hidden.detach().requires_grad_()  # the first block's, which would be a graph of its own
-        first, rest = temb.split((2, 4), dim=2)
-        _vary(hidden, 0, 1), _vary(first, 0, 1), _vary(rest, 0, 1), _vary(rotary[0], 1), _vary(rotary[1], 1)
+            hidden = hidden.detach().requires_grad_()  # else the first block would be a graph of its own
+        first, rest = modulation.split((2, 4), dim=2)
+        for tensor in (hidden, first, rest, text.embeddings, *rotary):
+            _vary(tensor, 0, 1)
         query, key, value = before(parts, hidden, first, rotary)
-        if kv_cache is not None:
-            key, value = kv_cache.extend(key, value)
-        attended = attend(query, key, value, attention_mask)
-        _vary(attended, 0, 1), _vary(text.embeddings, 0, 1), _vary(text.lengths, 0)
-        return after(parts, hidden, attended, rest, *text)
+        if memory is not None:
+            key, value = memory.extend(key, value)
+        attended = attend_and_keep(query, key, value, mask)
+        _vary(attended, 0, 1)
+        if text.lengths is not None:
+            _vary(text.lengths, 0)
+        result: Tensor = after(parts, hidden, attended, rest, *text)
+        return result
 
 
 @cache
 def pieces(backend: str) -> tuple[Piece, Piece]:
     """The two functions, compiled: all blocks of all networks share them."""
-    torch._dynamo.config.optimize_ddp = False  # it cuts graphs at DDP's buckets; a block is small enough
+    settings: Any = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, LIMIT)
+    settings.optimize_ddp = False  # it would cut graphs at DDP's buckets; a block's halves are small enough
     return Piece(before_attention, backend), Piece(after_attention, backend)
 
 
 def compile_blocks(backbone: FlowMapBackbone, backend: str = "inductor") -> None:
-    """Compile each block in place: names of weights stay, and equal blocks share their code."""
+    """Compile each block in place: names of weights stay, and all blocks share their code.
+
+    Args:
+        backbone: its adapters are on it already.
+        backend: of ``torch.compile``.
+    """
     for block in backbone.transformer.blocks:
         block.forward = CompiledBlock(block, backend)
 
 
-def take_apart(block: Any) -> Parts:
-    """A block's weights as they are now: whole if they are sharded, with the adapters that speak now."""
-    return Parts(
-        block.scale_shift_table,
-        _attention(block.attn1),
-        _attention(block.attn2),
-        block.norm1,
-        block.norm2,
-        block.norm3,
-        _layer(block.ffn.net[0].proj),
-        _layer(block.ffn.net[2]),
-    )
+def graph_count() -> int:
+    """Graphs that this process has compiled so far."""
+    return int(counters["stats"]["unique_graphs"])
 
 
-def _attention(attn: Any) -> Attention:
-    layers = (_layer(layer) for layer in (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]))
-    return Attention(*layers, attn.norm_q, attn.norm_k, attn.heads)
+def take_apart(block: Any) -> Parts | None:
+    """A block's weights as they are now: whole if they are sharded, with the adapters that speak now.
+
+    Returns:
+        None if a layer is of a kind that is not known here, which is told.
+    """
+    layers = [
+        *(layer for attn in (block.attn1, block.attn2) for layer in (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])),
+        block.ffn.net[0].proj,
+        block.ffn.net[2],
+    ]
+    known = [_layer(layer) for layer in layers]
+    strange = next((layer for layer, found in zip(layers, known, strict=True) if found is None), None)
+    if strange is not None:
+        _tell(f"blocks with a layer of the kind {type(strange).__name__}, as it is here, are not compiled: {_REMEDY}")
+        return None
+    video = [*known[:4], block.attn1.norm_q, block.attn1.norm_k, block.attn1.heads]
+    text = [*known[4:8], block.attn2.norm_q, block.attn2.norm_k, block.attn2.heads]
+    norms = (block.norm1, block.norm2, block.norm3)
+    return Parts._make([block.scale_shift_table, Attention._make(video), Attention._make(text), *norms, *known[8:]])
 
 
-def _layer(layer: Any) -> Layer:
+def _layer(layer: Any) -> Layer | None:
+    """A linear layer, with PEFT's plain low-rank adapter or without; None for anything else."""
     if isinstance(layer, nn.Linear):
-        return Layer(_known(layer.weight), _known(layer.bias))
-    base = layer.base_layer
-    weight, bias = _known(base.weight), _known(base.bias)
+        return Layer(_known(layer.weight), _optional(layer.bias))
+    base = getattr(layer, "base_layer", None)
+    if not isinstance(base, nn.Linear) or not hasattr(layer, "lora_A") or layer.merged:
+        return None
+    weight, bias = _known(base.weight), _optional(base.bias)
     names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
     if not names:
         return Layer(weight, bias)
-    [name] = names
-    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return Layer(weight, bias, _known(down), _known(up), layer.scaling[name])
+    down, up = layer.lora_A[names[0]], layer.lora_B[names[0]]
+    if len(names) > 1 or names[0] in layer.lora_variant or up.bias is not None:
+        return None
+    return Layer(weight, bias, _known(down.weight), _known(up.weight), layer.scaling[names[0]])
 
 
-def _known(weight: Tensor | None) -> Tensor | None:
-    """Without gradient all weights look alike, trained or not."""
-    return weight if weight is None or torch.is_grad_enabled() else weight.detach()
+def _known(weight: Tensor) -> Tensor:
+    """Without gradient all weights look alike, trained or not: one graph serves every role."""
+    return weight if torch.is_grad_enabled() else weight.detach()
+
+
+def _optional(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else _known(weight)
 
 
 def _is_trained(parts: Parts) -> bool:
     layers = (*parts.video[:4], *parts.text[:4], parts.widen, parts.narrow)
-    return any(part.requires_grad for layer in layers for part in layer[:4] if part is not None)
+    return any(part is not None and part.requires_grad for layer in layers for part in layer[:4])
 
 
-def _vary(tensor: Tensor | None, *dimensions: int) -> None:
-    """Mark dimensions that differ from call to call; one of size 1 is a case of its own, for ``torch.compile`` too."""
-    if tensor is not None:
-        torch._dynamo.maybe_mark_dynamic(tensor, list(dimensions))
+def _vary(tensor: Tensor, *dimensions: int) -> None:
+    """Mark dimensions that differ from call to call; one of size 1 is a case of its own, to ``torch.compile`` too."""
+    torch._dynamo.maybe_mark_dynamic(tensor, list(dimensions))
 
 
-def _tell(cause: str) -> None:
+@cache
+def _tell(sentence: str) -> None:
+    """Say it once, on the first rank."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"warning: {cause}", file=sys.stderr, flush=True)
+        print(f"warning: hardware.compile: {sentence}", file=sys.stderr, flush=True)
