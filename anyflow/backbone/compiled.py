@@ -92,10 +92,14 @@ class Parts(NamedTuple):
 def before_attention(
     parts: Parts, hidden: Tensor, modulation: Tensor, rotary: RotaryTable
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated queries, keys and values ``[B, L, heads, head_dim]``; ``modulation`` ``[B, 1 or L, 2, dim]``."""
+    """Rotated queries, keys and values ``[B, L, heads, head_dim]``; ``modulation`` ``[B, 1 or L, 2, dim]``.
+
+    ``rotary`` are tables ``[L, head_dim / 2]``.
+    """
     shift, scale = (parts.table[:, :2] + modulation.float()).unbind(2)
     normed = (parts.norm1(hidden.float()) * (1 + scale) + shift).type_as(hidden)
     query, key, value = project(parts.video, normed, normed)
+    rotary = (rotary[0][None, :, None], rotary[1][None, :, None])
     return rotate(query, rotary).to(value.dtype), rotate(key, rotary).to(value.dtype), value
 
 
@@ -137,9 +141,6 @@ class Piece:
     def __call__(self, *arguments: Any) -> Any:
         if self._is_given_up:
             return self._function(*arguments)
-        if forward_ad.unpack_dual(arguments[1]).tangent is not None:
-            _tell("passes that take a forward-mode derivative (stage.derivative=jvp) are not compiled; all others are")
-            return self._function(*arguments)
         try:
             return self._compiled(*arguments)
         except FailOnRecompileLimitHit:
@@ -173,20 +174,14 @@ class CompiledBlock:
         kv_cache: Memory | Recorder | None = None,
         kv_cache_flag: Any = None,
     ) -> Tensor:
-        parts = None if isinstance(encoder_hidden_states, Tensor) else take_apart(self.block)
-        if parts is None or isinstance(encoder_hidden_states, Tensor):  # a pipeline's stock arguments, or strange parts
+        text = encoder_hidden_states
+        parts = take_apart(self.block) if _can_compile(hidden_states, text) else None
+        if parts is None or isinstance(text, Tensor):
             written: Any = type(self.block).forward
             return written(  # type: ignore[no-any-return]
-                self.block,
-                hidden_states,
-                encoder_hidden_states,
-                temb,
-                rotary_emb,
-                attention_mask,
-                kv_cache,
-                kv_cache_flag,
+                self.block, hidden_states, text, temb, rotary_emb, attention_mask, kv_cache, kv_cache_flag
             )
-        return self._run(parts, hidden_states, encoder_hidden_states, temb, rotary_emb, attention_mask, kv_cache)
+        return self._run(parts, hidden_states, text, temb, rotary_emb, attention_mask, kv_cache)
 
     def _run(
         self,
@@ -202,8 +197,11 @@ class CompiledBlock:
         if torch.is_grad_enabled() and not hidden.requires_grad and _is_trained(parts):
             hidden = hidden.detach().requires_grad_()  # else the first block would be a graph of its own
         first, rest = modulation.split((2, 4), dim=2)
-        for tensor in (hidden, first, rest, text.embeddings, *rotary):
+        rotary = (_own(rotary[0]), _own(rotary[1]))
+        for tensor in (hidden, first, rest, text.embeddings):
             _vary(tensor, 0, 1)
+        for table in rotary:
+            _vary(table, 0)
         query, key, value = before(parts, hidden, first, rotary)
         if memory is not None:
             key, value = memory.extend(key, value)
@@ -262,6 +260,14 @@ def take_apart(block: Any) -> Parts | None:
     return Parts._make([block.scale_shift_table, Attention._make(video), Attention._make(text), *norms, *known[8:]])
 
 
+def _can_compile(hidden: Tensor, text: Text | Tensor) -> bool:
+    """Whether the call is this project's own (a pipeline's has a plain text) and takes no forward-mode derivative."""
+    if forward_ad.unpack_dual(hidden).tangent is not None:
+        _tell("passes that take a forward-mode derivative (stage.derivative=jvp) are not compiled; all others are")
+        return False
+    return not isinstance(text, Tensor)
+
+
 def _layer(layer: Any) -> Layer | None:
     """A linear layer, with PEFT's plain low-rank adapter or without; None for anything else."""
     if isinstance(layer, nn.Linear):
@@ -291,6 +297,12 @@ def _optional(weight: Tensor | None) -> Tensor | None:
 def _is_trained(parts: Parts) -> bool:
     layers = (*parts.video[:4], *parts.text[:4], parts.widen, parts.narrow)
     return any(part is not None and part.requires_grad for layer in layers for part in layer[:4])
+
+
+def _own(table: Tensor) -> Tensor:
+    """A table ``[L, head_dim / 2]`` that begins where its memory begins: where a slice lies would be compiled in."""
+    rows = table[0, :, 0]
+    return rows if rows.storage_offset() == 0 else rows.clone()
 
 
 def _vary(tensor: Tensor, *dimensions: int) -> None:
