@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from anyflow.backbone.codec import Codec, codec_dtypes
+from anyflow.backbone.compiled import compile_blocks
 from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build_vae, transformer_config
 from anyflow.backbone.full import RELEASED_FULL, add_full
 from anyflow.backbone.load import load_backbone, new_backbone
@@ -21,7 +22,6 @@ from anyflow.backbone.lora import ADAPTER, LoraSettings, add_lora, load_lora
 from anyflow.backbone.parallelize import (
     ParallelSettings,
     checkpoint_activations,
-    compile_blocks,
     join_ranks,
     parallelize,
     rank_and_size,

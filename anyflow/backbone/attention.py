@@ -6,6 +6,9 @@ frequencies, a plain tensor of text) they do what the stock ones do, so the wrap
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar, Token
 from typing import Any, NamedTuple
 
 import torch
@@ -114,7 +117,7 @@ class SelfAttentionProcessor:
         kv_cache: Memory | Recorder | None = None,
         kv_cache_flag: None = None,
     ) -> Tensor:
-        query, key, value = _project(attn, hidden_states, hidden_states)
+        query, key, value = project(attn, hidden_states, hidden_states)
         if isinstance(rotary_emb, dict):
             query = apply_stock_rotary(query.transpose(1, 2), rotary_emb["query"]).transpose(1, 2)
             key = apply_stock_rotary(key.transpose(1, 2), rotary_emb["key"]).transpose(1, 2)
@@ -139,14 +142,14 @@ class TextAttentionProcessor:
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         if isinstance(encoder_hidden_states, Tensor):
-            query, key, value = _project(attn, hidden_states, encoder_hidden_states)
+            query, key, value = project(attn, hidden_states, encoder_hidden_states)
             return _attend(attn, query, key, value, attention_mask)
         text = encoder_hidden_states
-        query, key, value = _project(attn, hidden_states, text.embeddings)
+        query, key, value = project(attn, hidden_states, text.embeddings)
         return _attend(attn, query, key, value, padding_bias(text, value.dtype))
 
 
-def _project(attn: Any, hidden_states: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def project(attn: Any, hidden_states: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, each ``[B, L, heads, head_dim]``."""
     query = attn.norm_q(attn.to_q(hidden_states))
     key = attn.norm_k(attn.to_k(source))
@@ -154,11 +157,44 @@ def _project(attn: Any, hidden_states: Tensor, source: Tensor) -> tuple[Tensor, 
     return tuple(part.unflatten(2, (attn.heads, -1)) for part in (query, key, value))  # type: ignore[return-value]
 
 
-def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | SegmentMask | None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | SegmentMask | None) -> Tensor:
+    """Attention ``[B, L, dim]`` of ``[B, L, heads, head_dim]`` each, in the precision of the values."""
     query, key = query.to(value.dtype), key.to(value.dtype)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if isinstance(bias, SegmentMask):
         attended = bias.attend(query, key, value)
     else:
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2, 3)))
+    return attended.transpose(1, 2).flatten(2, 3)
+
+
+class KeptAttention:
+    """A context in which each attention runs under a context of its own, in the order of the calls.
+
+    Selective checkpointing looks at operators through a mode. Under it ``torch.compile`` would do nothing for the rest
+    of a block, or be looked into; and every operator of the block would pass through Python.
+    """
+
+    def __init__(self, contexts: Sequence[AbstractContextManager[Any]]) -> None:
+        self._contexts = contexts
+        self._tokens: list[Token[Iterator[AbstractContextManager[Any]] | None]] = []
+
+    def __enter__(self) -> None:
+        self._tokens.append(_KEEPERS.set(iter(self._contexts)))
+
+    def __exit__(self, *_: object) -> None:
+        _KEEPERS.reset(self._tokens.pop())
+
+
+_KEEPERS: ContextVar[Iterator[AbstractContextManager[Any]] | None] = ContextVar("keepers", default=None)
+
+
+def attend_and_keep(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | SegmentMask | None) -> Tensor:
+    """:func:`attend`, under what :class:`KeptAttention` has for it."""
+    with next(_KEEPERS.get() or iter(()), nullcontext()):
+        return attend(query, key, value, bias)
+
+
+def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | SegmentMask | None) -> Tensor:
+    attended: Tensor = attn.to_out[1](attn.to_out[0](attend_and_keep(query, key, value, bias)))
+    return attended

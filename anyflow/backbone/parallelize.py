@@ -30,6 +30,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from anyflow.backbone.attention import KeptAttention
+from anyflow.backbone.compiled import compile_blocks
 from anyflow.backbone.load import StoredWeights
 from anyflow.backbone.protocol import FlowMapBackbone
 
@@ -93,14 +95,8 @@ def checkpoint_activations(backbone: FlowMapBackbone, keep_attention: bool = Fal
     """
     run: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
     if keep_attention:
-        run = partial(run, context_fn=partial(create_selective_checkpoint_contexts, _keep_attention))
+        run = partial(run, context_fn=_kept_attention)
     backbone.transformer.enable_gradient_checkpointing(run)
-
-
-def compile_blocks(backbone: FlowMapBackbone) -> None:
-    """Compile each block in place: names of weights stay, and equal blocks share their code."""
-    for block in backbone.transformer.blocks:
-        block.compile()
 
 
 def _policy(compute: torch.dtype | None, cast_inputs: bool = False) -> MixedPrecisionPolicy:
@@ -118,6 +114,12 @@ _ATTENTION = (
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 )
+
+
+def _kept_attention() -> tuple[KeptAttention, KeptAttention]:
+    """Contexts of a block's two passes: its attention to the video, then (unless that is compiled) to the text."""
+    first, second = zip(*(create_selective_checkpoint_contexts(_keep_attention) for _ in range(2)), strict=True)
+    return KeptAttention(first), KeptAttention(second)
 
 
 def _keep_attention(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:

@@ -360,10 +360,6 @@ def _check_hardware(recipe: Recipe) -> None:
         )
     if hardware.keep_attention and not hardware.gradient_checkpointing:
         raise UserError("hardware.keep_attention=true is part of hardware.gradient_checkpointing=true: set that too")
-    if hardware.keep_attention and hardware.compile:
-        raise UserError(
-            "hardware.keep_attention=true cannot look into compiled blocks: set hardware.compile=false, or it to false"
-        )
 
 
 def _check_model(recipe: Recipe) -> None:
