@@ -112,7 +112,7 @@ def question(frames: int) -> tuple[Tensor, Tensor, Tensor, Text]:
 def test_on_policy_starts_where_the_runs_before_ended(
     chain: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The student is the forward run's average, teacher and critic are the teacher run's, on one base; then it trains."""
+    """The student is the forward run's average, teacher and critic the teacher run's, on one base; then it trains."""
     monkeypatch.chdir(chain)
     recipe = recipe_of("onpolicy/far-wan2.1-1.3b", small_model, "stage.steps=1")
     stage: Any = assemble(recipe).stage

@@ -1,4 +1,4 @@
-"""Modules trained in full beside adapters: trained, kept, exported and loaded back, and seen by their own role alone."""
+"""Modules trained in full beside adapters: trained, kept, exported, loaded back, and seen by their own role alone."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_half_of_an_export_is_refused(far: Any, tiny_config: dict[str, Any], tmp
         load_lora(CausalBackbone(copy.deepcopy(far)), tmp_path)
     other = AnyFlowFARTransformer3DModel(**tiny_config, compressed_patch_size=[1, 2, 4], full_chunk_limit=2)
     export_lora(tmp_path, trained(far))
-    with pytest.raises(UserError, match="far_patch_embedding.weight differs"):
+    with pytest.raises(UserError, match=r"far_patch_embedding\.weight differs"):
         load_lora(CausalBackbone(other), tmp_path)
     export_lora(tmp_path, trained(far, LoraSettings(rank=4, alpha=8)))
     assert sorted(path.name for path in tmp_path.iterdir()) == [LORA_FILE], "nothing of an earlier export is left"
