@@ -7,9 +7,11 @@ import time
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 
 class TrainingProgress(Callback):
@@ -20,7 +22,7 @@ class TrainingProgress(Callback):
         self.total_steps = total_steps
         self.plain_every = plain_every
         self._progress: Progress | None = None
-        self._loss = float("nan")
+        self._loss: Tensor | None = None
         self._started = (0.0, 0)  # the end of the first batch: that one also warms up, and says little of the others
         self._clips = 0
         self._spoke = 0.0
@@ -44,8 +46,9 @@ class TrainingProgress(Callback):
 
     def on_train_batch_end(self, trainer: lightning.Trainer, stage: Any, outputs: Any, batch: Any, *_: Any) -> None:
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        value = float(loss.detach()) if loss is not None else float("nan")
-        self._loss = value if self._loss != self._loss else 0.95 * self._loss + 0.05 * value
+        if loss is not None:  # averaged where it is: a number would make the host wait for the device at every batch
+            new = loss.detach().double()
+            self._loss = new if self._loss is None else torch.where(self._loss.isnan(), new, self._loss.lerp(new, 0.05))
         if self._clips < 0:
             self._started, self._clips = (time.monotonic(), stage.step), 0
         else:
@@ -53,18 +56,24 @@ class TrainingProgress(Callback):
         elapsed = time.monotonic() - self._started[0]
         speed = f"{self._clips / elapsed:.1f}" if self._clips else "-"
         if self._progress is not None:
-            task = self._progress.task_ids[0]
-            self._progress.update(task, completed=stage.step, loss=f"{self._loss:.4g}", speed=speed)
+            task, shown = self._progress.task_ids[0], {}
+            if time.monotonic() - self._spoke > 1.0 or stage.step == self.total_steps:
+                self._spoke = time.monotonic()
+                shown = {"loss": self._told_loss(), "speed": speed}
+            self._progress.update(task, completed=stage.step, **shown)
         elif trainer.is_global_zero and (
             time.monotonic() - self._spoke > self.plain_every or stage.step == self.total_steps
         ):
             self._spoke = time.monotonic()
-            told = f"{self.title}  step {stage.step}/{self.total_steps}  loss {self._loss:.4g}"
+            told = f"{self.title}  step {stage.step}/{self.total_steps}  loss {self._told_loss()}"
             steps = stage.step - self._started[1]
             if steps > 0:
                 left = elapsed / steps * (self.total_steps - stage.step)
                 told += f"  {speed} clips/s  {clock(left)} left"
             print(told, file=sys.stderr, flush=True)
+
+    def _told_loss(self) -> str:
+        return "-" if self._loss is None else f"{float(self._loss):.4g}"
 
     def teardown(self, *_: Any, **__: Any) -> None:
         if self._progress is not None:

@@ -23,10 +23,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -67,15 +69,16 @@ class Findings:
 
 def where() -> str:
     """The innermost line of ours (``stages/flow.py:136 lesson``) or of Lightning's on the stack."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
+    line = 0
     while frame is not None:
-        name, code = frame.f_code.co_filename, frame.f_code
-        if name.startswith(PACKAGE):
-            return f"{name.removeprefix(PACKAGE)}:{frame.f_lineno} {code.co_name}"
-        _, found, package = name.partition("/site-packages/")
-        if found and package.startswith(("lightning/", "torchmetrics/")):
-            return f"{package}:{frame.f_lineno} {code.co_name}"
-        frame = frame.f_back  # type: ignore[assignment]
+        path, function = frame.f_code.co_filename, frame.f_code.co_name
+        _, found, package = path.partition("/site-packages/")
+        if path.startswith(PACKAGE) or (found and package.startswith(("lightning/", "torchmetrics/"))):
+            line = line or frame.f_lineno
+            if not function.startswith("<"):  # a comprehension or a lambda is of the function that it stands in
+                return f"{path.removeprefix(PACKAGE) if path.startswith(PACKAGE) else package}:{line} {function}"
+        frame = frame.f_back
     return "elsewhere"
 
 
@@ -88,18 +91,22 @@ class Labels:
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is on the device."""
-        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            tensor = torch._C._functorch.get_unwrapped(tensor)
-        return tensor.untyped_storage()._cdata in self._held
+        return _storage(tensor)._cdata in self._held
 
     def put(self, tensor: Tensor) -> None:
         """Label a tensor's storage."""
-        storage = tensor.untyped_storage()
+        storage = _storage(tensor)
         if storage._cdata not in self._held:
             self._held[storage._cdata] = StorageWeakRef(storage)
         if len(self._held) > self._sweep_at:
             self._held = {key: ref for key, ref in self._held.items() if not ref.expired()}
             self._sweep_at = max(4096, 2 * len(self._held))
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # within torch.func.jvp
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.untyped_storage()
 
 
 class Gpu:
@@ -108,6 +115,7 @@ class Gpu:
     def __init__(self) -> None:
         self.labels, self.findings = Labels(), Findings()
         self.forced: list[bool] = []
+        self.at_work = False
 
     @contextmanager
     def putting(self, on_device: bool) -> Iterator[None]:
@@ -117,6 +125,15 @@ class Gpu:
             yield
         finally:
             self.forced.pop()
+
+    @contextmanager
+    def working(self, on_device: bool) -> Iterator[None]:
+        """Within the block what an operation makes for itself (forward AD its zeros) is where its arguments are."""
+        before, self.at_work = self.at_work, on_device
+        try:
+            yield
+        finally:
+            self.at_work = before
 
     def device_of(self, tensor: Tensor) -> torch.device:
         """What ``tensor.device`` says."""
@@ -141,7 +158,8 @@ class Functions(TorchFunctionMode):
             return special(self.gpu, func, args, kwargs)
         if kwargs.get("device") is not None:
             return _made(self.gpu, func, args, kwargs)
-        return func(*args, **kwargs)
+        with self.gpu.working(any(isinstance(one, Tensor) and self.gpu.labels.holds(one) for one in args)):
+            return func(*args, **kwargs)
 
 
 def _made(gpu: Gpu, func: Any, args: Any, kwargs: Any) -> Any:
@@ -181,9 +199,29 @@ def _to(gpu: Gpu, func: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 def _moved(gpu: Gpu, tensor: Tensor, to_device: bool, how: str, **options: Any) -> Tensor:
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return _Move.apply(tensor, gpu, to_device, how, options)
+    return _copied_over(gpu, tensor, to_device, how, **options)
+
+
+def _copied_over(gpu: Gpu, tensor: Tensor, to_device: bool, how: str, **options: Any) -> Tensor:
     gpu.findings.upload() if to_device else gpu.findings.sync(how)
     with gpu.putting(to_device):
         return tensor.to(copy=True, **options)
+
+
+class _Move(torch.autograd.Function):
+    """A move whose gradient moves back."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, gpu: Gpu, to_device: bool, how: str, options: Any) -> Tensor:
+        ctx.gpu, ctx.to_device, ctx.dtype = gpu, to_device, tensor.dtype
+        return _copied_over(gpu, tensor, to_device, how, **options)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        moved = _copied_over(ctx.gpu, gradients[0], not ctx.to_device, "a gradient to the host", dtype=ctx.dtype)
+        return moved, None, None, None, None
 
 
 def _cpu(gpu: Gpu, func: Any, args: Any, kwargs: Any) -> Tensor:
@@ -219,16 +257,6 @@ def _copied(gpu: Gpu, func: Any, args: Any, kwargs: Any) -> Tensor:
     return copied
 
 
-def _backward(
-    gpu: Gpu, func: Any, args: Any, kwargs: Any
-) -> None:  # a backward pass computes checkpointed blocks again, and they ask for devices too
-    names = ("tensor", "gradient", "retain_graph", "create_graph", "inputs")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    given = {"tensors": given.pop("tensor"), "grad_tensors": given.pop("gradient", None), **given}
-    with Functions(gpu):
-        torch.autograd.backward(**given)
-
-
 _SPECIAL: dict[Any, Callable[[Gpu, Any, Any, Any], Any]] = {
     torch.Tensor.device.__get__: lambda gpu, func, args, kwargs: gpu.device_of(args[0]),
     torch.Tensor.is_cuda.__get__: lambda gpu, func, args, kwargs: gpu.device_of(args[0]).type == "cuda",
@@ -243,7 +271,6 @@ _SPECIAL: dict[Any, Callable[[Gpu, Any, Any, Any], Any]] = {
     torch.Tensor.numpy: _as_numpy,
     torch.Tensor.__array__: _as_numpy,
     torch.Tensor.__deepcopy__: _copied,
-    torch.Tensor.backward: _backward,
 }
 
 
@@ -280,7 +307,7 @@ class Operations(TorchDispatchMode):
             name = func._schema.name.removeprefix("aten::")
             tensors = [one for one in tree_iter((args, kwargs)) if isinstance(one, Tensor) and one.device == HOST]
             places = [self.gpu.labels.holds(one) for one in tensors]
-            is_there = self.gpu.forced[-1] if self.gpu.forced else any(places)
+            is_there = self.gpu.forced[-1] if self.gpu.forced else any(places) if places else self.gpu.at_work
             if any(places) and not self.gpu.forced:
                 self._check(name, func, args, kwargs, tensors, places)
             before = {one.untyped_storage()._cdata for one in tensors}
@@ -308,8 +335,7 @@ class Operations(TorchDispatchMode):
                 findings.upload() if places[0] else findings.sync("copy_ to the host")
             return
         strict = name in _EQUAL_EVEN_FOR_NUMBERS
-        hosts = [one for one, there in zip(tensors, places, strict=True) if not there]
-        strangers = [one for one in hosts if strict or any(one.stride())]  # numbers, and forward AD's zeros, may stay
+        strangers = [one for one, there in zip(tensors, places, strict=True) if not there and (one.ndim > 0 or strict)]
         if strangers or (func._schema.is_mutable and not places[0]):
             shapes = [f"{'cuda' if there else 'cpu'} {list(one.shape)}" for one, there in zip(tensors, places, strict=True)]
             findings.mismatch(f"{name} of {', '.join(shapes)}")
@@ -332,7 +358,23 @@ def _machine(gpu: Gpu) -> Iterator[Any]:
     def autocast(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
         original(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
+    run_backward = torch.autograd._engine_run_backward
+
+    def backward(*args: Any, **kwargs: Any) -> Any:
+        with Functions(gpu):  # checkpointed blocks are computed again, and ask for devices too
+            return run_backward(*args, **kwargs)
+
+    def metadata(tensor: Tensor) -> dict[str, Any]:  # hooks are called by operations, which do not see labels
+        return {"shape": tensor.shape, "dtype": tensor.dtype}
+
+    def by_device(tensors: Any, with_indices: bool = False) -> Any:  # clipping by norm asks C++, which does not see labels
+        groups = torch._C._group_tensors_by_device_and_dtype(tensors, with_indices)
+        return {(gpu.device_of(group[0][0][0]), key[1]): group for key, group in groups.items()}
+
     yield patch.object(torch.autocast, "__init__", autocast)
+    yield patch.object(torch.nn.utils.clip_grad, "_group_tensors_by_device_and_dtype", by_device)
+    yield patch.dict(torch.utils.checkpoint._allowed_determinism_checks_to_fns, default=metadata)
+    yield patch.object(torch.autograd, "_engine_run_backward", backward)
     answers: dict[str, Any] = {
         "is_available": True,
         "device_count": 1,

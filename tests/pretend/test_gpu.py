@@ -40,7 +40,12 @@ def test_a_module_moves_there_and_back_with_its_weights_and_gradients() -> None:
         weight = net.weight
         net.to("cuda")
         assert net.weight is weight and weight.is_cuda
-        checkpoint(net, torch.ones(2, 4, device="cuda"), use_reentrant=False).sum().backward()
+
+
+        def block(video: torch.Tensor) -> torch.Tensor:
+            return net(video) + torch.ones(4, device=video.device)
+
+        checkpoint(block, torch.ones(2, 4, device="cuda"), use_reentrant=False).sum().backward()
         assert weight.grad is not None and weight.grad.is_cuda and not gpu.findings.mismatches
         optimizer = torch.optim.AdamW(net.parameters())
         optimizer.step()

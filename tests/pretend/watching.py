@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.protocol import FlowMapBackbone
+from anyflow.callbacks.checkpoints import Checkpoints
 from anyflow.callbacks.sampling import Sampling
 from anyflow.stages.base import Stage
 
-BEFORE, START, SAMPLING, END, AFTER = "before", "start", "sampling", "end", "after"
+BEFORE, START, STEP, SAMPLING, SAVING, END, AFTER = "before", "start", "step", "sampling", "saving", "end", "after"
 
 
 def _who(module: nn.Module) -> str | None:
@@ -51,7 +52,7 @@ def _patches(findings: Findings) -> Iterator[Any]:
     batches = 0
 
     def step(*_: Any) -> str:
-        return f"step {batches}"
+        return f"{STEP} {batches}"
 
     def next_batch(method: Any) -> Any:
         def call(self: Any, *args: Any) -> Any:
@@ -90,6 +91,7 @@ def _patches(findings: Findings) -> Iterator[Any]:
     yield replaced(lightning.Trainer, "fit", _within(findings, lambda _: START, lambda: AFTER))
     yield replaced(Stage, "on_train_batch_start", next_batch)
     yield replaced(Sampling, "on_train_batch_end", _within(findings, lambda _: SAMPLING, step))
+    yield replaced(Checkpoints, "save", _within(findings, lambda _: SAVING, step))
     yield replaced(Stage, "on_train_end", _within(findings, lambda _: END, lambda: END))
 
 
@@ -129,7 +131,7 @@ def waits(findings: Findings) -> Counter[str]:
     """Of each function that waits for the device in a step (``stages/base.py clip_norm``): how often, in the worst step."""
     worst: Counter[str] = Counter()
     for phase, syncs in findings.syncs.items():
-        if phase_of(phase) == "step":
+        if phase_of(phase) == STEP:
             here: Counter[str] = Counter()
             for place, count in syncs.items():
                 file, function = place.split(":")[0], place.split()[1]
