@@ -56,11 +56,11 @@ class TrainingProgress(Callback):
         elapsed = time.monotonic() - self._started[0]
         speed = f"{self._clips / elapsed:.1f}" if self._clips else "-"
         if self._progress is not None:
-            task, shown = self._progress.task_ids[0], {}
+            shown: dict[str, Any] = {}
             if time.monotonic() - self._spoke > 1.0 or stage.step == self.total_steps:
                 self._spoke = time.monotonic()
                 shown = {"loss": self._told_loss(), "speed": speed}
-            self._progress.update(task, completed=stage.step, **shown)
+            self._progress.update(self._progress.task_ids[0], completed=stage.step, **shown)
         elif trainer.is_global_zero and (
             time.monotonic() - self._spoke > self.plain_every or stage.step == self.total_steps
         ):

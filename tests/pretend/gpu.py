@@ -5,7 +5,7 @@ CPU all the same, but its storage is labelled: ``tensor.device`` says ``cuda:0``
 too, and the :class:`Findings` take down
 
 - ``mismatches``: operations that mix tensors of the device and of the host, which a GPU refuses;
-- ``syncs``: places where the host waits for the device: ``.item()``, ``bool()``, ``nonzero``, masks as indices, ``.cpu()``;
+- ``syncs``: places where the host waits for the device: ``.item()``, ``bool()``, masks as indices, ``.cpu()``;
 - ``uploads``: copies from the host to the device;
 - ``work``: matrix products and convolutions (in multiplications) by phase, by who does them, on which device and in
   which precision.
@@ -141,7 +141,7 @@ class Gpu:
         return CUDA if real.type == "cpu" and self.labels.holds(tensor) else real
 
 
-# What Python asks of a tensor: devices, moves, things made on a device ---------------------------------------------------
+# What Python asks of a tensor: devices, moves, things made on a device ------------------------------------------------
 
 
 class Functions(TorchFunctionMode):
@@ -278,7 +278,7 @@ def _device(named: Any) -> torch.device:
     return torch.device("cuda", named) if isinstance(named, int) else torch.device(named)
 
 
-# What is computed ---------------------------------------------------------------------------------------------------------
+# What is computed -----------------------------------------------------------------------------------------------------
 
 _WAITS = {
     "_local_scalar_dense",
@@ -337,18 +337,24 @@ class Operations(TorchDispatchMode):
         strict = name in _EQUAL_EVEN_FOR_NUMBERS
         strangers = [one for one, there in zip(tensors, places, strict=True) if not there and (one.ndim > 0 or strict)]
         if strangers or (func._schema.is_mutable and not places[0]):
-            shapes = [f"{'cuda' if there else 'cpu'} {list(one.shape)}" for one, there in zip(tensors, places, strict=True)]
+            shapes = [
+                f"{'cuda' if there else 'cpu'} {list(one.shape)}" for one, there in zip(tensors, places, strict=True)
+            ]
             findings.mismatch(f"{name} of {', '.join(shapes)}")
 
     def _note_work(self, name: str, args: Any, result: Tensor, is_there: bool) -> None:
         findings = self.gpu.findings
-        inner = math.prod(args[1].shape[1:]) if name == "convolution" else args[1 if name[0] in "ab" and "add" in name else 0].shape[-1]
+        inner = (
+            math.prod(args[1].shape[1:])
+            if name == "convolution"
+            else args[1 if name[0] in "ab" and "add" in name else 0].shape[-1]
+        )
         who = findings.who[-1] if findings.who else "other"
         device, dtype = "cuda" if is_there else "cpu", str(args[1].dtype).removeprefix("torch.")
         findings.work[findings.phase, who, device, dtype] += result.numel() * inner
 
 
-# The machine ---------------------------------------------------------------------------------------------------------------
+# The machine ----------------------------------------------------------------------------------------------------------
 
 
 def _machine(gpu: Gpu) -> Iterator[Any]:
@@ -367,7 +373,9 @@ def _machine(gpu: Gpu) -> Iterator[Any]:
     def metadata(tensor: Tensor) -> dict[str, Any]:  # hooks are called by operations, which do not see labels
         return {"shape": tensor.shape, "dtype": tensor.dtype}
 
-    def by_device(tensors: Any, with_indices: bool = False) -> Any:  # clipping by norm asks C++, which does not see labels
+    def by_device(
+        tensors: Any, with_indices: bool = False
+    ) -> Any:  # clipping by norm asks C++, which does not see labels
         groups = torch._C._group_tensors_by_device_and_dtype(tensors, with_indices)
         return {(gpu.device_of(group[0][0][0]), key[1]): group for key, group in groups.items()}
 

@@ -1,7 +1,7 @@
 """Weights in host memory on the pretended GPU, as FSDP2 with its offload policy has them, without ranks.
 
-At rest a weight lies on the host. Where a layer computes, a copy of it is on the device, and its gradient comes back.
-What goes into the network is moved to the device, as FSDP2 does at its root.
+At rest a weight lies on the host. While the network is asked, a copy of it is on the device, and its gradient comes
+back. What goes into the network is moved to the device, as FSDP2 does at its root. Blocks are not computed again.
 """
 
 from __future__ import annotations
@@ -36,17 +36,19 @@ class _InHostMemory(SingleDeviceStrategy):
         """Nothing, as the strategy of sharded weights."""
 
 
-def _lend_weights(module: nn.Module) -> None:
-    at_rest = dict(module.named_parameters(recurse=False))
+def _lend_weights(network: nn.Module) -> None:
+    at_rest = [(module, dict(module.named_parameters(recurse=False))) for module in network.modules()]
 
-    def lend(module: nn.Module, *_: Any) -> None:
-        module._parameters.update({name: weight.to(CUDA) for name, weight in at_rest.items()})  # type: ignore[misc]
+    def lend(*_: Any) -> None:
+        for module, weights in at_rest:
+            module._parameters.update({name: weight.to(CUDA) for name, weight in weights.items()})  # type: ignore[misc]
 
-    def take_back(module: nn.Module, *_: Any) -> None:
-        module._parameters.update(at_rest)
+    def take_back(*_: Any) -> None:
+        for module, weights in at_rest:
+            module._parameters.update(weights)
 
-    module.register_forward_pre_hook(lend)
-    module.register_forward_hook(take_back, always_call=True)
+    network.register_forward_pre_hook(lend)
+    network.register_forward_hook(take_back, always_call=True)
 
 
 def _move_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -54,22 +56,24 @@ def _move_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 @contextmanager
-def offloaded() -> Iterator[list[nn.Module]]:
-    """Within the block networks are spread like this; yields a list that they are put into."""
+def offloaded() -> Iterator[list[str]]:
+    """Within the block networks are spread like this; yields a list of where each one's weights lie when a run ends."""
     networks: list[nn.Module] = []
+    places: list[str] = []
     is_sharded_module = parallelize.is_sharded_module
 
     def spread(backbone: Any, settings: Any, device: torch.device, mesh: Any = None) -> None:
         assert settings.offload
         parallelize.load_parts(backbone, torch.device("cpu"))
         backbone.register_forward_pre_hook(_move_inputs, with_kwargs=True)
-        for module in backbone.modules():
-            if module._parameters:
-                _lend_weights(module)
+        _lend_weights(backbone)
         networks.append(backbone)
 
     def is_spread(module: nn.Module) -> bool:
         return any(network is part for network in networks for part in module.modules())
+
+    def leave() -> None:
+        places.extend("+".join(sorted({weight.device.type for weight in one.parameters()})) for one in networks)
 
     def strategy(recipe: Any, manual: bool, writer: Any) -> dict[str, Any]:
         return {"strategy": _InHostMemory(), "precision": "32-true", "plugins": [AnyCheckpoint(writer)]}
@@ -78,7 +82,8 @@ def offloaded() -> Iterator[list[nn.Module]]:
         stack.enter_context(patch.object(assemble, "is_sharded", lambda recipe: True))
         stack.enter_context(patch.object(assemble, "parallelize", spread))
         stack.enter_context(patch.object(launch, "_strategy", strategy))
+        stack.enter_context(patch.object(launch, "leave_ranks", leave))
         for module in [one for name, one in sys.modules.items() if name.startswith("anyflow.")]:
             if vars(module).get("is_sharded_module") is is_sharded_module:
                 stack.enter_context(patch.object(module, "is_sharded_module", is_spread))
-        yield networks
+        yield places

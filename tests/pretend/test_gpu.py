@@ -41,7 +41,6 @@ def test_a_module_moves_there_and_back_with_its_weights_and_gradients() -> None:
         net.to("cuda")
         assert net.weight is weight and weight.is_cuda
 
-
         def block(video: torch.Tensor) -> torch.Tensor:
             return net(video) + torch.ones(4, device=video.device)
 

@@ -128,7 +128,7 @@ def precisions(findings: Findings) -> dict[tuple[str, str], str]:
 
 
 def waits(findings: Findings) -> Counter[str]:
-    """Of each function that waits for the device in a step (``stages/base.py clip_norm``): how often, in the worst step."""
+    """How often each function (``stages/base.py clip_norm``) waits for the device in a step; the worst of all steps."""
     worst: Counter[str] = Counter()
     for phase, syncs in findings.syncs.items():
         if phase_of(phase) == STEP:
