@@ -7,9 +7,11 @@ import time
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 BAR_SECONDS = 0.2
 """Between two looks at the loss for the bar."""
@@ -23,7 +25,7 @@ class TrainingProgress(Callback):
         self.total_steps = total_steps
         self.plain_every = plain_every
         self._progress: Progress | None = None
-        self._loss: Any = None  # smoothed where it is computed: fetching it each time would make the device wait
+        self._loss: Tensor | None = None
         self._started = (0.0, 0)  # the end of the first batch: that one also warms up, and says little of the others
         self._clips = 0
         self._spoke = 0.0
@@ -47,9 +49,9 @@ class TrainingProgress(Callback):
 
     def on_train_batch_end(self, trainer: lightning.Trainer, stage: Any, outputs: Any, batch: Any, *_: Any) -> None:
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        if loss is not None:
-            value = loss.detach().float()
-            self._loss = value if self._loss is None else self._loss.lerp(value, 0.05)
+        if loss is not None:  # averaged where it is: a number would make the host wait for the device at every batch
+            new = loss.detach().double()
+            self._loss = new if self._loss is None else torch.where(self._loss.isnan(), new, self._loss.lerp(new, 0.05))
         if self._clips < 0:
             self._started, self._clips = (time.monotonic(), stage.step), 0
         else:
