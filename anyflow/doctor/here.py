@@ -55,6 +55,12 @@ class Here:
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1000
 
+    def now(self) -> float:
+        """Seconds of a clock, when all work so far is done."""
+        if self.is_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     def peak_gib(self, work: Callable[[], Any]) -> float | None:
         """The most that a GPU has allocated while something runs, what lay there before included; None on a CPU."""
         if not self.is_gpu:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from anyflow.errors import UserError
+
+
+TINY = Path("data") / "models" / "tiny"
+"""The embedded model, from where children run."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Item:
 
     def limit(self, is_gpu: bool) -> float:
         """Seconds after which it is taken to hang."""
-        return 60.0 + 3.0 * self.expected(is_gpu)
+        return 60.0 + 5.0 * self.expected(is_gpu)
 
 
 MACHINE = Item("machine", "anyflow.doctor.machine:examine", (5, 10))

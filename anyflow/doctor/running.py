@@ -16,7 +16,7 @@ from typing import Any
 
 from anyflow.doctor.child import FOUND
 from anyflow.doctor.findings import read_findings
-from anyflow.doctor.items import MACHINE, Item
+from anyflow.doctor.items import MACHINE, TINY, Item
 
 LAST_WORDS = 15
 """Lines of a failed child that are shown."""
@@ -130,6 +130,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def home() -> Path:
-    """The project's folder, with the embedded models and the starter clips; else the working folder."""
-    project = Path(__file__).resolve().parents[2]
-    return project if (project / "data" / "models" / "tiny").is_dir() else Path.cwd()
+    """Where the embedded models and the starter clips are: the working folder, else the project's, if they are there."""
+    places = (Path.cwd(), Path(__file__).resolve().parents[2])
+    return next((place for place in places if (place / TINY).is_dir()), Path.cwd())
