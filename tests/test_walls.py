@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "anyflow"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 STREET = {
-    *("assemble", "benchmark", "cli", "commands", "comparison", "console", "curves", "encoding"),
+    *("assemble", "benchmark", "cli", "commands", "comparison", "console", "curves", "doctor", "encoding"),
     *("experiment", "fingerprints", "finish", "launch", "plan", "plan_peak", "plan_simulate", "plan_turns", "probes"),
     *("ranks", "runs", "signals", "sync", "tracking"),
 }
@@ -51,6 +51,7 @@ ONLY_IN: dict[str, set[str]] = {
         "anyflow/stages/base.py",
         "anyflow/callbacks/sharded.py",
         "anyflow/plan_peak.py",
+        "anyflow/doctor/ranks.py",
         "anyflow/data/stream.py",
     },
 }

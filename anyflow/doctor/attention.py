@@ -1,8 +1,8 @@
 """Attention as the large networks ask for it: every backend of PyTorch's that runs here, timed; and what is taken.
 
 ``self``: all tokens of an 81 x 480 x 832 clip to all; ``text``: to a prompt padded to 512 tokens, with the bias that
-stands for its padding, as the project asks for it. ``short`` is there for the math backend, whose scores of a whole clip
-no memory holds.
+stands for its padding, as the project asks for it. ``short`` is there for the math backend: no memory holds its scores
+of a whole clip.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+
+ON_A_CPU = ("flash", "math")
+"""The others are GPUs' alone."""
 
 BACKWARD = 2.5
 """Products of the backward pass for each of the forward's, the scores worked out anew included."""
@@ -89,7 +92,7 @@ def _shape(found: Findings, here: Here, shape: Shape) -> None:
     times: dict[str, float] = {}
     reference: Tensor | None = None
     for name, backend in BACKENDS.items():
-        if name == "math" and not shape.has_math:
+        if (name == "math" and not shape.has_math) or not (here.is_gpu or name in ON_A_CPU):
             continue
         try:
             with sdpa_kernel(backend), warnings.catch_warnings():

@@ -113,7 +113,9 @@ def counted() -> Iterator[Graphs]:
     finally:
         logger.removeHandler(told)
         entries = [entry for entry in dynamo.get_compilation_metrics() if entry.co_name and not entry.fail_type]
-        reasons = [entry.recompile_reason.partition("#")[0].splitlines()[0] for entry in entries if entry.recompile_reason]
+        reasons = [
+            entry.recompile_reason.partition("#")[0].splitlines()[0] for entry in entries if entry.recompile_reason
+        ]
         graphs.graphs = dynamo.counters["stats"]["unique_graphs"]
         graphs.functions = len({(entry.co_filename, entry.co_firstlineno) for entry in entries})
         graphs.again = len(reasons)

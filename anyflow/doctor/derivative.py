@@ -42,8 +42,8 @@ class Question:
 
     def to(self, device: torch.device) -> Question:
         """On a device."""
-        tensors = (part.to(device) for part in (self.clean, self.noise, self.t, self.r))
-        return Question(*tensors, self.text.to(device))
+        clean, noise, t, r = (part.to(device) for part in (self.clean, self.noise, self.t, self.r))
+        return Question(clean, noise, t, r, self.text.to(device))
 
 
 def examine(found: Findings, here: Here, folder: Any) -> None:
@@ -60,7 +60,9 @@ def examine(found: Findings, here: Here, folder: Any) -> None:
     else:
         found.leave_out("tiny", f"{TINY} is not here: run it in a clone of the project")
     if here.is_gpu:
-        _network(found, here, "1.3b", lambda: random_network(PUBLISHED["1.3b"], here), random_clips(PUBLISHED["1.3b"], here))
+        _network(
+            found, here, "1.3b", lambda: random_network(PUBLISHED["1.3b"], here), random_clips(PUBLISHED["1.3b"], here)
+        )
     else:
         found.leave_out("1.3b", "takes a CPU many minutes")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from anyflow.backbone.codec import Codec, codec_dtypes
 from anyflow.backbone.protocol import FlowMapBackbone
+from anyflow.callbacks.sampling import Sampling
 from anyflow.doctor.findings import Findings
 from anyflow.doctor.here import Here
 from anyflow.doctor.items import TINY
@@ -29,8 +31,9 @@ PHASES = ("before", "training", "during", "after")
 """Sampling before the first step, the steps, sampling among them, sampling after the last."""
 
 PARTS = {
-    "network": "the network's attention",
-    "vae": "autoencoder",
+    "network": "the network",
+    "encoder": "the autoencoder's encoder",
+    "decoder": "its decoder",
     "text": "text encoder",
 }
 
@@ -60,30 +63,35 @@ def examine(found: Findings, here: Here, folder: Path) -> None:
 
 
 def judge(found: Findings, watch: Watch, recipe: Recipe, here: Here) -> None:
-    """Every phase has run; the network and the autoencoder where they should; the network in the recipe's precision."""
-    for phase in PHASES:
-        if not watch.calls("network", phase):
-            found.is_wrong(f"nothing was seen of the network {_in_words(phase)}: the run was not what it should be")
+    """Every phase has run; all of it on the device; network and encoder in the recipe's precision."""
+    unseen = [phase for phase in PHASES if not watch.calls("network", phase)]
+    if unseen:
+        found.is_wrong(f"nothing was seen of the network {in_words(unseen)}: the run was not what it should be")
     for part, words in PARTS.items():
-        for phase in PHASES:
-            elsewhere = {device for device, _ in watch.calls(part, phase) if device != watch.name_of(here.device)}
-            if here.is_gpu and elsewhere:
-                found.is_wrong(
-                    f"{words} ran on the {', '.join(sorted(elsewhere))} {_in_words(phase)}: days on large models; "
-                    "update anyflow, and leave sampling out there (sampling.prompts=0) until then"
-                )
-    compute = "bfloat16" if recipe.hardware.precision.startswith("bf16") else "float32"
-    for phase in PHASES:
-        other = {dtype for _, dtype in watch.calls("network", phase) if dtype != compute}
+        strays = [phase for phase in PHASES if {device for device, _ in watch.calls(part, phase)} - {here.device.type}]
+        if strays and here.is_gpu:
+            found.is_wrong(
+                f"{words} ran on the CPU {in_words(strays)}: days on large models; update anyflow, and leave sampling "
+                "out by sampling.prompts=0 until then"
+            )
+    precision = recipe.hardware.precision
+    compute = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    for part, dtype in (("network", compute), ("encoder", codec_dtypes(precision)[0])):
+        expected = str(dtype).removeprefix("torch.")
+        other = [phase for phase in PHASES if {dtype for _, dtype in watch.calls(part, phase)} - {expected}]
         if other:
             found.is_wrong(
-                f"the network computed in {', '.join(sorted(other))} {_in_words(phase)}, though the recipe says "
-                f"{recipe.hardware.precision}: slower and larger than it should be; update anyflow"
+                f"{PARTS[part]} did not compute in {expected} {in_words(other)}, as hardware.precision={precision} "
+                "asks: update anyflow, or count on other figures and more memory there"
             )
 
 
-def _in_words(phase: str) -> str:
-    return "in training" if phase == "training" else f"when sampling {phase} training"
+def in_words(phases: Sequence[str]) -> str:
+    """``in training``, ``when sampling before and after training``, or both."""
+    *others, last = [phase for phase in phases if phase != "training"] or [""]
+    sampling = f"{', '.join(others)} and {last}" if others else last
+    words = ["in training"] if "training" in phases else []
+    return ", and ".join([*words, *([f"when sampling {sampling} training"] if sampling else [])])
 
 
 class Watch:
@@ -91,7 +99,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._seen: dict[tuple[str, str], Counter[tuple[str, str]]] = {}
-        self._place = "before"
+        self._phase, self._codec = "before", "decoder"
         self._queries: set[int] = set()
         self._undo: list[Callable[[], None]] = []
 
@@ -99,31 +107,36 @@ class Watch:
         """``(device, dtype)`` of a part's calls in a phase, and how many."""
         return self._seen.get((part, phase), Counter())
 
-    @staticmethod
-    def name_of(device: torch.device) -> str:
-        """``cpu`` or ``cuda``."""
-        return device.type
-
     def __enter__(self) -> Watch:
-        stays = [register_module_forward_pre_hook(self._comes), register_module_forward_hook(self._went)]
-        fitting = patch.object(lightning.Trainer, "fit", self._fit(lightning.Trainer.fit))
-        fitting.start()
-        self._undo = [fitting.stop, *(handle.remove for handle in stays)]
+        hooks = [register_module_forward_pre_hook(self._comes), register_module_forward_hook(self._went)]
+        within = [
+            (lightning.Trainer, "fit", "_phase", "training", "after"),
+            (Sampling, "on_train_batch_end", "_phase", "during", "training"),
+            (Codec, "encode_video", "_codec", "encoder", "decoder"),
+        ]
+        patches = [
+            patch.object(owner, name, self._marked(getattr(owner, name), *mark)) for owner, name, *mark in within
+        ]
+        for one in patches:
+            one.start()
+        self._undo = [*(one.stop for one in patches), *(hook.remove for hook in hooks)]
         return self
 
     def __exit__(self, *error: Any) -> None:
         for undo in self._undo:
             undo()
 
-    def _fit(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def fit(trainer: Any, *arguments: Any, **options: Any) -> Any:
-            self._place = "fit"
-            try:
-                return original(trainer, *arguments, **options)
-            finally:
-                self._place = "after"
+    def _marked(self, original: Callable[..., Any], state: str, meanwhile: str, afterwards: str) -> Callable[..., Any]:
+        """The function, noting that it is under way."""
 
-        return fit
+        def function(*arguments: Any, **options: Any) -> Any:
+            setattr(self, state, meanwhile)
+            try:
+                return original(*arguments, **options)
+            finally:
+                setattr(self, state, afterwards)
+
+        return function
 
     def _comes(self, module: nn.Module, inputs: Any) -> None:
         if isinstance(module, FlowMapBackbone):  # its answer is always float32: what its first attention asks is not
@@ -134,26 +147,16 @@ class Watch:
         tensor = next(_tensors(output), None)
         if part is None or tensor is None:
             return
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        self._seen.setdefault((part, self._phase(part, module)), Counter())[self.name_of(tensor.device), dtype] += 1
+        where = (tensor.device.type, str(tensor.dtype).removeprefix("torch."))
+        self._seen.setdefault((part, self._phase), Counter())[where] += 1
 
     def _part_of(self, module: nn.Module) -> str | None:
         if id(module) in self._queries:
             return "network"
         where, name = type(module).__module__, type(module).__name__
-        if name in ("WanEncoder3d", "WanDecoder3d", "WanMidBlock") and "autoencoder_kl_wan" in where:
-            return "vae"
+        if name == "WanMidBlock":  # encoder and decoder have one each, which their ways of work share
+            return self._codec
         return "text" if name.endswith("EncoderModel") and where.startswith("transformers.") else None
-
-    def _phase(self, part: str, module: nn.Module) -> str:
-        """A network in evaluation mode within the training samples; the codec, always in it, encodes for a step too."""
-        if self._place != "fit":
-            return self._place
-        if part == "network":
-            self._is_sampling = not module.training
-        return "during" if self._is_sampling else "training"
-
-    _is_sampling = False
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -61,16 +61,12 @@ class Here:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def peak_gib(self, work: Callable[[], Any]) -> float | None:
-        """The most that a GPU has allocated while something runs, what lay there before included; None on a CPU."""
+    def weighed(self, work: Callable[[], Any]) -> tuple[float, float]:
+        """Seconds of one run, and the most GiB that a GPU had allocated, what lay there before included (a CPU: 0)."""
         if not self.is_gpu:
-            work()
-            return None
-        torch.cuda.synchronize()
+            return self.seconds_once(work), 0.0
         torch.cuda.reset_peak_memory_stats()
-        work()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() / GIB
+        return self.seconds_once(work), torch.cuda.max_memory_allocated() / GIB
 
     def allocated_gib(self) -> float:
         """What lies on the GPU now; 0 on a CPU."""

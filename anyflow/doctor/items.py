@@ -7,7 +7,6 @@ from pathlib import Path
 
 from anyflow.errors import UserError
 
-
 TINY = Path("data") / "models" / "tiny"
 """The embedded model, from where children run."""
 

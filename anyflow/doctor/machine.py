@@ -41,13 +41,13 @@ def examine(found: Findings, here: Here, folder: Path) -> None:
             f"nvidia-smi sees a GPU (driver {seen}) and torch {torch.__version__} does not: install a CUDA build of "
             "torch that this driver supports (rm -r .venv, then make install), and see CUDA_VISIBLE_DEVICES"
         )
+    if found.figures["load"] > found.figures["cores"]:
+        found.advise(f"a load of {found.figures['load']} on {found.figures['cores']} cores: times are a busy machine's")
     shared = found.figures["shared_memory_gib"]
     if shared is not None and shared < SHARED_MEMORY_GIB:
         found.advise(f"/dev/shm has {shared} GiB: start the container with --shm-size=8g, or workers may be killed")
     if found.figures["runs_disk_free_gib"] < DISK_GIB:
-        found.advise(
-            f"the disk of runs has {found.figures['runs_disk_free_gib']} GiB free: write elsewhere by run.out"
-        )
+        found.advise(f"the disk of runs has {found.figures['runs_disk_free_gib']} GiB free: write elsewhere by run.out")
 
 
 def _gpu(found: Findings) -> None:
@@ -123,4 +123,5 @@ def driver() -> str | None:
         done = subprocess.run(asked, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return (done.stdout.split() or [None])[0] if done.returncode == 0 else None
+    versions = done.stdout.split()
+    return versions[0] if done.returncode == 0 and versions else None

@@ -110,7 +110,9 @@ def difference(one: Path, other: Path, step: int) -> float | None:
     first, second = (_tensors(torch.load(place, weights_only=True)) for place in places)
     if first.keys() != second.keys():
         return float("inf")
-    return max(float((first[name].double() - second[name].double()).abs().max()) for name in first if first[name].numel())
+    return max(
+        float((first[name].double() - second[name].double()).abs().max()) for name in first if first[name].numel()
+    )
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:

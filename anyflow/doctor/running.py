@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,15 @@ def _examined(item: Item, is_gpu: bool, ends: float, gpus: int = 0) -> dict[str,
     line = {"item": item.name, "ok": not ended.found.get("wrong"), "seconds": round(ended.seconds, 1), **ended.found}
     if ended.code is None and is_cut_short:
         out = {"the rest": f"the time was over after {ended.seconds:.0f} s: give more --minutes"}
-        return {**line, "ok": False if ended.found.get("wrong") else None, "left_out": {**line.get("left_out", {}), **out}}
+        return {
+            **line,
+            "ok": False if ended.found.get("wrong") else None,
+            "left_out": {**line.get("left_out", {}), **out},
+        }
     sentence = _what_became(ended, limit, item)
     if sentence is not None:
         line = {**line, "ok": False, "wrong": [*line.get("wrong", []), sentence]}
-    if not line["ok"] and ended.last_words:
+    if ended.code != 0 and ended.last_words:
         print(ended.last_words, file=sys.stderr, flush=True)
     return line
 
@@ -122,14 +127,12 @@ def _run(item: Item, limit: float) -> _Ended:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill a child and all that it has started."""
-    try:
+    with suppress(ProcessLookupError):  # nobody of its session is left
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # nobody of its session is left
     process.wait()
 
 
 def home() -> Path:
-    """Where the embedded models and the starter clips are: the working folder, else the project's, if they are there."""
+    """Where the embedded models and the starter clips are: the working folder or the project's; else the first."""
     places = (Path.cwd(), Path(__file__).resolve().parents[2])
     return next((place for place in places if (place / TINY).is_dir()), Path.cwd())

@@ -191,5 +191,3 @@ def matmul_tflops(here: Here, side: int = 8192) -> float:
     """What a product of large bfloat16 matrices reaches: the measure of how much of the device a step uses."""
     first, second = (torch.randn(side, side, device=here.device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * side**3 / here.seconds(lambda: first @ second, repeats=5) / 1e12
-
-

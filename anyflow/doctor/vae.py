@@ -1,8 +1,10 @@
-"""Wan's autoencoder, with random weights: seconds and peak of encoding and decoding a clip, and how many fit at once."""
+"""Wan's autoencoder, with random weights: seconds and peak to encode and decode a clip, and how many fit at once."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,36 +44,34 @@ def examine(found: Findings, here: Here, folder: Any) -> None:
     video = torch.randint(256, (2, frames, height, width, 3), dtype=torch.uint8)
     latents = torch.randn(2, *codec.latent_shape(*clip.size))
     for name, work in (
-        ("encode", lambda count: codec.encode_video(video[:count])),
-        ("decode", lambda count: codec.decode(latents[:count])),
+        ("encode", lambda count: codec.encode_video(video[:count], clips_per_pass=count)),
+        ("decode", lambda count: codec.decode(latents[:count], clips_per_pass=count)),
     ):
         _work(found, here, f"{clip.name}.{name}", work)
 
 
-def _work(found: Findings, here: Here, name: str, work: Any) -> None:
-    peaks: list[float | None] = []
+def _work(found: Findings, here: Here, name: str, work: Callable[[int], Any]) -> None:
+    """Clips one by one, then by twos where two seem to fit."""
+    lying = here.allocated_gib()
+    peaks: list[float] = []
     for count in (1, 2):
-        free, before = here.free_gib(), here.allocated_gib()
-        if count == 2 and peaks[0] is not None and 2 * (peaks[0] - before) > free:
-            found.note({"clips_at_once": 1}, name)
-            return
-        times: list[float] = []
+        if peaks and 2 * (peaks[0] - lying) > here.free_gib():
+            break
         try:
-            peak = here.peak_gib(lambda count=count, times=times: times.append(here.seconds_once(lambda: work(count))))  # type: ignore[misc]
+            seconds, peak = here.weighed(partial(work, count))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             here.tidy()
-            found.note({"clips_at_once": count - 1}, name)
-            if count == 1:
-                found.is_wrong(f"{name}: one clip does not fit {free:.0f} GiB: take fewer frames or a smaller size")
-            return
+            break
         peaks.append(peak)
-        found.note({f"seconds_{count}": times[0], **({} if peak is None else {f"peak_gib_{count}": peak})}, name)
-    if peaks[0] is not None and peaks[1] is not None:
-        each = max(peaks[1] - peaks[0], 1e-3)
-        fit = 1 + int((here.free_gib() + here.allocated_gib() - peaks[0]) // each)
-        found.note({"gib_a_clip": each, "clips_at_once": max(fit, 1)}, name)
+        found.note({f"seconds_{count}": seconds, **({f"peak_gib_{count}": peak} if here.is_gpu else {})}, name)
+    if not peaks:
+        found.is_wrong(f"{name}: one clip does not fit {here.free_gib():.0f} GiB: take fewer frames, or smaller ones")
+    elif here.is_gpu:
+        each = peaks[1] - peaks[0] if len(peaks) == 2 else peaks[0] - lying
+        more = (here.free_gib() - (peaks[-1] - lying)) // max(each, 0.01)
+        found.note({"gib_a_clip": each, "clips_at_once": len(peaks) + max(0, int(more))}, name)
 
 
 def _weights_gib(vae: AutoencoderKLWan) -> float:
