@@ -2,13 +2,14 @@
 
 The target of a jump has the term ``(t - r) du/dt``, asked of the network at t + 5 and t - 5: a small difference of two
 answers, in which their rounding is large. Told are the term's root mean square in float32 (``signal``), that of what
-bfloat16 makes otherwise of it (``error``), and the second over the first (``relative``).
+bfloat16 makes otherwise of it (``error``), and the second over the first (``relative``). On a GPU ``float32`` is what
+its convolutions, which round to TF32 unless they are told not to, make of the patches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +27,6 @@ from anyflow.plan import PUBLISHED
 
 DELTA = 5.0
 """Half width of the difference, in timesteps: the recipes'."""
-
-Ways = dict[str, Callable[[BidirectionalBackbone], Any]]
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,8 @@ def examine(found: Findings, here: Here, folder: Any) -> None:
 @torch.no_grad()
 def _network(found: Findings, here: Here, name: str, build: Any, question: Question) -> None:
     network = build().eval()
-    signal = difference(network, question)
+    with _whole_float32():
+        signal = difference(network, question)
     found.note({"signal": float(signal.square().mean().sqrt())}, name)
 
     def told(way: str, context: Any) -> None:
@@ -79,9 +79,22 @@ def _network(found: Findings, here: Here, name: str, build: Any, question: Quest
         rms = float(error.square().mean().sqrt())
         found.note({"error": rms, "relative": rms / found.figures[f"{name}.signal"]}, f"{name}.{way}")
 
+    if here.is_gpu:
+        told("float32", nullcontext())
     told("mixed", torch.autocast(here.device.type, torch.bfloat16))
     network.to(torch.bfloat16)
     told("true", nullcontext())
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Within the block a GPU's convolutions do not round either."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def difference(network: BidirectionalBackbone, question: Question) -> Tensor:

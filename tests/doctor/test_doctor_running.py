@@ -57,7 +57,7 @@ def is_gone(number: int) -> bool:
 
 
 def test_every_fault_of_an_item_is_told_and_the_others_run(faults: None) -> None:
-    """Caught: an exception, a crash or a hang that ends the doctor, a lost figure, a process or a folder left behind."""
+    """Caught: a fault that ends the doctor, a lost figure, a process or a folder left behind."""
     names = ["raises", "crashes", "runs_out_of_memory", "well"]
     lines = examined(item("hangs", kind=Quick), *(item(name) for name in names))
     assert list(lines) == ["machine", "hangs", *names]
@@ -102,9 +102,7 @@ def fake(code: int | None, found: dict[str, Any] | None = None) -> Callable[...,
         (0, {"wrong": ["bad"]}, "bad"),
     ],
 )
-def test_how_a_child_ended(
-    code: int, found: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_how_a_child_ended(code: int, found: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Caught: an ending without a sentence, or a finding counted twice."""
     monkeypatch.setattr(running, "_run", fake(code, found))
     line = list(running.examine([item("any")], 5.0))[1]
@@ -150,7 +148,12 @@ def test_findings_are_plain_and_kept_as_they_come(tmp_path: Path) -> None:
     """Caught: a NaN that no reader of JSON takes, and figures that are kept only at the end."""
     found = Findings(tmp_path / "found.json")
     found.note({"rate": 123.456789, "none": float("nan"), "count": 7, "yes": True}, "a.b")
-    assert read_findings(tmp_path / "found.json") == {"a.b.rate": 123.5, "a.b.none": None, "a.b.count": 7, "a.b.yes": True}
+    assert read_findings(tmp_path / "found.json") == {
+        "a.b.rate": 123.5,
+        "a.b.none": None,
+        "a.b.count": 7,
+        "a.b.yes": True,
+    }
     found.leave_out("x", "no room")
     found.advise("do y")
     assert read_findings(tmp_path / "found.json")["left_out"] == {"x": "no room"}
