@@ -19,7 +19,8 @@ export PROMPT ?= A green car drives slowly and changes left from the middle lane
 STEPS ?= 1,4,16
 
 .DEFAULT_GOAL := help
-.PHONY: help install finetune teacher forward onpolicy consistency dmd codec base sample plan data experiment mlflow bench
+.PHONY: help install finetune teacher forward onpolicy consistency dmd codec base sample plan data experiment mlflow
+.PHONY: bench doctor
 .PHONY: test test-slow lint
 
 help: ## this list
@@ -85,6 +86,9 @@ mlflow: $(VENV)/.installed ## the runs in a browser, on this machine only (127.0
 
 bench: $(VENV)/.installed ## figures: training step, streaming, loader, start
 	$(ANYFLOW) bench $(ARGS)
+
+doctor: $(VENV)/.installed ## examine this machine, its GPU or its CPU, in 7 minutes: a line of JSON an item, and what is wrong
+	$(ANYFLOW) doctor $(ARGS)
 
 data: $(VENV)/.installed-sim ## render more clips: DOMAIN=driving|robotics|games CLIPS=1000
 	$(ANYFLOW) data make $(DOMAIN) --clips $(CLIPS) $(ARGS)

@@ -16,6 +16,7 @@ from anyflow.commands import (
     bench,
     compare,
     data,
+    doctor,
     evaluate,
     experiment,
     export,
@@ -65,6 +66,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
 app.command("plan")(plan.plan)
 app.command("bench")(bench.bench)
+app.command("doctor")(doctor.doctor)
 app.command("sync")(sync.sync)
 app.command("mlflow")(tracking.mlflow)
 

@@ -13,7 +13,18 @@ PACKAGE = Path(__file__).resolve().parents[1] / "anyflow"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 STREET = {
-    *("assemble", "benchmark", "cli", "commands", "comparison", "console", "curves", "deterministic", "early"),
+    *(
+        "assemble",
+        "benchmark",
+        "cli",
+        "commands",
+        "comparison",
+        "console",
+        "curves",
+        "deterministic",
+        "doctor",
+        "early",
+    ),
     *("encoding", "experiment", "fingerprints", "finish", "launch", "plan", "plan_codec", "plan_peak", "plan_phases"),
     *("plan_simulate", "plan_turns", "probes", "ranks", "run_log", "runs", "sync", "tracking"),
 }
@@ -56,6 +67,7 @@ ONLY_IN: dict[str, set[str]] = {
         "anyflow/stages/base.py",
         "anyflow/callbacks/sharded.py",
         "anyflow/plan_peak.py",
+        "anyflow/doctor/ranks.py",
         "anyflow/data/stream.py",
     },
 }
