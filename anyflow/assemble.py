@@ -151,7 +151,7 @@ def spread(recipe: Recipe, *networks: FlowMapBackbone) -> None:
         if is_sharded(recipe):
             parallelize(network, settings, join_ranks(hardware.accelerator))
             continue
-        if hardware.precision == "bf16-mixed":  # in sampling too, where Lightning is not around it
+        if hardware.precision != "32-true":  # in sampling too, where Lightning is not around it
             network.compute = torch.bfloat16
         if settings.compile:
             compile_blocks(network)
