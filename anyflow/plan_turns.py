@@ -39,6 +39,7 @@ def turns(
 def sample_once(recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], rows: int) -> None:
     """Sample so many clips of full-length prompts, as a curve does, but in one step: further ones take no more."""
     width = roles.student.transformer.config.text_dim
+    rows *= 1 if recipe.sampled_guidance == 1 else 2  # a guided call asks for both texts at once
     text = Text(torch.empty(rows, TEXT_TOKENS, width), None, TEXT_TOKENS)
     noise, given = torch.empty(rows, *latents), recipe.sampling.given_frames
     with torch.no_grad():
