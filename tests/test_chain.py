@@ -112,7 +112,7 @@ def question(frames: int) -> tuple[Tensor, Tensor, Tensor, Text]:
 def test_on_policy_starts_where_the_runs_before_ended(
     chain: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The student is the forward run's average, teacher and critic are the teacher run's, on one base; then it trains."""
+    """The student is the forward run's average, teacher and critic the teacher run's, on one base; then it trains."""
     monkeypatch.chdir(chain)
     recipe = recipe_of("onpolicy/far-wan2.1-1.3b", small_model, "stage.steps=1")
     stage: Any = assemble(recipe).stage
@@ -150,7 +150,9 @@ def test_without_the_run_before_it_is_one_sentence(
     from anyflow.errors import UserError
 
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"model.lora.start='runs/far-wan2.1-1.3b-forward' does not exist.*makes it first"):
+    with pytest.raises(
+        UserError, match=r"model.lora.start='runs/far-wan2.1-1.3b-forward' does not exist.*makes it first"
+    ):
         train(recipe_of("onpolicy/far-wan2.1-1.3b", small_model))
 
 

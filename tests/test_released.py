@@ -112,7 +112,10 @@ def released(name: str) -> dict[str, Any]:
     }
     if stage == "onpolicy":
         # a teacher sees all frames at once: a causal student has the same as the other
-        places = {"model.lora.start": f"runs/{model}-forward", "stage.onpolicy.teacher": f"runs/wan2.1-t2v-{size}-teacher"}
+        places = {
+            "model.lora.start": f"runs/{model}-forward",
+            "stage.onpolicy.teacher": f"runs/wan2.1-t2v-{size}-teacher",
+        }
         found |= FLOW_MAP | ON_POLICY | places
     else:
         found |= PRETRAINED | {"stage.steps": run["steps"]}
@@ -182,7 +185,7 @@ def test_a_plan_knows_the_network(name: str) -> None:
 
 @pytest.mark.parametrize("model", [name for name in list_recipes()["models"] if "wan" in name])
 def test_large_models_share_what_the_release_shares(model: str) -> None:
-    """The published any-step models are sampled and fine-tuned with the schedule, prompt and shape they were made with."""
+    """The published any-step models are fine-tuned with the schedule, prompt and shape that they were made with."""
     recipe: Recipe = load_recipe("finetune/driving", model=model)
     keys = ("model.shift", "model.negative_prompt", "model.lora.rank", "model.lora.alpha", "data.frames", "data.height")
     assert {key: value_of(recipe, key) for key in keys} == {key: EVERYWHERE[key] for key in keys}

@@ -58,7 +58,9 @@ def check_files(recipe: Recipe) -> None:
     for key, place in needed:
         is_adapter = recipe.model.lora.enabled and key in ("model.lora.start", "stage.onpolicy.teacher")
         if place and not Path(place).exists() and (is_adapter or not is_hub_id(place)):
-            kinds = "a run or a folder with an adapter" if is_adapter else "a folder of weights or a hub id (owner/name)"
+            kinds = (
+                "a run or a folder with an adapter" if is_adapter else "a folder of weights or a hub id (owner/name)"
+            )
             near = _numbered_run(Path(place))
             hint = f"did you mean {near}?" if near else "or run the recipe that makes it first"
             raise UserError(f"{key}={place!r} does not exist: give {kinds}, {hint}")

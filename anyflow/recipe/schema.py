@@ -53,8 +53,8 @@ class LoraRecipe:
     targets: list[str] = _option(list(LORA_TARGETS), "names (endings) of the layers that carry an adapter")
     full: list[str] = _option(
         ["released"],
-        "names (endings) of modules trained in full beside the adapters; released: what the published runs train, which "
-        "is far_patch_embedding of a causal network; empty: none",
+        "names (endings) of modules trained in full beside the adapters; released: what the published runs train, "
+        "far_patch_embedding of a causal network; empty: none",
     )
 
 

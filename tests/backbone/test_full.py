@@ -1,4 +1,4 @@
-"""Modules trained in full beside adapters: trained, kept, exported and loaded back, and seen by their own role alone."""
+"""Modules trained in full beside adapters: trained, exported and loaded back, and seen by their own role alone."""
 
 from __future__ import annotations
 
@@ -138,11 +138,13 @@ def test_half_of_an_export_is_refused(far: Any, tiny_config: dict[str, Any], tmp
     with pytest.raises(UserError, match="cannot be read"):
         load_lora(CausalBackbone(copy.deepcopy(far)), tmp_path)
     (tmp_path / FULL_FILE).unlink()
-    with pytest.raises(UserError, match=r"full_weights.safetensors is missing: far_patch_embedding was trained in full"):
+    with pytest.raises(
+        UserError, match=r"full_weights.safetensors is missing: far_patch_embedding was trained in full"
+    ):
         load_lora(CausalBackbone(copy.deepcopy(far)), tmp_path)
     other = AnyFlowFARTransformer3DModel(**tiny_config, compressed_patch_size=[1, 2, 4], full_chunk_limit=2)
     export_lora(tmp_path, trained(far))
-    with pytest.raises(UserError, match="far_patch_embedding.weight differs"):
+    with pytest.raises(UserError, match=r"far_patch_embedding\.weight differs"):
         load_lora(CausalBackbone(other), tmp_path)
     export_lora(tmp_path, trained(far, LoraSettings(rank=4, alpha=8)))
     assert sorted(path.name for path in tmp_path.iterdir()) == [LORA_FILE], "nothing of an earlier export is left"
@@ -242,7 +244,10 @@ def test_a_critic_starts_as_a_teacher_that_was_trained_in_full(far: Any, questio
 @pytest.mark.parametrize(
     ("full", "sentence"),
     [
-        ("far_patch", r"far_patch, which is no module with weights .* choose from condition_embedder, far_patch_embedd"),
+        (
+            "far_patch",
+            r"far_patch, which is no module with weights .* choose from condition_embedder, far_patch_embedd",
+        ),
         ("blocks", "blocks, which is no module with weights"),
         ("norm_out", "norm_out, which is no module with weights"),
         ("scale_shift_table", "which is no module"),
