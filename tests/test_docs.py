@@ -22,7 +22,7 @@ PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / 
 RECIPE_HEADS = sorted((PROJECT / "recipes").glob("*/*.yaml"))
 TARGETS = set(re.findall(r"^([a-z-]+):", (PROJECT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 VARIABLES = {"RECIPE", "MODEL", "HARDWARE", "ARGS", "DOMAIN", "CLIPS", "PROMPT", "STEPS", "PYTHON", "NAME"}
-PLACEHOLDER = re.compile(r"path/to/|my-data/|/FORWARD/")
+PLACEHOLDER = re.compile(r"path/to/|my-data/|/FORWARD\b")
 """What stands for the user's own files: such a value is not looked up."""
 
 

@@ -185,7 +185,7 @@ def test_a_plan_knows_the_network(name: str) -> None:
 
 @pytest.mark.parametrize("model", [name for name in list_recipes()["models"] if "wan" in name])
 def test_large_models_share_what_the_release_shares(model: str) -> None:
-    """The published any-step models are sampled and fine-tuned with the schedule, prompt and shape of their making."""
+    """The published any-step models are fine-tuned with the schedule, prompt and shape that they were made with."""
     recipe: Recipe = load_recipe("finetune/driving", model=model)
     keys = ("model.shift", "model.negative_prompt", "model.lora.rank", "model.lora.alpha", "data.frames", "data.height")
     assert {key: value_of(recipe, key) for key in keys} == {key: EVERYWHERE[key] for key in keys}

@@ -33,8 +33,8 @@ _COPY = re.compile(r"\.lora_full\.[^.]+\.")
 class FullModule(nn.Module):
     """A frozen module and its trained copies, one an adapter; it answers as the copy of the speaking adapter does.
 
-    It is switched as PEFT's layers are, by ``_active_adapter`` and ``_disable_adapters``; without a copy of the
-    speaking adapter the original answers.
+    It is switched as PEFT's layers are, by ``_active_adapter`` and ``_disable_adapters``. Where the speaking adapter
+    has no copy, the original answers.
     """
 
     def __init__(self, original: nn.Module) -> None:

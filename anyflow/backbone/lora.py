@@ -2,8 +2,7 @@
 
 The adapted layers include both time embedders: an adapter on ``delta_embedder`` is what lets the network learn the
 second time, so it is trained and saved with the rest. An exported adapter loads with ``pipeline.load_lora_weights``.
-Modules that the runs train in full beside it (:mod:`anyflow.backbone.full`) come and go with it, in a file of their
-own.
+Modules that are trained in full beside it (:mod:`anyflow.backbone.full`) come and go with it, in a file of their own.
 """
 
 from __future__ import annotations
@@ -148,7 +147,7 @@ def lora_state(
 def lora_full_state(
     backbone: FlowMapBackbone, adapter: str = ADAPTER, weights: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """What was trained in full beside the adapter, by a plain network's names; see :func:`lora_state`."""
+    """What was trained in full beside the adapter, by a plain network's names; arguments as of :func:`lora_state`."""
     return full_state(backbone.transformer.state_dict() if weights is None else weights, adapter)
 
 

@@ -1,4 +1,4 @@
-"""Modules trained in full beside adapters: trained, kept, exported, loaded back, and seen by their own role alone."""
+"""Modules trained in full beside adapters: trained, exported and loaded back, and seen by their own role alone."""
 
 from __future__ import annotations
 
