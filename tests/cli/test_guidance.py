@@ -218,3 +218,35 @@ def test_rows_are_of_both_questions(teacher: Path, tmp_path: Path, monkeypatch: 
     with torch.no_grad():
         call("sample", PROMPT, "And another.", "--model", str(teacher), "--steps", "3", "--out", str(tmp_path / "out"))
     assert rows == [4] * 3
+
+
+@pytest.mark.slow
+def test_a_training_of_a_teacher_is_measured_and_exported_guided(
+    small_model: Path, tmp_path: Path, anyflow: Any
+) -> None:
+    """The curves before and after, the report, and what is exported are of two calls a step."""
+    settings = {
+        "stage.steps": 1,
+        "model.init": "weights",
+        "model.weights": small_model,
+        "model.codec": small_model,
+        "model.negative_prompt": "A blue car is ahead.",
+        "data.card": "driving",
+        "data.global_batch": 1,
+        "data.precompute": "false",
+        "optimizer.warmup_steps": 0,
+        "ema.decay": 0,
+        "sampling.prompts": 2,
+        "sampling.steps": "[1,2]",
+        "run.tracking_uri": "",
+    }
+    run = tmp_path / "run"
+    words = [f"{key}={value}" for key, value in settings.items()]
+    done = anyflow("train", "teacher/tiny", *words, "--out", str(run), timeout=500)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((run / "report" / "curve.json").read_text())
+    for label in ("before", "after"):
+        assert [row["nfe"] for row in found[label]["rows"]] == [2, 4] and found[label]["guidance_scale"] == 1.5
+    assert read_guidance(run) == Guidance(1.5, "A blue car is ahead.") == way_of(str(run))[1]
+    call("export", str(run), "--to", str(tmp_path / "elsewhere"))
+    assert way_of(str(tmp_path / "elsewhere")) == ("euler", Guidance(1.5, "A blue car is ahead."))
