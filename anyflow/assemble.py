@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from anyflow.backbone.attention import prefer_kernel
 from anyflow.backbone.codec import Codec, codec_dtypes
 from anyflow.backbone.compiled import compile_blocks
 from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build_vae, transformer_config
@@ -94,6 +95,7 @@ def load_networks(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec,
 def load_model(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, FlowMapBackbone]:
     """Codec and network, loaded or, for the first stages of an embedded model, built new."""
     model, hardware = recipe.model, recipe.hardware
+    prefer_kernel(hardware.attention)
     dtype = weights_dtype(recipe)
     if recipe.stage.name == "codec":
         tokenizer = build_tokenizer(captions(recipe))

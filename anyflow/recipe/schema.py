@@ -306,6 +306,11 @@ class HardwareRecipe:
         False, "on-policy: keep one jump's activations of a rollout instead of three jumps': a tenth more time a step"
     )
     compile: bool = _option(False, "compile the network's blocks: faster steps after a slow start")
+    attention: str = _option(
+        "auto",
+        "attention kernel that a GPU tries first; auto: torch's choice, cuDNN on Hopper",
+        choices=("auto", "flash", "cudnn", "efficient", "math"),
+    )
     park_codec: bool = _option(
         False, "text encoder and autoencoder in host memory between batches: 11 GiB less for Wan, seconds more a batch"
     )
