@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu import Findings
+from findings import Findings
 from watching import BEFORE, devices, precisions, watched
 
 from anyflow.commands.evaluate import evaluate

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES, QUICK, recipe_of
-from gpu import Findings
+from findings import Findings
 from offloaded import offloaded
 from watching import AFTER, START, STEP, devices, precisions, train_on_gpu, waits
 
