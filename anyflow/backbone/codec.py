@@ -143,6 +143,8 @@ class Codec(nn.Module):
         if empty:
             assert self.source is not None
             self.vae, _, self.text_encoder = load_codec_parts(self.source, True, *self._dtypes)
+        parked = self.parameters() if self.is_parked and not empty else ()
+        at_home = [(weight, weight.data) for weight in parked if weight.device.type == "cpu"]
         self.to(device)
         try:
             yield
@@ -150,6 +152,8 @@ class Codec(nn.Module):
             if empty:
                 self.vae, self.text_encoder = empty
             elif self.is_parked:
+                for weight, data in at_home:
+                    weight.data = data  # frozen: what lies in host memory need not be copied back
                 self.to("cpu")
 
     def remembers(self, captions: Iterable[str]) -> bool:

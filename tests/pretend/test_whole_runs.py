@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES, QUICK, recipe_of
-from gpu import Findings
+from findings import Findings
 from offloaded import offloaded
 from watching import AFTER, START, STEP, devices, precisions, train_on_gpu, waits
 
@@ -107,7 +107,6 @@ ONPOLICY_WAITS = {**FORWARD_WAITS, **ROLLOUT_WAITS}
 DMD_WAITS = {**STEP_WAITS, **TEXT_WAITS, **ROLLOUT_WAITS, "flowmap/endpoint.py __call__": 4}
 CODEC_WAITS = {**STEP_WAITS, "stages/codec.py crop": 8}
 CAUSAL_WAITS = {"flowmap/objective.py flow_map_loss": 4, "stages/flow.py lesson": 2, "backbone/protocol.py select": 4}
-PARKED_WAITS = {"backbone/codec.py lent": 144}
 
 
 def allowed(case: str) -> dict[str, int]:
@@ -117,7 +116,7 @@ def allowed(case: str) -> dict[str, int]:
     found = kinds.get(case, ONPOLICY_WAITS if is_onpolicy else FORWARD_WAITS)
     if case.startswith("causal"):
         found = {**found, **CAUSAL_WAITS} | ({"backbone/protocol.py select": 8} if is_onpolicy else {})
-    return {**found, **PARKED_WAITS} if case == "parked codec" else found
+    return found
 
 
 @cases()

@@ -11,7 +11,8 @@ from unittest.mock import patch
 
 import lightning
 from diffusers import AutoencoderKLWan
-from gpu import Findings, Gpu, pretended
+from findings import Findings
+from gpu import Gpu, pretended
 from torch import nn
 from transformers import PreTrainedModel
 
