@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from anyflow.backbone.embedded import transformer_config
 from anyflow.backbone.load import new_backbone
 from anyflow.backbone.parallelize import compile_blocks
 from anyflow.backbone.protocol import Text
-from anyflow.doctor.findings import Findings
+from anyflow.doctor.child import FOUND
+from anyflow.doctor.findings import Findings, read_findings
 from anyflow.doctor.here import Here
 from anyflow.doctor.training import run_steps
 from anyflow.recipe import load_recipe
@@ -62,9 +64,17 @@ def examine(found: Findings, here: Here, folder: Path) -> None:
         _count(found, here, case, folder / case.name)
     why = why_not(here)
     if why is not None:
-        found.leave_out("compiled blocks", why)
+        found.leave_out("a compiled block", why)
         return
-    _compiled(found, here)
+    alone = folder / "block"  # in a process of its own: in this one nothing is compiled in earnest any more
+    alone.mkdir()
+    done = subprocess.run([sys.executable, "-m", "anyflow.doctor.child", f"{__name__}:compile_block", str(alone)])
+    block = read_findings(alone / FOUND)
+    for sentence in block.pop("wrong", []):
+        found.is_wrong(f"a compiled block {sentence}")
+    if done.returncode < 0:
+        found.is_wrong(f"a compiled block crashed by signal {-done.returncode}: leave hardware.compile off")
+    found.note(block)
 
 
 def why_not(here: Here) -> str | None:
@@ -108,7 +118,7 @@ def counted() -> Iterator[Graphs]:
     logger.addHandler(told)
     graphs = Graphs()
     try:
-        with patch.object(torch, "compile", partial(torch.compile, backend="eager")):
+        with patch.object(torch, "compile", _without_code(torch.compile)):
             yield graphs
     finally:
         logger.removeHandler(told)
@@ -123,6 +133,15 @@ def counted() -> Iterator[Graphs]:
         graphs.reasons = tuple(dict.fromkeys(reason.partition(": ")[2].strip() for reason in reasons))
         graphs.limits = told.limits
         torch._dynamo.reset()
+
+
+def _without_code(original: Any) -> Any:
+    """``torch.compile``, whatever backend it is asked for."""
+
+    def compile_plainly(*arguments: Any, **options: Any) -> Any:
+        return original(*arguments, **{**options, "backend": "eager"})
+
+    return compile_plainly
 
 
 class _Told(logging.Handler):
@@ -153,7 +172,7 @@ def _count(found: Findings, here: Here, case: Case, folder: Path) -> None:
         found.advise(f"{case.name}: {graphs.breaks} breaks of graphs: compiled steps are slower than they could be")
 
 
-def _compiled(found: Findings, here: Here) -> None:
+def compile_block(found: Findings, here: Here, folder: Path) -> None:
     """A network of one block, compiled in earnest: seconds until it runs, and milliseconds beside the plain one."""
     network = new_backbone({**transformer_config(), "num_layers": 1}, 0).to(here.device)
     latents = torch.randn(8, 5, 16, 8, 12, device=here.device)

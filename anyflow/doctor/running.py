@@ -110,7 +110,7 @@ def _run(item: Item, limit: float) -> _Ended:
                 stdout=log,
                 stderr=log,
                 cwd=home(),
-                env={**os.environ, "ANYFLOW_WATCHER": str(os.getpid()), "HF_HUB_OFFLINE": "1"},
+                env={**os.environ, "ANYFLOW_WATCHER": str(os.getpid()), "TMPDIR": str(folder), "HF_HUB_OFFLINE": "1"},
                 start_new_session=True,  # so that what it starts can be ended with it
             )
             try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,21 @@ from typing import Any
 from anyflow.doctor.findings import write_whole
 
 VERDICT = "verdict"
+
+STATES = {True: "ok", False: "wrong", None: "left out"}
+
+CHIEF = {
+    "machine": r"device|torch|cores|threads|load|gpu_memory_gib|driver",
+    "attention": r".*self\.(fastest|project|project_both_ms)",
+    "step": r".*(seconds_a_clip|of_plan|of_matmul)",
+    "vae": r".*(seconds_1|peak_gib_1|clips_at_once)",
+    "devices": r".*\.network\..*",
+    "compile": r".*\.(graphs|again|breaks|limits|speedup)",
+    "resume": r"killed_at_step|bitwise|largest_difference",
+    "derivative": r".*(signal|relative)",
+    "ranks": r"gpus|.*gb_a_second",
+}
+"""The figures of each item that a table shows."""
 
 
 def verdict(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -29,8 +46,7 @@ def verdict(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def for_people(line: dict[str, Any]) -> list[str]:
     """A few words on stderr beside each line of JSON."""
-    state = {True: "ok", False: "wrong", None: "left out"}[line["ok"]]
-    words = [f"{line['item']:<12}{state}, {line['seconds']:.0f} s"]
+    words = [f"{line['item']:<12}{STATES[line['ok']]}, {line['seconds']:.0f} s"]
     words += [f"  wrong: {sentence}" for sentence in line.get("wrong", [])]
     words += [f"  better: {sentence}" for sentence in line.get("advice", [])]
     words += [f"  without {what}: {why}" for what, why in line.get("left_out", {}).items()]
@@ -55,3 +71,21 @@ class Written:
 def as_text(line: dict[str, Any]) -> str:
     """One line of JSON."""
     return json.dumps(line, ensure_ascii=False, allow_nan=False, default=str)
+
+
+def table(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """Rows of Markdown: each item with its chief figures, what is wrong, or why it was left out."""
+    rows = ["| item | | seconds | figures |", "|---|---|--:|---|"]
+    for line in lines:
+        if line["item"] == VERDICT:
+            continue
+        shown = [f"{name} {line[name]}" for name in line if re.fullmatch(CHIEF.get(line["item"], ""), name)]
+        shown += [f"**{sentence}**" for sentence in line.get("wrong", [])]
+        shown += list(line.get("left_out", {}).values()) if line["ok"] is None else []
+        cells = (f"`{line['item']}`", STATES[line["ok"]], f"{line['seconds']:.0f}", "; ".join(shown))
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+if __name__ == "__main__":
+    print("\n".join(table([json.loads(text) for text in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()])))

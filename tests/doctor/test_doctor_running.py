@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +19,8 @@ from anyflow.cli import app
 from anyflow.doctor import running
 from anyflow.doctor.findings import Findings, read_findings
 from anyflow.doctor.items import ITEMS, MACHINE, Item, items_named
-from anyflow.doctor.telling import Written, as_text, verdict
-from anyflow.errors import UserError
+from anyflow.doctor.telling import Written, as_text, table, verdict
+from anyflow.errors import EXIT_PREEMPTED, UserError
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -200,6 +204,39 @@ def test_mistakes_of_the_users(anyflow: Run, tmp_path: Path) -> None:
     for words in (("--only", "brain"), ("--out", str(tmp_path)), ("--out", str(tmp_path / "no" / "x.jsonl"))):
         done = anyflow("doctor", *words)
         assert done.returncode == 2 and not done.stdout and words[1] in done.stderr
+
+
+def started_in(folder: Path) -> list[str]:
+    """Command lines of running processes that name a folder."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(place.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in found if str(folder) in line]
+
+
+@pytest.mark.slow
+def test_a_stopped_doctor_leaves_nothing_behind(project: Path, tmp_path: Path) -> None:
+    """Caught: trainings that run on, or folders that stay, when a scheduler or a user has had enough."""
+    environment = {**os.environ, "PYTHONPATH": str(project), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "anyflow.cli", "doctor", "--only", "resume"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=project)
+    deadline = time.monotonic() + 120
+    while len(started_in(tmp_path)) < 3:  # the item, and its two trainings
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == EXIT_PREEMPTED
+    assert not list(tmp_path.iterdir()) and not started_in(tmp_path)
+
+
+def test_the_table_is_made_of_the_committed_lines(project: Path) -> None:
+    """Caught: a page whose figures are of another run than the file beside it."""
+    text = (project / "experiments" / "results" / "doctor" / "cpu.jsonl").read_text(encoding="utf-8")
+    rows = table([json.loads(line) for line in text.splitlines()])
+    assert len(rows) == 2 + 1 + len(ITEMS)
+    assert "\n".join(rows) in (project / "docs" / "doctor.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
