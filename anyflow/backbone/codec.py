@@ -193,9 +193,8 @@ class Codec(nn.Module):
         Raises:
             UserError: frames is not ``4n + 1``, or a side is not a multiple of 16 pixels.
         """
-        check_video_shape(
-            frames, height, width, self.vae.config.scale_factor_temporal, 2 * self.vae.config.scale_factor_spatial
-        )
+        config = self.vae.config
+        check_video_shape(frames, height, width, config.scale_factor_temporal, 2 * config.scale_factor_spatial)
 
     @torch.no_grad()
     def encode_video(self, video: Tensor, clips_per_pass: int | None = None) -> Tensor:
@@ -203,21 +202,18 @@ class Codec(nn.Module):
 
         Args:
             video: uint8 ``[B, F, H, W, 3]``, or float ``[B, 3, F, H, W]`` in [-1, 1].
-            clips_per_pass: encode so many clips at a time; with 1, a clip's latents do not depend on its batch at all;
-                None: as many as fit (:meth:`clips_at_once`).
+            clips_per_pass: 1: a clip's latents do not depend on its batch at all; None: :meth:`clips_at_once`.
 
         Raises:
             UserError: the clip's size does not fit (:meth:`check_video_shape`).
         """
-        is_bytes = video.dtype == torch.uint8
-        frames, height, width = video.shape[1:4] if is_bytes else video.shape[2:]
-        self.check_video_shape(frames, height, width)
-        mean, std = self._statistics()
-        latents = []
-        for part in video.split(clips_per_pass or self.clips_at_once(frames, height, width)):
+        is_bytes, (mean, std), latents = video.dtype == torch.uint8, _statistics(self), []
+        shape = video.shape[1:4] if is_bytes else video.shape[2:]
+        self.check_video_shape(*shape)
+        for part in video.split(clips_per_pass or self.clips_at_once(*shape)):
             clips = (pixels_from_bytes(part.to(self.device)) if is_bytes else part.to(self.device)).to(self.dtype)
             one_pass = clips[:, 0].numel() <= ONE_PASS_PIXELS and not self.vae.use_tiling
-            with self._own_precision():
+            with _own_precision(self):
                 moments = encode_moments(self.vae, clips) if one_pass else self.vae._encode(clips)
             latents.append((moments.chunk(2, dim=1)[0].float() - mean) / std)
         return torch.cat(latents).transpose(1, 2).contiguous()
@@ -234,14 +230,14 @@ class Codec(nn.Module):
 
     def _decoded(self, latents: Tensor, clips_per_pass: int | None) -> Iterator[Tensor]:
         """The same pass by pass; None: as many clips as fit (:meth:`clips_at_once`)."""
-        mean, std = self._statistics()
+        mean, std = _statistics(self)
         stored = latents.to(self.device).float().transpose(1, 2) * std + mean
         temporal, spatial = self.vae.config.scale_factor_temporal, self.vae.config.scale_factor_spatial
         frames, height, width = stored.shape[2:]
         at_once = self.clips_at_once(temporal * (frames - 1) + 1, spatial * height, spatial * width)
         for clips in stored.to(self.dtype).split(clips_per_pass or at_once):
             one_pass = clips[:, 0].numel() * temporal * spatial**2 <= ONE_PASS_PIXELS and not self.vae.use_tiling
-            with self._own_precision():
+            with _own_precision(self):
                 video = decode_latents(self.vae, clips) if one_pass else self.vae.decode(clips, return_dict=False)[0]
             yield video.float().clamp(-1, 1)
 
@@ -249,28 +245,16 @@ class Codec(nn.Module):
     def decode_parts(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
         """Video uint8 ``[B, f, H, W, 3]`` of each part of a video's normalised latents, as it comes."""
         decoder = StreamingDecoder(self.vae)
-        mean, std = self._statistics()
+        mean, std = _statistics(self)
         for part in parts:
             stored = part.to(self.device).float().transpose(1, 2) * std + mean
-            with self._own_precision():
+            with _own_precision(self):
                 video = decoder(stored.to(self.dtype))
             yield bytes_from_pixels(video.float().clamp(-1, 1))
 
     def clips_at_once(self, frames: int, height: int, width: int) -> int:
         """Clips of a size in pixels that go through the autoencoder in one pass; at least one."""
         return max(1, PIXELS_AT_ONCE // (frames * height * width))
-
-    def _own_precision(self) -> torch.autocast:
-        """Within the block the codec computes in the precision of its weights, whatever a training step around it does:
-        what is encoded while training is what ``anyflow data encode`` makes of it."""
-        return torch.autocast(self.device.type, enabled=False)
-
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Per-channel mean and standard deviation of stored latents, ``[1, C, 1, 1, 1]`` float32."""
-        config = self.vae.config
-        both = torch.tensor([config.latents_mean, config.latents_std], dtype=torch.float32, device=self.device)
-        mean, std = both[:, None, :, None, None, None]
-        return mean, std
 
     # Text -------------------------------------------------------------------------------------------------------------
 
@@ -321,9 +305,23 @@ class Codec(nn.Module):
             add_special_tokens=True,
             return_tensors="pt",
         )
-        with self._own_precision():
+        with _own_precision(self):
             output = self.text_encoder(tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device))
         return output.last_hidden_state[0].cpu()
+
+
+def _own_precision(codec: Codec) -> torch.autocast:
+    """Within the block a codec computes in the precision of its weights, whatever a training step around it does: what
+    is encoded while training is what ``anyflow data encode`` makes of it."""
+    return torch.autocast(codec.device.type, enabled=False)
+
+
+def _statistics(codec: Codec) -> tuple[Tensor, Tensor]:
+    """Per-channel mean and standard deviation of stored latents, ``[1, C, 1, 1, 1]`` float32."""
+    config = codec.vae.config
+    both = torch.tensor([config.latents_mean, config.latents_std], dtype=torch.float32, device=codec.device)
+    mean, std = both[:, None, :, None, None, None]
+    return mean, std
 
 
 def check_video_shape(frames: int, height: int, width: int, temporal: int = 4, multiple: int = 16) -> None:
