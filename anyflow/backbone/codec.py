@@ -183,16 +183,11 @@ class Codec(nn.Module):
             UserError: the clip's size does not fit (:meth:`check_video_shape`).
         """
         self.check_video_shape(frames, height, width)
-        config = self.vae.config
-        temporal, spatial = config.scale_factor_temporal, config.scale_factor_spatial
-        return (frames - 1) // temporal + 1, config.z_dim, height // spatial, width // spatial
+        config, spatial = self.vae.config, self.vae.config.scale_factor_spatial
+        return (frames - 1) // config.scale_factor_temporal + 1, config.z_dim, height // spatial, width // spatial
 
     def check_video_shape(self, frames: int, height: int, width: int) -> None:
-        """Refuse a clip that the autoencoder and the network's 2 x 2 patches cannot take without cropping.
-
-        Raises:
-            UserError: frames is not ``4n + 1``, or a side is not a multiple of 16 pixels.
-        """
+        """Raise UserError for a clip that must be cropped first: not ``4n + 1`` frames, or a side that is not 16n."""
         config = self.vae.config
         check_video_shape(frames, height, width, config.scale_factor_temporal, 2 * config.scale_factor_spatial)
 

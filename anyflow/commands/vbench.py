@@ -107,9 +107,7 @@ def vbench(
     if way[1].told:
         typer.echo(way[1].told)
     if not score:
-        typer.echo(
-            f"score them: anyflow vbench ... --score, or: vbench evaluate --videos_path {folder} --dimension ..."
-        )
+        typer.echo(f"score: anyflow vbench ... --score, or: vbench evaluate --videos_path {folder} --dimension ...")
 
 
 def _settle(out: Path, model: str, settings: dict[str, Any]) -> None:

@@ -11,18 +11,16 @@ from anyflow.recipe.load import list_recipes, load_recipe, merge_recipe, recipes
 from anyflow.recipe.schema import (
     LORA_TARGETS,
     CheckpointRecipe,
-    CodecRecipe,
     DataRecipe,
     EmaRecipe,
     HardwareRecipe,
     LoraRecipe,
     ModelRecipe,
-    OptimizerRecipe,
     Recipe,
     RunRecipe,
     SamplingRecipe,
-    StageRecipe,
 )
+from anyflow.recipe.stage_schema import CodecRecipe, OptimizerRecipe, StageRecipe
 
 __all__ = [
     "LORA_TARGETS",

@@ -2,7 +2,7 @@
 """The schema of a recipe: every field that a person can set, its type, its default, its meaning and its range.
 
 A recipe is model x stage x hardware: three short YAML files whose keys are the fields below, merged in that order,
-then dotted overrides (``optimizer.lr=1e-4``). This module holds types alone and imports nothing but the standard
+then dotted overrides (``optimizer.lr=1e-4``). The schema holds types alone and imports nothing but the standard
 library. What a field means is written once, in its ``help``; its range is written once, beside it, and
 :mod:`anyflow.recipe.check` enforces both ranges and the rules between fields.
 """
@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+
+from anyflow.recipe.option import option as _option
+from anyflow.recipe.stage_schema import OptimizerRecipe, StageRecipe
 
 LORA_TARGETS = (
     "attn1.to_q",
@@ -25,18 +28,6 @@ LORA_TARGETS = (
     "delta_embedder.linear_2",
 )
 """The released list: self-attention, feed-forward and both timestep embedders (the delta embedder must learn)."""
-
-
-def _option(default: Any, help: str, **limits: Any) -> Any:
-    """One field: default, meaning, and limits (``choices``; ``low`` and ``high`` inclusive, ``above`` exclusive)."""
-    metadata = {"help": help, **limits}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-option = _option
-"""For the schemas of other files, which have the same kinds of fields (experiments)."""
 
 
 @dataclass(frozen=True)
@@ -81,113 +72,6 @@ class ModelRecipe:
         "of a new network: dimensions that differ from the embedded one's; of one that becomes causal: its chunks "
         "(chunk_partition, full_chunk_limit, compressed_patch_size)",
     )
-
-
-@dataclass(frozen=True)
-class CodecRecipe:
-    """The codec stage alone: how the small VAE is trained."""
-
-    crop_frames: int = _option(9, "frames of a training crop (4n+1)", low=1)
-    crop_height: int = _option(32, "pixel rows of a training crop (multiple of 8)", low=8)
-    crop_width: int = _option(48, "pixel columns of a training crop (multiple of 8)", low=8)
-    whole_share: float = _option(0.25, "last share of the steps, whose crops have all frames", low=0, high=1)
-    kl_weight: float = _option(3e-5, "weight of the KL term", low=0)
-    gradient_weight: float = _option(0.5, "weight of the spatial and temporal gradient loss", low=0)
-    motion_weight: float = _option(4.0, "how much more a moving pixel counts, at most", low=1)
-
-
-@dataclass(frozen=True)
-class OptimizerRecipe:
-    """How the weights move."""
-
-    name: str = _option("adamw", "adamw, or muon (2-D weights by Muon, the rest by AdamW)", choices=("adamw", "muon"))
-    lr: float = _option(5e-5, "learning rate after warm-up", above=0, high=1)
-    betas: list[float] = _option([0.9, 0.95], "AdamW's two decay rates", low=0, high=0.999999)
-    weight_decay: float = _option(0.0, "decoupled weight decay", low=0)
-    warmup_steps: int = _option(0, "steps over which the learning rate grows from 0", low=0)
-    schedule: str = _option("constant", "after warm-up: constant, or cosine to 0", choices=("constant", "cosine"))
-    clip: float = _option(1.0, "largest norm of the gradient; 0 leaves it alone", low=0)
-
-
-@dataclass(frozen=True)
-class OnPolicyRecipe:
-    """The on-policy stage, and the baselines: the student is corrected on its own samples, against a teacher."""
-
-    teacher: str = _option(
-        "",
-        "run or folder of the teacher: a model, or with LoRA an adapter on the same base; empty with LoRA, and for the "
-        "baselines: the network that training starts from",
-    )
-    budgets: list[int] = _option(
-        [1, 2, 4, 8, 16, 50], "step counts that are simulated; the released list lacks 1 and loses quality there", low=1
-    )
-    extra_guidance: float = _option(
-        3.0, "the teacher's: cond + extra * (cond - uncond), which is a usual guidance scale of 1 + extra", low=0
-    )
-    forward_weight: float = _option(
-        1.0,
-        "weight of the forward loss on data in the same step (dmd: of the consistency loss); 0 leaves it out",
-        low=0,
-    )
-    critic_turns: int = _option(1, "updates of the critic for each of the student's", low=1)
-    watch: bool = _option(
-        True, "warn when the student's samples drift (collapse, still video, burnt colours) and say why"
-    )
-    critic: OptimizerRecipe = field(default_factory=lambda: OptimizerRecipe(lr=2e-6, betas=[0.0, 0.999]))
-
-
-@dataclass(frozen=True)
-class TailRecipe:
-    """The finetune stage alone: a short on-policy correction after it, against a teacher adapted to the domain."""
-
-    steps: int = _option(0, "on-policy steps after fine-tuning (stage.onpolicy says how); 0: no tail", low=0)
-    teacher_steps: int = _option(
-        300, "flow-matching steps on the domain that make the teacher from the base, before the on-policy steps", low=0
-    )
-    optimizer: OptimizerRecipe = field(default_factory=lambda: OptimizerRecipe(lr=2e-6, betas=[0.0, 0.999]))
-
-
-@dataclass(frozen=True)
-class StageRecipe:
-    """What is trained, and on which objective."""
-
-    name: str = _option(
-        "finetune",
-        "what kind of training this is (consistency and dmd are baselines, sampled by re-noising)",
-        choices=("codec", "teacher", "forward", "finetune", "onpolicy", "consistency", "dmd"),
-    )
-    steps: int = _option(200, "optimiser steps", low=1)
-    guidance_scale: float = _option(3.0, "guidance fused into the weights; the result samples at scale 1", low=1)
-    guided_tangent: bool = _option(
-        False, "move the finite difference along the guided velocity: better at 1 to 2 steps, slightly worse at 32"
-    )
-    derivative: str = _option(
-        "central",
-        "total derivative by central difference, or exact by jvp (slower, more memory)",
-        choices=("central", "jvp"),
-    )
-    delta: float = _option(5.0, "half width of the central difference, in timestep units of 1000", above=0, high=100)
-    weight: str = _option("beta08", "weight of the loss over timesteps", choices=("beta08", "gaussian", "uniform"))
-    rebalance: bool = _option(True, "scale flow-map losses to the diffusion loss; off, jumps crowd out the velocity")
-    diffusion_share: float = _option(
-        0.5, "share of the global batch with r = t (instantaneous velocity)", low=0, high=1
-    )
-    consistency_share: float = _option(
-        0.25, "share of the global batch with r = 0 (one jump to the data)", low=0, high=1
-    )
-    i2v_prob: float = _option(0.0, "share of the steps that keep the first frame clean (image-to-video)", low=0, high=1)
-    text_drop: float = _option(
-        0.1, "share of the samples trained on the negative prompt instead of their text", low=0, high=1
-    )
-    long_context: float = _option(
-        0.5, "causal networks: share of the steps that train chunks after compressed context", low=0, high=1
-    )
-    bidirectional_prob: float = _option(
-        0.1, "causal networks: share of the steps with an extra loss on all frames at once", low=0, high=1
-    )
-    codec: CodecRecipe = field(default_factory=CodecRecipe)
-    onpolicy: OnPolicyRecipe = field(default_factory=OnPolicyRecipe)
-    tail: TailRecipe = field(default_factory=TailRecipe)
 
 
 @dataclass(frozen=True)

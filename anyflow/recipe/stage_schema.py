@@ -1,0 +1,115 @@
+# ruff: noqa: RUF009  (every default goes through _option, which makes a fresh list or mapping each time)
+"""The schema of a recipe's stage: what is trained, on which objective, and how its weights move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from anyflow.recipe.option import option as _option
+
+
+@dataclass(frozen=True)
+class CodecRecipe:
+    """The codec stage alone: how the small VAE is trained."""
+
+    crop_frames: int = _option(9, "frames of a training crop (4n+1)", low=1)
+    crop_height: int = _option(32, "pixel rows of a training crop (multiple of 8)", low=8)
+    crop_width: int = _option(48, "pixel columns of a training crop (multiple of 8)", low=8)
+    whole_share: float = _option(0.25, "last share of the steps, whose crops have all frames", low=0, high=1)
+    kl_weight: float = _option(3e-5, "weight of the KL term", low=0)
+    gradient_weight: float = _option(0.5, "weight of the spatial and temporal gradient loss", low=0)
+    motion_weight: float = _option(4.0, "how much more a moving pixel counts, at most", low=1)
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    """How the weights move."""
+
+    name: str = _option("adamw", "adamw, or muon (2-D weights by Muon, the rest by AdamW)", choices=("adamw", "muon"))
+    lr: float = _option(5e-5, "learning rate after warm-up", above=0, high=1)
+    betas: list[float] = _option([0.9, 0.95], "AdamW's two decay rates", low=0, high=0.999999)
+    weight_decay: float = _option(0.0, "decoupled weight decay", low=0)
+    warmup_steps: int = _option(0, "steps over which the learning rate grows from 0", low=0)
+    schedule: str = _option("constant", "after warm-up: constant, or cosine to 0", choices=("constant", "cosine"))
+    clip: float = _option(1.0, "largest norm of the gradient; 0 leaves it alone", low=0)
+
+
+@dataclass(frozen=True)
+class OnPolicyRecipe:
+    """The on-policy stage, and the baselines: the student is corrected on its own samples, against a teacher."""
+
+    teacher: str = _option(
+        "",
+        "run or folder of the teacher: a model, or with LoRA an adapter on the same base; empty with LoRA, and for the "
+        "baselines: the network that training starts from",
+    )
+    budgets: list[int] = _option(
+        [1, 2, 4, 8, 16, 50], "step counts that are simulated; the released list lacks 1 and loses quality there", low=1
+    )
+    extra_guidance: float = _option(
+        3.0, "the teacher's: cond + extra * (cond - uncond), which is a usual guidance scale of 1 + extra", low=0
+    )
+    forward_weight: float = _option(
+        1.0,
+        "weight of the forward loss on data in the same step (dmd: of the consistency loss); 0 leaves it out",
+        low=0,
+    )
+    critic_turns: int = _option(1, "updates of the critic for each of the student's", low=1)
+    watch: bool = _option(
+        True, "warn when the student's samples drift (collapse, still video, burnt colours) and say why"
+    )
+    critic: OptimizerRecipe = field(default_factory=lambda: OptimizerRecipe(lr=2e-6, betas=[0.0, 0.999]))
+
+
+@dataclass(frozen=True)
+class TailRecipe:
+    """The finetune stage alone: a short on-policy correction after it, against a teacher adapted to the domain."""
+
+    steps: int = _option(0, "on-policy steps after fine-tuning (stage.onpolicy says how); 0: no tail", low=0)
+    teacher_steps: int = _option(
+        300, "flow-matching steps on the domain that make the teacher from the base, before the on-policy steps", low=0
+    )
+    optimizer: OptimizerRecipe = field(default_factory=lambda: OptimizerRecipe(lr=2e-6, betas=[0.0, 0.999]))
+
+
+@dataclass(frozen=True)
+class StageRecipe:
+    """What is trained, and on which objective."""
+
+    name: str = _option(
+        "finetune",
+        "what kind of training this is (consistency and dmd are baselines, sampled by re-noising)",
+        choices=("codec", "teacher", "forward", "finetune", "onpolicy", "consistency", "dmd"),
+    )
+    steps: int = _option(200, "optimiser steps", low=1)
+    guidance_scale: float = _option(3.0, "guidance fused into the weights; the result samples at scale 1", low=1)
+    guided_tangent: bool = _option(
+        False, "move the finite difference along the guided velocity: better at 1 to 2 steps, slightly worse at 32"
+    )
+    derivative: str = _option(
+        "central",
+        "total derivative by central difference, or exact by jvp (slower, more memory)",
+        choices=("central", "jvp"),
+    )
+    delta: float = _option(5.0, "half width of the central difference, in timestep units of 1000", above=0, high=100)
+    weight: str = _option("beta08", "weight of the loss over timesteps", choices=("beta08", "gaussian", "uniform"))
+    rebalance: bool = _option(True, "scale flow-map losses to the diffusion loss; off, jumps crowd out the velocity")
+    diffusion_share: float = _option(
+        0.5, "share of the global batch with r = t (instantaneous velocity)", low=0, high=1
+    )
+    consistency_share: float = _option(
+        0.25, "share of the global batch with r = 0 (one jump to the data)", low=0, high=1
+    )
+    i2v_prob: float = _option(0.0, "share of the steps that keep the first frame clean (image-to-video)", low=0, high=1)
+    text_drop: float = _option(
+        0.1, "share of the samples trained on the negative prompt instead of their text", low=0, high=1
+    )
+    long_context: float = _option(
+        0.5, "causal networks: share of the steps that train chunks after compressed context", low=0, high=1
+    )
+    bidirectional_prob: float = _option(
+        0.1, "causal networks: share of the steps with an extra loss on all frames at once", low=0, high=1
+    )
+    codec: CodecRecipe = field(default_factory=CodecRecipe)
+    onpolicy: OnPolicyRecipe = field(default_factory=OnPolicyRecipe)
+    tail: TailRecipe = field(default_factory=TailRecipe)
