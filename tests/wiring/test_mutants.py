@@ -239,7 +239,7 @@ def copied(project: Path, folder: Path) -> Path:
     return folder
 
 
-def tested(folder: Path, seen_by: str) -> subprocess.CompletedProcess[str]:
+def outcome_of(folder: Path, seen_by: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     return subprocess.run(
@@ -252,7 +252,7 @@ def test_unspoilt_code_passes(project: Path, tmp_path: Path) -> None:
     """Without it a test that always fails would see every mutant."""
     folder = copied(project, tmp_path / "copy")
     tests = dict.fromkeys(mutant.seen_by for mutant in MUTANTS if " " not in mutant.seen_by)
-    done = tested(folder, " ".join(tests))
+    done = outcome_of(folder, " ".join(tests))
     assert done.returncode == 0, done.stdout
 
 
@@ -262,5 +262,5 @@ def test_a_wrong_line_is_seen(mutant: Mutant, project: Path, tmp_path: Path) -> 
     folder = copied(project, tmp_path / "copy")
     path = folder / "anyflow" / mutant.file
     path.write_text(path.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
-    done = tested(folder, mutant.seen_by)
+    done = outcome_of(folder, mutant.seen_by)
     assert done.returncode == 1 and "Error" not in done.stdout.partition("short test summary")[2].partition("::")[0]
