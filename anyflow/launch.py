@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
 from anyflow.assemble import Parts, assemble, batches_of
+from anyflow.backbone.compiled import graph_count
 from anyflow.backbone.parallelize import (
     accelerator_here,
     from_rank_zero,
@@ -194,6 +195,8 @@ def fit(
             parts.data.stream.gather()
     finally:
         report_skipped(run, parts.data)
+    if hardware.compile and rank_and_size()[0] == 0:
+        run.note(graphs=graph_count())
     return preemption.received
 
 
