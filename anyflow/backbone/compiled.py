@@ -15,13 +15,13 @@ speaks, one time a clip or one a frame, one row or several. That is all, for any
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
@@ -313,5 +313,5 @@ def _vary(tensor: Tensor, *dimensions: int) -> None:
 @cache
 def _tell(sentence: str) -> None:
     """Say it once, on the first rank."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if int(os.environ.get("RANK", "0")) == 0:
         print(f"warning: hardware.compile: {sentence}", file=sys.stderr, flush=True)
