@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
 from anyflow.assemble import Parts, assemble, batches_of
+from anyflow.backbone.compiled import graph_count
 from anyflow.backbone.parallelize import (
     accelerator_here,
     from_rank_zero,
@@ -209,6 +210,8 @@ def fit(
     finally:
         report_skipped(run, parts.data)
     wait_for_all()  # the first rank may still have been writing: none leaves before it, and is taken for dead
+    if hardware.compile and rank_and_size()[0] == 0:
+        run.note(graphs=graph_count())
     return preemption.received
 
 

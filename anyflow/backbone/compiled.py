@@ -313,5 +313,5 @@ def _vary(tensor: Tensor, *dimensions: int) -> None:
 @cache
 def _tell(sentence: str) -> None:
     """Say it once, on the first rank."""
-    if os.environ.get("RANK", "0") == "0":
+    if int(os.environ.get("RANK", "0")) == 0:
         print(f"warning: hardware.compile: {sentence}", file=sys.stderr, flush=True)

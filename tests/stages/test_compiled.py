@@ -186,9 +186,11 @@ def check(case: Case, codec: Codec, capsys: pytest.CaptureFixture[str], steps: i
     assert 0 < sum(made) <= case.graphs, made
     assert not any(made[case.settled : -1]), made
     assert not capsys.readouterr().err
-    weights = dict(compiled.named_parameters())
+    weights = dict(
+        compiled.named_parameters()
+    )  # Adam makes of a rounding up to a step of its own; a wrong role moves .01
     for key, weight in plain.named_parameters():
-        torch.testing.assert_close(weights[key], weight, rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(weights[key], weight, rtol=1e-5, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
 
 
 def test_onpolicy_distillation_makes_few_graphs(codec: Codec, capsys: pytest.CaptureFixture[str]) -> None:
