@@ -16,7 +16,6 @@ from gpu import Gpu, pretended
 from torch import nn
 from transformers import PreTrainedModel
 
-from anyflow.backbone.codec import Codec
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.callbacks.checkpoints import Checkpoints
 from anyflow.callbacks.sampling import Sampling
@@ -28,7 +27,7 @@ BEFORE, START, STEP, SAMPLING, SAVING, END, AFTER = "before", "start", "step", "
 def _who(module: nn.Module) -> str | None:
     if isinstance(module, FlowMapBackbone):
         return "network"
-    if isinstance(module, AutoencoderKLWan):
+    if type(module).__module__ == AutoencoderKLWan.__module__:  # its layers are called one by one, see wan_vae.py
         return "vae"
     return "text encoder" if isinstance(module, PreTrainedModel) else None
 
@@ -87,8 +86,6 @@ def _patches(findings: Findings) -> Iterator[Any]:
         return by(name)(original)(self, *args, **kwargs) if name else original(self, *args, **kwargs)
 
     yield patch.object(nn.Module, "__call__", module_call)
-    yield replaced(Codec, "encode_video", by("vae"))
-    yield replaced(Codec, "decode_to_pixels", by("vae"))
     yield replaced(lightning.Trainer, "fit", _within(findings, lambda _: START, lambda: AFTER))
     yield replaced(Stage, "on_train_batch_start", next_batch)
     yield replaced(Sampling, "on_train_batch_end", _within(findings, lambda _: SAMPLING, step))
