@@ -1,7 +1,7 @@
 """What ``hardware.compile`` makes of the stages: graphs, recompilations, breaks, and whether the limit was met.
 
 The graphs are counted with code generation left out (``backend="eager"``): they and their guards are the same, and it
-takes seconds. Where there is a compiler, one block is then compiled in earnest, and timed beside the plain one.
+takes seconds. On a GPU with a compiler one block is then compiled in earnest, and timed beside the plain one.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def examine(found: Findings, here: Here, folder: Path) -> None:
         found.leave_out("a compiled block", why)
         return
     alone = folder / "block"  # in a process of its own: in this one nothing is compiled in earnest any more
-    alone.mkdir()
+    alone.mkdir(parents=True)
     done = subprocess.run([sys.executable, "-m", "anyflow.doctor.child", f"{__name__}:compile_block", str(alone)])
     block = read_findings(alone / FOUND)
     for sentence in block.pop("wrong", []):
@@ -79,7 +79,9 @@ def examine(found: Findings, here: Here, folder: Path) -> None:
 
 def why_not(here: Here) -> str | None:
     """Why nothing can be compiled here; None if it can."""
-    if here.is_gpu and find_spec("triton") is None:
+    if not here.is_gpu:
+        return "it is made for GPUs, and takes the compiler of a CPU a minute"
+    if find_spec("triton") is None:
         return "triton is not installed, which a CUDA build of torch brings: hardware.compile has to stay off"
     if shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("gcc") is None:
         return "there is no C compiler (Debian: apt-get install g++): hardware.compile has to stay off"
@@ -180,10 +182,7 @@ def compile_block(found: Findings, here: Here, folder: Path) -> None:
     text = Text(torch.randn(8, 24, 64, device=here.device), None, 24)
 
     def step() -> None:
-        with torch.set_grad_enabled(here.is_gpu):  # a CPU's backward pass takes its compiler another half minute
-            answer = network(latents, times, times, text).square().mean()
-        if here.is_gpu:
-            answer.backward()
+        network(latents, times, times, text).square().mean().backward()
 
     plain = here.seconds(step, repeats=5)
     compile_blocks(network)

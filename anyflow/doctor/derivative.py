@@ -48,7 +48,7 @@ class Question:
 def examine(found: Findings, here: Here, folder: Any) -> None:
     """The embedded weights on clips, and on a GPU a random network of the 1.3B shape."""
     if TINY.is_dir():
-        question = shipped_clips(4).to(here.device)
+        question = shipped_clips(8).to(here.device)
         _network(found, here, "tiny", lambda: load_backbone(TINY, device=here.device), question)
         relative = found.figures["tiny.mixed.relative"]
         if relative is None or relative > 1:

@@ -44,9 +44,9 @@ ITEMS = (
     Item("step", "anyflow.doctor.step:examine", (15, 100)),
     Item("vae", "anyflow.doctor.vae:examine", (10, 40)),
     Item("devices", "anyflow.doctor.devices:examine", (25, 40)),
-    Item("compile", "anyflow.doctor.compiling:examine", (35, 50)),
+    Item("compile", "anyflow.doctor.compiling:examine", (20, 50)),
     Item("resume", "anyflow.doctor.resume:examine", (45, 60)),
-    Item("derivative", "anyflow.doctor.derivative:examine", (12, 30)),
+    Item("derivative", "anyflow.doctor.derivative:examine", (20, 30)),
     Item("ranks", "anyflow.doctor.ranks:examine", (5, 30), gpus=2),
 )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -137,10 +140,51 @@ def test_why_nothing_is_compiled(here: Here, monkeypatch: pytest.MonkeyPatch) ->
     """Caught: a missing compiler told as a failure."""
     monkeypatch.setattr(compiling, "find_spec", lambda name: None)
     assert "triton" in (compiling.why_not(here) or "")
+    monkeypatch.setattr(compiling, "find_spec", lambda name: name)
     monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
-    assert "C compiler" in (compiling.why_not(CPU) or "")
+    assert "C compiler" in (compiling.why_not(here) or "")
     monkeypatch.setattr(compiling.shutil, "which", lambda name: "/usr/bin/" + name)
-    assert compiling.why_not(CPU) is None
+    assert compiling.why_not(here) is None
+    assert "made for GPUs" in (compiling.why_not(CPU) or "")
+
+
+@pytest.mark.slow
+def test_a_block_is_compiled_beside_the_plain_one(tmp_path: Path) -> None:
+    """Caught: the branch of GPUs with a compiler, here by the CPU's: a block that is compiled, timed and told."""
+    if compiling.shutil.which("c++") is None:
+        pytest.skip("there is no C++ compiler")
+    found = Findings()
+    compiling.compile_block(found, CPU, tmp_path)
+    assert found.figures["block.compile_seconds"] > 0 and found.figures["block.speedup"] > 0
+
+
+def test_graphs_of_the_stages_then_a_block_in_a_process_of_its_own(
+    here: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Caught: a limit that is not told; a block whose crash is the item's; figures that stay in the block's folder."""
+    ended = {"code": 0, "found": {"block.speedup": 1.5}}
+
+    def process(command: list[str]) -> Any:
+        assert command[-2] == "anyflow.doctor.compiling:compile_block"
+        (Path(command[-1]) / compiling.FOUND).write_text(json.dumps(ended["found"]))
+        return subprocess.CompletedProcess(command, ended["code"])
+
+    graphs = compiling.Graphs(graphs=8, functions=1, again=7, reasons=("n == 1",), limits=1)
+    monkeypatch.setattr(compiling, "counted", lambda: contextlib.nullcontext(graphs))
+    monkeypatch.setattr(compiling, "run_steps", lambda *_: None)
+    monkeypatch.setattr(compiling, "why_not", lambda here: None)
+    monkeypatch.setattr(compiling.subprocess, "run", process)
+    found = Findings()
+    compiling.examine(found, here, tmp_path / "one")
+    assert found.figures["block.speedup"] == 1.5 and found.figures["onpolicy_lora.graphs"] == 8
+    assert len(found.wrong) == 2 and "met its limit of recompilations after 8 graphs" in found.wrong[0]
+    ended |= {"code": -11, "found": {"wrong": ["did not run"]}}
+    found = Findings()
+    compiling.examine(found, here, tmp_path / "other")
+    assert found.wrong[2:] == [
+        "a compiled block did not run",
+        "a compiled block crashed by signal 11: leave hardware.compile off",
+    ]
 
 
 @pytest.mark.parametrize(
