@@ -80,13 +80,13 @@ def way_of(
     from anyflow.backbone.guidance import Guidance
     from anyflow.backbone.load import is_wan, read_guidance, read_sampler
 
-    found, recipe = read_guidance(model), recipe_of(model)
+    found, recipe, fused = read_guidance(model), recipe_of(model), has_guidance(model)
     if found is None:
         known = recipe or (Recipe() if is_wan(model) else None)
-        usual = known.teacher_guidance if known is not None and not has_guidance(model) else 1.0
+        usual = known.teacher_guidance if known is not None and not fused else 1.0
         found = Guidance(usual, recipe.model.negative_prompt if recipe is not None else "")
     guidance = Guidance(found.scale if scale is None else scale, found.negative if negative is None else negative)
-    if scale not in (None, 1) and has_guidance(model) and os.environ.get("RANK", "0") == "0":
+    if scale not in (None, 1) and fused and os.environ.get("RANK", "0") == "0":
         print(f"{model} has guidance in its weights: --guidance {scale:g} guides it twice", file=sys.stderr)
     if negative is not None and guidance.scale == 1:
         raise UserError(

@@ -53,6 +53,10 @@ def test_a_guided_answer_is_that_of_two_questions_in_one_call(stock, make_text, 
     alone = [network.network(z, t, t / 2, one) for one in (text, negative.select(torch.zeros(2, dtype=torch.int64)))]
     torch.testing.assert_close(found, alone[1] + SCALE * (alone[0] - alone[1]), atol=1e-5, rtol=1e-5)
     assert (alone[0] - alone[1]).abs().max() > 1e-3
+    other, _ = make_text([4, 2])
+    guided = Guided(network, SCALE, negative)
+    guided(z, t, t / 2, text), guided(z, t, t / 2, other)
+    assert network.asked[-1][3].lengths.tolist() == [4, 2, 11, 11], "another text is not the first one"
 
 
 @torch.no_grad()
