@@ -110,9 +110,9 @@ class Stage(lightning.LightningModule):
         return torch.Generator().manual_seed(seed)
 
     def report(self, **metrics: Tensor | float) -> None:
-        """Log one step's figures; ``loss`` also goes to the progress bar."""
+        """Log one step's figures; those of a bar of Lightning's own would be fetched from the device at every step."""
         for name, value in metrics.items():
-            self.log(name, value, prog_bar=name == "loss", batch_size=1)
+            self.log(name, value, batch_size=1)
 
     def configure_model(self) -> None:
         """Nothing to do: networks come spread over the ranks, if they are (``backbone/parallelize.py``)."""

@@ -90,20 +90,15 @@ STEP_WAITS = {
     "stages/base.py clip_norm": 1,  # a gradient that is not finite ends the run at once
 }
 TEXT_WAITS = {"backbone/codec.py _embed": 10}  # two a new caption, of 4 clips and the negative prompt
-FLOW_WAITS = {**STEP_WAITS, **TEXT_WAITS, "stages/flow.py lesson": 1}
+FLOW_WAITS = {**STEP_WAITS, **TEXT_WAITS}
 TEACHER_WAITS = {**FLOW_WAITS, "backbone/protocol.py select": 1}
 OBJECTIVE_WAITS = {"flowmap/objective.py flow_map_loss": 2, "backbone/protocol.py select": 3}
-FORWARD_WAITS = {**FLOW_WAITS, **OBJECTIVE_WAITS, "stages/base.py global_mean": 2}
-ROLLOUT_WAITS = {
-    "backbone/protocol.py select": 6,
-    "stages/onpolicy.py given_frames": 1,
-    "stages/onpolicy.py simulate": 1,
-    "stages/onpolicy.py warn_of_drift": 1,
-}
+FORWARD_WAITS = {**FLOW_WAITS, **OBJECTIVE_WAITS}
+ROLLOUT_WAITS = {"backbone/protocol.py select": 6, "stages/onpolicy.py warn_of_drift": 1}
 ONPOLICY_WAITS = {**FORWARD_WAITS, **ROLLOUT_WAITS}
 DMD_WAITS = {**STEP_WAITS, **TEXT_WAITS, **ROLLOUT_WAITS, "flowmap/endpoint.py __call__": 4}
 CODEC_WAITS = {**STEP_WAITS, "stages/codec.py crop": 8}
-CAUSAL_WAITS = {"flowmap/objective.py flow_map_loss": 4, "stages/flow.py lesson": 2, "backbone/protocol.py select": 4}
+CAUSAL_WAITS = {"flowmap/objective.py flow_map_loss": 4, "backbone/protocol.py select": 4}
 
 
 def allowed(case: str) -> dict[str, int]:
