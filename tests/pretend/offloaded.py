@@ -66,6 +66,8 @@ def offloaded() -> Iterator[list[str]]:
         assert settings.offload
         parallelize.load_parts(backbone, torch.device("cpu"))
         backbone.register_forward_pre_hook(_move_inputs, with_kwargs=True)
+        for module in backbone.modules():  # fully_shard moves buffers to the device whatever its offload policy
+            module._buffers.update({name: one.to(CUDA) for name, one in module._buffers.items() if one is not None})
         _lend_weights(backbone)
         networks.append(backbone)
 
