@@ -17,6 +17,7 @@ from anyflow.backbone.parallelize import join_ranks, leave_ranks, own_rows
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.curves import held_out, load_curve
 from anyflow.finish import measure
+from anyflow.flowmap import Renoise, take_velocity
 from anyflow.recipe import load_recipe
 from anyflow.runs import RunFolder
 from anyflow.signals import Terminated
@@ -144,3 +145,19 @@ def test_a_curve_of_another_guidance_is_measured_again(small_model: Path, tmp_pa
     assert [measured(small_model, tmp_path, 1, *GUIDED) for _ in range(2)] == [clips, 0]
     assert measured(small_model, tmp_path, 1, *GUIDED, "sampling.guidance_scale=3") == clips
     assert measured(small_model, tmp_path, 1, *GUIDED, "sampling.guidance_scale=1") == clips // 2
+
+
+def test_a_rank_takes_the_jumps_that_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a divided teacher that is sampled as a flow map, and re-noising that is divided in spite of its draws."""
+    seen: list[tuple[int, Any]] = []
+
+    def sampler(captions: list[str], noise: torch.Tensor, *rest: Any, **way: Any) -> torch.Tensor:
+        seen.append((len(captions), way.get("take")))
+        return noise
+
+    monkeypatch.setattr(curves, "own_rows", lambda count: [0])
+    monkeypatch.setattr(curves, "join_rows", lambda own, count: own)
+    divided, renoise = curves._divided(sampler), Renoise(torch.randn_like)
+    for way in ({}, {"take": take_velocity}, {"take": renoise}):
+        divided(["a", "b"], torch.zeros(2, 1), 2, 3.0, None, **way)
+    assert seen == [(1, None), (1, take_velocity), (2, renoise)]
