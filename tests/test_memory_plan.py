@@ -174,8 +174,7 @@ def real_step(recipe: Recipe) -> tuple[Any, Callable[[], None]]:
     batch = recipe.data.batch_size
     clean, noise = torch.randn(2, batch, *SIZE)
     text = Text(torch.randn(batch + 1, 513, 64), None, 513)
-    given = torch.full((batch,), recipe.stage.i2v_prob > 0)
-    data = FlowBatch(clean, noise, text, torch.arange(batch), given)
+    data = FlowBatch(clean, noise, text, torch.arange(batch), recipe.stage.i2v_prob > 0)
     stage.report = lambda **metrics: None
     stage.manual_backward = lambda loss, **options: loss.backward(**options)
     configured = stage.configure_optimizers()

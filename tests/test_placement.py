@@ -19,6 +19,7 @@ from anyflow.assemble import assemble, spread
 from anyflow.backbone import codec as codec_module
 from anyflow.backbone import parallelize, protocol, roles
 from anyflow.backbone.codec import Codec
+from anyflow.backbone.guidance import UNGUIDED
 from anyflow.backbone.load import load_backbone
 from anyflow.backbone.roles import SeparateRoles
 from anyflow.callbacks.sharded import ShardedStrategy
@@ -26,6 +27,7 @@ from anyflow.commands import models
 from anyflow.commands.sample import _sample_all
 from anyflow.errors import UserError
 from anyflow.evaluation.curve import Curve
+from anyflow.evaluation.samples import KeptSamples
 from anyflow.finish import measure, place
 from anyflow.launch import fit
 from anyflow.recipe import Recipe, load_recipe, save_recipe
@@ -73,7 +75,7 @@ class Named(nn.Module):
 
 
 def test_what_samples_is_put_on_the_runs_device_and_asked_there(
-    small_model: Path, monkeypatch: pytest.MonkeyPatch
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lightning has moved the network to the CPU when training ended: asking a weight where it lies samples there."""
     told: list[Any] = []
@@ -81,7 +83,7 @@ def test_what_samples_is_put_on_the_runs_device_and_asked_there(
     monkeypatch.setattr(finish, "judges_of", lambda *a, device, **k: (told.append(device), ({}, []))[1])
     monkeypatch.setattr(finish, "curve_of", lambda *a, device, **k: told.append(device))
     parts: Any = SimpleNamespace(backbone=Named(), codec=Named(), stage=SimpleNamespace(ema=None))
-    finish._sampled(small_recipe(small_model), parts, "after")
+    finish._sampled(small_recipe(small_model), parts, "after", KeptSamples(tmp_path, "after"), None)
     assert told == [GPU, GPU]
     assert parts.backbone.places == [GPU] and set(parts.codec.places) == {GPU}
 
@@ -299,10 +301,10 @@ def test_prompts_of_a_command_are_sampled_in_portions(small_model: Path, monkeyp
     rows: list[int] = []
     backbone.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     prompts, shape = ["one", "two", "three"], codec.latent_shape(5, 32, 32)
-    _, together = _sample_all(codec, backbone, prompts, shape, [1], shift, "renoise", 0, None)
+    _, together = _sample_all(codec, backbone, prompts, shape, [1], shift, ("renoise", UNGUIDED), 0, None)
     assert rows == [3]
     monkeypatch.setattr(protocol, "TOKENS_AT_ONCE", 1)
-    _, alone = _sample_all(codec, backbone, prompts, shape, [1], shift, "renoise", 0, None)
+    _, alone = _sample_all(codec, backbone, prompts, shape, [1], shift, ("renoise", UNGUIDED), 0, None)
     assert rows == [3, 1, 1, 1] and alone[1].shape == together[1].shape
     assert (alone[1].int() - together[1].int()).abs().max() <= 1
 

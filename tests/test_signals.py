@@ -77,7 +77,7 @@ def test_a_signal_while_sampling_ends_it_at_the_next_network_call() -> None:
 class Stage(nn.Module):
     """As much of a stage as sampling asks."""
 
-    step = 4
+    step, turn, is_between_updates = 4, 0, True
 
 
 def test_a_stopped_curve_is_measured_when_the_run_goes_on() -> None:
@@ -102,6 +102,7 @@ def test_a_stopped_curve_is_measured_when_the_run_goes_on() -> None:
     resumed = Sampling(measure, every_steps=4, total_steps=8, listener=listener)
     try:
         resumed.on_train_start(None, stage)  # type: ignore[arg-type]
+        stage.turn = 1  # the student's update of the next step
         resumed.on_train_batch_end(None, stage)  # type: ignore[arg-type]
     finally:
         listener.stop()

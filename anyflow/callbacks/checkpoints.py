@@ -101,7 +101,7 @@ class Checkpoints(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The random state of every rank."""
-        return {"random": gather(self._own_random)}
+        return {"random": gather(self._own_random or _random_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         (rank, ranks), states = world(), state_dict["random"]

@@ -209,8 +209,8 @@ def test_rows_are_of_both_questions(teacher: Path, tmp_path: Path, monkeypatch: 
     rows: list[int] = []
     load = models.load_model
 
-    def watched(model: str) -> Any:
-        codec, backbone, shift = load(model)
+    def watched(model: str, *precision: str) -> Any:
+        codec, backbone, shift = load(model, *precision)
         backbone.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
         return codec, backbone, shift
 
