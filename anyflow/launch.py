@@ -25,6 +25,7 @@ from anyflow.backbone.parallelize import (
     accelerator_here,
     from_rank_zero,
     join_ranks,
+    largest_on_ranks,
     leave_ranks,
     rank_and_size,
     wait_for_all,
@@ -209,10 +210,11 @@ def fit(
             parts.data.stream.gather()
     finally:
         report_skipped(run, parts.data)
-    wait_for_all()  # the first rank may still have been writing: none leaves before it, and is taken for dead
+    # all ranks agree, and none leaves before the first, which may still have been writing, and is taken for dead
+    received = largest_on_ranks(int(preemption.received or 0))
     if hardware.compile and rank_and_size()[0] == 0:
         run.note(graphs=graph_count())
-    return preemption.received
+    return signal.Signals(received) if received else None
 
 
 def _strategy(recipe: Recipe, manual: bool, writer: Writer) -> dict[str, Any]:
@@ -229,8 +231,8 @@ def _strategy(recipe: Recipe, manual: bool, writer: Writer) -> dict[str, Any]:
     copies = "ddp_find_unused_parameters_true" if manual or recipe.model.architecture == "causal" else "ddp"
     return {
         "strategy": copies if ranks > 1 else "auto",
-        # bf16-true's frozen base is loaded in bfloat16; Lightning would cast adapters and draws as well
-        "precision": "32-true" if hardware.precision == "32-true" else "bf16-mixed",
+        # a network has its precision in itself (spread): in sampling too, its backward pass outside of autocast
+        "precision": hardware.precision if recipe.stage.name == "codec" else "32-true",
         "plugins": [AnyCheckpoint(writer), *([TorchElasticEnvironment()] if ranks > 1 else [])],
     }
 

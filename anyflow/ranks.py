@@ -88,6 +88,8 @@ def watch(devices: int, nodes: int, again: str = RESUME) -> int:
             for local in range(devices):
                 if not passed:
                     ranks.append(_start(node * devices + local, local, Path(folder), shared))
+            if passed and ranks:  # the last one may have begun while the signal was passed on
+                ranks[-1].process.send_signal(passed[-1])
             code = _wait(ranks, devices * nodes, again, passed)
         finally:
             for rank in ranks:

@@ -225,11 +225,21 @@ class AdapterRoles(Roles):
         for name in [name for name in weights if _adapter_of(name) == other]:
             sources = name.replace(f".{other}.", f".{adapter}."), original_name(name)
             if ".lora_full." in name:
-                weights[name].copy_(weights[sources[0] if sources[0] in weights else sources[1]])
+                self._copy_full(name, weights[sources[0] if sources[0] in weights else sources[1]])
             elif adapter is not None:
                 weights[name].copy_(weights[sources[0]])
             elif ".lora_B." in name:
                 weights[name].zero_()  # the base itself: a change of nothing
+
+    def _copy_full(self, name: str, source: Tensor) -> None:
+        """Fill a copy; one whose network still lies in its files would be filled from there, whatever is put in it."""
+        owner, _, last = name.rpartition(".")
+        module = self.student.get_submodule(owner)
+        weight = module.get_parameter(last)
+        if weight.is_meta and not source.is_meta:
+            setattr(module, last, nn.Parameter(source.detach().to(weight.dtype, copy=True), weight.requires_grad))
+        else:
+            weight.copy_(source)
 
     def _pinned_checkpoint(self, block: nn.Module, *arguments: Any) -> Any:
         """Checkpoint a block so that its second run sees the adapter of the first."""

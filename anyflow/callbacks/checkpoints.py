@@ -42,7 +42,7 @@ class Checkpoints(Callback):
         self.every_steps = every_steps
         self.keep = keep
         self._random_state: dict[str, Any] | None = None
-        self._own_random: dict[str, Any] = {}  # of this rank, when the update under way began
+        self._own_random: dict[str, Any] = {}  # of this rank, before the update under way
         self._saved = (0, 0)  # step and turn of what is on disk; a run need not save how it begins
 
     def on_train_start(self, trainer: lightning.Trainer, stage: Any) -> None:

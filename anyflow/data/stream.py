@@ -7,6 +7,7 @@ it. The stream's state is its position and the clips skipped so far; it holds fo
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -260,6 +261,7 @@ class ClipStream:
             num_workers=num_workers,
             prefetch_factor=prefetch if num_workers else None,
             pin_memory=pin_memory,
+            worker_init_fn=_leave_stopping_to_the_trainer,
         )
 
     def _record(self, skipped: Sequence[Mapping[str, str]]) -> None:
@@ -276,6 +278,16 @@ class ClipStream:
         self.skipped = {}
         for part in parts:
             self._record(part)
+
+
+def _leave_stopping_to_the_trainer(worker: int) -> None:
+    """Let a signal that reaches the whole process group pass by: the run stops well, and needs its workers for that.
+
+    A terminal's Ctrl-C and a scheduler's SIGTERM come to the workers too. A second SIGTERM is the loader's own, which
+    ends a worker that does not end by itself.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class _FromPosition(DistributedSampler[int]):

@@ -196,10 +196,10 @@ def flow_matching_loss(
 
 
 def rebalance(per_sample: Tensor, is_diffusion: Tensor, diffusion_mean: Tensor | float | None) -> Tensor:
-    """Scale the losses ``[B]`` of intervals to the mean diffusion loss of the global batch (sec. 3, step 8).
+    """Scale the losses ``[B]`` of intervals to the mean diffusion loss of the step's whole batch (sec. 3, step 8).
 
     Each keeps its gradient's direction and gets the size of ``diffusion_mean``, so no jump's length dominates. The
-    mean is over all ranks (:func:`diffusion_statistics`, summed over ranks); None or NaN means that the global batch
+    mean is over all ranks and passes (:func:`diffusion_statistics`, summed over them); None or NaN means that the batch
     had no diffusion sample: there is nothing to balance against and the losses stay as they are.
     """
     if diffusion_mean is None:

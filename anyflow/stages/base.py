@@ -55,6 +55,7 @@ class Stage(lightning.LightningModule):
         self._passes_begun = 0  # of the update under way
         self._place: tuple[int, int] | None = None  # of the batch: see begin_pass
         self._before_update: dict[str, Any] = {}
+        self._summed: dict[str, Tensor | float] = {}  # losses of the update's passes so far
         self.strict_loading = False  # frozen weights are not saved; what is missing is looked for in on_load_checkpoint
         self._has_bad_loss: Tensor | bool = False
         self.ema = Ema(trained.parameters(), ema) if ema.decay > 0 else None
@@ -69,6 +70,7 @@ class Stage(lightning.LightningModule):
             self._before_update = self.counters()
             self.position += 1
             self._passes_begun = 0
+            self._summed = {}
         self._passes_begun += 1
         self._place = place
 
@@ -76,11 +78,6 @@ class Stage(lightning.LightningModule):
     def is_between_updates(self) -> bool:
         """Whether no pass waits for others to make its update: now nothing is lost by a stop."""
         return self._passes_begun in (0, self.passes)
-
-    @property
-    def passes_waiting(self) -> int:
-        """Passes whose gradients have not become an update yet."""
-        return 0 if self.is_between_updates else self._passes_begun
 
     def place_of(self, batch_size: int) -> tuple[int, int]:
         """Where a batch of this many clips a rank stands in its update's: the clips before it, and all of them."""
@@ -112,7 +109,15 @@ class Stage(lightning.LightningModule):
     def report(self, **metrics: Tensor | float) -> None:
         """Log one step's figures; those of a bar of Lightning's own would be fetched from the device at every step."""
         for name, value in metrics.items():
-            self.log(name, value, batch_size=1)
+            self.log(name, self._over_passes(name, value), batch_size=1)
+
+    def _over_passes(self, name: str, value: Tensor | float) -> Tensor | float:
+        """A loss's mean over the update's passes so far: one pass alone has other kinds of samples than the next."""
+        if self.passes == 1 or not name.endswith("loss") or name == "diffusion_loss":
+            return value
+        own = value.detach() if isinstance(value, Tensor) else value
+        self._summed[name] = own + self._summed.get(name, 0.0)
+        return self._summed[name] / self._passes_begun
 
     def configure_model(self) -> None:
         """Nothing to do: networks come spread over the ranks, if they are (``backbone/parallelize.py``)."""
@@ -170,7 +175,8 @@ class Stage(lightning.LightningModule):
 
     def count_from(self, counters: dict[str, Any]) -> None:
         """Take up what :meth:`counters` kept; the next pass begins an update."""
-        self.step, self.turn, self.position = (counters[name] for name in ("step", "turn", "position"))
+        self.step, self.position = counters["step"], counters["position"]
+        self.turn = counters.get("turn", 0)  # which older checkpoints of most stages do not name
         self._passes_begun = 0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -85,7 +85,7 @@ class ForwardStage(FlowStage):
 
     def count_from(self, counters: dict[str, Any]) -> None:
         super().count_from(counters)
-        self._last_diffusion_loss = counters["diffusion_loss"]
+        self._last_diffusion_loss = counters.get("diffusion_loss")
 
     def bidirectional_loss(self, data: FlowBatch) -> Tensor:
         """Plain flow matching of all frames at once, guidance fused: what keeps a causal network's other mode alive."""
@@ -93,6 +93,7 @@ class ForwardStage(FlowStage):
         lesson = self.lesson(data, timestep, timestep)
         unweighted = replace(self.objective, weight="uniform")
         per_sample = self.objective_of(unweighted, self.velocity(data.text), lesson, data.rows).per_sample
+        self.note_losses(per_sample)
         loss = self.mean_of_update(per_sample)
         self.report(bidirectional_loss=loss.detach())
         return loss

@@ -241,6 +241,20 @@ def test_a_critic_starts_as_a_teacher_that_was_trained_in_full(far: Any, questio
     torch.testing.assert_close(roles("critic", *question, layout=LAYOUT), expected)
 
 
+def test_a_copy_still_on_meta_is_filled_from_the_teacher_and_not_from_the_files(far: Any) -> None:
+    """As in sharded runs: a network that lies in its files fills what is on meta from there, the critic's copy too."""
+    backbone = CausalBackbone(copy.deepcopy(far))
+    full = LoraSettings(rank=2, alpha=2, full=("proj_out",))
+    add_lora(backbone, full)
+    add_lora(backbone, full, adapter="teacher")
+    roles = AdapterRoles(backbone, full)
+    copies = backbone.transformer.proj_out.lora_full
+    torch.nn.init.normal_(copies["teacher"].weight)
+    copies["critic"].to("meta")
+    roles.copy("teacher", "critic")
+    assert torch.equal(copies["critic"].weight, copies["teacher"].weight) and copies["critic"].weight.requires_grad
+
+
 @pytest.mark.parametrize(
     ("full", "sentence"),
     [

@@ -16,7 +16,7 @@ import torch
 from shell import command, environment, run
 
 from anyflow.callbacks.checkpoints import latest_checkpoint
-from anyflow.errors import EXIT_PREEMPTED
+from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from anyflow.runs import RunFolder
 
 STEPS = 9
@@ -57,15 +57,19 @@ def uninterrupted(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     return out
 
 
-def start_and_stop(words: list[str], out: Path, number: signal.Signals) -> int:
-    """Start a run, wait for its first checkpoint, send it a signal; returns its exit code."""
-    process = subprocess.Popen(command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+def start_and_stop(words: list[str], out: Path, number: signal.Signals, group: bool = False) -> int:
+    """Start a run, wait for its first checkpoint, send it (or all its processes) a signal; returns its exit code."""
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command(*words), **piped, env=environment(), start_new_session=group)  # type: ignore[call-overload]
     deadline = time.monotonic() + 200
     while latest_checkpoint(out / "checkpoints") is None:
         assert process.poll() is None, process.communicate()[1].decode()
         assert time.monotonic() < deadline, "no checkpoint appeared"
         time.sleep(0.05)
-    process.send_signal(number)
+    if group:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     process.communicate(timeout=120)
     return process.returncode
 
@@ -95,6 +99,23 @@ def test_a_stopped_run_goes_on_bitwise(
     assert whole.keys() == resumed.keys()
     different = [name for name in whole if not torch.equal(whole[name], resumed[name])]
     assert not different
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, EXIT_INTERRUPTED), pytest.param(signal.SIGTERM, EXIT_PREEMPTED, marks=pytest.mark.slow)],
+)
+def test_a_signal_to_the_whole_group_stops_the_run_and_not_its_workers(
+    number: signal.Signals, code: int, small_model: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """As a terminal's Ctrl-C: workers that died of it took the step with them, and the run for failed."""
+    out = tmp_path / "cut"
+    assert start_and_stop(training(small_model, out), out, number, group=True) == code
+    assert RunFolder(out).status["state"] == ("interrupted" if number == signal.SIGINT else "preempted")
+    finished = run(*training(small_model, out, "--resume", "auto"))
+    assert finished.returncode == 0, finished.stderr
+    whole, resumed = state(uninterrupted), state(out)
+    assert not [name for name in whole if not torch.equal(whole[name], resumed[name])]
 
 
 KILLED_WHILE_WRITING = """
