@@ -42,19 +42,24 @@ class Checkpoints(Callback):
         self.every_steps = every_steps
         self.keep = keep
         self._random_state: dict[str, Any] | None = None
-        self._own_random: dict[str, Any] = {}  # of this rank, before the update under way
+        self._own_random: dict[str, Any] = {}  # of this rank, before the update under way, if passes may wait for it
         self._saved = (0, 0)  # step and turn of what is on disk; a run need not save how it begins
 
     def on_train_start(self, trainer: lightning.Trainer, stage: Any) -> None:
         self._saved = (stage.step, stage.turn)
-        self._own_random = _random_state()
+        self._begin_update(stage)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, stage: Any, *_: Any) -> None:
         if not stage.is_between_updates:
             return
-        self._own_random = _random_state()
+        self._begin_update(stage)
         if stage.turn == 0 and stage.step % self.every_steps == 0:
             self.save(trainer, stage)
+
+    def _begin_update(self, stage: Any) -> None:
+        """Remember the random state if a checkpoint may be asked for before the update is complete."""
+        if stage.passes > 1:
+            self._own_random = _random_state()
 
     def on_train_end(self, trainer: lightning.Trainer, stage: Any) -> None:
         self.save(trainer, stage)

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from anyflow.files import write_atomically
+
 
 class Findings:
     """Figures and sentences of one item.
@@ -55,7 +57,7 @@ class Findings:
 
     def _save(self) -> None:
         if self._place is not None:
-            write_whole(self._place, json.dumps(self.to_json()))
+            write_atomically(self._place, json.dumps(self.to_json()))
 
 
 def read_findings(place: Path) -> dict[str, Any]:
@@ -64,13 +66,6 @@ def read_findings(place: Path) -> dict[str, Any]:
         return json.loads(place.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-
-
-def write_whole(place: Path, text: str) -> None:
-    """Write beside the place and rename: nobody reads half of it."""
-    partial = place.with_name(f".{place.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(place)
 
 
 def _plain(value: Any) -> Any:

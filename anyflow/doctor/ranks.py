@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from anyflow.doctor.findings import Findings, write_whole
+from anyflow.doctor.findings import Findings
 from anyflow.doctor.here import Here
+from anyflow.files import write_atomically
 
 SIZES_MIB = (1, 64, 512)
 REPEATS = 5
@@ -76,7 +77,7 @@ def be_a_rank(place: Path, backend: str, sizes: tuple[int, ...]) -> None:
         sent = 2 * (ranks - 1) / ranks * values.nbytes  # what each must send and receive, however it is done
         figures |= {f"{size}_mib.ms": 1000 * seconds, f"{size}_mib.gb_a_second": sent / seconds / 1e9}
     if rank == 0:
-        write_whole(place, json.dumps(figures))
+        write_atomically(place, json.dumps(figures))
     dist.destroy_process_group()
 
 

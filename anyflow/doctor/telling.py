@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anyflow.doctor.findings import write_whole
+from anyflow.files import write_atomically
 
 VERDICT = "verdict"
 
@@ -64,7 +64,7 @@ class Written:
         """Keep a line; returns it as it is printed."""
         self.lines.append(line)
         if self._place is not None:
-            write_whole(self._place, "".join(f"{as_text(one)}\n" for one in self.lines))
+            write_atomically(self._place, "".join(f"{as_text(one)}\n" for one in self.lines))
         return as_text(line)
 
 

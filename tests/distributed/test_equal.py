@@ -113,11 +113,6 @@ def on_two_ranks(models: Models, out: Path, cases: Sequence[str]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def models(small_model: Path, small_causal_model: Path) -> Models:
-    return {"bidirectional": small_model, "causal": small_causal_model}
-
-
-@pytest.fixture(scope="module")
 def the_others(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return on_two_ranks(models, tmp_path_factory.mktemp("two"), [case for case in CASES if case != QUICK])
 
