@@ -95,7 +95,3 @@ def _fail(sentence: str) -> None:
         os._exit(EXIT_USER)
     print(text, file=sys.stderr)
     sys.exit(EXIT_USER)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,14 +9,38 @@ import fcntl
 import glob
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from anyflow.errors import UserError
+
 PARTIAL = ".partial"
 """What the name of a thing that is being written ends in."""
+
+
+def require_place(folder: Path, option: str) -> None:
+    """Refuse a folder, there already or not, that nothing can be written in; nothing is left in it.
+
+    Args:
+        folder: Where results are to be written.
+        option: What it was given by: ``--out``, ``run.out``.
+
+    Raises:
+        UserError: It is a file, or lies in one, or may not be written in, or not with this name.
+    """
+    try:
+        above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if above.is_dir():
+            with tempfile.TemporaryFile(dir=above):
+                return
+        why = "it is a file" if above == folder else f"{above} is a file"
+    except OSError as error:
+        why = f"nothing can be written there ({error.strerror or error})"
+    raise UserError(f"{option} {folder}: {why}: name another folder")
 
 
 @contextmanager

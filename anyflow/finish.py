@@ -253,7 +253,7 @@ def describe_parts(recipe: Recipe, parts: Parts) -> Iterator[str]:
     batch = next(iter(parts.data.train_dataloader()))
     trainable = sum(p.numel() for p in parts.stage.parameters() if p.requires_grad)
     total = sum(p.numel() for p in parts.stage.parameters())
-    yield f"recipe      {recipe.run.name}: {recipe.total_steps} steps of {recipe.global_batch} clips"
+    yield f"recipe      {recipe.run.name}: {recipe.total_steps} steps of {recipe.global_batch} clips{_dealt(recipe)}"
     yield f"network     {total:,} parameters, {trainable:,} trained"
     yield f"codec       {sum(p.numel() for p in parts.codec.parameters()):,} parameters, frozen"
     for name, value in batch.items():
@@ -271,6 +271,15 @@ def describe_parts(recipe: Recipe, parts: Parts) -> Iterator[str]:
         yield f"intervals   {parts.stage.shares.told(recipe.global_batch)}"
     if recipe.data.precompute and "frames" in batch and recipe.stage.name != "codec":
         yield "cache       not there yet: training makes it before it starts, or make it by anyflow data encode"
+
+
+def _dealt(recipe: Recipe) -> str:
+    """How a step's clips are dealt to ranks and passes, where there is more than one of either."""
+    passes, ranks = recipe.hardware.accumulate, recipe.world_size
+    if passes == ranks == 1:
+        return ""
+    parts = [f"{ranks} ranks"] * (ranks > 1) + [f"{passes} passes"] * (passes > 1)
+    return f", in {' x '.join(parts)} of {recipe.data.batch_size}"
 
 
 def report_skipped(run: RunFolder, data: VideoDataModule) -> None:
@@ -301,7 +310,7 @@ def summary(run: RunFolder) -> str:
         if path.exists():
             lines.append(f"  {name:<11}{path}")
     if run.checkpoint is not None:
-        lines.append(f"  checkpoint {run.checkpoint.parent}   (an interrupted run goes on with --resume {run.path})")
+        lines.append(f"  {'checkpoint':<11}{run.checkpoint.parent}")
     lines.append(f'  sample     {program()} sample "..." --model {run.model} --steps 1,4,16')
     if run_id := recorded_id(run):
         lines.append(f"  MLflow     run {run_id}   (open it with: make mlflow)")

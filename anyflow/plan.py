@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,8 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.errors import UserError
-from anyflow.plan_phases import DECODING, ENCODING, EXPORT, GIB, READING, SAMPLING, STEP, phases_of
+from anyflow.plan_changes import changes, with_gpus
+from anyflow.plan_phases import GIB, phases_of
 from anyflow.recipe import Recipe, load_recipe, save_recipe
+
+WORTH_IT = 0.95
+"""What a change among several must leave of the memory, at most."""
 
 GB = 10**9
 """GPUs are sold in this, and hold GiB."""
@@ -66,7 +71,8 @@ class Need:
         checkpoint: bytes of one checkpoint on disk.
         disk: of all that are kept, one being written beside them.
         host: bytes of one machine's memory while weights load and checkpoints are written.
-        remedies: changes that make it fit, the cheapest first.
+        remedies: single changes that make it fit, the cheapest first.
+        together: where no single one does, changes that do so together, or the least memory that was found.
     """
 
     recipe: str
@@ -78,6 +84,7 @@ class Need:
     disk: float
     host: float
     remedies: list[Remedy] = field(default_factory=list)
+    together: Remedy | None = None
 
     @property
     def totals(self) -> dict[str, float]:
@@ -126,9 +133,21 @@ class Need:
             yield "what makes it fit:" if self.remedies else "no single change makes it fit"
         for remedy in self.remedies:
             yield f"  {remedy.change:<48}{remedy.needed / GIB:8.1f} GiB   {remedy.cost}"
+        if self.together is not None:
+            fits = self.together.needed <= self.memory
+            yield "what makes it fit together:" if fits else "nor do several together; the least that was found:"
+            yield f"  {self.together.change}"
+            yield f"  {'':<48}{self.together.needed / GIB:8.1f} GiB   {self.together.cost}"
 
 
-def plan(recipe: Recipe, *, gpus: int | None = None, gpu_memory: float = 80.0, remedies: bool = True) -> Need:
+def plan(
+    recipe: Recipe,
+    *,
+    gpus: int | None = None,
+    gpu_memory: float = 80.0,
+    remedies: bool = True,
+    on_try: Callable[[str], Any] = str,
+) -> Need:
     """What a recipe needs of each GPU, and the changes that make it fit.
 
     Args:
@@ -136,6 +155,7 @@ def plan(recipe: Recipe, *, gpus: int | None = None, gpu_memory: float = 80.0, r
         gpus: ranks, instead of the recipe's own; more than 8 are taken as nodes of 8.
         gpu_memory: of one GPU, in GB as it is sold.
         remedies: whether to try changes where it does not fit.
+        on_try: told of each before it is simulated, which takes some seconds.
 
     Raises:
         UserError: the network's dimensions are not known, or there is nothing to simulate.
@@ -146,10 +166,31 @@ def plan(recipe: Recipe, *, gpus: int | None = None, gpu_memory: float = 80.0, r
     need = _need(recipe, gpu_memory, simulate)
     if need.fits or not remedies:
         return need
-    sensible = changes(recipe, need.peak)
-    tried = [(_need(changed, gpu_memory, simulate), change, cost) for change, changed, cost in sensible]
+
+    def needed(change: str, changed: Recipe) -> Need:
+        on_try(change)
+        return _need(changed, gpu_memory, simulate)
+
+    tried = [(needed(change, changed), change, cost) for change, changed, cost in changes(recipe, need.peak)]
     fitting = [Remedy(change, found.needed, cost) for found, change, cost in tried if found.fits]
-    return dataclasses.replace(need, remedies=fitting)
+    together = None if fitting else _together(recipe, need, needed)
+    return dataclasses.replace(need, remedies=fitting, together=together)
+
+
+def _together(recipe: Recipe, need: Need, needed: Callable[[str, Recipe], Need]) -> Remedy | None:
+    """Changes one after the other, the cheapest that is worth it each time, until it fits or nothing lowers it."""
+    taken: dict[str, tuple[str, str]] = {}
+    while not need.fits:
+        for change, changed, cost in changes(recipe, need.peak):
+            if (found := needed(change, changed)).needed < WORTH_IT * need.needed:
+                kind = re.sub(r"=.*|[0-9]+ ", "", change)
+                taken[kind] = change, cost  # GPUs and frames may be taken again: the last stands
+                recipe, need = changed, found
+                break
+        else:
+            break
+    written, costs = zip(*taken.values(), strict=True) if taken else ((), ())
+    return Remedy(", ".join(written), need.needed, "; ".join(costs)) if taken else None
 
 
 def _need(recipe: Recipe, gpu_memory: float, simulate: Simulate) -> Need:
@@ -175,91 +216,6 @@ def _need(recipe: Recipe, gpu_memory: float, simulate: Simulate) -> Need:
         disk=(recipe.checkpoint.keep + 1) * checkpoint,
         host=hardware.devices * (checkpoint / max(ranks, 1) + on_host) + loading,
     )
-
-
-def changes(recipe: Recipe, phase: str = STEP) -> Iterator[tuple[str, Recipe, str]]:
-    """Single changes that lower what a phase needs, the cheapest first: ``(what to write, the recipe, its cost)``."""
-    if phase == STEP:
-        yield from _of_step(recipe)
-    if phase in (STEP, ENCODING) and recipe.data.batch_size > 1:
-        data = dataclasses.replace(recipe.data, batch_size=1)
-        passes = recipe.hardware.accumulate * recipe.data.batch_size
-        hardware = dataclasses.replace(recipe.hardware, accumulate=passes)
-        yield "data.batch_size=1", dataclasses.replace(recipe, data=data, hardware=hardware), "more passes a step"
-    if phase == STEP and not recipe.hardware.park_codec and not recipe.data.precompute:
-        hardware = dataclasses.replace(recipe.hardware, park_codec=True)
-        yield "hardware.park_codec=true", dataclasses.replace(recipe, hardware=hardware), "seconds more a batch"
-    if phase in (STEP, ENCODING, READING) and not recipe.data.precompute:
-        data = dataclasses.replace(recipe.data, precompute=True)
-        yield "data.precompute=true", dataclasses.replace(recipe, data=data), "disk, and encoding before training"
-    if phase in (SAMPLING["during"], DECODING["during"]):
-        sampling = dataclasses.replace(recipe.sampling, every_steps=0)
-        yield "sampling.every_steps=0", dataclasses.replace(recipe, sampling=sampling), "no curve during training"
-    if phase in (*SAMPLING.values(), *DECODING.values()):
-        sampling = dataclasses.replace(recipe.sampling, prompts=0)
-        yield "sampling.prompts=0", dataclasses.replace(recipe, sampling=sampling), "no curve: evaluate the model later"
-    yield from _of_all(recipe, phase)
-
-
-def _of_step(recipe: Recipe) -> Iterator[tuple[str, Recipe, str]]:
-    hardware = recipe.hardware
-
-    def on(**fields: Any) -> Recipe:
-        return dataclasses.replace(recipe, hardware=dataclasses.replace(hardware, **fields))
-
-    if not hardware.gradient_checkpointing:
-        yield "hardware.gradient_checkpointing=true", on(gradient_checkpointing=True), "a third more time"
-    elif hardware.keep_attention:
-        yield "hardware.keep_attention=false", on(keep_attention=False), "more recomputation"
-    if not hardware.recompute_jumps and (recipe.stage.name == "onpolicy" or recipe.has_tail):
-        yield "hardware.recompute_jumps=true", on(recompute_jumps=True), "a tenth more time"
-
-
-def _of_all(recipe: Recipe, phase: str) -> Iterator[tuple[str, Recipe, str]]:
-    """What lowers every phase."""
-    hardware, data = recipe.hardware, recipe.data
-
-    def on(group: str, **fields: Any) -> Recipe:
-        return dataclasses.replace(recipe, **{group: dataclasses.replace(getattr(recipe, group), **fields)})
-
-    if hardware.strategy != "fsdp" and recipe.world_size > 1:
-        yield "hardware.strategy=fsdp", on("hardware", strategy="fsdp"), "weights travel"
-    if not recipe.model.lora.enabled and recipe.model.init == "weights":
-        lora = dataclasses.replace(recipe.model.lora, enabled=True)
-        words = "one base for all roles" if recipe.stage.name == "onpolicy" else "adapters instead of all weights"
-        yield f"model.lora.enabled=true ({words})", on("model", lora=lora), "less capacity"
-    if hardware.strategy == "fsdp":
-        for count in (2, 4, 8):
-            more = recipe.world_size * count
-            if more <= 64:
-                yield f"{more} GPUs", with_gpus(recipe, more), f"{count} times the GPUs"
-        yield "hardware.offload=true", on("hardware", offload=True), "several times slower"
-    for frames in (49, 33, 17):
-        if frames < data.frames and phase != EXPORT:
-            yield f"data.frames={frames}", on("data", frames=frames), "shorter clips"
-
-
-def with_gpus(recipe: Recipe, gpus: int) -> Recipe:
-    """The recipe on another number of GPUs: one node up to 8, nodes of 8 above.
-
-    Raises:
-        UserError: they are not whole nodes.
-    """
-    if gpus > 8 and gpus % 8:
-        raise UserError(f"--gpus {gpus} is no multiple of 8: nodes have 8 GPUs, so give 16, 24, ... or at most 8")
-    nodes = max(1, gpus // 8)
-    hardware, data = recipe.hardware, recipe.data
-    share = max(1, data.global_batch // gpus) if data.global_batch else data.batch_size * hardware.accumulate
-    batch = max(size for size in range(1, min(share, data.batch_size) + 1) if share % size == 0)
-    fsdp = "fsdp" if gpus > 1 and recipe.optimizer.name != "muon" else "auto"
-    changed = dataclasses.replace(
-        hardware,
-        devices=min(gpus, 8),
-        num_nodes=nodes,
-        accumulate=share // batch,
-        strategy=hardware.strategy if gpus > 1 and hardware.strategy != "auto" else fsdp,
-    )
-    return dataclasses.replace(recipe, hardware=changed, data=dataclasses.replace(data, batch_size=batch))
 
 
 def transformer_config_of(recipe: Recipe) -> dict[str, Any]:

@@ -148,7 +148,7 @@ class _Rank:
 def _start(number: int, local: int, folder: Path, shared: dict[str, str]) -> _Rank:
     report, log = folder / f"rank-{number}.report", folder / f"rank-{number}.log"
     own = {**os.environ, **shared, "RANK": str(number), "LOCAL_RANK": str(local), REPORT: str(report)}
-    command = [sys.executable, "-m", "anyflow.cli", *sys.argv[1:]]
+    command = [sys.executable, "-m", "anyflow", *sys.argv[1:]]
     with open(log, "wb") as file:
         streams = {} if number == 0 else {"stdout": subprocess.DEVNULL, "stderr": file}
         # a session of its own: Ctrl-C reaches it through the watcher alone, once

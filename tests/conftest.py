@@ -34,7 +34,7 @@ def anyflow(project: Path) -> Run:
     """``anyflow("train", "finetune/driving", cwd=...)``; it runs in the repository's root by default."""
 
     def run(*arguments: str, cwd: Path = project, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "anyflow.cli", *arguments]
+        command = [sys.executable, "-m", "anyflow", *arguments]
         environment = {**os.environ, "PYTHONPATH": str(project)}
         return subprocess.run(
             command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment, stdin=subprocess.DEVNULL

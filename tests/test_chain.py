@@ -164,7 +164,7 @@ def test_two_ranks_start_from_the_runs_before(chain: Path, small_model: Path, pr
     still = ("optimizer.lr=1e-12", "stage.onpolicy.critic.lr=1e-12", "stage.steps=1", f"model.weights={small_model}")
     words = ["train", "onpolicy/far-wan2.1-1.3b", *SMALL, *spread, *still, "--out", str(out)]
     done = subprocess.run(
-        [sys.executable, "-m", "anyflow.cli", *words],
+        [sys.executable, "-m", "anyflow", *words],
         cwd=chain,
         env={**os.environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -43,7 +43,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "anyflow.cli", "--help"]
+    command = [sys.executable, "-X", "importtime", "-m", "anyflow", "--help"]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
@@ -80,7 +80,15 @@ def test_version(anyflow: Run) -> None:
         (["sample", "a car", "--model", "./nothing"], "--model ./nothing: there is no such folder"),
         (["evaluate", "--model", "data/models/tiny", "--data", "nothing"], "nothing"),
         (["evaluate", "--model", "m", "--data", "driving", "--steps", "one"], "--steps 'one'"),
-        (["export", "recipes", "--to", "recipes"], "--out recipes is not empty"),
+        (["export", "recipes", "--to", "recipes"], "--to recipes is not empty"),
+        (
+            ["train", "finetune/driving", "--out", "/proc/x/y", "--dry-run"],
+            "--out /proc/x/y: nothing can be written there",
+        ),
+        (["train", "finetune/driving", "run.out=LICENSE/x"], "run.out LICENSE/x: "),
+        (["train", "finetune/driving", "model.lora.full=[proj_out]"], "model.lora.full=['proj_out'] needs"),
+        (["vbench", "--model", "m/m", "--out", "LICENSE"], "--out LICENSE: it is a file"),
+        (["doctor", "--out", "/proc/x.jsonl"], "--out in /proc: nothing can be written there"),
         (["export", "recipes", "--to", "build/x", "--precision", "int8"], "--precision 'int8'"),
         (["export", "recipes", "--to", "build/x", "--lora"], "is not a run"),
         (["data", "show", "nothing"], "nothing"),

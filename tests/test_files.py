@@ -17,8 +17,26 @@ import torch
 from anyflow import files
 from anyflow.callbacks.checkpoints import clear_leftovers, latest_checkpoint, readable, save_state
 from anyflow.errors import UserError, explain
-from anyflow.files import partial_folder, replacing, write_atomically
+from anyflow.files import partial_folder, replacing, require_place, write_atomically
 from anyflow.recipe import load_recipe, save_recipe
+
+
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        ("file", "it is a file"),
+        ("file/deeper/still", "file is a file"),
+        ("long" * 100, "File name too long"),
+        ("/proc/new/folder", "nothing can be written there"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_one_sentence(place: str, why: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    require_place(tmp_path / "new" / "folder", "--out")
+    with pytest.raises(UserError, match=why) as told:
+        require_place(tmp_path / place, "run.out")
+    assert str(told.value).startswith("run.out ")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing may be left"
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

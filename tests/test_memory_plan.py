@@ -21,7 +21,8 @@ from anyflow.backbone.codec import Codec
 from anyflow.backbone.embedded import build_vae
 from anyflow.benchmark.compare import peak_bytes
 from anyflow.errors import EXIT_PREEMPTED, UserError
-from anyflow.plan import Need, changes, latent_shape, plan, transformer_config_of, warning, with_gpus
+from anyflow.plan import Need, latent_shape, plan, transformer_config_of, warning
+from anyflow.plan_changes import changes, with_gpus
 from anyflow.plan_codec import _work
 from anyflow.plan_phases import ACTIVATIONS, CLIPS, CODEC, DECODING, ENCODING, GIB, SAMPLING, STEP, WAITING
 from anyflow.plan_simulate import Memory, _networks, simulate
@@ -58,7 +59,7 @@ def test_on_policy_at_14b_shares_one_base() -> None:
     kept = "hardware.recompute_jumps=false"
     one = peak("onpolicy/wan2.1-t2v-14b")
     three = peak("onpolicy/wan2.1-t2v-14b", *FULL[:1], "model.lora.start=", "stage.onpolicy.teacher=a/b", kept)
-    assert one < 36 and peak("onpolicy/wan2.1-t2v-14b", kept) < 60 and three > 80
+    assert one < 36 and peak("onpolicy/wan2.1-t2v-14b", kept) < 62 and three > 80
 
 
 @pytest.mark.slow
@@ -102,6 +103,9 @@ def test_the_simulation_agrees_with_a_real_step(case: str) -> None:
     optimizers = stage.optimizers()
     state = [v for o in optimizers for fields in o.state.values() for v in fields.values()]
     lying = sum(tensor.nbytes for tensor in (*stage.parameters(), *stage.ema.shadows, *state))
+    # AdamW makes a weight's state at its first gradient, which these few frames do not give to the far patches
+    moved = [weight for o in optimizers for group in o.param_groups for weight in group["params"]]
+    lying += sum(2 * weight.nbytes for weight in moved if not any(weight in o.state for o in optimizers))
     real = lying + peak_bytes(step, "cpu")
     simulated = simulate(recipe, NETWORK, SIZE)
     assert simulated.states == pytest.approx(lying, rel=0.01)
@@ -286,6 +290,28 @@ def test_where_it_does_not_fit_the_changes_that_help_are_listed(simulated: Any) 
     assert "anyflow plan" in (warning(need) or "")
     fitting = plan(load_recipe("forward/wan2.1-t2v-14b", overrides=["data.frames=17"]))
     assert fitting.fits and not fitting.remedies and warning(fitting) is None
+
+
+@pytest.mark.parametrize(
+    ("clip", "told"),
+    [(65, "what makes it fit together:"), (300, "nor do several together; the least that was found:")],
+)
+def test_changes_that_do_not_do_alone_are_put_together(
+    clip: int, told: str, simulated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Caught: no change alone makes it fit, and nothing more is said."""
+
+    def heavy(recipe: Any, config: Any, latents: Any) -> Memory:
+        return Memory(GIB, 0, GIB, GIB, clip * recipe.data.batch_size * GIB, sampling=GIB, student=GIB)
+
+    monkeypatch.setattr("anyflow.plan_simulate.simulate", heavy)
+    tried: list[str] = []
+    need = plan(load_recipe("finetune/driving", model="anyflow-wan2.1-t2v-1.3b"), on_try=tried.append)
+    assert not need.fits and not need.remedies and need.together is not None
+    more = ", hardware.park_codec=true" if clip == 65 else ""
+    assert need.together.change == f"data.batch_size=1{more}"
+    assert (need.together.needed <= need.memory) == (clip == 65) and "data.precompute=true" in tried
+    assert told in "\n".join(need.lines())
 
 
 def test_gpus_keep_the_global_batch() -> None:

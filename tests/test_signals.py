@@ -32,7 +32,7 @@ def catches_sigterm(pid: int) -> bool:
 def test_sigterm_while_importing_says_start_me_again(more: tuple[str, ...], tmp_path: Path) -> None:
     """143 is the end for a scheduler: the run would not be started again. (Also of the process that watches ranks.)"""
     words = ["train", "finetune/driving", *more, "--out", str(tmp_path / "run")]
-    process = subprocess.Popen([sys.executable, "-m", "anyflow.cli", *words], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "anyflow", *words], stderr=subprocess.PIPE, text=True)
     while not catches_sigterm(process.pid):
         assert process.poll() is None
         time.sleep(0.002)

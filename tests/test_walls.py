@@ -13,26 +13,16 @@ PACKAGE = Path(__file__).resolve().parents[1] / "anyflow"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 STREET = {
-    *(
-        "assemble",
-        "benchmark",
-        "cli",
-        "commands",
-        "comparison",
-        "console",
-        "curves",
-        "deterministic",
-        "doctor",
-        "early",
-    ),
-    *("encoding", "experiment", "fingerprints", "finish", "launch", "plan", "plan_codec", "plan_peak", "plan_phases"),
-    *("plan_simulate", "plan_turns", "probes", "ranks", "run_log", "runs", "sync", "tracking"),
+    *("__main__", "assemble", "benchmark", "cli", "commands", "comparison", "console", "curves", "deterministic"),
+    *("doctor", "early", "encoding", "experiment", "fingerprints", "finish", "launch"),
+    *("plan", "plan_changes", "plan_codec", "plan_peak", "plan_phases", "plan_simulate", "plan_turns"),
+    *("probes", "ranks", "run_log", "runs", "sync", "tracking"),
 }
 """The street door and the launcher: they may use every room."""
 
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},
     "signals": set(),
     "recipe": {"errors", "files"},
     "flowmap": {"errors"},
@@ -80,7 +70,8 @@ LIGHT_AT_THE_DOOR = {"typer", "anyflow"}
 """What ``anyflow --help`` may import."""
 
 LIGHT_ROOMS = {
-    *("__version__", "cli", "commands", "early", "recipe", "errors", "files", "plan", "plan_phases", "ranks", "signals")
+    *("__version__", "cli", "commands", "early", "recipe", "errors", "files", "plan", "plan_changes", "plan_phases"),
+    *("ranks", "signals"),
 }
 
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from anyflow.errors import UserError
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""The name that ``pipeline.load_lora_weights(folder)`` looks for."""
 
 
 def resolve_folder(path: str | Path, parts: Sequence[str] = ("transformer",)) -> Path:
@@ -29,9 +31,14 @@ def resolve_folder(path: str | Path, parts: Sequence[str] = ("transformer",)) ->
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return _download(str(path), parts)
-    if not any((folder / part).is_dir() for part in parts) and (folder / "model").is_dir():
-        folder = folder / "model"
-    return folder
+    if any((folder / part).is_dir() for part in parts):
+        return folder
+    if (folder / LORA_FILE).is_file():
+        raise UserError(
+            f"{folder} holds a LoRA adapter and no network: name its run's folder, export that with --merge, or load "
+            "the adapter onto its base in Python (its README.md says how)"
+        )
+    return folder / "model" if (folder / "model").is_dir() else folder
 
 
 def _download(name: str, parts: Sequence[str]) -> Path:

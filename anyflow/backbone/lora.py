@@ -19,14 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from anyflow.backbone.files import LORA_FILE
 from anyflow.backbone.full import FULL_FILE, add_full, copy_name, drop_full, full_names, full_state, stored_name
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.errors import UserError
 
 ADAPTER = "default"
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
-"""The name that ``pipeline.load_lora_weights(folder)`` looks for."""
 
 FULL_KEY = "anyflow_full"
 """In the header of an adapter's file: the modules that were trained in full beside it, so that none is lost unseen."""

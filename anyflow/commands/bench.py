@@ -9,6 +9,7 @@ import typer
 
 from anyflow.commands.common import Json, print_json
 from anyflow.errors import UserError
+from anyflow.files import require_place
 
 FIGURES = ("step", "onpolicy", "stream", "loader", "latents", "start")
 ON_DEMAND = ("memory", "import")
@@ -48,6 +49,9 @@ def bench(
             raise UserError(f"--only {name!r} is not known: give some of {', '.join(FIGURES + ON_DEMAND)}")
     if "import" in wanted and footage is None:
         raise UserError("--only import needs --footage: name a folder of footage in any format that can be imported")
+    require_place(out, "--out")
+    if plot is not None:
+        require_place(plot.parent, "--plot in")
     from anyflow.console import quiet_libraries
 
     quiet_libraries()

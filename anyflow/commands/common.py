@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from anyflow.errors import UserError
-from anyflow.files import partial_folder
+from anyflow.files import partial_folder, require_place
 from anyflow.recipe import is_hub_id
 
 Json = Annotated[
@@ -129,21 +129,18 @@ def check_model(model: str, option: str = "--model") -> None:
         raise UserError(f"{option} {model}: there is no such folder, and it is no hub id (owner/name): check the path")
 
 
-def fresh_folder(out: Path | None, default: str) -> Path:
+def fresh_folder(out: Path | None, default: str = "", option: str = "--out") -> Path:
     """The folder to write results in: ``out``, which must be free, or ``default``, numbered if taken. Nothing is made.
 
     Raises:
-        UserError: ``out`` is a file, or holds something already.
+        UserError: ``out`` is no folder that can be written, or holds something already.
     """
     if out is not None:
-        if out.is_file():
-            raise UserError(f"--out {out} is a file: name a folder")
-        above = next(place for place in out.absolute().parents if place.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise UserError(f"--out {out}: nothing can be written in {above}: choose another folder")
+        require_place(out, option)
         if _is_used(out):
-            raise UserError(f"--out {out} is not empty: choose another folder")
+            raise UserError(f"{option} {out} is not empty: choose another folder")
         return out
+    require_place(Path(default), "the folder for results,")
     number = 1
     while _is_used(folder := Path(default if number == 1 else f"{default}-{number}")):
         number += 1

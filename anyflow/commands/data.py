@@ -12,6 +12,7 @@ from anyflow.commands.common import Json, check_model, print_json
 from anyflow.commands.data_encode import encode
 from anyflow.commands.data_import import import_footage
 from anyflow.errors import UserError
+from anyflow.files import require_place
 
 app = typer.Typer(help="Render, import, show, check and encode footage.", rich_markup_mode=None, no_args_is_help=True)
 
@@ -42,6 +43,7 @@ def make(
     """
     from anyflow.data.make import make_dataset
 
+    require_place(out or Path("data/shards"), "--out" if out else "the folder for shards,")
     card = make_dataset(domain, clips, heldout, seed, out, workers, _print_progress, look)
     if as_json:
         print_json({"card": card, "clips": clips, "heldout": heldout, "seed": seed})
@@ -76,6 +78,8 @@ def show(
     if split not in facts["splits"]:
         raise UserError(f"--split {split!r} is not in the card: it has {', '.join(facts['splits'])}")
     path = sheet or Path("runs/sheets") / f"{facts['name']}-{split}.png"
+    if count:
+        require_place(path.parent, "--sheet in")
     picture = contact_sheet(card, split, count, path) if count else None
     if as_json:
         print_json({**facts, "sheet": picture})

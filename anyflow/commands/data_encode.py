@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from anyflow.commands.common import Json, check_model, parse_size, print_json
+from anyflow.files import require_place
 from anyflow.ranks import end_with_watcher, needs_watcher, watch
 from anyflow.recipe import load_recipe, parse_shape
 
@@ -39,6 +40,8 @@ def encode(
       anyflow data encode driving --frames 17 --size 96x64 --buckets 9x64x96 --devices 2
     """
     check_model(model)
+    if out is not None:
+        require_place(out, "--out")
     if precision:
         load_recipe("finetune/driving", overrides=[f"hardware.precision={precision}"])  # or its sentence
     width, height = parse_size(size) or (None, None)

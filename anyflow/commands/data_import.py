@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anyflow.commands.common import Json, parse_size, print_json
+from anyflow.files import require_place
 
 if TYPE_CHECKING:
     from anyflow.data.import_finish import ImportReport
@@ -62,6 +63,7 @@ def import_footage(
     from anyflow.data.captions import Captions, read_captions
     from anyflow.data.importing import ImportOptions, import_dataset
 
+    require_place(to, "--to")
     named = read_captions(captions) if captions is not None else {}
     options = ImportOptions(
         format=format,

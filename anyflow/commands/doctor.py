@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
+from anyflow.files import require_place
 from anyflow.signals import Terminated, sigterm_raises
 
 
@@ -40,8 +41,10 @@ def doctor(
     from anyflow.doctor.telling import Written, for_people, verdict
 
     items = [] if only.strip() == "machine" else items_named(only)
-    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise UserError(f"--out {out} is no file that can be written: name one in a folder that is there")
+    if out is not None:
+        if out.is_dir() or not out.absolute().parent.is_dir():
+            raise UserError(f"--out {out} is no file that can be written: name one in a folder that is there")
+        require_place(out.absolute().parent, "--out in")
     written = Written(out)
     try:
         with sigterm_raises(Terminated):  # what it has started is ended with it

@@ -43,7 +43,7 @@ def export(
     """
     if precision not in PRECISIONS:
         raise UserError(f"--precision {precision!r} is not known: give one of {', '.join(PRECISIONS)}")
-    target = fresh_folder(to, str(to))
+    target = fresh_folder(to, option="--to")
     if (Path(source) / "recipe.yaml").is_file():
         _export_run(Path(source), target, lora, precision, single_file)
     elif lora:

@@ -38,6 +38,8 @@ def plan(
       anyflow plan finetune/driving --model anyflow-wan2.1-t2v-14b --hardware 8gpu --gpu-memory 80
       anyflow plan forward/wan2.1-t2v-14b model.lora.enabled=false --gpus 16 --json
     """
+    from rich.console import Console
+
     from anyflow.console import quiet_libraries
     from anyflow.plan import plan as work_out
 
@@ -48,7 +50,12 @@ def plan(
         _plan_all(gpu_memory, as_json)
         return
     resolved = load_recipe(recipe, model=model, hardware=hardware, overrides=overrides or ())
-    need = work_out(resolved, gpus=gpus, gpu_memory=gpu_memory)
+    with Console(stderr=True).status("simulating the recipe") as shown:  # silent where there is no terminal
+
+        def on_try(change: str) -> None:
+            shown.update(f"simulating it with {change}")
+
+        need = work_out(resolved, gpus=gpus, gpu_memory=gpu_memory, on_try=on_try)
     if as_json:
         print_json(need.to_json())
         return

@@ -13,6 +13,7 @@ import typer
 
 from anyflow.commands.common import Json, print_json
 from anyflow.commands.recipes import Hardware, Model, Overrides
+from anyflow.files import require_place
 from anyflow.plan import warn_in_background
 from anyflow.ranks import end_with_watcher, needs_watcher, watch
 from anyflow.recipe import Recipe, check_files, load_recipe, to_dict
@@ -55,6 +56,8 @@ def train(
     resolved = load_recipe(recipe, model=model, hardware=hardware, overrides=overrides or ())
     check_files(resolved)
     _check_cards(resolved)
+    if resume in (None, "auto"):
+        require_place(out or Path(resolved.run.out), "--out" if out else "run.out")
     if "RANK" not in os.environ and not dry_run:
         warn_in_background(resolved)
     if needs_watcher(resolved.world_size) and not dry_run:

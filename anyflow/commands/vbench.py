@@ -22,7 +22,7 @@ from anyflow.commands.common import (
     print_json,
 )
 from anyflow.errors import UserError
-from anyflow.files import write_atomically
+from anyflow.files import require_place, write_atomically
 
 if TYPE_CHECKING:
     from anyflow.data.decode import ClipShape
@@ -68,8 +68,7 @@ def vbench(
     check_model(model)
     check_sampler(sampler)
     check_precision(precision)
-    if out.is_file():
-        raise UserError(f"--out {out} is a file: name a folder")
+    require_place(out, "--out")
     from anyflow.evaluation.vbench import dimensions_of, installed_prompts, read_prompts, run_vbench, totals
 
     place = info or (installed_prompts() if images is None else None)

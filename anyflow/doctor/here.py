@@ -12,6 +12,9 @@ import torch
 
 GIB = 2**30
 
+WARMING = 20
+"""Runs before timing, at most."""
+
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
 """What a failed allocation says where it has no exception of its own."""
 
@@ -38,8 +41,14 @@ class Here:
         return torch.bfloat16 if self.is_gpu else torch.float32
 
     def seconds(self, work: Callable[[], Any], repeats: int = 3) -> float:
-        """The median of some runs, after one that is not counted."""
-        work()
+        """The median of some runs, after a tenth of a second of them that is not counted: one alone leaves clocks,
+        caches and threads cold.
+        """
+        began = time.perf_counter()
+        for _ in range(WARMING):
+            work()
+            if time.perf_counter() - began > 0.1:
+                break
         return median(self.seconds_once(work) for _ in range(repeats))
 
     def seconds_once(self, work: Callable[[], Any]) -> float:

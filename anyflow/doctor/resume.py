@@ -80,7 +80,7 @@ def judge(found: Findings, here: Here, figures: dict[str, float | None]) -> None
 
 def _start(out: Path, folder: Path, *more: str) -> subprocess.Popen[bytes]:
     """``anyflow train``, going on where there is something to go on with; its output in a file of the folder."""
-    command = [sys.executable, "-m", "anyflow.cli", "train", "finetune/driving", "--model", "tiny", "--out", str(out)]
+    command = [sys.executable, "-m", "anyflow", "train", "finetune/driving", "--model", "tiny", "--out", str(out)]
     with open(folder / f"{out.name}.log", "ab") as log:
         return subprocess.Popen(
             [*command, "--hardware", "local", "--resume", "auto", *OVERRIDES, *more],

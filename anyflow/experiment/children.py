@@ -51,7 +51,7 @@ class Children:
         began = time.monotonic()
         with open(log, "ab") as sink:
             start = sink.tell()
-            process = self._start([sys.executable, "-m", "anyflow.cli", *words], sink, environment)
+            process = self._start([sys.executable, "-m", "anyflow", *words], sink, environment)
             try:
                 code = _follow(process, log, start, say)
             except (KeyboardInterrupt, Stopped) as stop:

@@ -373,6 +373,8 @@ def _check_model(recipe: Recipe) -> None:
             f"model.lora.start={model.lora.start!r} is an adapter, and model.lora.enabled=false trains every weight: "
             "name that run in model.weights, and set model.lora.start= (empty)"
         )
+    if model.lora.full != ["released"] and not model.lora.enabled:
+        raise UserError(f"model.lora.full={model.lora.full} needs model.lora.enabled=true: set that, or leave it out")
     if model.lora.enabled and not model.lora.targets:
         raise UserError(
             "model.lora.targets is empty: name the layers that carry an adapter, or set model.lora.enabled=false"

@@ -84,7 +84,8 @@ class StageRecipe:
     steps: int = _option(200, "optimiser steps", low=1)
     guidance_scale: float = _option(3.0, "guidance fused into the weights; the result samples at scale 1", low=1)
     guided_tangent: bool = _option(
-        False, "move the finite difference along the guided velocity: better at 1 to 2 steps, slightly worse at 32"
+        False,
+        "move the finite difference along the guided velocity: no difference was found (docs/forward.md)",
     )
     derivative: str = _option(
         "central",

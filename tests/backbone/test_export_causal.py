@@ -14,9 +14,11 @@ from torch import Tensor
 from anyflow.backbone.causal import CausalBackbone
 from anyflow.backbone.export import export_lora, export_pipeline
 from anyflow.backbone.far_pipeline import correct_attention
+from anyflow.backbone.files import resolve_folder
 from anyflow.backbone.load import load_backbone
 from anyflow.backbone.lora import LoraSettings, add_lora
 from anyflow.backbone.model_card import ModelCard
+from anyflow.errors import UserError
 
 SHIFT, STEPS = 3.0, 2
 CARD = ModelCard("Tiny, causal", base_model="owner/base", size=(13, 32, 48))
@@ -87,6 +89,8 @@ def test_adapters_load_on_the_corrected_pipeline(
         if ".lora_B." in name or ".lora_full." in name:
             torch.nn.init.normal_(parameter, std=0.1)
     export_lora(tmp_path / "lora", backbone, CARD)
+    with pytest.raises(UserError, match="holds a LoRA adapter and no network"):
+        resolve_folder(tmp_path / "lora")
     expected = backbone.sample(codec.encode_text(captions), noise, STEPS, SHIFT)
     pipeline = AnyFlowFARPipeline.from_pretrained(folder, local_files_only=True)
     correct_attention(pipeline.transformer)

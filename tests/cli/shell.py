@@ -9,7 +9,7 @@ import sys
 
 def command(*words: str) -> list[str]:
     """The real command line, as a user's shell would start it."""
-    return [sys.executable, "-m", "anyflow.cli", *words]
+    return [sys.executable, "-m", "anyflow", *words]
 
 
 def environment() -> dict[str, str]:

@@ -253,7 +253,7 @@ def test_a_dry_run_builds_everything_and_writes_no_run(
             r"--encoder efficientnet: there is nothing: give probe, efficientnet-lite",
         ),
         (["--model", "data"], r"--model data is no model: it has no model_index.json"),
-        (["--out", "README.md/curves"], r"--out README.md/curves: nothing can be written in .*README.md"),
+        (["--out", "README.md/curves"], r"--out README.md/curves: .*README.md is a file"),
         (["--encoder", ""], r"--encoder is empty: there is nothing: give"),
         (["--data", "nowhere"], r"--data 'nowhere' is neither a file nor a card in data/"),
     ],

@@ -66,7 +66,7 @@ def test_a_killed_import_of_a_thousand_clips_goes_on(name: str, tmp_path: Path, 
     source = SETS[name](tmp_path / "source", 1000, 170)
     out = tmp_path / "set"
     options = ["--frames", "17", "--size", "96x64", "--default-caption", "Footage.", "--keep-duplicates"]
-    words = [sys.executable, "-m", "anyflow.cli", "data", "import", str(source), "--to", str(out), *options]
+    words = [sys.executable, "-m", "anyflow", "data", "import", str(source), "--to", str(out), *options]
     environment = {**os.environ, "PYTHONPATH": str(project)}
 
     def start() -> subprocess.Popen[str]:

@@ -350,7 +350,7 @@ def test_going_on_after_sigkill(tmp_path: Path) -> None:
     words += ["--clips", "40", "--scene-cuts", "0"]
 
     def start(out: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "anyflow.cli", "data", "import", str(tmp_path / "in"), "--to", str(out)]
+        command = [sys.executable, "-m", "anyflow", "data", "import", str(tmp_path / "in"), "--to", str(out)]
         return subprocess.Popen([*command, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     work = tmp_path / "killed/.out.import"

@@ -54,7 +54,7 @@ def training(model: Path, out: Path, *more: str, ranks: int = 2) -> list[str]:
 
 def start(words: list[str]) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "anyflow.cli", *words]
+    command = [sys.executable, "-m", "anyflow", *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
 
 

@@ -219,7 +219,7 @@ def started_in(folder: Path) -> list[str]:
 def test_a_stopped_doctor_leaves_nothing_behind(project: Path, tmp_path: Path) -> None:
     """Caught: trainings that run on, or folders that stay, when a scheduler or a user has had enough."""
     environment = {**os.environ, "PYTHONPATH": str(project), "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-m", "anyflow.cli", "doctor", "--only", "resume"]
+    command = [sys.executable, "-m", "anyflow", "doctor", "--only", "resume"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=project)
     deadline = time.monotonic() + 120
     while len(started_in(tmp_path)) < 3:  # the item, and its two trainings

@@ -67,7 +67,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Site:
 @pytest.fixture(scope="module")
 def site(recorded: Site, serve: Any) -> Iterator[Site]:
     """The same, served by the command that a user types."""
-    with serve("-m", "anyflow.cli", "mlflow", "--serve", "--uri", recorded.address) as address:
+    with serve("-m", "anyflow", "mlflow", "--serve", "--uri", recorded.address) as address:
         yield replace(recorded, address=address)
 
 
