@@ -87,6 +87,8 @@ class ModelCard:
             f'export_to_gif(video, "video.gif", fps={self.fps:g})',
         ]
         hints = ["Any number of steps works, from 1 up. Guidance is in the weights: keep `guidance_scale` at 1."]
+        if lora:
+            hints.append(_LORA_HINT)
         if self.causal:
             hints.append(_CAUSAL_HINT)
         return "\n".join(["```python", *code, "```", "", "\n\n".join(hints)])
@@ -102,6 +104,11 @@ _OTHER_SAMPLERS = {
         "`scheduler/scheduler_config.json`): `anyflow` does so by itself, diffusers' `AnyFlowPipeline` does not."
     ),
 }
+
+_LORA_HINT = (
+    "The base must be an any-step pipeline. A plain Wan checkpoint is none: its adapter is merged into a pipeline of its "
+    "own by `anyflow export RUN --to FOLDER`."
+)
 
 _CAUSAL_HINT = (
     "This network makes a video chunk by chunk, and its first frames can be given: `pipe(..., video=frames)`. "
