@@ -85,7 +85,7 @@ mlflow: $(VENV)/.installed ## the runs in a browser, on this machine only (127.0
 	$(ANYFLOW) mlflow --serve $(ARGS)
 
 bench: $(VENV)/.installed ## figures: training step, streaming, loader, start
-	$(ANYFLOW) bench $(ARGS)
+	$(VENV)/bin/python -m experiments.bench $(ARGS)
 
 doctor: $(VENV)/.installed ## examine this machine, its GPU or its CPU, in 7 minutes: a line of JSON an item, and what is wrong
 	$(ANYFLOW) doctor $(ARGS)
@@ -104,6 +104,7 @@ test-slow: $(VENV)/.installed-dev ## the tests that take minutes
 lint: $(VENV)/.installed-dev ## style and types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/lint-imports --no-logo
 	$(VENV)/bin/mypy anyflow
 
 # --- installing -------------------------------------------------------------------------------------------------------

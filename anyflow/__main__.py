@@ -1,5 +1,5 @@
 """``python -m anyflow``: the same as ``anyflow``."""
 
-from anyflow.cli import main
+from anyflow.cli.main import main
 
 main()

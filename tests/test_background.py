@@ -7,7 +7,7 @@ from threading import Event
 import pytest
 import torch
 
-from anyflow.callbacks.background import BackgroundWriter, Writer
+from anyflow.training.callbacks.background import BackgroundWriter, Writer
 
 
 def test_what_was_staged_stays_what_it_was() -> None:

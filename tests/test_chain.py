@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from anyflow.assemble import Parts, assemble
 from anyflow.backbone.load import load_backbone
 from anyflow.backbone.lora import load_lora, merged_state
 from anyflow.backbone.protocol import Text
-from anyflow.callbacks.checkpoints import latest_checkpoint
-from anyflow.callbacks.sharded import read_checkpoint
 from anyflow.flowmap.chunks import layout_of
-from anyflow.launch import train
 from anyflow.recipe import Recipe, load_recipe
-from anyflow.runs import RunFolder
+from anyflow.tracking.checkpoints import latest_checkpoint
+from anyflow.tracking.runs import RunFolder
+from anyflow.training.assemble import Parts, assemble
+from anyflow.training.callbacks.sharded import read_checkpoint
+from anyflow.training.launch import train
 
 FAR = "transformer.far_patch_embedding"
 SMALL = (

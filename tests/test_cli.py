@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from anyflow import cli
+from anyflow.cli import main as cli
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_USER, UserError, explain
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -30,7 +30,7 @@ HEAVY = {
     "av",
     "rich",
 }
-COMMANDS = ("bench", "train", "sample", "evaluate", "export", "data", "recipes", "mlflow")
+COMMANDS = ("train", "sample", "evaluate", "export", "data", "recipes", "mlflow")
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:

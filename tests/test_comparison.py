@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from anyflow.cli import app
-from anyflow.comparison import Side, best, differences, direction, figure_rows, read_side, unlike
+from anyflow.cli.main import app
 from anyflow.errors import UserError
 from anyflow.evaluation.statistics import Estimate
 from anyflow.recipe import load_recipe, save_recipe
-from anyflow.runs import RunFolder
+from anyflow.tracking.comparison import Side, best, differences, direction, figure_rows, read_side, unlike
+from anyflow.tracking.runs import RunFolder
 
 
 def make_run(folder: Path, values: dict[int, float], *overrides: str, accuracy: float = 0.5, **status: object) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import typer
 
-from anyflow.cli import app
+from anyflow.cli.main import app
 from anyflow.experiment.load import load_experiment
 from anyflow.recipe import load_recipe
 

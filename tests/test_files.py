@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from anyflow import files
-from anyflow.callbacks.checkpoints import clear_leftovers, latest_checkpoint, readable, save_state
 from anyflow.errors import UserError, explain
-from anyflow.files import partial_folder, replacing, require_place, write_atomically
 from anyflow.recipe import load_recipe, save_recipe
+from anyflow.system import files
+from anyflow.system.files import partial_folder, replacing, require_place, write_atomically
+from anyflow.tracking.checkpoints import clear_leftovers, latest_checkpoint, readable
+from anyflow.training.callbacks.checkpoints import save_state
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from anyflow.files import partial_folder
+from anyflow.system.files import partial_folder
 with partial_folder(Path(sys.argv[1])) as folder:
     (folder / "half").write_text("x")
     print("ready", flush=True)
@@ -154,7 +155,7 @@ def test_leftovers_of_killed_checkpoints_go_and_no_whole_one_is_lost(tmp_path: P
 
 @pytest.mark.parametrize("size", [0, 300])
 def test_a_damaged_checkpoint_is_named_and_the_whole_one_before_it(size: int, tmp_path: Path) -> None:
-    from anyflow.callbacks.sharded import read_checkpoint
+    from anyflow.training.callbacks.sharded import read_checkpoint
 
     checkpoint(tmp_path, "step_00000002")
     damaged = checkpoint(tmp_path, "step_00000004") / "state.ckpt"

@@ -14,19 +14,19 @@ from typing import Any
 import pytest
 import torch
 
-from anyflow import plan as planning
-from anyflow import plan_codec
 from anyflow.backbone import codec as codec_module
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.embedded import build_vae
-from anyflow.benchmark.compare import peak_bytes
 from anyflow.errors import EXIT_PREEMPTED, UserError
-from anyflow.plan import Need, latent_shape, plan, transformer_config_of, warning
-from anyflow.plan_changes import changes, with_gpus
-from anyflow.plan_codec import _work
-from anyflow.plan_phases import ACTIVATIONS, CLIPS, CODEC, DECODING, ENCODING, GIB, SAMPLING, STEP, WAITING
-from anyflow.plan_simulate import Memory, _networks, simulate
+from anyflow.memory import codec as plan_codec
+from anyflow.memory import need as planning
+from anyflow.memory.changes import changes, with_gpus
+from anyflow.memory.codec import _work
+from anyflow.memory.need import Need, latent_shape, plan, transformer_config_of, warning
+from anyflow.memory.phases import ACTIVATIONS, CLIPS, CODEC, DECODING, ENCODING, GIB, SAMPLING, STEP, WAITING, Memory
+from anyflow.memory.simulate import _networks, simulate
 from anyflow.recipe import Recipe, list_recipes, load_recipe
+from experiments.bench.compare import peak_bytes
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 FULL = ("model.lora.enabled=false", "ema.decay=0")
@@ -161,12 +161,12 @@ def test_the_simulation_agrees_with_a_real_autoencoder(limit: int, monkeypatch: 
 
 def real_step(recipe: Recipe) -> tuple[Any, Callable[[], None]]:
     """A recipe's stage over the small network, and a whole step of it, both turns of on-policy distillation."""
-    from anyflow.assemble import build_stage, lora_settings
     from anyflow.backbone.load import new_backbone
     from anyflow.backbone.lora import add_lora
     from anyflow.backbone.parallelize import checkpoint_activations
     from anyflow.backbone.protocol import Text
     from anyflow.stages.flow import FlowBatch
+    from anyflow.training.assemble import build_stage, lora_settings
 
     backbone = new_backbone(NETWORK, 0, recipe.model.architecture)
     backbone.fit_clip(SIZE[0])
@@ -227,7 +227,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         states = 4.0 * GIB * trained / (recipe.world_size if recipe.hardware.strategy == "fsdp" else 1)
         return Memory(states, states, 2 * states, states, latents[0] * 2.0 * GIB, sampling=2.0 * GIB, student=states)
 
-    monkeypatch.setattr("anyflow.plan_simulate.simulate", stand_in)
+    monkeypatch.setattr("anyflow.memory.simulate.simulate", stand_in)
     return lambda: None
 
 
@@ -260,7 +260,7 @@ def test_what_is_told_is_the_phase_that_peaks(simulated: Any, monkeypatch: pytes
     def heavy(recipe: Any, config: Any, latents: Any) -> Memory:
         return Memory(GIB, 0, GIB, GIB, GIB, sampling=70.0 * GIB, student=GIB)
 
-    monkeypatch.setattr("anyflow.plan_simulate.simulate", heavy)
+    monkeypatch.setattr("anyflow.memory.simulate.simulate", heavy)
     need = plan(recipe)
     assert need.peak == SAMPLING["during"] and not need.fits
     assert f"most is needed in: {SAMPLING['during']}" in "\n".join(need.lines())
@@ -304,7 +304,7 @@ def test_changes_that_do_not_do_alone_are_put_together(
     def heavy(recipe: Any, config: Any, latents: Any) -> Memory:
         return Memory(GIB, 0, GIB, GIB, clip * recipe.data.batch_size * GIB, sampling=GIB, student=GIB)
 
-    monkeypatch.setattr("anyflow.plan_simulate.simulate", heavy)
+    monkeypatch.setattr("anyflow.memory.simulate.simulate", heavy)
     tried: list[str] = []
     need = plan(load_recipe("finetune/driving", model="anyflow-wan2.1-t2v-1.3b"), on_try=tried.append)
     assert not need.fits and not need.remedies and need.together is not None
@@ -351,7 +351,7 @@ def test_the_command(anyflow: Run) -> None:
 
 @pytest.mark.slow
 def test_the_table_in_readme_is_what_the_command_prints(project: Path) -> None:
-    from anyflow.commands.plan import gpu_recipes, table_row
+    from anyflow.cli.plan import gpu_recipes, table_row
 
     readme = (project / "README.md").read_text(encoding="utf-8")
     rows = [line for line in readme.splitlines() if re.match(r"\| `(teacher|forward|onpolicy|finetune)/", line)]

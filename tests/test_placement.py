@@ -14,24 +14,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anyflow import curves, finish, ranks
-from anyflow.assemble import assemble, spread
 from anyflow.backbone import codec as codec_module
 from anyflow.backbone import parallelize, protocol, roles
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.guidance import UNGUIDED
 from anyflow.backbone.load import load_backbone
 from anyflow.backbone.roles import SeparateRoles
-from anyflow.callbacks.sharded import ShardedStrategy
-from anyflow.commands import models
-from anyflow.commands.sample import _sample_all
+from anyflow.cli.sample import _sample_all
 from anyflow.errors import UserError
+from anyflow.evaluation import heldout as curves
+from anyflow.evaluation import models
 from anyflow.evaluation.curve import Curve
 from anyflow.evaluation.samples import KeptSamples
-from anyflow.finish import measure, place
-from anyflow.launch import fit
 from anyflow.recipe import Recipe, load_recipe, save_recipe
-from anyflow.runs import RunFolder
+from anyflow.system import ranks
+from anyflow.tracking.runs import RunFolder
+from anyflow.training import finish
+from anyflow.training.assemble import assemble, spread
+from anyflow.training.callbacks.sharded import ShardedStrategy
+from anyflow.training.finish import measure, place
+from anyflow.training.launch import fit
 
 GPU = torch.device("cuda", 0)
 """A name on this machine: nothing is ever put there."""
@@ -216,7 +218,7 @@ def test_the_autoencoder_of_a_sampled_model_is_float32(small_model: Path) -> Non
 
 
 def test_an_unknown_precision_is_refused() -> None:
-    from anyflow.commands.common import check_precision
+    from anyflow.cli.common import check_precision
 
     check_precision("")
     check_precision("bfloat16")
@@ -328,7 +330,7 @@ def test_a_command_says_it_before_torch_is_there(project: Path) -> None:
     import sys
 
     code = (
-        "import sys, anyflow.cli as cli; cli.app = lambda: None; cli.main(); assert 'torch' not in sys.modules;"
+        "import sys, anyflow.cli.main as cli; cli.app = lambda: None; cli.main(); assert 'torch' not in sys.modules;"
         "import torch; print(torch._C._accelerator_getAllocatorSettings())"
     )
     environment = {key: value for key, value in os.environ.items() if key not in ranks.ALLOCATOR}

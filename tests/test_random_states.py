@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from anyflow.callbacks.checkpoints import Checkpoints
+from anyflow.training.callbacks.checkpoints import Checkpoints
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from anyflow.assemble import lora_settings
 from anyflow.backbone.load import GATE
-from anyflow.plan import PUBLISHED, transformer_config_of
+from anyflow.memory.need import PUBLISHED, transformer_config_of
 from anyflow.recipe import Recipe, list_recipes, load_recipe
 from anyflow.recipe.fields import value_of
+from anyflow.training.assemble import lora_settings
 
 SIZES = {"1.3b": {"steps": 6000, "batch": 32, "a_gpu": 2}, "14b": {"steps": 4000, "batch": 16, "a_gpu": 1}}
 """Of the teacher and forward stages; the batch is in the files' names (b32, b16), a GPU's share in the loader's."""

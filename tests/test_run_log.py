@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from anyflow import run_log
-from anyflow.run_log import UNSENT, RunLogger, recorded_id
-from anyflow.runs import RunFolder
-from anyflow.tracking import close_tracking, log_artifact, log_curve, open_tracking
+from anyflow.tracking import run_log
+from anyflow.tracking.mlflow import close_tracking, log_artifact, log_curve, open_tracking
+from anyflow.tracking.run_log import UNSENT, RunLogger, recorded_id
+from anyflow.tracking.runs import RunFolder
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from anyflow.errors import UserError
-from anyflow.runs import RunFolder, open_run
+from anyflow.tracking.runs import RunFolder, open_run
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from torch import Tensor, nn, zeros
 
-from anyflow.callbacks.preemption import stop_between_calls
-from anyflow.callbacks.sampling import Sampling
 from anyflow.errors import EXIT_PREEMPTED
-from anyflow.ranks import PLACE, _note_end, _Rank, _wait
-from anyflow.signals import Listener, Terminated, signals_raise
+from anyflow.system.ranks import PLACE, _note_end, _Rank, _wait
+from anyflow.system.signals import Listener, Terminated, signals_raise
+from anyflow.training.callbacks.preemption import stop_between_calls
+from anyflow.training.callbacks.sampling import Sampling
 
 
 def catches_sigterm(pid: int) -> bool:
@@ -44,7 +44,7 @@ def test_sigterm_while_importing_says_start_me_again(more: tuple[str, ...], tmp_
 
 def test_other_commands_end_by_the_signal() -> None:
     """75 would have a scheduler start a command again that does not go on where it was."""
-    code = "import sys; sys.argv = ['anyflow', 'export']; import anyflow.early, signal; "
+    code = "import sys; sys.argv = ['anyflow', 'export']; import anyflow.system.early, signal; "
     code += "print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True\n"
 

@@ -16,9 +16,9 @@ import pytest
 from mlflow import MlflowClient
 
 from anyflow.errors import UserError
-from anyflow.runs import RunFolder
-from anyflow.sync import DONE_TAG, LOCAL_TAG, sync
-from anyflow.tracking import PARENT_TAG, close_tracking, log_curve, open_tracking, record_curves, record_report
+from anyflow.tracking.mlflow import PARENT_TAG, close_tracking, log_curve, open_tracking, record_curves, record_report
+from anyflow.tracking.runs import RunFolder
+from anyflow.tracking.sync import DONE_TAG, LOCAL_TAG, sync
 
 ROWS = [{"num_steps": n, "sliced_w1": 1.0 / n, "nothing": None} for n in (1, 4, 32)]
 
@@ -112,7 +112,7 @@ def check_copy(local: str, to: str) -> None:
 
 def test_what_was_cut_in_the_middle_is_completed(local: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that fails after the run is made and some figures are there: the next time nothing is doubled."""
-    from anyflow import sync as module
+    from anyflow.tracking import sync as module
 
     to = f"sqlite:///{tmp_path}/server.db"
     number = MlflowClient(tracking_uri=to).create_experiment("study", artifact_location=(tmp_path / "files").as_uri())
@@ -150,7 +150,7 @@ def check_rewritten(local: str, to: str) -> None:
 @pytest.mark.parametrize("to", ["", "127.0.0.1:5000", "file:/tmp/mlruns", "http://"])
 def test_what_is_no_server_is_refused(to: str, local: str) -> None:
     """An empty address was a new database in the working folder; the others were tracebacks."""
-    from anyflow.commands.sync import sync as command
+    from anyflow.cli.sync import sync as command
 
     with pytest.raises(UserError, match="is no server's address: give one such as http"):
         command(to=to, uri=local)
@@ -210,7 +210,7 @@ def test_a_stopped_server_leaves_no_process(tmp_path: Path, number: signal.Signa
     call = (
         "import signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from anyflow.commands.tracking import serve_until_stopped\n"
+        "from anyflow.cli.tracking import serve_until_stopped\n"
         f"sys.exit(serve_until_stopped([sys.executable, '-c', {server!r}]))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", call], stderr=subprocess.PIPE, start_new_session=True)

@@ -40,8 +40,8 @@ from anyflow.backbone.lora import (
 from anyflow.backbone.model_card import ModelCard
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.errors import UserError
-from anyflow.files import partial_folder, write_atomically
 from anyflow.flowmap.sampling import SamplerKind
+from anyflow.system.files import partial_folder, write_atomically
 
 _WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 

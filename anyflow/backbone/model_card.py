@@ -106,8 +106,8 @@ _OTHER_SAMPLERS = {
 }
 
 _LORA_HINT = (
-    "The base must be an any-step pipeline. A plain Wan checkpoint is none: its adapter is merged into a pipeline of its "
-    "own by `anyflow export RUN --to FOLDER`."
+    "The base must be an any-step pipeline. A plain Wan checkpoint is none: `anyflow export RUN --to FOLDER` merges "
+    "its adapter into a pipeline of its own."
 )
 
 _CAUSAL_HINT = (

@@ -18,7 +18,7 @@ import numpy as np
 from anyflow.data.cache import LatentShape
 from anyflow.data.decode import ClipShape
 from anyflow.data.mixture import BLOCK, MixedPlan, plan_of
-from anyflow.data.plan import PLAN_VERSION, Plan, PlanIdentity, digest, raw_bits
+from anyflow.data.order import PLAN_VERSION, Plan, PlanIdentity, digest, raw_bits
 from anyflow.data.reader import ShardReader, Split
 from anyflow.data.shapes import choose_shape, tokens
 from anyflow.data.stream import Batch, BatchDataset, ClipDataset

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from anyflow.data.card import told_caption
 from anyflow.data.decode import ClipShape, DecodeError
-from anyflow.data.plan import digest
+from anyflow.data.order import digest
 from anyflow.data.reader import ShardReader, Split
 from anyflow.data.shards import Sample
 from anyflow.data.stream import Skip
 from anyflow.errors import UserError
-from anyflow.files import write_atomically
+from anyflow.system.files import write_atomically
 
 CACHE_FILE = "cache.json"
 CACHE_VERSION = 2

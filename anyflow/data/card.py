@@ -17,7 +17,7 @@ import yaml
 from anyflow.data import remote
 from anyflow.data.shards import INDEX_NAME, Sample, Shard, check_folder, load_index
 from anyflow.errors import UserError
-from anyflow.files import write_atomically
+from anyflow.system.files import write_atomically
 
 CARD_NAME = "card.yaml"
 """The card's name inside a rendered or imported data set's own folder."""

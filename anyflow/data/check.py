@@ -11,8 +11,8 @@ from anyflow.data.card import DatasetCard, check_shards, load_card
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
 from anyflow.data.reader import ShardReader
 from anyflow.data.shards import Sample, load_index
-from anyflow.data.sources import batches, run_jobs
 from anyflow.errors import UserError
+from anyflow.system.pool import batches, run_jobs
 
 CLIPS_PER_JOB = 50
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from io import BytesIO
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -16,6 +16,9 @@ from anyflow.data.decode import reformatter
 from anyflow.errors import UserError
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+Split = Literal["train", "heldout"]
+SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 DEFAULT_CRF = 18
 MAX_GOP = 17

@@ -23,8 +23,7 @@ from torch import Tensor
 from anyflow.data.buckets import sort_clips
 from anyflow.data.cache import TEXTS, LatentCache, LatentShape, cache_name, is_whole, source_digest, text_key
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
-from anyflow.data.locks import locked
-from anyflow.data.plan import digest
+from anyflow.data.order import digest
 from anyflow.data.reader import TAR_BLOCK, ShardReader, check_length, find_split
 from anyflow.data.shapes import tokens
 from anyflow.data.shards import (
@@ -38,7 +37,8 @@ from anyflow.data.shards import (
 )
 from anyflow.data.stream import Skip, enforce_budget
 from anyflow.errors import UserError
-from anyflow.files import write_atomically
+from anyflow.system.files import write_atomically
+from anyflow.system.locks import locked
 
 CLIPS_PER_SHARD = 256
 """Clips, or captions, that one shard is made from: what is lost when encoding is broken off."""

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from anyflow.data.plan import PLAN_VERSION, Plan, PlanIdentity, PlannedShard, digest, raw_bits
+from anyflow.data.order import PLAN_VERSION, Plan, PlanIdentity, PlannedShard, digest, raw_bits
 from anyflow.errors import UserError
 
 BLOCK = 4096

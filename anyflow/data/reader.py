@@ -17,7 +17,7 @@ import numpy as np
 from anyflow.data import remote
 from anyflow.data.card import CARD_NAME, ForAll, load_card
 from anyflow.data.decode import ClipShape, DecodeError, first_line
-from anyflow.data.plan import PlannedShard
+from anyflow.data.order import PlannedShard
 from anyflow.data.safety import clean_caption
 from anyflow.data.shapes import Noted, frames_needed
 from anyflow.data.shards import INDEX_NAME, Sample, Shard, load_index

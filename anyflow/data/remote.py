@@ -20,8 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from anyflow.data.locks import locked
 from anyflow.errors import UserError
+from anyflow.system.locks import locked
 
 CACHE_VARIABLE = "ANYFLOW_CACHE"
 LIMIT_VARIABLE = "ANYFLOW_CACHE_GB"

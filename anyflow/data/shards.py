@@ -24,7 +24,7 @@ from anyflow.data.clip import Clip
 from anyflow.data.safety import is_safe_name
 from anyflow.data.shapes import Noted, note_shape
 from anyflow.errors import UserError
-from anyflow.files import replacing, write_atomically
+from anyflow.system.files import replacing, write_atomically
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1

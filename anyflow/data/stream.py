@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
 from anyflow.data.mixture import MixedPlan
-from anyflow.data.plan import Plan, PlanIdentity, describe_difference, sample_seed
+from anyflow.data.order import Plan, PlanIdentity, describe_difference, sample_seed
 from anyflow.data.reader import ShardReader, load_latents
 from anyflow.data.shards import Sample
 from anyflow.errors import UserError
-from anyflow.files import write_atomically
+from anyflow.system.files import write_atomically
 
 Batch = dict[str, Any]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from anyflow.doctor.findings import Findings
 from anyflow.errors import UserError
-from anyflow.ranks import end_with_watcher
+from anyflow.system.ranks import end_with_watcher
 
 FOUND = "findings.json"
 """Where a child leaves what it finds, in its folder."""

@@ -23,7 +23,7 @@ from anyflow.doctor.findings import Findings
 from anyflow.doctor.here import Here
 from anyflow.doctor.items import TINY
 from anyflow.flowmap.schedule import interpolate
-from anyflow.plan import PUBLISHED
+from anyflow.memory.need import PUBLISHED
 
 DELTA = 5.0
 """Half width of the difference, in timesteps: the recipes'."""
@@ -111,8 +111,8 @@ def difference(network: BidirectionalBackbone, question: Question) -> Tensor:
 def shipped_clips(count: int) -> Question:
     """Held-out driving clips and their prompts, encoded, at times spread over the path."""
     from anyflow.backbone.codec import Codec
-    from anyflow.curves import held_out
     from anyflow.data.decode import ClipShape
+    from anyflow.evaluation.heldout import held_out
 
     clips = held_out(["driving"], "heldout", ClipShape(17, 64, 96, None), count)
     codec = Codec.from_folder(TINY)

@@ -1,4 +1,4 @@
-"""Where a training computes, and in which precision: a tiny one through ``anyflow.launch.train``, watched throughout.
+"""Where a training computes, and in which precision: a tiny one through ``training.launch.train``, watched throughout.
 
 Three steps with sampling before, during and after them. Every call of the network, the autoencoder and the text encoder
 is seen by a hook of PyTorch's, whoever makes it, and put down to the phase that it falls in.
@@ -21,11 +21,11 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from anyflow.backbone.codec import Codec, codec_dtypes
 from anyflow.backbone.protocol import FlowMapBackbone
-from anyflow.callbacks.sampling import Sampling
 from anyflow.doctor.findings import Findings
 from anyflow.doctor.here import Here
 from anyflow.doctor.items import TINY
 from anyflow.recipe import Recipe, load_recipe
+from anyflow.training.callbacks.sampling import Sampling
 
 PHASES = ("before", "training", "during", "after")
 """Sampling before the first step, the steps, sampling among them, sampling after the last."""
@@ -49,7 +49,7 @@ def examine(found: Findings, here: Here, folder: Path) -> None:
     if not TINY.is_dir():
         found.leave_out("training", f"{TINY} is not here: run it in a clone of the project")
         return
-    from anyflow.launch import train
+    from anyflow.training.launch import train
 
     recipe = load_recipe("finetune/driving", model="tiny", hardware="local", overrides=[*OVERRIDES])
     with Watch() as watch, redirect_stdout(sys.stderr):

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from anyflow.doctor.findings import Findings
 from anyflow.doctor.here import Here
-from anyflow.files import write_atomically
+from anyflow.system.files import write_atomically
 
 SIZES_MIB = (1, 64, 512)
 REPEATS = 5

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from anyflow.callbacks.checkpoints import latest_checkpoint
 from anyflow.doctor.findings import Findings
 from anyflow.doctor.here import Here
 from anyflow.doctor.items import TINY
 from anyflow.recipe.fields import all_fields
+from anyflow.tracking.checkpoints import latest_checkpoint
 
 STEPS, EVERY = 8, 2
 

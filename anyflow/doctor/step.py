@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from anyflow.doctor.findings import Findings
 from anyflow.doctor.here import GIB, Here, is_out_of_memory
 from anyflow.doctor.training import run_steps
-from anyflow.plan import plan, transformer_config_of
-from anyflow.plan_phases import CODEC, RESERVE, STEP
-from anyflow.plan_simulate import DEPTHS
+from anyflow.memory.need import plan, transformer_config_of
+from anyflow.memory.phases import CODEC, RESERVE, STEP
+from anyflow.memory.simulate import DEPTHS
 from anyflow.recipe import Recipe, load_recipe
 
 HEAVIEST = ("stage.diffusion_share=0", "stage.consistency_share=0", "stage.text_drop=0", "optimizer.name=adamw")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anyflow.files import write_atomically
+from anyflow.system.files import write_atomically
 
 VERDICT = "verdict"
 

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from anyflow.assemble import Parts, batches_of, build_stage, lora_settings
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.embedded import build_vae
 from anyflow.backbone.load import new_backbone
 from anyflow.backbone.lora import add_lora
 from anyflow.backbone.parallelize import checkpoint_activations
-from anyflow.console import quiet_libraries
 from anyflow.doctor.here import Here
-from anyflow.launch import fit
-from anyflow.plan import latent_shape
+from anyflow.memory.need import latent_shape
 from anyflow.recipe import Recipe
-from anyflow.runs import RunFolder
+from anyflow.system.console import quiet_libraries
+from anyflow.tracking.runs import RunFolder
+from anyflow.training.assemble import Parts, batches_of, build_stage, lora_settings
+from anyflow.training.launch import fit
 
 LENGTHS = (511, 24, 90, 7, 300, 41, 160, 12)
 """Tokens of the prompts, in turn, where they are to differ: each batch's longest is another's."""

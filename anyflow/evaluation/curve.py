@@ -19,7 +19,7 @@ from torch import Tensor
 
 from anyflow.errors import UserError
 from anyflow.evaluation.intervals import half_interval
-from anyflow.files import write_atomically
+from anyflow.system.files import write_atomically
 
 STEPS = (1, 2, 4, 8, 16, 32)
 

@@ -24,7 +24,7 @@ from anyflow.evaluation.distance import (
     spread_ratio,
     temporal_consistency,
 )
-from anyflow.evaluation.motion import MotionScore, Reading, asked_motion, mean_path_error, motion_accuracy
+from anyflow.simulators.motion import MotionScore, Reading, asked_motion, mean_path_error, motion_accuracy
 
 
 class Extractor(Protocol):

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from anyflow.errors import UserError
 from anyflow.evaluation.curve import HeldOut
-from anyflow.files import replacing, write_atomically
+from anyflow.system.files import replacing, write_atomically
 
 TRUSTED = 0.9
 """Accuracy on real held-out clips below which a label is not used."""

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anyflow.backbone.parallelize import from_rank_zero, rank_and_size
-from anyflow.files import replacing
+from anyflow.system.files import replacing
 
 
 class KeptSamples:

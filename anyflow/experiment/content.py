@@ -14,7 +14,7 @@ from anyflow.experiment.kept import origins
 from anyflow.experiment.load import asked_by
 from anyflow.experiment.pieces import Piece
 from anyflow.experiment.schema import Experiment
-from anyflow.tracking import code_version, machine
+from anyflow.tracking.mlflow import code_version, machine
 
 NOTE_CLAIMS = (
     "Compared seed by seed on the same prompts and noise; in brackets the 95 % interval (Student's t over the seeds, "

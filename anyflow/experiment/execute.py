@@ -13,9 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anyflow.callbacks.progress import clock
-from anyflow.console import progress_line, quiet_libraries
-from anyflow.data.locks import locked
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
 from anyflow.experiment.children import SHOW_EVERY, Children, Stopped
 from anyflow.experiment.jobs import Job, curve_state, jobs_of, left, training_of, with_speeds
@@ -24,7 +21,10 @@ from anyflow.experiment.pieces import Piece
 from anyflow.experiment.schema import Experiment
 from anyflow.experiment.together import Place, work_together
 from anyflow.recipe import lagging_average
-from anyflow.signals import sigterm_raises
+from anyflow.system.console import progress_line, quiet_libraries
+from anyflow.system.locks import locked
+from anyflow.system.signals import sigterm_raises
+from anyflow.training.callbacks.progress import clock
 
 
 def run_pieces(

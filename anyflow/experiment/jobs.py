@@ -10,7 +10,7 @@ from anyflow.errors import UserError
 from anyflow.experiment.kept import kept_pieces, read_kept
 from anyflow.experiment.pieces import Piece, judged_by, read_curve, setting_changes, training_state
 from anyflow.experiment.schema import Experiment
-from anyflow.fingerprints import facts_of, model_fingerprint
+from anyflow.tracking.fingerprints import facts_of, model_fingerprint
 
 TRAIN = "train"
 

@@ -25,12 +25,12 @@ from anyflow.experiment.pieces import (
     training_state,
 )
 from anyflow.experiment.schema import Experiment
-from anyflow.files import write_atomically
-from anyflow.fingerprints import facts_of, model_fingerprint
 from anyflow.recipe import Recipe, to_dict
 from anyflow.recipe.fields import flatten
-from anyflow.runs import FREE_ON_RESUME
-from anyflow.tracking import code_version, machine
+from anyflow.system.files import write_atomically
+from anyflow.tracking.fingerprints import facts_of, model_fingerprint
+from anyflow.tracking.mlflow import code_version, machine
+from anyflow.tracking.runs import FREE_ON_RESUME
 
 FOLDER = "measured"
 

@@ -12,8 +12,8 @@ from typing import Any
 from anyflow.experiment.jobs import measured_on
 from anyflow.experiment.pieces import Piece, curve_folder, read_curve
 from anyflow.experiment.schema import Experiment
-from anyflow.files import write_atomically
-from anyflow.tracking import record_curves
+from anyflow.system.files import write_atomically
+from anyflow.tracking.mlflow import record_curves
 
 APART = 1000
 """Between the seeds of one piece's noises: those of another piece lie between them."""
@@ -21,9 +21,9 @@ APART = 1000
 
 def measure(experiment: Experiment, piece: Piece, card: str, on_progress: Callable[..., None] | None = None) -> None:
     """Measure the any-step curve of a piece on a card, and keep it in the piece's folder."""
-    from anyflow.commands.models import has_guidance, load_model, native_shape, way_of
-    from anyflow.curves import curve_of, save_curve
-    from anyflow.probes import judges_of
+    from anyflow.evaluation.heldout import curve_of, save_curve
+    from anyflow.evaluation.models import has_guidance, load_model, native_shape, way_of
+    from anyflow.evaluation.probes import judges_of
 
     began, settings = time.monotonic(), experiment.evaluation
     stands_on = measured_on(experiment, piece, card)

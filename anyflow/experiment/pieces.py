@@ -19,10 +19,10 @@ from anyflow.evaluation.curve import VERSION
 from anyflow.evaluation.encoders import PROBE
 from anyflow.experiment.load import ARM_MODEL, in_order, needed_arms
 from anyflow.experiment.schema import Experiment
-from anyflow.fingerprints import data_fingerprint, encoder_fingerprint
 from anyflow.recipe import Recipe, RunRecipe, load_recipe
 from anyflow.recipe.load import COMMAND_LINE
-from anyflow.runs import RunFolder, changed_fields
+from anyflow.tracking.fingerprints import data_fingerprint, encoder_fingerprint
+from anyflow.tracking.runs import RunFolder, changed_fields
 
 ROOT = Path("runs/experiments")
 
@@ -184,7 +184,7 @@ def training_state(piece: Piece, facts: dict[str, Any]) -> tuple[str, str]:
 
     Args:
         piece: the piece.
-        facts: fingerprints of what it would be trained on now (:func:`anyflow.fingerprints.facts_of`).
+        facts: fingerprints of what it would be trained on now (:func:`anyflow.tracking.fingerprints.facts_of`).
     """
     if piece.recipe is None:
         return "done", ""

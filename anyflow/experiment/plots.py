@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anyflow.evaluation.figures import LOWER, Figure
-from anyflow.evaluation.picture import VARIANT_COLOURS
-from anyflow.evaluation.report import REAL_COLOUR
+from anyflow.evaluation.report.folder import REAL_COLOUR
+from anyflow.evaluation.report.picture import VARIANT_COLOURS
 from anyflow.experiment.figures import Measured, short
 
 if TYPE_CHECKING:

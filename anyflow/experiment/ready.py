@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from anyflow.commands.common import check_model
-from anyflow.commands.models import trained_shape
-from anyflow.curves import check_held_out
 from anyflow.evaluation.curve import check_given, pixel_frames
 from anyflow.evaluation.encoders import check_encoders
+from anyflow.evaluation.heldout import check_held_out
+from anyflow.evaluation.models import check_model, trained_shape
 from anyflow.experiment.pieces import Piece
 from anyflow.experiment.schema import Experiment
 

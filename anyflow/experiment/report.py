@@ -24,8 +24,8 @@ from anyflow.experiment.pieces import Piece
 from anyflow.experiment.plots import plot_cost, plot_curves
 from anyflow.experiment.samples import Samples, as_jpeg, draw_samples
 from anyflow.experiment.schema import Experiment
-from anyflow.files import partial_folder
-from anyflow.tracking import code_version, record_report
+from anyflow.system.files import partial_folder
+from anyflow.tracking.mlflow import code_version, record_report
 
 
 def write_report(experiment: Experiment, pieces: Sequence[Piece], jobs: Sequence[Job]) -> tuple[Path, list[Answer]]:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from anyflow.curves import load_curve
 from anyflow.evaluation.curve import CurveResult
-from anyflow.evaluation.picture import Grid, save_mp4, save_png
-from anyflow.evaluation.report import sample_grid
+from anyflow.evaluation.heldout import load_curve
+from anyflow.evaluation.report.folder import sample_grid
+from anyflow.evaluation.report.picture import Grid, save_mp4, save_png
 from anyflow.experiment.figures import Measured, short
 from anyflow.experiment.pieces import Piece, curve_folder
 

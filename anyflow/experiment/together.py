@@ -136,7 +136,7 @@ def _settle(environment: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks decides what an interruption means
     import torch
 
-    from anyflow.console import quiet_libraries
+    from anyflow.system.console import quiet_libraries
 
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     quiet_libraries()

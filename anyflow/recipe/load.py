@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.errors import UserError
-from anyflow.files import write_atomically
 from anyflow.recipe.check import check_recipe, fit_batch, fit_strategy
 from anyflow.recipe.fields import all_fields, flatten, group_keys
 from anyflow.recipe.schema import GROUPS, Recipe
+from anyflow.system.files import write_atomically
 
 STAGE_FOLDERS = ("codec", "teacher", "forward", "onpolicy", "finetune", "consistency", "dmd")
 COMMAND_LINE = "command line"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from anyflow.cli import app
+from anyflow.cli.main import app
 from anyflow.errors import UserError
 from anyflow.recipe import load_recipe, save_recipe
 
@@ -49,7 +49,7 @@ def beginning(tmp_path: Path) -> dict[str, Path]:
     """A picture and a short clip of another size and rate than the model's."""
     from PIL import Image
 
-    from anyflow.evaluation.picture import write_mp4
+    from anyflow.evaluation.report.picture import write_mp4
 
     frames = np.random.default_rng(0).integers(0, 255, (24, 100, 120, 3), dtype=np.uint8)
     frames[:] = np.linspace(0, 255, 120, dtype=np.uint8)[None, None, :, None]
@@ -143,11 +143,11 @@ def test_export_rewrites_a_model(small_model: Path, tmp_path: Path) -> None:
 
 def test_a_model_remembers_how_it_is_sampled(small_model: Path, tmp_path: Path) -> None:
     """Through training's export and a rewritten one, and what its README says of its size."""
-    from anyflow.assemble import assemble
     from anyflow.backbone.export import export_pipeline
     from anyflow.backbone.load import read_sampler
     from anyflow.backbone.model_card import ModelCard
-    from anyflow.commands.models import trained_shape
+    from anyflow.evaluation.models import trained_shape
+    from anyflow.training.assemble import assemble
 
     recipe = load_recipe("dmd/tiny", overrides=[f"model.weights={small_model}", "data.precompute=false"])
     assert (recipe.sampler, read_sampler(small_model)) == ("renoise", "flowmap")
@@ -284,7 +284,7 @@ def test_a_recipe_names_an_encoder_that_is_there() -> None:
 
 @pytest.mark.slow
 def test_the_step_benchmark_agrees_with_the_plain_order() -> None:
-    from anyflow.benchmark.step import step_benchmark
+    from experiments.bench.step import step_benchmark
 
     result = step_benchmark(batch_size=4, repeats=1)
     assert result["loss_difference"] < 1e-5
@@ -294,8 +294,8 @@ def test_the_step_benchmark_agrees_with_the_plain_order() -> None:
 @pytest.mark.slow
 def test_a_stream_costs_no_more_when_it_is_long(small_causal_model: Path, tmp_path: Path) -> None:
     """Memory is exact: the same for every chunk once the window is full; looking back at everything takes more."""
-    from anyflow.benchmark.stream import plot_stream, stream_benchmark
-    from anyflow.commands.models import load_model
+    from anyflow.evaluation.models import load_model
+    from experiments.bench.stream import plot_stream, stream_benchmark
 
     codec, backbone, shift = load_model(str(small_causal_model))
     chunks = backbone.chunks_of(5)
@@ -311,7 +311,7 @@ def test_a_stream_costs_no_more_when_it_is_long(small_causal_model: Path, tmp_pa
 
 
 def test_two_processes_that_want_one_folder_lose_nothing(tmp_path: Path) -> None:
-    from anyflow.commands.common import whole_folder
+    from anyflow.cli.common import whole_folder
 
     wanted = tmp_path / "games"
     with pytest.raises(UserError, match="taken by another process") as caught, whole_folder(wanted) as partial:

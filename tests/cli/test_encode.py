@@ -47,7 +47,7 @@ def test_a_model_is_encoded_for_the_precision_that_its_recipe_trains_in(project:
     import torch
 
     from anyflow.backbone.codec import codec_dtypes
-    from anyflow.commands.models import recipe_of, trained_shape
+    from anyflow.evaluation.models import recipe_of, trained_shape
 
     for name in ("data/models/tiny", f"{project}/data/models/tiny", str(project / "data/../data/models/tiny/")):
         recipe = recipe_of(name)
@@ -101,8 +101,8 @@ def test_training_takes_the_cache_and_leaves_the_codec_in_its_files(
 ) -> None:
     import torch
 
-    from anyflow.assemble import assemble
     from anyflow.recipe import load_recipe
+    from anyflow.training.assemble import assemble
 
     monkeypatch.chdir(project)
     shape = ["data.frames=5", "data.height=32", "data.width=32", "data.split=heldout", "data.heldout=train"]

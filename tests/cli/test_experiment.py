@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from shell import command, environment, run
 
-from anyflow.callbacks.checkpoints import latest_checkpoint
 from anyflow.errors import EXIT_PREEMPTED
-from anyflow.runs import RunFolder
+from anyflow.tracking.checkpoints import latest_checkpoint
+from anyflow.tracking.runs import RunFolder
 
 TEXT = """
 question: Does it run?
@@ -50,7 +50,7 @@ def test_the_list_and_a_dry_run_write_nothing(
 ) -> None:
     from typer.testing import CliRunner
 
-    from anyflow.cli import app
+    from anyflow.cli.main import app
 
     monkeypatch.chdir(tmp_path)
     listed = json.loads(CliRunner().invoke(app, ["experiment", "--json"]).stdout)

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from anyflow.backbone.guidance import Guidance, Guided
 from anyflow.backbone.load import GUIDANCE_KEYS, read_guidance, read_sampler
-from anyflow.cli import app
-from anyflow.commands import models
-from anyflow.commands.models import way_of
+from anyflow.cli.main import app
 from anyflow.data.decode import ClipShape
 from anyflow.errors import UserError
+from anyflow.evaluation import models
+from anyflow.evaluation.models import way_of
 from anyflow.recipe import load_recipe, save_recipe
 
 WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"

@@ -15,9 +15,9 @@ import pytest
 import torch
 from shell import command, environment, run
 
-from anyflow.callbacks.checkpoints import latest_checkpoint
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
-from anyflow.runs import RunFolder
+from anyflow.tracking.checkpoints import latest_checkpoint
+from anyflow.tracking.runs import RunFolder
 
 STEPS = 9
 
@@ -120,8 +120,8 @@ def test_a_signal_to_the_whole_group_stops_the_run_and_not_its_workers(
 
 KILLED_WHILE_WRITING = """
 import os, signal, torch
-from anyflow.callbacks import checkpoints
-from anyflow.cli import main
+from anyflow.training.callbacks import checkpoints
+from anyflow.cli.main import main
 
 names = []
 save, sync = torch.save, checkpoints.sync_tree
@@ -168,8 +168,8 @@ def test_a_run_killed_while_a_checkpoint_is_written_behind_has_the_one_before(
 
 KILLED_BEFORE_THE_CRITIC = """
 import os, signal
-from anyflow.callbacks.checkpoints import Checkpoints
-from anyflow.cli import main
+from anyflow.training.callbacks.checkpoints import Checkpoints
+from anyflow.cli.main import main
 from anyflow.stages.onpolicy import OnPolicyStage
 
 update, saved = OnPolicyStage.update, Checkpoints.on_train_batch_end
@@ -221,9 +221,9 @@ def test_a_run_stopped_between_student_and_critic_goes_on_bitwise(
 
 STOPPED_WHILE_SAMPLING = """
 import os, signal
-from anyflow import finish
+from anyflow.training import finish
 from anyflow.backbone.protocol import FlowMapBackbone
-from anyflow.cli import main
+from anyflow.cli.main import main
 
 sampled, sample, labels = finish._sampled, FlowMapBackbone.sample, []
 
@@ -322,7 +322,7 @@ def test_deterministic_kernels_are_asked_for_strictly() -> None:
     """With warn_only attention keeps its backward pass that adds in any order."""
     code = """
 import os, torch
-from anyflow.deterministic import make_deterministic
+from anyflow.training.deterministic import make_deterministic
 make_deterministic()
 print(torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
 print(torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark, os.environ["CUBLAS_WORKSPACE_CONFIG"])

@@ -12,12 +12,12 @@ import torch
 from shell import environment, run
 from test_resume import training
 
-from anyflow.callbacks.checkpoints import latest_checkpoint
 from anyflow.errors import EXIT_PREEMPTED
+from anyflow.tracking.checkpoints import latest_checkpoint
 
 STOPPED_IN_A_PASS = """
 import os, signal
-from anyflow.cli import main
+from anyflow.cli.main import main
 from anyflow.stages.base import Stage
 
 begin, begun = Stage.begin_pass, []

@@ -15,7 +15,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from anyflow.backbone import far_pipeline
-from anyflow.cli import app
+from anyflow.cli.main import app
 
 MODEL, SHARED = "data/models/tiny-causal", ("vae", "text_encoder", "tokenizer")
 PROMPT = "A green car drives fast and keeps the middle lane. A blue car is behind in the left lane."
@@ -29,8 +29,8 @@ def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def clip(project: Path) -> Tensor:
     """A held-out clip, uint8 ``[17, 64, 96, 3]``."""
-    from anyflow.curves import held_out
     from anyflow.data.decode import ClipShape
+    from anyflow.evaluation.heldout import held_out
 
     [item] = held_out([str(project / "data" / "driving.yaml")], "heldout", ClipShape(17, 64, 96, None), 1)
     return torch.as_tensor(item.frames)
@@ -60,7 +60,7 @@ def test_it_is_cut_in_the_chunks_of_its_model_file() -> None:
 def test_the_given_frame_is_kept(clip: Tensor, steps: int) -> None:
     """Above 40 dB against what the codec makes of it."""
     from anyflow.backbone.stream import stream_video
-    from anyflow.commands.models import load_model
+    from anyflow.evaluation.models import load_model
 
     codec, backbone, shift = load_model(MODEL)
     first = codec.encode_video(clip[None, :1])
@@ -73,7 +73,7 @@ def test_the_given_frame_is_kept(clip: Tensor, steps: int) -> None:
 
 
 def test_it_goes_on_from_a_picture_and_from_a_clip_and_for_long(clip: Tensor, tmp_path: Path) -> None:
-    from anyflow.evaluation.picture import write_mp4
+    from anyflow.evaluation.report.picture import write_mp4
 
     write_mp4(tmp_path / "start.mp4", list(clip.numpy()), 8.0)
     save_picture(clip[0], tmp_path / "start.png")

@@ -18,8 +18,8 @@ from typing import Any
 import av
 import numpy as np
 
-from anyflow.data.captions import Captions
-from anyflow.data.importing import ImportOptions
+from anyflow.data.importing.captions import Captions
+from anyflow.data.importing.options import ImportOptions
 
 HEIGHT, WIDTH, STEP = 48, 192, 4
 """A bar moves STEP pixels a frame: 48 frames fit."""

@@ -18,7 +18,7 @@ from anyflow.data.buckets import BucketPlan
 from anyflow.data.clip import encode_mp4
 from anyflow.data.decode import ClipShape
 from anyflow.data.module import VideoDataModule
-from anyflow.data.plan import Plan, PlannedShard
+from anyflow.data.order import Plan, PlannedShard
 from anyflow.data.shapes import choose_shape, note_shape, tokens
 from anyflow.data.shards import INDEX_NAME, load_index, write_samples
 from anyflow.errors import UserError

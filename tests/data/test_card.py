@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import yaml
 
-from anyflow.data import make
 from anyflow.data.card import check_shards, find_card, load_card, write_card
 from anyflow.data.clip import Clip, encode_mp4
 from anyflow.data.contact_sheet import contact_sheet
 from anyflow.data.describe import describe_card
 from anyflow.data.shards import load_index, read_clip, write_shards
 from anyflow.errors import UserError
+from anyflow.simulators import make
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 DOMAINS = ("driving", "games", "robotics")
@@ -77,7 +77,7 @@ def change(card: Path, **values: Any) -> Path:
 def test_one_caption_for_all_clips(card: Path) -> None:
     from anyflow.data.cache import source_digest
     from anyflow.data.reader import ShardReader, find_split
-    from anyflow.fingerprints import data_fingerprint
+    from anyflow.tracking.fingerprints import data_fingerprint
 
     def seen() -> tuple[str, str, str]:
         split = find_split(card, "train")

@@ -17,9 +17,9 @@ from drive_files import comma2k19, vpt
 from footage_files import lerobot_v3
 from tiny_shards import card_of
 
-from anyflow.benchmark.footage import import_benchmark, usual_options
-from anyflow.benchmark.latents import latents_benchmark
-from anyflow.benchmark.worker_memory import memory_benchmark
+from experiments.bench.footage import import_benchmark, usual_options
+from experiments.bench.latents import latents_benchmark
+from experiments.bench.worker_memory import memory_benchmark
 
 SETS: dict[str, Callable[..., Path]] = {
     "lerobot": lambda folder, clips, frames: lerobot_v3(folder, episodes=clips // 20, frames=frames),

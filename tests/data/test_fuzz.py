@@ -13,8 +13,8 @@ from tiny_shards import FRAMES, HEIGHT, WIDTH, card_of
 
 from anyflow.data.check import check_card
 from anyflow.data.decode import ClipShape
-from anyflow.data.importing import import_dataset
-from anyflow.data.plan import Plan
+from anyflow.data.importing.run import import_dataset
+from anyflow.data.order import Plan
 from anyflow.data.reader import ShardReader
 from anyflow.data.stream import ClipDataset
 from anyflow.errors import UserError

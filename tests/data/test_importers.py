@@ -22,16 +22,17 @@ from footage_files import (
     video,
 )
 
-from anyflow.data.captions import Captions
 from anyflow.data.card import check_shards, load_card
 from anyflow.data.clip import Clip
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
-from anyflow.data.import_finish import ImportReport
-from anyflow.data.importing import ImportOptions, import_dataset
-from anyflow.data.recording import Recording, VideoFile
+from anyflow.data.importing.captions import Captions
+from anyflow.data.importing.finish import ImportReport
+from anyflow.data.importing.formats import bdd100k, gf_minecraft
+from anyflow.data.importing.formats.known import FORMATS, detect_format, snapshot, source_of
+from anyflow.data.importing.options import ImportOptions
+from anyflow.data.importing.recording import Recording, VideoFile
+from anyflow.data.importing.run import import_dataset
 from anyflow.data.shards import load_index, read_clip
-from anyflow.data.sources import bdd100k, gf_minecraft
-from anyflow.data.sources.formats import FORMATS, detect_format, snapshot, source_of
 from anyflow.errors import UserError
 
 FRAMES = 8

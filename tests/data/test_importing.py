@@ -20,15 +20,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from anyflow.data import import_finish, importing
-from anyflow.data.captions import Captions, read_captions
 from anyflow.data.card import check_shards, load_card
 from anyflow.data.clip import Clip
-from anyflow.data.cutting import CutReport, Cutting, cut, find_duplicates
 from anyflow.data.decode import ClipShape, decode_clip
-from anyflow.data.import_finish import ImportReport
-from anyflow.data.importing import ImportOptions, Progress, import_dataset
-from anyflow.data.recording import Recording, VideoFile
+from anyflow.data.importing import finish as import_finish
+from anyflow.data.importing import run as importing
+from anyflow.data.importing.captions import Captions, read_captions
+from anyflow.data.importing.cutting import CutReport, Cutting, cut, find_duplicates
+from anyflow.data.importing.finish import ImportReport
+from anyflow.data.importing.options import ImportOptions
+from anyflow.data.importing.recording import Recording, VideoFile
+from anyflow.data.importing.run import Progress, import_dataset
 from anyflow.data.shards import load_index, read_clip
 from anyflow.errors import UserError
 

@@ -14,7 +14,7 @@ from tiny_shards import FRAMES, HEIGHT, WIDTH, MakeShards
 
 from anyflow.data.mixture import BLOCK, MixedPlan, plan_of
 from anyflow.data.module import VideoDataModule
-from anyflow.data.plan import Plan, PlannedShard, describe_difference
+from anyflow.data.order import Plan, PlannedShard, describe_difference
 from anyflow.errors import UserError
 
 

@@ -11,9 +11,9 @@ import torch
 import yaml
 from tiny_shards import FRAMES, HEIGHT, WIDTH, MakeShards, clip_parts
 
-from anyflow.data.bench import loader_benchmark
 from anyflow.data.module import VideoDataModule
 from anyflow.errors import UserError
+from experiments.bench.loader import loader_benchmark
 
 
 class Recorder(pl.LightningModule):

@@ -13,9 +13,9 @@ from drive_files import comma2k19, vpt
 from footage_files import lerobot_v3
 from typer.testing import CliRunner
 
-from anyflow.cli import app
+from anyflow.cli.main import app
 from anyflow.data.card import load_card
-from anyflow.data.sources.formats import FORMATS
+from anyflow.data.importing.formats.known import FORMATS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "finetune.md"
 WRITERS: dict[str, Callable[[Path], Path]] = {"my-robot": lerobot_v3, "my-drives": comma2k19, "my-games": vpt}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyflow.data.plan import Plan, PlannedShard, describe_difference, sample_seed
+from anyflow.data.order import Plan, PlannedShard, describe_difference, sample_seed
 from anyflow.errors import UserError
 
 

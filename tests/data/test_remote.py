@@ -18,7 +18,7 @@ from anyflow.data import remote
 from anyflow.data.card import load_card
 from anyflow.data.check import check_card
 from anyflow.data.decode import ClipShape, DecodeError
-from anyflow.data.plan import Plan
+from anyflow.data.order import Plan
 from anyflow.data.reader import ShardReader, find_split
 from anyflow.data.shards import load_index
 from anyflow.data.stream import ClipDataset, ClipStream

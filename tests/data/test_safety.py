@@ -18,10 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_shards import FRAMES, MakeShards, card_of, clip_parts
 
-from anyflow.data import decode, footage
+from anyflow.data import decode
 from anyflow.data.check import check_card
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
-from anyflow.data.importing import import_dataset
+from anyflow.data.importing import footage
+from anyflow.data.importing.run import import_dataset
 from anyflow.data.reader import parse_metadata
 from anyflow.data.safety import MAX_CAPTION, clean_caption, inside, plain
 from anyflow.data.shards import INDEX_NAME, load_index

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anyflow.data import sources
 from anyflow.data.clip import Clip
 from anyflow.data.decode import ClipShape, decode_clip
-from anyflow.data.sources import arena, driving, games, robotics
 from anyflow.errors import UserError
+from anyflow.simulators import arena, driving, games, robotics
+from anyflow.simulators import simulated as sources
+from anyflow.system.pool import run_jobs
 
 REASON = "the simulators are an extra of their own: pip install .[sim]"
 SHAPE = ClipShape(17, 64, 96)
@@ -33,7 +34,7 @@ def frames_of(clip: Clip) -> np.ndarray:
 
 
 def test_run_jobs_keeps_order() -> None:
-    assert list(sources.run_jobs(math.factorial, range(5), workers=1)) == [1, 1, 2, 6, 24]
+    assert list(run_jobs(math.factorial, range(5), workers=1)) == [1, 1, 2, 6, 24]
 
 
 def die_once(job: tuple[Path, int]) -> int:
@@ -46,12 +47,12 @@ def die_once(job: tuple[Path, int]) -> int:
 
 def test_a_killed_process_is_replaced_and_its_jobs_are_done_again(tmp_path: Path) -> None:
     jobs = [(tmp_path / "died", number) for number in range(5)]
-    assert list(sources.run_jobs(die_once, jobs, workers=1)) == [0, 1, 2, 3, 4] and jobs[0][0].exists()
+    assert list(run_jobs(die_once, jobs, workers=1)) == [0, 1, 2, 3, 4] and jobs[0][0].exists()
 
 
 def test_processes_that_die_again_and_again_are_told() -> None:
     with pytest.raises(UserError, match="killed 3 times in a row"):
-        list(sources.run_jobs(os._exit, [9, 9], workers=1))
+        list(run_jobs(os._exit, [9, 9], workers=1))
 
 
 def test_clips_never_share_a_generator() -> None:

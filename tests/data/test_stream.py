@@ -15,7 +15,7 @@ import torch
 from tiny_shards import CLIPS, FRAMES, HEIGHT, WIDTH, MakeShards, clip_parts
 
 from anyflow.data.decode import ClipShape, DecodeError
-from anyflow.data.plan import Plan
+from anyflow.data.order import Plan
 from anyflow.data.reader import ShardReader, check_length, find_split, parse_metadata
 from anyflow.data.shards import load_index
 from anyflow.data.stream import Batch, ClipDataset, ClipStream, Skip, enforce_budget

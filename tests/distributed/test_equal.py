@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from anyflow.assemble import Parts, assemble
 from anyflow.backbone.lora import merged_state
 from anyflow.backbone.parallelize import gather_state, is_sharded_module, leave_ranks
 from anyflow.backbone.protocol import FlowMapBackbone, Text
-from anyflow.callbacks.checkpoints import latest_checkpoint
-from anyflow.callbacks.sharded import read_checkpoint
-from anyflow.finish import averaged
-from anyflow.launch import fit
 from anyflow.recipe import Recipe, load_recipe
-from anyflow.runs import RunFolder
+from anyflow.tracking.checkpoints import latest_checkpoint
+from anyflow.tracking.runs import RunFolder
+from anyflow.training.assemble import Parts, assemble
+from anyflow.training.callbacks.sharded import read_checkpoint
+from anyflow.training.finish import averaged
+from anyflow.training.launch import fit
 
 SHORT = (
     "stage.steps=2",

@@ -21,16 +21,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyflow import launch
-from anyflow.assemble import Parts, assemble
 from anyflow.backbone.bidirectional import FLOAT32_PARTS
 from anyflow.backbone.load import load_backbone
 from anyflow.backbone.parallelize import is_sharded_module, join_ranks, leave_ranks, whole
-from anyflow.callbacks.checkpoints import latest_checkpoint
-from anyflow.callbacks.sharded import read_checkpoint
 from anyflow.recipe import Recipe, load_recipe
-from anyflow.runs import RunFolder
 from anyflow.stages.base import Stage
+from anyflow.tracking.checkpoints import latest_checkpoint
+from anyflow.tracking.runs import RunFolder
+from anyflow.training import launch
+from anyflow.training.assemble import Parts, assemble
+from anyflow.training.callbacks.sharded import read_checkpoint
 
 STEPS, STEPS_OF_TAIL = 3, 6  # a new adapter's first factor moves at the second step
 SHORT = (

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from anyflow.callbacks.checkpoints import latest_checkpoint
-from anyflow.callbacks.sharded import is_sharded_checkpoint, read_checkpoint
 from anyflow.errors import EXIT_PREEMPTED, UserError
-from anyflow.ranks import _Rank, _report, needs_watcher, watch
 from anyflow.stages import base
+from anyflow.system.ranks import _Rank, _report, needs_watcher, watch
+from anyflow.tracking.checkpoints import latest_checkpoint
+from anyflow.training.callbacks.sharded import is_sharded_checkpoint, read_checkpoint
 
 STEPS = 8
 
@@ -252,7 +252,7 @@ def test_torchrun_starts_the_ranks_too(small_model: Path, tmp_path: Path) -> Non
         "--nproc-per-node",
         "2",
         "-m",
-        "anyflow.cli",
+        "anyflow.cli.main",
     ]
     done = subprocess.run(
         [*words, *training(small_model, tmp_path / "run")], capture_output=True, text=True, timeout=300

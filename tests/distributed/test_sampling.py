@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from anyflow import curves
-from anyflow.assemble import assemble
 from anyflow.backbone import parallelize
 from anyflow.backbone.parallelize import join_ranks, leave_ranks, own_rows
 from anyflow.backbone.protocol import FlowMapBackbone
-from anyflow.curves import held_out, load_curve
-from anyflow.finish import measure
+from anyflow.evaluation import heldout as curves
+from anyflow.evaluation.heldout import held_out, load_curve
 from anyflow.flowmap import Renoise, take_velocity
 from anyflow.recipe import load_recipe
-from anyflow.runs import RunFolder
-from anyflow.signals import Terminated
+from anyflow.system.signals import Terminated
+from anyflow.tracking.runs import RunFolder
+from anyflow.training.assemble import assemble
+from anyflow.training.finish import measure
 
 PROMPTS, STEPS = 3, 2
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from anyflow.cli import app
+from anyflow.cli.main import app
 from anyflow.doctor import running
 from anyflow.doctor.findings import Findings, read_findings
 from anyflow.doctor.items import ITEMS, MACHINE, Item, items_named

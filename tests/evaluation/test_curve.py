@@ -13,10 +13,10 @@ import torch
 from models import BlockCodec, exact_sampler, held_out, sampler_over
 from torch import Tensor
 
-from anyflow.curves import as_asked
 from anyflow.evaluation.curve import Curve, CurveResult, CurveRow, HeldOut, over_seeds
+from anyflow.evaluation.heldout import as_asked
 from anyflow.evaluation.measure import measure_curve, prompt_noise, sampler_of
-from anyflow.evaluation.tables import comparison_text
+from anyflow.evaluation.report.tables import comparison_text
 from anyflow.flowmap.sampling import Take, sample
 
 # Few directions: the block codec's latents are as large as the pixels.

@@ -18,7 +18,7 @@ from anyflow.evaluation.encoders import check_encoders, figures_of, load_encoder
 from anyflow.evaluation.encoders.frames import PER_CLIP, FrameEncoder
 from anyflow.evaluation.encoders.i3d import I3d, I3dEncoder
 from anyflow.evaluation.encoders.video import VideoEncoder
-from anyflow.fingerprints import encoder_fingerprint
+from anyflow.tracking.fingerprints import encoder_fingerprint
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "i3d.json"
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenes import FRAMES, drive, grip, lane_change, look, put_car, road
 
-from anyflow.evaluation.motion import (
+from anyflow.simulators.motion import (
     PROBES,
     Reading,
     asked_motion,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scenes import lane_change, road
 
-from anyflow.evaluation.picture import (
+from anyflow.evaluation.report.picture import (
     CELL_WIDTH,
     GAP,
     GIVEN,

@@ -103,8 +103,8 @@ def test_clips_of_any_size_become_one_shape() -> None:
 
 
 def test_a_data_sets_probe_is_trained_once_for_each_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from anyflow import probes
     from anyflow.data.decode import ClipShape
+    from anyflow.evaluation import probes
 
     trained: list[tuple[str, str]] = []
 

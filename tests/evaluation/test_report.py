@@ -11,8 +11,8 @@ from models import BlockCodec, exact_sampler, held_out
 from anyflow.evaluation.curve import CurveResult
 from anyflow.evaluation.intervals import wilson_interval
 from anyflow.evaluation.measure import measure_curve
-from anyflow.evaluation.report import FILES, read_report, sample_grid, write_report
-from anyflow.evaluation.tables import comparison_markdown, comparison_text
+from anyflow.evaluation.report.folder import FILES, read_report, sample_grid, write_report
+from anyflow.evaluation.report.tables import comparison_markdown, comparison_text
 
 ITEMS, REFERENCE = held_out(3), held_out(3, offset=3)
 

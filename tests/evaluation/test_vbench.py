@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from anyflow.cli import app
+from anyflow.cli.main import app
 from anyflow.errors import UserError
-from anyflow.evaluation import picture
+from anyflow.evaluation.report import picture
 from anyflow.evaluation.vbench import (
     I2V,
     I2V_QUALITY,

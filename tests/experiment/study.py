@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from anyflow.curves import save_curve
 from anyflow.evaluation.curve import Curve, CurveResult, CurveRow, HeldOut, Marks
+from anyflow.evaluation.heldout import save_curve
 from anyflow.experiment.jobs import Job, measured_on
 from anyflow.experiment.load import load_experiment
 from anyflow.experiment.pieces import Piece, curve_folder, pieces_of
@@ -96,8 +96,8 @@ def jobs_in_state(pieces: list[Piece], state: str = "done") -> list[Job]:
 
 def invent_training(piece: Piece) -> None:
     """What a finished training leaves."""
-    from anyflow.fingerprints import facts_of
     from anyflow.recipe import save_recipe
+    from anyflow.tracking.fingerprints import facts_of
 
     assert piece.recipe is not None
     piece.run.model.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from study import TEXT, write_study
 
-from anyflow import curves
 from anyflow.backbone.guidance import Guidance
 from anyflow.backbone.load import GUIDANCE_KEYS
+from anyflow.evaluation import heldout as curves
 from anyflow.experiment import measuring
 from anyflow.experiment.pieces import curve_settings
 

@@ -14,7 +14,7 @@ from anyflow.experiment import execute
 from anyflow.experiment.load import list_experiments, load_experiment, needed_arms
 from anyflow.experiment.pieces import curve_settings, judged_by, pieces_of
 from anyflow.experiment.ready import check_ready
-from anyflow.fingerprints import data_fingerprint
+from anyflow.tracking.fingerprints import data_fingerprint
 
 PROJECT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((PROJECT / "experiments").glob("*.yaml"))

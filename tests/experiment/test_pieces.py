@@ -137,7 +137,7 @@ def test_a_failure_leaves_the_others(tmp_path: Path, done: list[str]) -> None:
 
 
 def test_one_process_at_a_time(tmp_path: Path, done: list[str]) -> None:
-    from anyflow.data.locks import locked
+    from anyflow.system.locks import locked
 
     experiment, pieces = write_study(tmp_path)
     home = pieces[0].run.path.parent
@@ -229,7 +229,7 @@ def test_each_prompt_may_be_sampled_from_several_noises(tmp_path: Path, monkeypa
         asked.append(list(seeds))
         raise UserError("enough")
 
-    monkeypatch.setattr("anyflow.curves.curve_of", curve_of)
+    monkeypatch.setattr("anyflow.evaluation.heldout.curve_of", curve_of)
     for draws, wanted in ((1, [[0], [1]]), (3, [[0, 1000, 2000], [1, 1001, 2001]])):
         text = TEXT.replace("prompts: 4", f"prompts: 4, draws: {draws}")
         experiment, pieces = write_study(tmp_path / str(draws), text)

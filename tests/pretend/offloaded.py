@@ -18,9 +18,9 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from anyflow import assemble, launch
 from anyflow.backbone import parallelize
-from anyflow.callbacks.sharded import AnyCheckpoint
+from anyflow.training import assemble, launch
+from anyflow.training.callbacks.sharded import AnyCheckpoint
 
 
 class _InHostMemory(SingleDeviceStrategy):

@@ -10,10 +10,10 @@ import torch
 from findings import Findings
 from watching import BEFORE, devices, precisions, watched
 
-from anyflow.commands.evaluate import evaluate
-from anyflow.commands.sample import sample
-from anyflow.commands.vbench import vbench
-from anyflow.evaluation.picture import write_mp4
+from anyflow.cli.evaluate import evaluate
+from anyflow.cli.sample import sample
+from anyflow.cli.vbench import vbench
+from anyflow.evaluation.report.picture import write_mp4
 
 TINY = "data/models/tiny"
 

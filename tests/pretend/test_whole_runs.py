@@ -87,7 +87,7 @@ def test_every_phase_computes_in_the_recipes_precision(case: str, card: Path, ru
 # run dry. Whoever adds one here says why it must be.
 
 STEP_WAITS = {
-    "callbacks/progress.py on_train_batch_end": 1,  # where a line is printed, not at every step
+    "training/callbacks/progress.py on_train_batch_end": 1,  # where a line is printed, not at every step
     "lightning/fabric/utilities/apply_func.py to_item": 2,  # figures that are logged
     "stages/base.py clip_norm": 1,  # a gradient that is not finite ends the run at once
 }

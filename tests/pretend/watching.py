@@ -17,9 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from anyflow.backbone.protocol import FlowMapBackbone
-from anyflow.callbacks.checkpoints import Checkpoints
-from anyflow.callbacks.sampling import Sampling
 from anyflow.stages.base import Stage
+from anyflow.training.callbacks.checkpoints import Checkpoints
+from anyflow.training.callbacks.sampling import Sampling
 
 BEFORE, START, STEP, SAMPLING, SAVING, END, AFTER = "before", "start", "step", "sampling", "saving", "end", "after"
 
@@ -140,7 +140,7 @@ def waits(findings: Findings) -> Counter[str]:
 
 def train_on_gpu(recipe: Any, out: Path) -> Findings:
     """``launch.train`` with a pretended GPU; what was found."""
-    from anyflow.launch import train
+    from anyflow.training.launch import train
 
     with watched() as gpu:
         assert train(recipe, out=out) == 0

@@ -49,7 +49,7 @@ MUTANTS = [
     ),
     Mutant(
         "an adapter is exported without its average",
-        "finish.py",
+        "training/finish.py",
         "    with averaged(parts) if weights is None else nullcontext():",
         "    with nullcontext():",
         EXPORTED,
@@ -70,7 +70,7 @@ MUTANTS = [
     ),
     Mutant(
         "the model's shift does not reach the objective",
-        "assemble.py",
+        "training/assemble.py",
         "        shift=shift,\n        rebalance=stage.rebalance,",
         "        rebalance=stage.rebalance,",
         f"{WIRING}::test_intervals_have_the_models_shift",
@@ -196,21 +196,21 @@ MUTANTS = [
     ),
     Mutant(
         "the teacher's own guidance is left out",
-        "assemble.py",
+        "training/assemble.py",
         'taken = ("budgets", "extra_guidance", ',
         'taken = ("budgets", ',
         f"{WIRING}::test_options_of_the_recipe_reach_their_stage",
     ),
     Mutant(
         "the negative prompt is the empty one",
-        "assemble.py",
+        "training/assemble.py",
         "        recipe.model.negative_prompt, stage.text_drop",
         '        "", stage.text_drop',
         f"{WIRING}::test_options_of_the_recipe_reach_their_stage",
     ),
     Mutant(
         "an adapter's alpha is its rank",
-        "assemble.py",
+        "training/assemble.py",
         "LoraSettings(lora.rank, lora.alpha, ",
         "LoraSettings(lora.rank, lora.rank, ",
         EXPORTED,

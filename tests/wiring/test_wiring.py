@@ -14,15 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from anyflow.assemble import assemble
-from anyflow.callbacks.checkpoints import latest_checkpoint
 from anyflow.errors import UserError
 from anyflow.flowmap.matching import critic_loss
 from anyflow.flowmap.schedule import shift_sigma
-from anyflow.launch import train
 from anyflow.recipe import Recipe, load_recipe
 from anyflow.stages import onpolicy
 from anyflow.stages.forward import ForwardStage
+from anyflow.tracking.checkpoints import latest_checkpoint
+from anyflow.training.assemble import assemble
+from anyflow.training.launch import train
 
 SMALL = (
     "data.card=driving",

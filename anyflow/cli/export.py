@@ -1,0 +1,149 @@
+"""``anyflow export``: a run or a checkpoint as a folder that diffusers loads, or as LoRA weights."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anyflow.cli.common import Json, fresh_folder, print_json, whole_folder
+from anyflow.errors import UserError
+from anyflow.evaluation.models import check_model
+
+if TYPE_CHECKING:
+    from anyflow.recipe import Recipe
+
+PRECISIONS = ("bfloat16", "float16", "float32")
+
+
+def export(
+    source: Annotated[str, typer.Argument(metavar="RUN|PATH", help="A run's folder, a model folder, or a hub id.")],
+    to: Annotated[Path, typer.Option("--to", help="A new folder.")],
+    lora: Annotated[
+        bool, typer.Option("--lora/--merge", help="The adapter alone, or a whole pipeline with the adapter merged.")
+    ] = False,
+    single_file: Annotated[
+        bool, typer.Option("--single-file", help="All of the network's weights in one file, however large.")
+    ] = False,
+    precision: Annotated[str, typer.Option(help=f"Of the network's weights: {', '.join(PRECISIONS)}.")] = "bfloat16",
+    as_json: Json = False,
+) -> None:
+    """Export weights: the averaged ones of a run's newest checkpoint, or a published model in today's layout.
+
+    \b
+    Examples:
+      anyflow export runs/finetune-driving-tiny-001 --to models/driving
+      anyflow export runs/finetune-driving-wan --to models/driving-lora --lora
+      anyflow export Wan-AI/Wan2.1-T2V-1.3B-Diffusers --to models/wan-as-flow-map
+    \b
+    Then, in Python: diffusers.AnyFlowPipeline.from_pretrained("models/driving"); for a causal model see its README.md
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"--precision {precision!r} is not known: give one of {', '.join(PRECISIONS)}")
+    target = fresh_folder(to, option="--to")
+    if (Path(source) / "recipe.yaml").is_file():
+        _export_run(Path(source), target, lora, precision, single_file)
+    elif lora:
+        raise UserError(
+            f"--lora: {source} is not a run, so no adapter is known of it: name a run's folder, or use --merge"
+        )
+    else:
+        check_model(source, "RUN|PATH")
+        _export_model(source, target, precision, single_file)
+    if as_json:
+        print_json({"source": source, "folder": target, "kind": "lora" if lora else "pipeline"})
+    else:
+        is_causal = (target / "pipeline.py").is_file()
+        loader = "AnyFlowFARPipeline.from_pretrained" if is_causal else "AnyFlowPipeline.from_pretrained"
+        loader = "pipe.load_lora_weights" if lora else loader
+        typer.echo(f"{target}   (load it by {loader}({str(target)!r}))")
+
+
+def _export_run(run: Path, target: Path, lora: bool, precision: str, single_file: bool) -> None:
+    """From the newest checkpoint, of any number of ranks, on this process: neither GPU nor data are needed."""
+    from anyflow.backbone.export import export_lora, export_pipeline
+    from anyflow.recipe import load_recipe
+    from anyflow.system.console import quiet_libraries
+    from anyflow.tracking.runs import RunFolder
+    from anyflow.training.finish import guidance_of, model_card
+
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    if lora and not recipe.model.lora.enabled:
+        raise UserError(f"--lora: {run} trained every weight (model.lora.enabled=false): export it with --merge")
+    finished = run / ("lora" if lora else "model")
+    if finished.is_dir() and precision == "bfloat16" and not single_file:
+        _copy(finished, target)
+        return
+    checkpoint = RunFolder(run).checkpoint
+    if checkpoint is None:
+        raise UserError(f"{run} has neither a finished model nor a checkpoint: train it first")
+    quiet_libraries()
+    codec, backbone, stage = _restored(recipe, checkpoint)
+    card = model_card(recipe, {})
+    with stage.ema.applied() if stage.ema is not None else nullcontext():
+        if lora:
+            export_lora(target, backbone, card)
+        else:
+            options: dict[str, Any] = {
+                "dtype": _dtype(precision),
+                "sampler": recipe.sampler,
+                "guidance": guidance_of(recipe) if recipe.sampler == "euler" else None,
+                "single_file": single_file,
+            }
+            export_pipeline(target, backbone.transformer, codec, recipe.model.shift, card, **options)
+
+
+def _restored(recipe: Recipe, checkpoint: Path) -> tuple[Any, Any, Any]:
+    """Codec, network and stage with the trained weights and their average of a checkpoint, sharded or not."""
+    from anyflow.stages.base import check_complete
+    from anyflow.training.assemble import build_stage, load_networks
+    from anyflow.training.callbacks.sharded import read_checkpoint
+
+    recipe = replace(recipe, hardware=replace(recipe.hardware, accelerator="cpu", compile=False))
+    codec, backbone = load_networks(recipe)
+    stage = build_stage(recipe, codec, backbone)
+    weights = read_checkpoint(checkpoint)["state_dict"]
+    check_complete(stage, weights)
+    stage.load_state_dict(weights, strict=False)
+    return codec, backbone, stage
+
+
+def _export_model(source: str, target: Path, precision: str, single_file: bool) -> None:
+    from anyflow.backbone.codec import Codec
+    from anyflow.backbone.export import export_pipeline
+    from anyflow.backbone.load import load_backbone
+    from anyflow.backbone.model_card import ModelCard
+    from anyflow.evaluation.models import has_guidance, shift_of, trained_shape, way_of
+    from anyflow.system.console import quiet_libraries
+
+    quiet_libraries()
+    dtype = _dtype(precision)
+    codec, backbone = Codec.from_folder(source), load_backbone(source, dtype=dtype)
+    frames, height, width, fps = trained_shape(source) or (81, 480, 832, 16.0)
+    card = ModelCard(
+        title=target.name,
+        base_model=source,
+        summary=f"The weights of {source}, written by anyflow.",
+        size=(frames, height, width),
+        fps=fps or 8.0,
+    )
+    sampler, guidance = way_of(source)
+    options: dict[str, Any] = {"dtype": dtype, "sampler": sampler, "single_file": single_file}
+    options["guidance"] = None if has_guidance(source) else guidance
+    export_pipeline(target, backbone.transformer, codec, shift_of(source), card, **options)
+
+
+def _dtype(precision: str) -> Any:
+    import torch
+
+    return getattr(torch, precision)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """The folder as it stands, whole or not at all."""
+    with whole_folder(target) as partial:
+        shutil.copytree(source, partial, dirs_exist_ok=True)

@@ -1,0 +1,47 @@
+"""``anyflow sync``: send the local runs to a tracking server."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anyflow.cli.common import Json, print_json
+from anyflow.errors import UserError
+
+
+def sync(
+    to: Annotated[str, typer.Option(help="Address of the MLflow server, for example http://tracking:5000.")],
+    uri: Annotated[str, typer.Option(help="The local database.")] = "sqlite:///runs/mlflow.db",
+    timeout: Annotated[float, typer.Option(help="Seconds that one request may take.", min=1)] = 10.0,
+    as_json: Json = False,
+) -> None:
+    """Copy local runs to a tracking server: parameters, figures, tags and files. What is there already is left alone.
+
+    \b
+    Examples:
+      anyflow sync --to http://127.0.0.1:5001
+      anyflow sync --to https://mlflow.example.org --timeout 60 --json
+    \b
+    Runs are always recorded on this machine first, so that no server can stop or slow a training. Start it again after
+    an interruption: it goes on. Exit code 2: the server does not answer; nothing is lost.
+    """
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise UserError(f"--uri {uri}: there is no such database: train something first, or name another one")
+    if to == uri:
+        raise UserError(f"--to {to} is the local database itself: name a server")
+    if not re.fullmatch(r"https?://[^/\s]+\S*", to):
+        raise UserError(f"--to {to!r} is no server's address: give one such as http://tracking:5000")
+    from anyflow.system.console import progress_line
+    from anyflow.tracking.sync import sync as copy
+
+    with progress_line("sending") as on_progress:
+        sent = copy(uri, to, timeout=timeout, on_progress=on_progress)
+    if as_json:
+        print_json({"to": to, **asdict(sent)})
+        return
+    told = f"{sent.figures} figures, {sent.files} files"
+    typer.echo(f"{sent.runs} runs sent to {to} ({told}), {sent.unchanged} were there")

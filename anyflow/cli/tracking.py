@@ -1,0 +1,64 @@
+"""``anyflow mlflow``: where the runs are recorded, and how to look at them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anyflow.cli.common import Json, print_json
+from anyflow.errors import UserError
+from anyflow.system.signals import sigterm_raises
+
+
+def mlflow(
+    uri: Annotated[str, typer.Option(help="MLflow's database or server.")] = "sqlite:///runs/mlflow.db",
+    serve: Annotated[bool, typer.Option("--serve", help="Serve the runs on 127.0.0.1 until Ctrl-C.")] = False,
+    port: Annotated[int, typer.Option(help="Port to serve on.", min=1, max=65535)] = 5000,
+    last: Annotated[int, typer.Option(help="How many of the newest runs to list.", min=1)] = 10,
+    as_json: Json = False,
+) -> None:
+    """List the newest runs, or serve them for a browser (on this machine only).
+
+    \b
+    Examples:
+      anyflow mlflow
+      anyflow mlflow --serve --port 5001
+      anyflow mlflow --last 3 --json
+    """
+    database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    if database is not None and not database.is_file():
+        raise UserError(f"--uri {uri}: there is no such database: train something first, or name another one")
+    if serve:
+        typer.echo(f"serving {uri} at http://127.0.0.1:{port} (Ctrl-C ends it)", err=True)
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+        raise typer.Exit(serve_until_stopped([*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]))
+    from anyflow.tracking.mlflow import newest_runs
+
+    runs = newest_runs(uri, last)
+    if as_json:
+        print_json({"uri": uri, "runs": runs})
+        return
+    for run in runs:
+        loss = f"loss {run['metrics']['loss']:.4g}" if "loss" in run["metrics"] else ""
+        typer.echo(f"{run['started']}  {run['status']:<9} {run['name']:<40} {loss}")
+    typer.echo(f"\nthe newest runs of {uri} ({len(runs)}); open them with: make mlflow   (or anyflow mlflow --serve)")
+
+
+def serve_until_stopped(command: list[str]) -> int:
+    """Run a server until it ends, or Ctrl-C or SIGTERM comes: then it and all its processes are ended."""
+    with sigterm_raises(KeyboardInterrupt):
+        process = subprocess.Popen(command, start_new_session=True)  # Ctrl-C comes here alone: it prints a traceback
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+            return 0

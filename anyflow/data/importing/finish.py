@@ -1,0 +1,209 @@
+"""The end of an import: duplicates leave, shards take their names, index, card and report are written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anyflow.data.card import CARD_NAME, DatasetCard, write_card
+from anyflow.data.clip import SPLITS
+from anyflow.data.importing.cutting import Cutting, find_duplicates
+from anyflow.data.importing.jobs import MOST_VALUES, Job, JobResult
+from anyflow.data.importing.options import ImportOptions
+from anyflow.data.importing.recording import Unusable
+from anyflow.data.shards import INDEX_NAME, Shard, ShardIndex, write_tar
+from anyflow.errors import UserError
+from anyflow.system.files import write_atomically
+
+REPORT_NAME = "import.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an import is of: where from, where to, how it cuts, and how many recordings were found."""
+
+    source: Path
+    format: str
+    out: Path
+    work: Path
+    cutting: Cutting
+    domain: str
+    controls: Mapping[str, str]
+    recordings: int
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import made.
+
+    Attributes:
+        card: the new card's path. format: the source's.
+        clips: split -> clips. recordings: found in the source.
+        unusable: (recording, reason), every one. dropped: clips left out, by reason. scenes: cuts seen.
+    """
+
+    card: Path
+    format: str
+    clips: Mapping[str, int]
+    recordings: int
+    unusable: tuple[tuple[str, str], ...]
+    dropped: Mapping[str, int]
+    scenes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; without the card's path, so that a report is the same wherever it was made."""
+        document = asdict(self)
+        del document["card"]
+        return document
+
+    @classmethod
+    def load(cls, folder: Path) -> ImportReport:
+        """The report that lies in an imported data set."""
+        document = json.loads((folder / REPORT_NAME).read_text())
+        document["unusable"] = tuple(tuple(item) for item in document["unusable"])
+        return cls(card=folder / CARD_NAME, **document)
+
+
+def assemble(
+    plan: Plan, jobs: Sequence[Job], results: Sequence[JobResult], unusable: Sequence[Unusable], options: ImportOptions
+) -> ImportReport:
+    """Put the jobs' shards together as the data set; it may be broken off and called again at any point.
+
+    Raises:
+        UserError: a split came out empty.
+    """
+    dropped: Counter[str] = Counter()
+    for result in results:
+        dropped.update(result.dropped)
+    repeats = set() if options.keep_duplicates else _repeats(results)
+    dropped.update({"duplicate": len(repeats)} if repeats else {})
+    final = plan.work / "final"
+    clips: dict[str, int] = {}
+    for split in SPLITS:
+        made = [result for job, result in zip(jobs, results, strict=True) if job.split == split and result.shard]
+        if any(job.split == split for job in jobs):
+            clips[split] = _write_split(plan, split, made, repeats, final / split)
+            if not clips[split]:
+                reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+                raise UserError(
+                    f"no clip of {plan.cutting.frames} frames came out for the split {split!r} (left out: "
+                    f"{reasons or 'nothing'}): lower --frames or --min-motion, or import more"
+                )
+    named = [*unusable, *(item for result in results for item in result.unusable)]
+    report = ImportReport(
+        plan.out / CARD_NAME,
+        plan.format,
+        clips,
+        plan.recordings,
+        tuple((item.name.encode(errors="replace").decode(), item.reason) for item in named),
+        dict(sorted(dropped.items())),
+        sum(result.scenes for result in results),
+    )
+    _write_card(plan, final, list(clips), results, options)
+    write_report(final / REPORT_NAME, report.to_dict())
+    if plan.out.is_dir():
+        plan.out.rmdir()  # empty, as was checked
+    final.rename(plan.out)
+    shutil.rmtree(plan.work)
+    return report
+
+
+def _repeats(results: Sequence[JobResult]) -> set[str]:
+    """Keys of clips that show what an earlier one shows."""
+    keys = [sample.key for result in results if result.shard for sample in result.shard.samples]
+    prints = [result.prints for result in results if result.shard]
+    if not keys:
+        return set()
+    return {keys[later] for later, _ in find_duplicates(np.concatenate(prints))}
+
+
+def _write_split(plan: Plan, split: str, made: Sequence[JobResult], repeats: set[str], folder: Path) -> int:
+    """Move a split's shards to their place, without the repeats, and index them; returns the number of clips."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[Shard] = []
+    for result in made:
+        assert result.shard is not None
+        kept = {sample.key for sample in result.shard.samples} - repeats
+        if not kept:
+            continue
+        tar = plan.work / result.shard.name
+        place = folder / f"{plan.out.name}-{split}-{len(shards):06d}.tar"
+        if len(kept) < len(result.shard.samples):
+            # The original stays until all is done: a broken import is assembled again from it.
+            shards.append(write_tar(_samples(tar, kept), place))
+        else:
+            place.unlink(missing_ok=True)
+            try:
+                place.hardlink_to(tar)
+            except OSError:  # a file system without links
+                shutil.copyfile(tar, place)
+            shards.append(replace(result.shard, name=place.name))
+    index = ShardIndex(tuple(shards)).to_dict()
+    write_atomically(folder / INDEX_NAME, json.dumps(index, separators=(",", ":")))
+    return sum(len(shard.samples) for shard in shards)
+
+
+def _samples(tar: Path, kept: set[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The samples of a shard of ours, in order, less those that are not ``kept``."""
+    with tarfile.open(tar) as file:
+        key = ""
+        parts: dict[str, bytes] = {}
+        for member in file:
+            name, _, extension = member.name.partition(".")
+            if name != key and parts:
+                yield key, parts
+                parts = {}
+            key = name
+            data = file.extractfile(member)
+            if name in kept and data is not None:
+                parts[extension] = data.read()
+        if parts:
+            yield key, parts
+
+
+def _write_card(
+    plan: Plan, final: Path, splits: Sequence[str], results: Sequence[JobResult], options: ImportOptions
+) -> None:
+    present = {name for result in results for name in result.controls}
+    labels: dict[str, set[str]] = {}
+    for result in results:
+        for name, values in result.attributes.items():
+            labels.setdefault(name, set()).update(values)
+    cutting = plan.cutting
+    card = DatasetCard(
+        name=plan.out.name,
+        domain=plan.domain,
+        description=options.description or f"Footage of {plan.source.name}, imported from the format {plan.format}.",
+        splits={split: final / split for split in splits},
+        frames=cutting.frames,
+        height=cutting.height,
+        width=cutting.width,
+        fps=cutting.fps,
+        licence=options.licence or "not stated: see the source",
+        caption=options.captions.default,
+        controls={name: plan.controls.get(name, "one value a frame") for name in sorted(present)},
+        attributes={
+            name: sorted(values) if len(values) <= MOST_VALUES else f"more than {MOST_VALUES} values"
+            for name, values in sorted(labels.items())
+        },
+        provenance={
+            "command": f"anyflow data import {plan.source} --to {plan.out}",
+            "format": plan.format,
+            "recordings": plan.recordings,
+            "cutting": asdict(cutting),
+        },
+    )
+    write_card(card, final / CARD_NAME)
+
+
+def write_report(path: Path, document: Mapping[str, Any]) -> None:
+    """A report, as JSON that people can read."""
+    write_atomically(path, json.dumps(document, indent=1, ensure_ascii=False, default=str).encode(errors="replace"))

@@ -1,0 +1,131 @@
+"""nuScenes: json tables of scenes, camera pictures (12 Hz) and ego poses; the CAN bus expansion if it is there.
+
+The layout is that of https://www.nuscenes.org/nuscenes#data-format: a folder ``v1.0-*`` of tables beside ``samples``,
+``sweeps`` and, optionally, ``can_bus``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anyflow.data.decode import DecodeError
+from anyflow.data.importing.recording import Found, ImageFiles, Recording, Track, Unusable
+from anyflow.data.safety import MAX_TABLE_BYTES, inside, read_json
+from anyflow.errors import UserError
+
+NAME = "nuscenes"
+LOOKS_FOR = "a folder v1.0-* with scene.json, sample_data.json and ego_pose.json"
+DOMAIN = "driving"
+CONTROLS = {
+    "trajectory": "per frame: [x, y, heading], as seen from the first: metres ahead, metres and degrees to the left",
+    "speed": "per frame: metres a second, from the poses",
+    "steering": "per frame: steering wheel, degrees to the left, from the CAN bus",
+}
+MICROSECONDS = 1e6
+SMALLEST_GAP = 1e-4
+
+Rows = dict[str, dict[str, Any]]
+
+
+def detect(folder: Path) -> bool:
+    """Whether there is a folder of tables."""
+    return bool(_versions(folder))
+
+
+def recordings(folder: Path) -> Iterator[Found]:
+    """Every camera of every scene."""
+    for tables in _versions(folder):
+        try:
+            yield from _scenes(folder, tables)
+        except (DecodeError, KeyError, TypeError, ValueError) as error:
+            reason = str(error) if isinstance(error, DecodeError) else f"a row lacks or has a wrong field ({error!r})"
+            raise UserError(f"{str(tables)!r}: {reason}; fetch the tables again") from error
+
+
+def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
+    """Pose and speed at the pictures' times; steering if the CAN bus was recorded."""
+    times, path = recording.details["times"], recording.details["path"]
+    tracks = {"trajectory": Track(times, path, linear=True, relative=True)}
+    if len(times) > 1 and np.diff(times).min() > SMALLEST_GAP:
+        velocity = np.gradient(path[:, :2], times, axis=0)
+        tracks["speed"] = Track(times, np.linalg.norm(velocity, axis=-1), linear=True)
+    steering = folder / "can_bus" / f"{recording.group}_steeranglefeedback.json"
+    if steering.is_file():
+        try:
+            rows = read_json(steering)
+            clock = np.array([row["utime"] for row in rows], dtype=np.float64)
+            angle = np.degrees(np.array([row["value"] for row in rows], dtype=np.float64))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DecodeError(f"{steering.name} is damaged ({error!r})") from error
+        if len(clock):
+            tracks["steering"] = Track((clock - recording.details["begin"]) / MICROSECONDS, angle, linear=True)
+    return tracks
+
+
+def _versions(folder: Path) -> list[Path]:
+    needed = ("scene.json", "sample.json", "sample_data.json", "ego_pose.json")
+    return [path for path in sorted(folder.glob("v1.0-*")) if all((path / name).is_file() for name in needed)]
+
+
+def _scenes(folder: Path, tables: Path) -> Iterator[Found]:
+    scenes, samples = _rows(tables, "scene"), _rows(tables, "sample")
+    sensors, calibrated = _rows(tables, "sensor"), _rows(tables, "calibrated_sensor")
+    logs = _rows(tables, "log") if (tables / "log.json").is_file() else {}
+    pictures: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in _rows(tables, "sample_data").values():
+        sensor = sensors[calibrated[row["calibrated_sensor_token"]]["sensor_token"]]
+        if sensor["modality"] == "camera":
+            pictures.setdefault((samples[row["sample_token"]]["scene_token"], sensor["channel"]), []).append(row)
+    poses = _rows(tables, "ego_pose")
+    for token, scene in scenes.items():
+        log = logs.get(scene.get("log_token", ""), {})
+        for channel in sorted(channel for of, channel in pictures if of == token):
+            rows = sorted(pictures[token, channel], key=lambda row: row["timestamp"])
+            try:
+                yield _recording(folder, scene, channel, rows, poses, log)
+            except DecodeError as error:
+                yield Unusable(f"{scene['name']}/{channel}", str(error))
+
+
+def _recording(
+    folder: Path,
+    scene: Mapping[str, Any],
+    channel: str,
+    rows: list[dict[str, Any]],
+    poses: Rows,
+    log: Mapping[str, Any],
+) -> Recording:
+    begin = rows[0]["timestamp"]
+    times = np.array([(row["timestamp"] - begin) / MICROSECONDS for row in rows])
+    path = np.array([_pose(poses[row["ego_pose_token"]]) for row in rows])
+    path[:, 2] = np.degrees(np.unwrap(path[:, 2]))
+    files = [inside(folder, row["filename"]) for row in rows]
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing is not None:
+        raise DecodeError(f"there is no {missing.relative_to(folder).as_posix()}")
+    fields = {"location": log.get("location"), "scene": scene["name"]}
+    return Recording(
+        name=f"{scene['name']}/{channel}",
+        group=scene["name"],
+        footage=ImageFiles(tuple(map(str, files)), tuple(times.tolist())),
+        caption=scene.get("description"),
+        camera=channel,
+        fields={name: value for name, value in fields.items() if value},
+        details={"times": times, "path": path, "begin": begin},
+    )
+
+
+def _pose(row: Mapping[str, Any]) -> tuple[float, float, float]:
+    """(x, y, heading in radians) of an ego pose, whose rotation is a quaternion (w, x, y, z)."""
+    w, x, y, z = row["rotation"]
+    return row["translation"][0], row["translation"][1], np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
+
+
+def _rows(tables: Path, name: str) -> Rows:
+    """A table by token."""
+    rows = read_json(tables / f"{name}.json", MAX_TABLE_BYTES)
+    return {row["token"]: row for row in rows}

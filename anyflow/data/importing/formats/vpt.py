@@ -1,0 +1,91 @@
+"""OpenAI VPT's contractor recordings: NAME.mp4 at 20 frames a second beside NAME.jsonl, one line a tick.
+
+The layout is that of https://github.com/openai/Video-Pre-Training (contractor demonstrations). There are no captions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anyflow.data.decode import DecodeError
+from anyflow.data.importing.formats.folder import walk_videos
+from anyflow.data.importing.recording import Found, Recording, Track, Unusable, VideoFile
+from anyflow.data.safety import parse_json, read_rows
+
+NAME = "vpt"
+LOOKS_FOR = "NAME.mp4 beside NAME.jsonl whose lines have mouse, keyboard and tick"
+DOMAIN = "games"
+CONTROLS = {
+    "actions": "per frame: keys held, mouse buttons held, mouse movement (dx, dy in pixels), wheel, hotbar, GUI open",
+    "trajectory": "per frame: [x, y, z, yaw, pitch], in blocks and degrees",
+}
+TICKS_PER_SECOND = 20
+SESSION = re.compile(r"-\d{8}-\d{6}$")
+"""A recording's name ends with its date and time; what stands before names the player's session."""
+
+
+def detect(folder: Path) -> bool:
+    """Whether the first .jsonl beside a video holds ticks."""
+    for video in walk_videos(folder):
+        lines = video.with_suffix(".jsonl")
+        if not lines.is_file():
+            continue
+        try:
+            with lines.open("rb") as file:
+                tick = parse_json(file.readline(2**20), lines.name)
+        except (DecodeError, OSError):
+            return False
+        return isinstance(tick, dict) and {"mouse", "keyboard", "tick"} <= set(tick)
+    return False
+
+
+def recordings(folder: Path) -> Iterator[Found]:
+    """Every video with its ticks."""
+    for video in walk_videos(folder):
+        relative = video.relative_to(folder).with_suffix("").as_posix()
+        if not video.with_suffix(".jsonl").is_file():
+            yield Unusable(relative, f"no {video.stem}.jsonl beside it")
+            continue
+        session = SESSION.sub("", relative)
+        yield Recording(
+            relative,
+            session,
+            VideoFile(str(video)),
+            fields={"session": Path(session).name},
+            details={"ticks": str(video.with_suffix(".jsonl"))},
+        )
+
+
+def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
+    """Actions and pose of every tick; a tick is a frame."""
+    path = Path(recording.details["ticks"])
+    actions: list[dict[str, Any]] = []
+    poses: list[list[float]] = []
+    for _, tick in read_rows(path):
+        if isinstance(tick, DecodeError):
+            raise tick
+        try:
+            mouse, keyboard = tick["mouse"], tick["keyboard"]
+            actions.append(
+                {
+                    "keys": sorted(str(key).removeprefix("key.keyboard.") for key in keyboard["keys"]),
+                    "buttons": sorted(int(button) for button in mouse["buttons"]),
+                    "dx": float(mouse["dx"]),
+                    "dy": float(mouse["dy"]),
+                    "wheel": float(mouse.get("dwheel") or 0),
+                    "hotbar": int(tick.get("hotbar") or 0),
+                    "gui": bool(tick.get("isGuiOpen")),
+                }
+            )
+            poses.append([float(tick.get(name) or 0) for name in ("xpos", "ypos", "zpos", "yaw", "pitch")])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DecodeError(f"{path.name}:{len(actions) + 1} is no tick ({error!r})") from error
+    if not actions:
+        raise DecodeError(f"{path.name} holds no ticks")
+    times = np.arange(len(actions)) / TICKS_PER_SECOND
+    return {"actions": Track(times, actions), "trajectory": Track(times, np.array(poses))}

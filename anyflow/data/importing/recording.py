@@ -1,0 +1,142 @@
+"""What an importer finds in a folder: recordings, each one stretch of footage without a gap, not yet cut into clips."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+MAX_KEY = 72
+"""A tar header holds 100 bytes of name: room is left for the clip's number and the extension."""
+
+
+@dataclass(frozen=True)
+class VideoFile:
+    """A video file, or the span of one that lies inside another file (a tar's member)."""
+
+    path: str
+    offset: int = 0
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Pictures and the time of each, in seconds after the first one, ascending."""
+
+    paths: tuple[str, ...]
+    times: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ParquetCell:
+    """A video file's bytes in a parquet table: row ``row`` of a row group, in ``column`` (binary, or {bytes, path})."""
+
+    path: str
+    row_group: int
+    row: int
+    column: str
+
+
+Footage = VideoFile | ImageFiles | ParquetCell
+
+
+@dataclass(frozen=True)
+class Track:
+    """One control over a recording's time.
+
+    Attributes:
+        times: seconds after the recording's start, ascending, [N].
+        values: [N] or [N, D] numbers, or any N values that JSON can hold.
+        linear: interpolate between the values; else the last one at or before a time holds.
+        relative: a path [N, 3] of (x, y, heading in degrees): told as seen from the clip's first frame.
+    """
+
+    times: np.ndarray
+    values: Sequence[Any] | np.ndarray
+    linear: bool = False
+    relative: bool = False
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One stretch of footage with one caption.
+
+    Attributes:
+        name: unique within the source and the same each time; it becomes the clips' key.
+        group: what must not be torn between training and held-out clips: the episode, scene, route or session.
+        footage: the pictures.
+        start, end: seconds within the footage; None for its end.
+        fps: the rate of a stream that carries no time stamps; None where it does.
+        caption: from the source, if it has one.
+        camera: which of several.
+        split: "train" or "heldout", if the source says so itself.
+        fields: plain values, for caption templates and as the clips' labels.
+        details: what the importer's ``controls`` needs again; nobody else looks into it.
+    """
+
+    name: str
+    group: str
+    footage: Footage
+    start: float = 0.0
+    end: float | None = None
+    fps: float | None = None
+    caption: str | None = None
+    camera: str = ""
+    split: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """The name as a tar member may have it: unique, for a short digest follows whatever had to be changed."""
+        plain = re.sub(r"[^A-Za-z0-9_-]+", "_", self.name)
+        if plain == self.name and len(plain) <= MAX_KEY:
+            return plain
+        digest = hashlib.blake2b(self.name.encode(errors="surrogateescape"), digest_size=4).hexdigest()
+        return f"{plain[: MAX_KEY - 9]}-{digest}"
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """Something in a source that cannot be used, and why."""
+
+    name: str
+    reason: str
+
+
+Found = Recording | Unusable
+
+
+class Source(Protocol):
+    """What a module of ``anyflow.simulators.simulated`` that imports a format has.
+
+    Attributes:
+        NAME: as ``--format`` has it. LOOKS_FOR: what ``detect`` looks for, in words.
+        DOMAIN: the domain if none is given. CONTROLS: control -> what it holds, for the card.
+    """
+
+    NAME: str
+    LOOKS_FOR: str
+    DOMAIN: str
+    CONTROLS: Mapping[str, str]
+
+    def detect(self, folder: Path) -> bool:
+        """Whether a folder is in this format; cheap, and never an exception."""
+        ...
+
+    def recordings(self, folder: Path) -> Iterator[Found]:
+        """All recordings, in an order that is the same each time; reads descriptions, no pictures."""
+        ...
+
+    def controls(self, folder: Path, recording: Recording) -> Mapping[str, Track]:
+        """A recording's controls; called in a worker.
+
+        Raises:
+            DecodeError: they cannot be read.
+        """
+        ...

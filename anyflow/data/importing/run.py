@@ -1,0 +1,306 @@
+"""``anyflow data import``: footage in somebody's format to shards, a card and a held-out split.
+
+What is written depends on the source and the options alone, not on the number of workers or on interruptions. All work
+lies in ``.NAME.import`` beside the target until everything is there; then it takes its place at once. A broken import
+goes on from the jobs that it had finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from anyflow.data.card import CARD_NAME
+from anyflow.data.clip import SPLITS
+from anyflow.data.decode import DecodeError, first_line
+from anyflow.data.importing.captions import DEFAULTS
+from anyflow.data.importing.cutting import Cutting
+from anyflow.data.importing.finish import REPORT_NAME, ImportReport, Plan, assemble, write_report
+from anyflow.data.importing.footage import Facts, probe
+from anyflow.data.importing.formats.huggingface import licence_of
+from anyflow.data.importing.formats.known import detect_format, snapshot, source_of
+from anyflow.data.importing.jobs import STRANGERS_FAULTS, Job, JobResult, load_result, run_job
+from anyflow.data.importing.options import ImportOptions
+from anyflow.data.importing.recording import Found, Recording, Unusable
+from anyflow.errors import UserError
+from anyflow.system.locks import locked
+from anyflow.system.pool import run_jobs
+
+CLIPS_PER_JOB = 100
+PROBED = 8
+"""Recordings whose length is looked up to guess how many make a shard."""
+NAMED = 5
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an import is: recordings done of all, clips made, and seconds left (None: not known yet)."""
+
+    recordings: int
+    of: int
+    clips: int
+    clips_per_second: float
+    seconds_left: float | None
+
+
+def import_dataset(
+    source: Path, out: Path, options: ImportOptions, progress: Callable[[Progress], None] | None = None
+) -> ImportReport:
+    """Import a folder; go on where an earlier call was broken off.
+
+    Args:
+        source: the data set's folder.
+        out: the new data set's folder.
+        progress: called after every job.
+
+    Raises:
+        UserError: the folder is in no known format, ``out`` is in use, nothing usable is found, or more recordings
+            than the budget allows cannot be used; these are all named in the report then.
+    """
+    _check(options)
+    work = out.with_name(f".{out.name}.import")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if work.is_dir() and (out / CARD_NAME).is_file():  # stopped between the last two steps
+            shutil.rmtree(work)
+            return ImportReport.load(out)
+        raise UserError(f"--to {str(out)!r} is in use: give another folder, or remove it first")
+    folder = snapshot(source.absolute())
+    name = options.format or detect_format(folder)
+    module = source_of(name)
+    if not folder.is_dir() or not module.detect(folder):
+        raise UserError(f"source {str(source)!r} is not in the format {name!r}, which has {module.LOOKS_FOR}")
+    options = _with_domain(options, module.DOMAIN)
+    options = replace(options, licence=options.licence or licence_of(folder))
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(work / "lock", patience=0):
+            try:
+                return _import(source, folder, name, out, work, options, progress)
+            finally:
+                if work.is_dir() and not any(path.name != "lock" for path in work.iterdir()):
+                    shutil.rmtree(work)  # nothing is done yet, so nothing is left
+    except BlockingIOError as error:
+        raise UserError(f"another import is writing {str(work)!r}: wait for it, or give another --to") from error
+
+
+def _import(
+    source: Path,
+    folder: Path,
+    format: str,
+    out: Path,
+    work: Path,
+    options: ImportOptions,
+    progress: Callable[[Progress], None] | None,
+) -> ImportReport:
+    """The import itself, in a working folder of this process's own."""
+    module = source_of(format)
+    try:
+        found = list(_limited(module.recordings(folder), options))
+    except (DecodeError, *STRANGERS_FAULTS) as error:
+        raise UserError(f"source {str(source)!r} cannot be read ({format}): {first_line(error)}") from error
+    recordings, unusable = _choose(found, options)
+    total = len(recordings) + len(unusable)
+    enforce(unusable, total, options.error_budget, work)
+    if not recordings:
+        raise UserError(f"source {str(source)!r} holds no recordings ({format}: {module.LOOKS_FOR})")
+    cutting, facts = _cutting(recordings, options)
+    plan = Plan(source, format, out, work, cutting, options.domain or "", dict(module.CONTROLS), total)
+    jobs = list(_jobs(plan, folder, split_groups(recordings, options), options, facts))
+    results = _run(jobs, unusable, options, total, progress)
+    return assemble(plan, jobs, results, unusable, options)
+
+
+def _check(options: ImportOptions) -> None:
+    ranges = {"heldout": (0.0, 0.9), "error-budget": (0.0, 1.0)}
+    for name, (low, high) in ranges.items():
+        value = getattr(options, name.replace("-", "_"))
+        if not low <= value <= high:
+            raise UserError(f"--{name} {value:g}: give a share from {low:g} to {high:g}")
+    for name, least in (("workers", 0), ("frames", 1), ("limit", 0), ("cut_threshold", 0), ("min_motion", 0)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name):g}: give at least {least}")
+    options.captions.template_fields  # noqa: B018  # a malformed template is refused before anything is read
+
+
+def _with_domain(options: ImportOptions, usual: str) -> ImportOptions:
+    domain = options.domain or usual
+    captions = options.captions
+    if captions.default == "domain":
+        if domain not in DEFAULTS:
+            raise UserError(f"--default-caption domain: {domain!r} has none, only {', '.join(DEFAULTS)}; write it out")
+        captions = replace(captions, default=DEFAULTS[domain])
+    return replace(options, domain=domain, captions=captions)
+
+
+def _limited(found: Iterable[Found], options: ImportOptions) -> Iterator[Found]:
+    """The recordings asked for, by camera and number; the same name twice is refused."""
+    seen: set[str] = set()
+    cameras: set[str] = set()
+    count = 0
+    for item in found:
+        if isinstance(item, Recording):
+            cameras.add(item.camera)
+            if options.cameras and item.camera not in options.cameras:
+                continue
+            if item.key in seen:
+                item = Unusable(item.name, "the source names it twice")
+            else:
+                seen.add(item.key)
+        yield item
+        count += 1
+        if options.limit and count >= options.limit:
+            return
+    missing = sorted(set(options.cameras) - cameras)
+    if missing:
+        raise UserError(f"--cameras {','.join(missing)}: the source has {', '.join(sorted(cameras)) or 'no cameras'}")
+
+
+def _choose(found: Sequence[Found], options: ImportOptions) -> tuple[list[Recording], list[Unusable]]:
+    """Give captions and groups; part the usable from the rest."""
+    recordings: list[Recording] = []
+    unusable: list[Unusable] = []
+    for item in options.captions.apply(found):
+        if isinstance(item, Unusable):
+            unusable.append(item)
+        elif options.group_by is None:
+            recordings.append(item)
+        elif item.fields.get(options.group_by) in (None, ""):
+            unusable.append(Unusable(item.name, f"no field {options.group_by!r} to group it by"))
+        else:
+            recordings.append(replace(item, group=str(item.fields[options.group_by])))
+    return recordings, unusable
+
+
+def split_groups(recordings: Sequence[Recording], options: ImportOptions) -> dict[str, list[Recording]]:
+    """{"train": ..., "heldout": ...}: by the source's own split if it has one, else whole groups drawn by the seed.
+
+    Raises:
+        UserError: there are too few groups to hold any out.
+    """
+    if options.heldout == 0:
+        return {"train": list(recordings)}
+    if any(recording.split == "heldout" for recording in recordings):
+        held = {recording.group for recording in recordings if recording.split == "heldout"}
+    else:
+        groups = {recording.group for recording in recordings}
+        if len(groups) < 2:
+            raise UserError(
+                "--heldout: all recordings are of one group, so none can be held out whole; import more, "
+                "name a field by --group-by, or give --heldout 0"
+            )
+        count = min(len(groups) - 1, max(1, round(options.heldout * len(groups))))
+        held = set(sorted(groups, key=lambda group: _draw(options.seed, group))[:count])
+    parts: dict[str, list[Recording]] = {split: [] for split in SPLITS}
+    for recording in recordings:
+        parts["heldout" if recording.group in held else "train"].append(recording)
+    return parts
+
+
+def _draw(seed: int, group: str) -> str:
+    return hashlib.blake2b(f"{seed}/{group}".encode(errors="surrogateescape"), digest_size=16).hexdigest()
+
+
+def _cutting(recordings: Sequence[Recording], options: ImportOptions) -> tuple[Cutting, list[Facts]]:
+    """The options with what the first readable recordings tell: rate, size, and how long recordings are.
+
+    Raises:
+        UserError: none of the first ones can be read.
+    """
+    facts: list[Facts] = []
+    reason = ""
+    for recording in recordings[: 8 * PROBED]:
+        try:
+            facts.append(probe(recording))
+        except DecodeError as error:
+            reason = f"{recording.name}: {error}"
+        if len(facts) == PROBED:
+            break
+    if not facts:
+        raise UserError(f"none of the first recordings can be read ({reason}): check the source")
+    fps = options.fps or round(facts[0].fps, 3)
+    width, height = options.size or (facts[0].width // 2 * 2, facts[0].height // 2 * 2)
+    stride = options.frames if options.stride is None else max(1, round(options.stride * fps))
+    cutting = Cutting(
+        options.frames, fps, height, width, stride, options.cut_threshold, options.min_motion, options.most
+    )
+    return cutting, facts
+
+
+def _jobs(
+    plan: Plan, folder: Path, parts: dict[str, list[Recording]], options: ImportOptions, facts: Sequence[Facts]
+) -> Iterator[Job]:
+    """The recordings of each split in runs that make about one shard; held-out first, so that it keeps duplicates."""
+    lengths = [fact.seconds for fact in facts if fact.seconds is not None]
+    clips = sum(map(plan.cutting.expected, lengths)) / len(lengths) if lengths else 1.0
+    size = max(1, round(CLIPS_PER_JOB / max(clips, 1.0)))
+    for split in reversed([split for split in SPLITS if split in parts]):
+        for start in range(0, len(parts[split]), size):
+            run = tuple(parts[split][start : start + size])
+            yield Job(folder, plan.format, plan.work, split, plan.domain, options.licence, plan.cutting, run)
+
+
+def _run(
+    jobs: Sequence[Job],
+    unusable: Sequence[Unusable],
+    options: ImportOptions,
+    total: int,
+    progress: Callable[[Progress], None] | None,
+) -> list[JobResult]:
+    """Every job's result, in order; those of a broken import are taken over.
+
+    Raises:
+        UserError: the budget is spent, or a worker died.
+    """
+    known = [load_result(job.work, job.digest) for job in jobs]
+    done = sum(len(job.recordings) for job, result in zip(jobs, known, strict=True) if result)
+    clips = sum(_count(result) for result in known if result)
+    bad = [*unusable, *(item for result in known if result for item in result.unusable)]
+    open_jobs = [(place, job) for place, (job, result) in enumerate(zip(jobs, known, strict=True)) if result is None]
+    of = sum(len(job.recordings) for job in jobs)
+    started, made, read = time.monotonic(), 0, 0
+    enforce(bad, total, options.error_budget, jobs[0].work)
+    try:
+        todo = [job for _, job in open_jobs]
+        finished = run_jobs(run_job, todo, options.workers) if options.workers and todo else map(run_job, todo)
+        for (place, job), result in zip(open_jobs, finished, strict=True):
+            known[place] = result
+            bad += result.unusable
+            made, read = made + _count(result), read + len(job.recordings)
+            seconds = time.monotonic() - started
+            left = seconds / read * (of - done - read)
+            if progress is not None:
+                progress(Progress(done + read, of, clips + made, made / seconds, left))
+            enforce(bad, total, options.error_budget, job.work)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker of the import died, perhaps for want of memory: lower --workers or --size, and start it again "
+            "with the same words to go on"
+        ) from error
+    return [result for result in known if result is not None]
+
+
+def _count(result: JobResult) -> int:
+    return len(result.shard.samples) if result.shard else 0
+
+
+def enforce(unusable: Sequence[Unusable], total: int, budget: float, work: Path) -> None:
+    """Compare the unusable recordings with all of them.
+
+    Raises:
+        UserError: there are more than the budget allows; the first are named, and all of them in a file.
+    """
+    if not unusable or len(unusable) <= budget * total:
+        return
+    report = work / REPORT_NAME
+    write_report(report, {"unusable": [[item.name, item.reason] for item in unusable]})
+    named = "; ".join(f"{item.name[:200]} ({item.reason})" for item in unusable[:NAMED])
+    rest = f"; and {len(unusable) - NAMED} more, all in {str(report)!r}" if len(unusable) > NAMED else ""
+    raise UserError(
+        f"{len(unusable)} of {total} recordings cannot be used, more than --error-budget {budget:g} allows: "
+        f"{named}{rest}; mend them or raise the budget, and start again with the same words to go on"
+    )

@@ -1,0 +1,259 @@
+"""The any-step curve of a model on a data set's held-out clips: what training and ``evaluate`` both ask."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anyflow.backbone.codec import Codec
+from anyflow.backbone.guidance import UNGUIDED, Guidance
+from anyflow.backbone.parallelize import join_rows, own_rows, rank_and_size
+from anyflow.data.decode import ClipShape, DecodeError
+from anyflow.data.order import Plan
+from anyflow.data.reader import ShardReader, find_split
+from anyflow.data.stream import ClipDataset
+from anyflow.errors import UserError
+from anyflow.evaluation.curve import CurveResult, HeldOut
+from anyflow.evaluation.measure import CurveCodec, OnProgress, Sampler, measure_curve, sampler_of
+from anyflow.evaluation.samples import KeptSamples
+from anyflow.flowmap.endpoint import Renoise
+from anyflow.flowmap.sampling import SamplerKind, Take
+from anyflow.system.files import replacing
+
+
+class TooFewClips(UserError):
+    """A split has not enough clips for a curve."""
+
+
+def held_out(cards: Sequence[str], split: str, shape: ClipShape, count: int | None = None) -> list[HeldOut]:
+    """The first ``count`` clips that can be read, of every card's split in turn (all, if None), decoded."""
+    per_card = [list(islice(_clips(card, split, shape), count)) for card in cards]
+    dealt = [clips[i] for i in range(max(map(len, per_card))) for clips in per_card if i < len(clips)]
+    return dealt[:count]
+
+
+def as_asked(clips: Sequence[HeldOut]) -> list[HeldOut]:
+    """Leave out the attributes that a caption leaves open: a sample of that prompt cannot show them wrongly.
+
+    They are those in which two clips of one caption differ: all of them where one caption stands for the whole data
+    set, and the like of a seed or a measured speed where captions tell what happens.
+    """
+    values: dict[tuple[str, str], set[str]] = {}
+    for clip in clips:
+        for name, value in clip.attributes.items():
+            values.setdefault((clip.caption, name), set()).add(json.dumps(value, sort_keys=True, default=str))
+    return [
+        replace(
+            clip,
+            attributes={name: value for name, value in clip.attributes.items() if len(values[clip.caption, name]) == 1},
+        )
+        for clip in clips
+    ]
+
+
+def _clips(card: str, split: str, shape: ClipShape) -> Iterator[HeldOut]:
+    """One card's clips in the shards' order; clips that cannot be read are left out."""
+    found = find_split(card, split)
+    reader = ShardReader([found.folder], [found.caption])
+    dataset = ClipDataset(reader, Plan(reader.planned(), seed=0, global_batch=1), shape)
+    samples = [(number, sample) for number, (_, shard) in enumerate(reader.shards) for sample in shard.samples]
+    for number, sample in samples:
+        frames = np.empty((shape.frames, shape.height, shape.width, 3), dtype=np.uint8)
+        try:
+            facts = dataset.load(0, number, sample, frames)
+        except DecodeError as error:
+            print(f"{split} clip {sample.key} of {card} is left out: {error}", file=sys.stderr)
+            continue
+        domain, attributes = facts.get("domain", ""), facts.get("attributes") or {}
+        yield HeldOut(sample.key, facts["caption"], torch.from_numpy(frames), domain, attributes)
+
+
+BATCH_SIZE = 8
+"""Clips a pass of a curve, unless they are large or somebody asks for others."""
+
+
+def clips_a_pass(fitting: int, ranks: int, batch_size: int = BATCH_SIZE) -> int:
+    """Clips that all ranks together sample in one pass, where ``fitting`` fit on each."""
+    return min(max(batch_size, ranks), fitting * ranks)
+
+
+def curve_of(
+    backbone: Any,
+    codec: Codec,
+    cards: Sequence[str],
+    shape: ClipShape,
+    *,
+    prompts: int,
+    steps: Sequence[int],
+    shift: float,
+    device: torch.device,
+    seeds: Sequence[int] = (0,),
+    label: str = "after",
+    split: str = "heldout",
+    given_frames: int = 0,
+    left_out: int = 0,
+    sampler: SamplerKind = "flowmap",
+    guidance: Guidance = UNGUIDED,
+    judging: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
+    batch_size: int = BATCH_SIZE,
+    kept: KeptSamples | None = None,
+    or_fewer: bool = False,
+    divide: bool = False,
+    on_progress: OnProgress | None = None,
+) -> CurveResult:
+    """Measure a model on the prompts of a split's first clips, against as many clips behind them: no clip is both.
+
+    ``given_frames`` latent frames are given from each prompt's own clip: 1 is image-to-video; comparisons leave them
+    out, or ``left_out`` ones if that is more. ``judging`` and ``notes`` are further judges and what is said of them.
+    ``guidance`` is for a network that has none in its weights. What is sampled goes to ``kept``, and comes from there
+    if it was sampled before. Network and codec are on ``device``; they take ``batch_size`` clips a pass at most, fewer
+    where clips are large.
+    ``or_fewer`` takes fewer prompts where the split has too few clips, and says so. ``divide`` deals each batch out to
+    the ranks, all of which must come here: every one does its clips, and has the whole.
+
+    Raises:
+        TooFewClips: The split has too few clips.
+    """
+    items, reference, note = _dealt(cards, split, shape, prompts, or_fewer)
+    sample: Sampler = sampler_of(backbone, codec, guidance)
+    measured: CurveCodec = codec
+    ranks = rank_and_size()[1] if divide else 1
+    if divide:
+        sample, measured = _divided(sample), _DividedCodec(codec)
+    fitting = backbone.clips_at_once(codec.latent_shape(shape.frames, shape.height, shape.width))
+    return measure_curve(
+        sample,
+        measured,
+        items,
+        reference,
+        label=label,
+        steps=steps,
+        shift=shift,
+        seeds=seeds,
+        given_frames=given_frames,
+        left_out=left_out,
+        kind=sampler,
+        guidance=guidance,
+        calls=backbone.calls_of,
+        judging=judging,
+        notes=[*notes, *note],
+        batch_size=clips_a_pass(fitting, ranks, batch_size),
+        kept=kept,
+        device=device,
+        on_progress=on_progress,
+    )
+
+
+def check_held_out(cards: Sequence[str], split: str, prompts: int, where: str = "prompts") -> None:
+    """Tell by the shards' index alone, before anything is loaded, whether a split has clips for so many prompts.
+
+    ``where`` is the option or field that says how many, for the message.
+
+    Raises:
+        UserError: it has not.
+    """
+    found = [find_split(card, split) for card in cards]
+    readers = [ShardReader([one.folder], [one.caption]) for one in found]
+    count = sum(len(shard.samples) for reader in readers for _, shard in reader.shards)
+    if count < 2 * prompts:
+        raise UserError(f"{where} {prompts}: {_too_few(cards, split, prompts, count)}")
+
+
+def _too_few(cards: Sequence[str], split: str, prompts: int, count: int) -> str:
+    remedy = f"ask for {count // 2} prompts, or hold more clips out" if count > 1 else "hold more clips out"
+    return (
+        f"{prompts} prompts need {2 * prompts} clips of the {split} split, {prompts} that ask and {prompts} others to "
+        f"compare with, and {' and '.join(map(str, cards))} has {count}: {remedy}"
+    )
+
+
+def _dealt(
+    cards: Sequence[str], split: str, shape: ClipShape, prompts: int, or_fewer: bool
+) -> tuple[list[HeldOut], list[HeldOut], list[str]]:
+    """The clips whose prompts are sampled, as many others, and what is to be said of their number."""
+    clips = as_asked(held_out(cards, split, shape, 2 * prompts))
+    half = len(clips) // 2
+    if half == prompts:
+        return clips[:prompts], clips[prompts:], []
+    if not half or not or_fewer:
+        raise TooFewClips(_too_few(cards, split, prompts, len(clips)))
+    note = f"{half} prompts instead of {prompts}: the {split} split has {len(clips)} clips, and half are compared with"
+    return clips[:half], clips[half : 2 * half], [note]
+
+
+def _divided(sampler: Sampler) -> Sampler:
+    """Every rank samples its rows of a batch. What a row becomes depends on its own prompt and noise alone.
+
+    Re-noising draws for the batch as it stands: then every rank samples all of it.
+    """
+
+    def sample(
+        captions: list[str], noise: Tensor, num_steps: int, shift: float, first_frames: Tensor | None, **way: Take
+    ) -> Tensor:
+        if isinstance(way.get("take"), Renoise):
+            return sampler(captions, noise, num_steps, shift, first_frames, **way)
+        rows = own_rows(len(noise))
+        given = None if first_frames is None else first_frames[rows]
+        own = sampler([captions[row] for row in rows], noise[rows], num_steps, shift, given, **way)
+        return join_rows(own, len(noise))
+
+    return sample
+
+
+@dataclass(frozen=True)
+class _DividedCodec:
+    """Every rank encodes or decodes its rows of a batch."""
+
+    codec: CurveCodec
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        return join_rows(self.codec.encode_video(video[own_rows(len(video))]), len(video))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return join_rows(self.codec.decode(latents[own_rows(len(latents))]), len(latents))
+
+
+def load_curve(folder: Path, label: str, asked: Mapping[str, Any] | None = None) -> CurveResult | None:
+    """A curve and its samples saved by :func:`save_curve`, or None: also if another one was ``asked`` for then."""
+    path = folder / f"{label}.pt"
+    if not path.exists():
+        return None
+    from anyflow.evaluation.curve import Curve
+
+    saved = torch.load(path, weights_only=True)
+    if asked is not None and saved.get("asked", asked) != asked:
+        return None
+    shown = tuple(HeldOut(**item) for item in saved["shown"])
+    return CurveResult(Curve.from_json(saved["curve"]), shown, saved["samples"])
+
+
+def save_curve(folder: Path, result: CurveResult, asked: Mapping[str, Any] | None = None) -> None:
+    """Keep a curve with the samples that a picture shows, atomically: a resumed run does not measure twice.
+
+    ``asked`` are the settings (plain values) that it was measured by.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = [
+        {
+            "key": item.key,
+            "caption": item.caption,
+            "frames": torch.as_tensor(item.frames),
+            "domain": item.domain,
+            "attributes": dict(item.attributes),
+        }
+        for item in result.shown
+    ]
+    saved: dict[str, Any] = {"curve": result.curve.to_json(), "shown": shown, "samples": dict(result.samples.items())}
+    saved |= {} if asked is None else {"asked": dict(asked)}
+    with replacing(folder / f"{result.curve.label}.pt") as partial, open(partial, "wb") as file:
+        torch.save(saved, file)

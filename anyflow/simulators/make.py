@@ -1,0 +1,96 @@
+"""Rendering a simulated data set: clips, shards and the card, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from anyflow.data.card import CARD_NAME, DatasetCard, check_shards, write_card
+from anyflow.data.clip import SPLITS, Clip
+from anyflow.data.shards import CLIPS_PER_SHARD, write_shards
+from anyflow.errors import UserError
+from anyflow.simulators.simulated import FRAMES, HEIGHT, WIDTH, choose_look, package_versions, simulator
+
+Progress = Callable[[str, int, int], None]
+"""Called after every clip with (split, clips done, clips in all)."""
+
+
+def make_dataset(
+    domain: str,
+    clips: int,
+    heldout: int,
+    seed: int = 0,
+    out: Path | None = None,
+    workers: int = 2,
+    progress: Progress | None = None,
+    look: str | None = None,
+) -> Path:
+    """Render ``clips`` training and ``heldout`` held-out clips of a simulated domain.
+
+    The folder is built beside its place and renamed at the end, so a broken run leaves nothing that looks finished.
+
+    Args:
+        out: the data set's folder; ``data/shards/DOMAIN`` by default, which is where the card ``DOMAIN-full`` looks.
+        look: how the world is seen, one of the source's ``LOOKS``; the first by default.
+
+    Returns:
+        The new card's path, ``OUT/card.yaml``.
+
+    Raises:
+        UserError: an unknown domain, a number below 1, an unknown look, a folder in use, a missing simulator.
+    """
+    source = simulator(domain)
+    for field, value in (("clips", clips), ("heldout", heldout), ("workers", workers)):
+        if value < 1:
+            raise UserError(f"{field} {value}: give at least 1")
+    if seed < 0:
+        raise UserError(f"seed {seed}: give 0 or more")
+    folder = Path("data/shards") / domain if out is None else out
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--out {str(folder)!r} is in use: give another folder, or remove it first")
+    choose_look(domain, source.LOOKS, look)
+    packages = package_versions(*source.PACKAGES)  # before hours of rendering, not after
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        for split, count in zip(SPLITS, (clips, heldout), strict=True):
+            rendered = source.render(count, split, seed, workers, look)
+            counted = _report(rendered, split, count, progress) if progress else rendered
+            write_shards(counted, building / split, f"{domain}-{split}", CLIPS_PER_SHARD)
+        arguments = f"{domain} --clips {clips} --heldout {heldout} --seed {seed}" + (f" --look {look}" if look else "")
+        card = DatasetCard(
+            name=folder.name,
+            domain=domain,
+            description=source.DESCRIPTION,
+            splits={split: building / split for split in SPLITS},
+            frames=FRAMES,
+            height=HEIGHT,
+            width=WIDTH,
+            fps=source.FPS,
+            licence=source.LICENCE,
+            controls=source.CONTROLS,
+            attributes=source.ATTRIBUTES,
+            provenance={
+                "command": f"anyflow data make {arguments}",
+                "seed": seed,
+                "packages": packages,
+            },
+        )
+        write_card(card, building / CARD_NAME)
+        problems = check_shards(card)
+        if problems:
+            raise UserError(f"--out {str(folder)!r}: what was written does not read back ({problems[0]}); try again")
+        if folder.exists():
+            folder.rmdir()  # empty, as checked above
+        building.rename(folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return folder / CARD_NAME
+
+
+def _report(clips: Iterable[Clip], split: str, total: int, progress: Progress) -> Iterator[Clip]:
+    for done, clip in enumerate(clips, start=1):
+        yield clip
+        progress(split, done, total)

@@ -1,0 +1,331 @@
+"""From a recipe to the objects that it names: codec, backbone, stage, data. Each gets plain arguments.
+
+Nothing here trains; ``--dry-run`` builds all of it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from anyflow.backbone.attention import prefer_kernel
+from anyflow.backbone.codec import Codec, codec_dtypes
+from anyflow.backbone.compiled import compile_blocks
+from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build_vae, transformer_config
+from anyflow.backbone.full import RELEASED_FULL, add_full
+from anyflow.backbone.load import load_backbone, new_backbone
+from anyflow.backbone.lora import ADAPTER, LoraSettings, add_lora, load_lora
+from anyflow.backbone.parallelize import (
+    ParallelSettings,
+    checkpoint_activations,
+    join_ranks,
+    parallelize,
+    rank_and_size,
+    rank_zero_first,
+)
+from anyflow.backbone.protocol import FlowMapBackbone
+from anyflow.backbone.roles import AdapterRoles, Roles, SeparateRoles
+from anyflow.data.cache import TextStore
+from anyflow.data.decode import ClipShape
+from anyflow.data.encode import Encoding
+from anyflow.data.module import VideoDataModule
+from anyflow.data.reader import ShardReader, find_split
+from anyflow.flowmap.intervals import IntervalShares
+from anyflow.flowmap.objective import FlowMapObjective
+from anyflow.recipe import Recipe
+from anyflow.stages.base import Stage
+from anyflow.stages.baselines import ConsistencyStage, DmdStage
+from anyflow.stages.codec import CodecObjective, CodecStage
+from anyflow.stages.ema import EmaSettings
+from anyflow.stages.finetune import FinetuneStage, FinetuneTailStage, TailPlan
+from anyflow.stages.flow import Conditioning
+from anyflow.stages.forward import ForwardStage
+from anyflow.stages.onpolicy import OnPolicySettings, OnPolicyStage
+from anyflow.stages.optimizers import OptimizerSettings
+from anyflow.stages.teacher import TeacherStage
+from anyflow.system.console import progress_line
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of."""
+
+    codec: Codec
+    backbone: FlowMapBackbone
+    stage: Stage
+    data: VideoDataModule
+
+
+def assemble(recipe: Recipe, *, leave_stored: bool = False, encode: bool = True) -> Parts:
+    """Build everything that the recipe names.
+
+    Args:
+        recipe: what to build.
+        leave_stored: the networks' weights stay in their files.
+        encode: encode the data beforehand if the recipe asks for it and it was not done; else pixels stand in.
+
+    Raises:
+        UserError: A checkpoint, card or clip does not fit the recipe.
+    """
+    codec, backbone = load_networks(recipe, leave_stored=leave_stored or is_sharded(recipe))
+    return Parts(codec, backbone, build_stage(recipe, codec, backbone), build_data(recipe, codec, encode=encode))
+
+
+def load_networks(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, FlowMapBackbone]:
+    """Codec and network, the adapter of a LoRA run on it."""
+    codec, backbone = load_model(recipe, leave_stored=leave_stored)
+    if recipe.stage.name != "codec":
+        shape = codec.latent_shape(recipe.data.frames, recipe.data.height, recipe.data.width)
+        backbone.fit_clip(shape[0])
+    if recipe.model.lora.enabled and recipe.stage.name != "codec":
+        if recipe.model.lora.start:
+            load_lora(backbone, recipe.model.lora.start)
+            # what this recipe trains in full and the run before did not, as a network that has become causal
+            add_full(backbone.transformer, lora_settings(recipe).full, ADAPTER)
+        else:
+            add_lora(backbone, lora_settings(recipe))
+    return codec, backbone
+
+
+def load_model(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, FlowMapBackbone]:
+    """Codec and network, loaded or, for the first stages of an embedded model, built new."""
+    model, hardware = recipe.model, recipe.hardware
+    prefer_kernel(hardware.attention)
+    dtype = weights_dtype(recipe)
+    if recipe.stage.name == "codec":
+        tokenizer = build_tokenizer(captions(recipe))
+        codec = Codec(
+            build_vae(recipe.run.seed), tokenizer, build_text_encoder(len(tokenizer), recipe.run.seed), source=None
+        )
+    else:
+        codec_dtype, text_dtype = codec_dtypes(hardware.precision)
+        folder, stored = model.codec or model.weights, is_precomputed(recipe)
+        codec = Codec.from_folder(folder, dtype=codec_dtype, text_dtype=text_dtype, stored=stored)
+        codec.is_parked = stored or hardware.park_codec
+    if model.init == "new":
+        network = {**transformer_config(), **model.network}
+        backbone: FlowMapBackbone = new_backbone(network, recipe.run.seed, model.architecture)
+    else:
+        backbone = load_backbone(
+            model.weights,
+            architecture=model.architecture,
+            dtype=dtype,
+            leave_stored=leave_stored,
+            network=model.network,
+        )
+    if hardware.gradient_checkpointing:
+        checkpoint_activations(backbone, hardware.keep_attention)
+    return codec, backbone
+
+
+def is_sharded(recipe: Recipe) -> bool:
+    """Whether the weights are spread over ranks."""
+    return recipe.hardware.strategy == "fsdp" and rank_and_size()[1] > 1
+
+
+def weights_dtype(recipe: Recipe) -> torch.dtype:
+    """Precision that the network's weights are kept in: float32 if they are trained, by default."""
+    hardware = recipe.hardware
+    frozen_base = hardware.strategy == "fsdp" and recipe.model.lora.enabled and hardware.precision == "bf16-mixed"
+    return torch.bfloat16 if frozen_base or hardware.precision == "bf16-true" else torch.float32
+
+
+def parallel_settings(recipe: Recipe, *, compiled: bool = True) -> ParallelSettings:
+    """How the recipe's hardware spreads a network; ``compiled`` False leaves compiling out."""
+    hardware = recipe.hardware
+    return ParallelSettings(
+        compute=torch.bfloat16 if hardware.precision.startswith("bf16") else None,
+        compile=hardware.compile and compiled,
+        offload=hardware.offload,
+        nodes=hardware.num_nodes if hardware.shard_within == "node" else 1,
+    )
+
+
+def spread(recipe: Recipe, *networks: FlowMapBackbone) -> None:
+    """Compile, and spread over the ranks, as the recipe's hardware says; the last step before a stage is built."""
+    hardware, settings = recipe.hardware, parallel_settings(recipe)
+    for network in networks:
+        if is_sharded(recipe):
+            parallelize(network, settings, join_ranks(hardware.accelerator))
+            continue
+        if hardware.precision != "32-true":  # in sampling too, where Lightning is not around it
+            network.compute = torch.bfloat16
+        if settings.compile:
+            compile_blocks(network)
+
+
+def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stage:
+    """The LightningModule of the recipe's stage."""
+    stage, shift = recipe.stage, recipe.model.shift
+    shared: dict[str, Any] = {
+        "optimizer": optimizer_settings(asdict(recipe.optimizer)),
+        "ema": EmaSettings(**asdict(recipe.ema)),
+        "total_steps": stage.steps,
+        "seed": recipe.run.seed,
+        "passes": recipe.hardware.accumulate,
+    }
+    if stage.name == "codec":
+        codec.vae.requires_grad_(True)
+        return CodecStage(codec.vae, CodecObjective(**asdict(stage.codec)), **shared)
+    roles = build_roles(recipe, backbone) if recipe.has_teacher else None
+    spread(recipe, *(roles.networks if roles is not None else [backbone]))
+    conditioning = Conditioning(
+        recipe.model.negative_prompt, stage.text_drop, stage.i2v_prob, stage.long_context, stage.bidirectional_prob
+    )
+    if stage.name == "teacher":
+        return TeacherStage(backbone, codec, conditioning=conditioning, shift=shift, **shared)
+    objective = FlowMapObjective(
+        guidance_scale=stage.guidance_scale,
+        guided_tangent=stage.guided_tangent,
+        derivative=stage.derivative,  # type: ignore[arg-type]
+        delta=stage.delta,
+        weight=stage.weight,  # type: ignore[arg-type]
+        shift=shift,
+        rebalance=stage.rebalance,
+    )
+    shares = IntervalShares(stage.diffusion_share, stage.consistency_share)
+    shared |= {"conditioning": conditioning, "objective": objective, "shares": shares}
+    if roles is not None and not recipe.has_critic:
+        return ConsistencyStage(roles, codec, **shared)
+    if roles is not None:
+        return build_onpolicy(recipe, codec, roles, shared)
+    kind = {"forward": ForwardStage, "finetune": FinetuneStage}[stage.name]
+    return kind(backbone, codec, **shared)
+
+
+def build_onpolicy(recipe: Recipe, codec: Codec, roles: Roles, shared: dict[str, Any]) -> OnPolicyStage:
+    """The on-policy stage, its baseline, or fine-tuning with an on-policy tail."""
+    stage = recipe.stage
+    options = asdict(stage.onpolicy)
+    taken = ("budgets", "extra_guidance", "forward_weight", "critic_turns", "watch")
+    settings = OnPolicySettings(
+        recompute_jumps=recipe.hardware.recompute_jumps,
+        **{key: options[key] for key in taken},
+    )
+    critic_optimizer = optimizer_settings(asdict(stage.onpolicy.critic))
+    if not recipe.has_tail:
+        kind = DmdStage if stage.name == "dmd" else OnPolicyStage
+        return kind(roles, codec, settings=settings, critic_optimizer=critic_optimizer, **shared)
+    del shared["total_steps"]
+    return FinetuneTailStage(
+        roles,
+        codec,
+        settings=replace(settings, extra_guidance=0.0),  # the adapted teacher has its guidance fused, as its base
+        critic_optimizer=critic_optimizer,
+        plan=TailPlan(stage.steps, stage.tail.teacher_steps, stage.tail.steps),
+        tail_optimizer=optimizer_settings(asdict(stage.tail.optimizer)),
+        **shared,
+    )
+
+
+def build_roles(recipe: Recipe, backbone: FlowMapBackbone) -> Roles:
+    """Student, critic and teacher: adapters on the student's base, or networks of their own.
+
+    Before an on-policy tail the teacher is the base, and is trained. Consistency distillation has no critic, and its
+    teacher sees frames as the student does.
+    """
+    teacher = recipe.model.weights if recipe.has_tail else recipe.stage.onpolicy.teacher
+    kind: dict[str, Any] = {"trains_teacher": recipe.has_tail, "has_critic": recipe.has_critic}
+    if recipe.model.lora.enabled:
+        if teacher and not recipe.has_tail:
+            load_lora(backbone, teacher, adapter="teacher")
+        settings, seed = lora_settings(recipe), recipe.run.seed
+        return AdapterRoles(backbone, settings, seed=seed, **kind)
+    network = load_backbone(
+        teacher or recipe.model.weights,
+        # of either architecture where there is a critic: both see all frames at once
+        architecture=None if recipe.has_critic else recipe.model.architecture,
+        dtype=weights_dtype(recipe),
+        leave_stored=backbone.stored is not None,
+    )
+    if recipe.hardware.gradient_checkpointing:
+        checkpoint_activations(network, recipe.hardware.keep_attention)
+    return SeparateRoles(backbone, network, **kind)
+
+
+def lora_settings(recipe: Recipe) -> LoraSettings:
+    """The shape of the recipe's adapters."""
+    lora = recipe.model.lora
+    released = RELEASED_FULL[recipe.model.architecture]
+    full = [name for item in lora.full for name in (released if item == "released" else (item,))]
+    return LoraSettings(lora.rank, lora.alpha, tuple(lora.targets), dropout=lora.dropout, full=tuple(full))
+
+
+def optimizer_settings(fields: dict[str, Any]) -> OptimizerSettings:
+    """How weights move, from the fields of a recipe's group."""
+    return OptimizerSettings(**{**fields, "betas": tuple(fields["betas"])})
+
+
+def batches_of(recipe: Recipe) -> int:
+    """Batches that the whole run asks of its data, on each rank."""
+    onpolicy_steps = recipe.stage.tail.steps if recipe.has_tail else recipe.stage.steps if recipe.has_critic else 0
+    critics = onpolicy_steps * recipe.stage.onpolicy.critic_turns
+    return (recipe.total_steps + critics) * recipe.hardware.accumulate
+
+
+def build_data(recipe: Recipe, codec: Codec, *, encode: bool = True) -> VideoDataModule:
+    """The training split as batches, of pixels or (``data.precompute``) of latents encoded beforehand."""
+    data = recipe.data
+    encodings = [encoding_of(recipe, codec, card) for card in data.card] if is_precomputed(recipe) else []
+    for encoding in encodings if encode else []:
+        rank_zero_first(partial(make_cache, encoding, codec, recipe.hardware.accelerator), encoding.folder.name)
+    is_ready = encode or all(encoding.is_whole() for encoding in encodings)
+    caches = [encoding.folder for encoding in encodings] if is_ready else []
+    if caches:
+        codec.known_texts = TextStore(caches)
+    return VideoDataModule(
+        data.card,
+        split=data.split,
+        batch_size=data.batch_size,
+        frames=data.frames,
+        height=data.height,
+        width=data.width,
+        fps=data.fps or None,
+        steps=batches_of(recipe),
+        passes=recipe.hardware.accumulate,
+        seed=recipe.run.seed,
+        num_workers=data.num_workers,
+        error_budget=data.error_budget,
+        weights=data.weights,
+        buckets=data.shapes[1:],
+        cache=caches,
+        codec_hash=encodings[0].fingerprint if encodings else None,
+    )
+
+
+def is_precomputed(recipe: Recipe) -> bool:
+    """Whether training reads latents and embeddings encoded beforehand: the codec then stays in its files."""
+    return recipe.data.precompute and recipe.stage.name != "codec"
+
+
+def encoding_of(recipe: Recipe, codec: Codec, card: str) -> Encoding:
+    """How a card's training split is encoded for this recipe; nothing is done yet."""
+    data = recipe.data
+    shapes = [ClipShape(*shape, data.fps or None) for shape in data.shapes]
+    prompts = [recipe.model.negative_prompt]
+    return Encoding(card, data.split, codec, shapes, prompts=prompts, error_budget=data.error_budget)
+
+
+def make_cache(encoding: Encoding, codec: Codec, accelerator: str) -> None:
+    """Encode now, in this process, what ``anyflow data encode`` has not encoded."""
+    if encoding.is_whole():
+        return
+    with codec.lent(join_ranks(accelerator)):
+        print(f"encoding {encoding.title}: {encoding.estimate().told()}", file=sys.stderr)
+        with progress_line(f"encoding {encoding.title}") as on_progress:
+            encoding.all(on_progress)
+
+
+def captions(recipe: Recipe) -> Iterator[str]:
+    """Every training caption of the recipe's cards: what a new tokenizer learns its words from."""
+    for card in recipe.data.card:
+        split = find_split(card, recipe.data.split)
+        reader = ShardReader([split.folder], [split.caption])
+        for number, (_, shard) in enumerate(reader.shards):
+            for sample in shard.samples:
+                yield reader.describe(number, sample)["caption"]
