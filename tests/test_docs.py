@@ -16,6 +16,7 @@ import typer
 from anyflow.cli.main import app
 from anyflow.experiment.load import load_experiment
 from anyflow.recipe import load_recipe
+from experiments import prose
 
 PROJECT = Path(__file__).resolve().parents[1]
 PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
@@ -101,3 +102,24 @@ def test_an_example_imports_what_exists(page: Path, line: int, block: str) -> No
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_sentences_are_short() -> None:
+    """At most 40 words each, 20 on average: ``python -m experiments.prose`` lists them."""
+    found = prose.sentences(PAGES)
+    long = [f"{sentence.path.name}:{sentence.line}: {sentence.text}" for sentence in prose.too_long(found)]
+    assert not long, "\n".join(long)
+    assert prose.average(found) <= prose.MOST_ON_AVERAGE
+
+
+def test_the_linter_of_sentences_sees_prose_alone(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A heading of many words\n\nOne `code with words` and [two words](https://x.org/a). It is $a + b$ long,\n"
+        "e.g. 0.4 s.\n\n```sh\nnot this\n```\n| nor | this |\n- An item.\n- Another one\n\n$$\nu = v\n$$\n"
+    )
+    counted = [(sentence.line, sentence.words) for sentence in prose.sentences([page])]
+    assert counted == [(3, 5), (3, 7), (10, 2), (11, 2)]
+    module = tmp_path / "module.py"
+    module.write_text('"""Short. Very short."""\n\nX = "no docstring here"\n')
+    assert [sentence.words for sentence in prose.sentences([module])] == [1, 2]
