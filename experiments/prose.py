@@ -24,7 +24,7 @@ MOST_ON_AVERAGE = 20.0
 LEFT_OUT = re.compile(r"\||#|<!--|!\[.*\]\(.*\)$|\s*\$\$")
 """Lines that are no prose: tables, headings, comments, pictures, formulas."""
 
-LIST_ITEM = re.compile(r"\s*(?:[-*+]|\d+\.)\s+")
+LIST_ITEM = re.compile(r"^\s*(?:[-*+]|\d+\.)\s+")
 SENTENCE_END = re.compile(r"(?<!e\.g\.)(?<!i\.e\.)(?<!vs\.)(?<=[.!?])[)\"*_]*\s+(?=[\"'`(\[*_$A-Z0-9])")
 TABLE = re.compile(r"^ *=+ +=+.*^ *=+ +=+ *$", re.MULTILINE | re.DOTALL)
 SECTION = re.compile(r"(Args|Returns|Raises|Attributes|Yields):$")

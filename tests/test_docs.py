@@ -69,7 +69,8 @@ def check_make(words: list[str]) -> None:
         check_anyflow(["experiment", given["NAME"], *shlex.split(given.get("ARGS", ""))])
     if "RECIPE" in given:
         options = [f"--{name.lower()}={given[name]}" for name in ("MODEL", "HARDWARE") if name in given]
-        check_anyflow(["train", f"{target}/{given['RECIPE']}", *options, *shlex.split(given.get("ARGS", ""))])
+        called = ["plan", given["RECIPE"]] if target == "plan" else ["train", f"{target}/{given['RECIPE']}"]
+        check_anyflow([*called, *options, *shlex.split(given.get("ARGS", ""))])
 
 
 def check_anyflow(words: list[str]) -> None:
@@ -80,7 +81,7 @@ def check_anyflow(words: list[str]) -> None:
     parsed = command.make_context(command.name, list(words)).params
     if command.name == "experiment" and parsed["name"] and not PLACEHOLDER.search(parsed["name"]):
         load_experiment(parsed["name"])
-    if command.name == "train":
+    if command.name == "train" or (command.name == "plan" and parsed["recipe"]):
         overrides = [text for text in parsed["overrides"] or () if not PLACEHOLDER.search(text)]
         card = ["data.card=driving"] if len(overrides) < len(parsed["overrides"] or ()) else []
         load_recipe(parsed["recipe"], model=parsed["model"], hardware=parsed["hardware"], overrides=[*overrides, *card])
