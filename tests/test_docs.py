@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
@@ -55,9 +56,17 @@ def test_a_command_can_be_typed(page: Path, command: str, monkeypatch: pytest.Mo
         check_make(words)
     elif program.endswith("anyflow"):
         check_anyflow(words)
+    elif program.endswith("python"):
+        check_module(words)
     else:
         others = ("bash", "pip", "sudo", "apt-get", "sbatch", "torchrun", "srun")
         assert program.removeprefix(".venv/bin/") in others, command
+
+
+def check_module(words: list[str]) -> None:
+    dash_m, module, *arguments = words
+    assert dash_m == "-m" and importlib.util.find_spec(module), f"there is no module {module}"
+    assert all((PROJECT / path).exists() for path in arguments), arguments
 
 
 def check_make(words: list[str]) -> None:
@@ -103,6 +112,36 @@ def test_an_example_imports_what_exists(page: Path, line: int, block: str) -> No
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*\.md|)#([^)]+)\)", page.read_text(encoding="utf-8")):
+        assert anchor in anchors(page.parent / target if target else page), f"{page.name} links to {target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_sections_that_docstrings_cite_are_on_the_page() -> None:
+    page = (PROJECT / "docs" / "algorithm.md").read_text(encoding="utf-8")
+    sections = set(re.findall(r"^## (\w+)\. ", page, re.MULTILINE))
+    cited = {
+        (path.name, number)
+        for path in (PROJECT / "anyflow").rglob("*.py")
+        for number in re.findall(r"\b(?:sec\.|section) (\d\w?)\b", path.read_text(encoding="utf-8"))
+    }
+    assert cited and not [place for place in cited if place[1] not in sections]
+
+
+def test_functions_that_the_algorithm_names_exist() -> None:
+    page = (PROJECT / "docs" / "algorithm.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w.]+)`\s+(?:in\s+|\()`(\w+/\w+)\.py`", page)
+    assert len(named) > 10
+    for name, module in named:
+        found: Any = importlib.import_module(f"anyflow.{module.replace('/', '.')}")
+        for part in name.split("."):
+            assert hasattr(found, part), f"{module}.py has no {name}"
+            found = getattr(found, part)
 
 
 def test_sentences_are_short() -> None:
