@@ -16,7 +16,7 @@ import yaml
 
 from anyflow.data import remote
 from anyflow.data.shards import INDEX_NAME, Sample, Shard, check_folder, load_index
-from anyflow.errors import UserError
+from anyflow.errors import UserError, first_line
 from anyflow.system.files import write_atomically
 
 CARD_NAME = "card.yaml"
@@ -87,8 +87,7 @@ def load_card(card: str | Path, require_shards: bool = True) -> DatasetCard:
     try:
         document = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        first_line = str(error).splitlines()[0]
-        raise UserError(f"card {str(path)!r} is not YAML: {first_line}") from error
+        raise UserError(f"card {str(path)!r} is not YAML: {first_line(error)}") from error
     if not isinstance(document, dict):
         raise UserError(f"card {str(path)!r}: expected keys and values such as `name: driving`")
     values = _check_fields(document, path)

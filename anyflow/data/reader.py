@@ -16,12 +16,13 @@ import numpy as np
 
 from anyflow.data import remote
 from anyflow.data.card import CARD_NAME, ForAll, load_card
-from anyflow.data.decode import ClipShape, DecodeError, first_line
+from anyflow.data.decode import ClipShape, DecodeError
 from anyflow.data.order import PlannedShard
 from anyflow.data.safety import clean_caption
 from anyflow.data.shapes import Noted, frames_needed
 from anyflow.data.shards import INDEX_NAME, Sample, Shard, load_index
-from anyflow.errors import UserError
+from anyflow.errors import UserError, first_line
+from anyflow.system.files import file_sha256
 
 TAR_BLOCK = 512
 TAR_NAME_LENGTH = 100
@@ -72,7 +73,7 @@ class ShardReader:
                 raise UserError(
                     f"shard {str(path)!r} has {size} bytes, its index says {shard.bytes}: fetch or write it again"
                 )
-            if verify and remote.file_sha256(path) != shard.sha256:
+            if verify and file_sha256(path) != shard.sha256:
                 raise UserError(f"shard {str(path)!r} is damaged, its sha256 is not its index's: fetch it again")
         self._descriptors: OrderedDict[int, int] = OrderedDict()
         self._damaged: dict[int, str] = {}

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from anyflow.data.card import told_caption
 from anyflow.data.reader import find_split
-from anyflow.data.remote import file_sha256
 from anyflow.data.shards import load_index
 from anyflow.evaluation.encoders import FRAMES, PROBE
 from anyflow.recipe import Recipe, is_hub_id
+from anyflow.system.files import file_sha256
 
 DIGITS = 12
 ENDS = 2**20

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from anyflow.data.decode import DecodeError, first_line
+from anyflow.data.decode import DecodeError
 from anyflow.data.importing.cutting import CutReport, Cutting, cut
 from anyflow.data.importing.formats.known import source_of
 from anyflow.data.importing.recording import ImageFiles, Recording, Unusable
 from anyflow.data.shards import Shard, shard_from_dict, shard_to_dict, write_tar
-from anyflow.errors import UserError
+from anyflow.errors import UserError, first_line
 from anyflow.system.files import write_atomically
 
 JOB_VERSION = 1

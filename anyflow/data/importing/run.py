@@ -17,7 +17,7 @@ from pathlib import Path
 
 from anyflow.data.card import CARD_NAME
 from anyflow.data.clip import SPLITS
-from anyflow.data.decode import DecodeError, first_line
+from anyflow.data.decode import DecodeError
 from anyflow.data.importing.captions import DEFAULTS
 from anyflow.data.importing.cutting import Cutting
 from anyflow.data.importing.finish import REPORT_NAME, ImportReport, Plan, assemble, write_report
@@ -27,7 +27,7 @@ from anyflow.data.importing.formats.known import detect_format, snapshot, source
 from anyflow.data.importing.jobs import STRANGERS_FAULTS, Job, JobResult, load_result, run_job
 from anyflow.data.importing.options import ImportOptions
 from anyflow.data.importing.recording import Found, Recording, Unusable
-from anyflow.errors import UserError
+from anyflow.errors import UserError, first_line
 from anyflow.system.locks import locked
 from anyflow.system.pool import run_jobs
 
