@@ -79,6 +79,11 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return int(width), int(height)
 
 
+def parse_names(text: str) -> tuple[str, ...]:
+    """``train, heldout`` as names, without the empty ones."""
+    return tuple(filter(None, (name.strip() for name in text.split(","))))
+
+
 def parse_seeds(text: str) -> list[int]:
     """``0,1,2`` as numbers, in that order and once each.
 

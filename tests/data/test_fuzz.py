@@ -95,7 +95,7 @@ def fuzz_importer(name: str, seeds: range, tmp_path: Path) -> None:
         path.write_bytes(spoil(whole, dice))
         try:
             report = import_dataset(
-                folder, tmp_path / f"out{seed}", lenient(format=name.removesuffix("-v2"), cut_threshold=0.0)
+                folder, tmp_path / f"out{seed}", lenient(format=name.removesuffix("-v2"), scene_cuts=0.0)
             )
             assert report.clips["train"] > 0
         except UserError as error:

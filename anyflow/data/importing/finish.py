@@ -188,7 +188,7 @@ def _write_card(
         width=cutting.width,
         fps=cutting.fps,
         licence=options.licence or "not stated: see the source",
-        caption=options.captions.default,
+        caption=options.default_caption,
         controls={name: plan.controls.get(name, "one value a frame") for name in sorted(present)},
         attributes={
             name: sorted(values) if len(values) <= MOST_VALUES else f"more than {MOST_VALUES} values"
