@@ -42,6 +42,15 @@ Precision = Annotated[
 SAMPLERS = ("flowmap", "euler", "renoise")
 """How jumps can be taken: see :class:`anyflow.flowmap.sampling.SamplerKind`."""
 
+Sampler = Annotated[
+    str | None, typer.Option(help=f"How jumps are taken, {' | '.join(SAMPLERS)}; else as the model says.")
+]
+Model = Annotated[str, typer.Option(help="A model folder, a run's folder, or a hub id.")]
+NoiseSeed = Annotated[int, typer.Option(help="Seed of the noise.", min=0)]
+BatchSize = Annotated[int, typer.Option(help="Clips a pass, at most: of large ones fewer fit.", min=1)]
+Card = Annotated[str, typer.Argument(metavar="CARD", help="A dataset card: a name in data/, a file, or its folder.")]
+LOCAL_DATABASE = "sqlite:///runs/mlflow.db"
+
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout; paths and the like as text."""
