@@ -25,13 +25,13 @@ CARD_NAME = "card.yaml"
 DEFAULT_NEGATIVE_PROMPT = "blurry, distorted, flickering, low quality, static noise"
 
 
-class ForAll(str):
+class CaptionOverride(str):
     """A caption that stands in for every clip's own, too."""
 
 
-def told_caption(caption: str | None) -> str | None:
-    """What stands in for captions, for a digest: with the same words, a :class:`ForAll` makes other data."""
-    return f"all: {caption}" if isinstance(caption, ForAll) else caption
+def caption_identity(caption: str | None) -> str | None:
+    """What stands in for captions, for a digest: with the same words, a :class:`CaptionOverride` makes other data."""
+    return f"all: {caption}" if isinstance(caption, CaptionOverride) else caption
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class DatasetCard:
     @property
     def stand_in(self) -> str | None:
         """What stands in for captions, as :func:`anyflow.data.reader.parse_metadata` takes it."""
-        return ForAll(self.caption) if self.replace_captions and self.caption is not None else self.caption
+        return CaptionOverride(self.caption) if self.replace_captions and self.caption is not None else self.caption
 
 
 def load_card(card: str | Path, require_shards: bool = True) -> DatasetCard:

@@ -20,11 +20,11 @@ from anyflow.data.clip import SPLITS
 from anyflow.data.decode import DecodeError
 from anyflow.data.importing.captions import DEFAULTS, Captions, captions_of
 from anyflow.data.importing.cutting import Cutting
-from anyflow.data.importing.finish import REPORT_NAME, ImportReport, Plan, assemble, write_report
+from anyflow.data.importing.finish import REPORT_NAME, Import, ImportReport, assemble, write_report
 from anyflow.data.importing.footage import Facts, probe
 from anyflow.data.importing.formats.huggingface import licence_of
 from anyflow.data.importing.formats.known import detect_format, snapshot, source_of
-from anyflow.data.importing.jobs import STRANGERS_FAULTS, Job, JobResult, load_result, run_job
+from anyflow.data.importing.jobs import PARSE_ERRORS, ShardJob, ShardResult, load_result, run_job
 from anyflow.data.importing.options import ImportOptions
 from anyflow.data.importing.recording import Found, Recording, Unusable
 from anyflow.errors import UserError, first_line
@@ -104,7 +104,7 @@ def _import(
     module = source_of(format)
     try:
         found = list(_limited(module.recordings(folder), options))
-    except (DecodeError, *STRANGERS_FAULTS) as error:
+    except (DecodeError, *PARSE_ERRORS) as error:
         raise UserError(f"source {str(source)!r} cannot be read ({format}): {first_line(error)}") from error
     recordings, unusable = _choose(captions.apply(found), options)
     total = len(recordings) + len(unusable)
@@ -112,10 +112,10 @@ def _import(
     if not recordings:
         raise UserError(f"source {str(source)!r} holds no recordings ({format}: {module.LOOKS_FOR})")
     cutting, facts = _cutting(recordings, options)
-    plan = Plan(source, format, out, work, cutting, options.domain or "", dict(module.CONTROLS), total)
-    jobs = list(_jobs(plan, folder, split_groups(recordings, options), options, facts))
+    imported = Import(source, format, out, work, cutting, options, dict(module.CONTROLS), total)
+    jobs = list(_jobs(imported, folder, split_groups(recordings, options), facts))
     results = _run(jobs, unusable, options, total, progress)
-    return assemble(plan, jobs, results, unusable, options)
+    return assemble(imported, jobs, results, unusable)
 
 
 def _with_domain(options: ImportOptions, usual: str) -> ImportOptions:
@@ -220,25 +220,35 @@ def _cutting(recordings: Sequence[Recording], options: ImportOptions) -> tuple[C
 
 
 def _jobs(
-    plan: Plan, folder: Path, parts: dict[str, list[Recording]], options: ImportOptions, facts: Sequence[Facts]
-) -> Iterator[Job]:
+    imported: Import, folder: Path, parts: dict[str, list[Recording]], facts: Sequence[Facts]
+) -> Iterator[ShardJob]:
     """The recordings of each split in runs that make about one shard; held-out first, so that it keeps duplicates."""
+    options = imported.options
     lengths = [fact.seconds for fact in facts if fact.seconds is not None]
-    clips = sum(map(plan.cutting.expected, lengths)) / len(lengths) if lengths else 1.0
+    clips = sum(map(imported.cutting.expected, lengths)) / len(lengths) if lengths else 1.0
     size = max(1, round(CLIPS_PER_JOB / max(clips, 1.0)))
     for split in reversed([split for split in SPLITS if split in parts]):
         for start in range(0, len(parts[split]), size):
             run = tuple(parts[split][start : start + size])
-            yield Job(folder, plan.format, plan.work, split, plan.domain, options.licence, plan.cutting, run)
+            yield ShardJob(
+                folder,
+                imported.format,
+                imported.work,
+                split,
+                options.domain or "",
+                options.licence,
+                imported.cutting,
+                run,
+            )
 
 
 def _run(
-    jobs: Sequence[Job],
+    jobs: Sequence[ShardJob],
     unusable: Sequence[Unusable],
     options: ImportOptions,
     total: int,
     progress: Callable[[Progress], None] | None,
-) -> list[JobResult]:
+) -> list[ShardResult]:
     """Every job's result, in order; those of a broken import are taken over.
 
     Raises:
@@ -272,7 +282,7 @@ def _run(
     return [result for result in known if result is not None]
 
 
-def _count(result: JobResult) -> int:
+def _count(result: ShardResult) -> int:
     return len(result.shard.samples) if result.shard else 0
 
 
