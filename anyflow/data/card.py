@@ -26,11 +26,11 @@ DEFAULT_NEGATIVE_PROMPT = "blurry, distorted, flickering, low quality, static no
 
 
 class CaptionOverride(str):
-    """A caption that stands in for every clip's own, too."""
+    """A caption that replaces every clip's own."""
 
 
 def caption_identity(caption: str | None) -> str | None:
-    """What stands in for captions, for a digest: with the same words, a :class:`CaptionOverride` makes other data."""
+    """A default caption as a digest sees it: an override with the same words makes other data."""
     return f"all: {caption}" if isinstance(caption, CaptionOverride) else caption
 
 

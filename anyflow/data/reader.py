@@ -179,7 +179,7 @@ class ShardReader:
 
 
 def parse_metadata(data: bytes, default_caption: str | None = None) -> dict[str, Any]:
-    """A sample's json member; ``default_caption`` stands in for a missing or empty caption, a :class:`CaptionOverride` for any.
+    """A sample's json member; ``default_caption`` stands in for a missing one, a :class:`CaptionOverride` for any.
 
     Raises:
         DecodeError: it is not a JSON object, or has no caption and there is no default.

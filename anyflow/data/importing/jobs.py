@@ -27,7 +27,7 @@ from anyflow.system.files import write_atomically
 
 JOB_VERSION = 1
 PARSE_ERRORS = (OSError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError, RecursionError)
-"""What a library raises over bytes that a stranger wrote: the fault of that recording alone."""
+"""What libraries raise when they parse damaged files; it concerns that recording alone."""
 MOST_VALUES = 20
 """A label with more values than this is not listed on the card."""
 
