@@ -18,6 +18,11 @@ class UserError(Exception):
     """A mistake of the user's: one sentence that names the field, the value and the remedy."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its class if there is no message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def explain(error: BaseException, place: str = "") -> str | None:
     """One sentence for a failure of the machine, or None for anything else: a programmer's mistake has a traceback.
 

@@ -40,6 +40,7 @@ from anyflow.backbone.attention import (
 )
 from anyflow.backbone.protocol import FlowMapBackbone, Text
 from anyflow.backbone.segments import SegmentMask
+from anyflow.errors import first_line
 
 LIMIT = 64
 """Graphs of one function, after which the rest is not compiled: several times what any stage needs."""
@@ -148,7 +149,7 @@ class Piece:
         except RuntimeError as error:
             if not isinstance(error, TorchDynamoException) and "no compiled frames" not in str(error):
                 raise
-            self._give_up(f"{type(error).__name__}: {str(error).strip().splitlines()[0].rstrip('.')}")
+            self._give_up(f"{type(error).__name__}: {first_line(error).rstrip('.')}")
         return self._function(*arguments)
 
     def _give_up(self, cause: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from anyflow.errors import UserError
+from anyflow.errors import UserError, first_line
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -56,7 +56,7 @@ def _download(name: str, parts: Sequence[str]) -> Path:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
     except Exception as error:  # the client raises a dozen kinds: no such repository, gated, no network, disk full
         raise UserError(
-            f"No folder {name}, and the Hugging Face Hub did not give it either ({_first_line(error)}): "
+            f"No folder {name}, and the Hugging Face Hub did not give it either ({first_line(error)}): "
             "check the name, or the network."
         ) from error
 
@@ -72,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"No {path.name} in {path.parent}: give a folder in diffusers' layout.") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({_first_line(error)}): download or export it again.") from error
+        raise UserError(f"{path} cannot be read ({first_line(error)}): download or export it again.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object: download or export it again.")
     return content
@@ -99,7 +99,7 @@ def read_weights(place: Path, precision: Callable[[str], torch.dtype] | None) ->
                     weights[name] = tensor
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"{file} is missing or damaged ({_first_line(error)}): download or export it again."
+                f"{file} is missing or damaged ({first_line(error)}): download or export it again."
             ) from error
     return weights
 
@@ -166,7 +166,7 @@ def _load_part(kind: Any, folder: Path, part: str, **options: Any) -> Any:
     try:
         loaded = kind.from_pretrained(str(place), local_files_only=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{place} cannot be read as {kind.__name__}: {_first_line(error)}") from error
+        raise UserError(f"{place} cannot be read as {kind.__name__}: {first_line(error)}") from error
     if part == "tokenizer":
         return loaded
     model, report = loaded
@@ -178,8 +178,3 @@ def _load_part(kind: Any, folder: Path, part: str, **options: Any) -> Any:
 
 def _without_gradient(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

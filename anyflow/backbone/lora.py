@@ -22,7 +22,7 @@ from torch import Tensor
 from anyflow.backbone.files import LORA_FILE
 from anyflow.backbone.full import FULL_FILE, add_full, copy_name, drop_full, full_names, full_state, stored_name
 from anyflow.backbone.protocol import FlowMapBackbone
-from anyflow.errors import UserError
+from anyflow.errors import UserError, first_line
 
 ADAPTER = "default"
 
@@ -178,7 +178,7 @@ def load_lora(backbone: FlowMapBackbone, path: str | Path, adapter: str = ADAPTE
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
             transformer.load_lora_adapter(str(file.parent), adapter_name=adapter, **source)
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"{file} does not fit this network: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{file} does not fit this network: {first_line(error)}") from error
     adapted = {name.rpartition(".lora_")[0] for name in lora_state(backbone, adapter)}
     stored_for = {name.rpartition(".lora_")[0] for name in expected}
     targets = transformer.peft_config[adapter].target_modules

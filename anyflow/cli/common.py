@@ -42,6 +42,15 @@ Precision = Annotated[
 SAMPLERS = ("flowmap", "euler", "renoise")
 """How jumps can be taken: see :class:`anyflow.flowmap.sampling.SamplerKind`."""
 
+Sampler = Annotated[
+    str | None, typer.Option(help=f"How jumps are taken, {' | '.join(SAMPLERS)}; else as the model says.")
+]
+Model = Annotated[str, typer.Option(help="A model folder, a run's folder, or a hub id.")]
+NoiseSeed = Annotated[int, typer.Option(help="Seed of the noise.", min=0)]
+BatchSize = Annotated[int, typer.Option(help="Clips a pass, at most: of large ones fewer fit.", min=1)]
+Card = Annotated[str, typer.Argument(metavar="CARD", help="A dataset card: a name in data/, a file, or its folder.")]
+LOCAL_DATABASE = "sqlite:///runs/mlflow.db"
+
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout; paths and the like as text."""
@@ -77,6 +86,11 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if not (width.isdigit() and height.isdigit()):
         raise UserError(f"--size {text!r}: write WIDTHxHEIGHT, such as 832x480")
     return int(width), int(height)
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """``train, heldout`` as names, without the empty ones."""
+    return tuple(filter(None, (name.strip() for name in text.split(","))))
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anyflow.cli.common import Json, print_json
+from anyflow.cli.common import LOCAL_DATABASE, Json, print_json
 from anyflow.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def compare(
     runs: Annotated[
         list[str], typer.Argument(metavar="A B [C]", help="Run folders, arms, evaluations, or MLflow run ids.")
     ],
-    uri: Annotated[str, typer.Option(help="MLflow's database or server, for run ids.")] = "sqlite:///runs/mlflow.db",
+    uri: Annotated[str, typer.Option(help="MLflow's database or server, for run ids.")] = LOCAL_DATABASE,
     as_json: Json = False,
 ) -> None:
     """Compare two or three runs: first what differs in recipe, data and commit, then the figures.

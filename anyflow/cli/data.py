@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from anyflow.cli.common import Json, print_json
+from anyflow.cli.common import Card, Json, print_json
 from anyflow.cli.data_encode import encode
 from anyflow.cli.data_import import import_footage
 from anyflow.errors import UserError
@@ -16,8 +16,6 @@ from anyflow.evaluation.models import check_model
 from anyflow.system.files import require_place
 
 app = typer.Typer(help="Render, import, show, check and encode footage.", rich_markup_mode=None, no_args_is_help=True)
-
-Card = Annotated[str, typer.Argument(metavar="CARD", help="A dataset card: a name in data/, a file, or its folder.")]
 
 
 @app.command("make")

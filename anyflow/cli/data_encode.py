@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from anyflow.cli.common import Json, parse_size, print_json
+from anyflow.cli.common import Card, Json, parse_names, parse_size, print_json
 from anyflow.evaluation.models import check_model
 from anyflow.recipe import load_recipe, parse_shape
 from anyflow.system.files import require_place
@@ -15,7 +15,7 @@ from anyflow.system.ranks import end_with_watcher, needs_watcher, watch
 
 
 def encode(
-    card: Annotated[str, typer.Argument(metavar="CARD", help="A dataset card: a name in data/, its file or folder.")],
+    card: Card,
     model: Annotated[
         str, typer.Option(help="Folder or hub id of the model whose VAE and text encoder encode.")
     ] = "data/models/tiny",
@@ -95,7 +95,7 @@ def _encode(
     for shape in shapes:
         codec.check_video_shape(shape.frames, shape.height, shape.width)
     folders = {}
-    for split in filter(None, (name.strip() for name in splits.split(","))):
+    for split in parse_names(splits):
         encoding = Encoding(card, split, codec, shapes, out, prompts=[recipe.model.negative_prompt if recipe else ""])
         encode_on_ranks(encoding, codec, accelerator, devices)
         folders[split] = encoding.folder

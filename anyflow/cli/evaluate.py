@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anyflow.cli.common import (
-    SAMPLERS,
+    BatchSize,
     GuidanceScale,
     Json,
+    Model,
     Negative,
     Precision,
+    Sampler,
     check_precision,
     check_sampler,
     fresh_folder,
@@ -42,7 +44,7 @@ AGAIN = "what was sampled is kept, and the same command goes on with it"
 
 
 def evaluate(
-    model: Annotated[str, typer.Option(help="A model folder, a run's folder, or a hub id.")],
+    model: Model,
     data: Annotated[str, typer.Option(help="A dataset card: a name in data/, or a path.")],
     against: Annotated[str | None, typer.Option(help="A second model on the same prompts and noise: before.")] = None,
     steps: Annotated[str, typer.Option(help="Step counts.")] = "1,2,4,8,16,32",
@@ -51,15 +53,13 @@ def evaluate(
     seeds: Annotated[
         str, typer.Option("--seeds", "--seed", help="Seeds of the noise; one alone is quicker, and has no intervals.")
     ] = "0,1,2",
-    sampler: Annotated[
-        str | None, typer.Option(help=f"How jumps are taken, {' | '.join(SAMPLERS)}; else as the model says.")
-    ] = None,
+    sampler: Sampler = None,
     guidance: GuidanceScale = None,
     negative: Negative = None,
     given_frames: Annotated[
         int, typer.Option(help="Latent frames given from each prompt's own clip: 1 is image-to-video.", min=0)
     ] = 0,
-    batch_size: Annotated[int, typer.Option(help="Clips a pass, at most: of large ones fewer fit.", min=1)] = 8,
+    batch_size: BatchSize = 8,
     probe: Annotated[
         bool, typer.Option("--probe", help="Judge labels (task, scene ...) and features by the data set's own probe.")
     ] = False,

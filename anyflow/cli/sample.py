@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anyflow.cli.common import (
-    SAMPLERS,
     GuidanceScale,
     Json,
+    Model,
     Negative,
+    NoiseSeed,
     Precision,
+    Sampler,
     check_precision,
     check_sampler,
     fresh_folder,
@@ -33,12 +35,10 @@ if TYPE_CHECKING:
 
 def sample(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What the clips show, one text a prompt.")],
-    model: Annotated[str, typer.Option(help="A model folder, a run's folder, or a hub id.")] = "data/models/tiny",
+    model: Model = "data/models/tiny",
     steps: Annotated[str, typer.Option(help="Step counts, each from the same noise.")] = "1,4,16",
-    seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0)] = 0,
-    sampler: Annotated[
-        str | None, typer.Option(help=f"How jumps are taken, {' | '.join(SAMPLERS)}; else as the model says.")
-    ] = None,
+    seed: NoiseSeed = 0,
+    sampler: Sampler = None,
     guidance: GuidanceScale = None,
     negative: Negative = None,
     frames: Annotated[int | None, typer.Option(help="Frames (4n+1); else as trained.", min=1)] = None,

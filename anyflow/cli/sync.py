@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
-from anyflow.cli.common import Json, print_json
+from anyflow.cli.common import LOCAL_DATABASE, Json, print_json
 from anyflow.errors import UserError
 
 
 def sync(
     to: Annotated[str, typer.Option(help="Address of the MLflow server, for example http://tracking:5000.")],
-    uri: Annotated[str, typer.Option(help="The local database.")] = "sqlite:///runs/mlflow.db",
+    uri: Annotated[str, typer.Option(help="The local database.")] = LOCAL_DATABASE,
     timeout: Annotated[float, typer.Option(help="Seconds that one request may take.", min=1)] = 10.0,
     as_json: Json = False,
 ) -> None:

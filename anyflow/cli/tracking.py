@@ -12,13 +12,13 @@ from typing import Annotated
 
 import typer
 
-from anyflow.cli.common import Json, print_json
+from anyflow.cli.common import LOCAL_DATABASE, Json, print_json
 from anyflow.errors import UserError
 from anyflow.system.signals import sigterm_raises
 
 
 def mlflow(
-    uri: Annotated[str, typer.Option(help="MLflow's database or server.")] = "sqlite:///runs/mlflow.db",
+    uri: Annotated[str, typer.Option(help="MLflow's database or server.")] = LOCAL_DATABASE,
     serve: Annotated[bool, typer.Option("--serve", help="Serve the runs on 127.0.0.1 until Ctrl-C.")] = False,
     port: Annotated[int, typer.Option(help="Port to serve on.", min=1, max=65535)] = 5000,
     last: Annotated[int, typer.Option(help="How many of the newest runs to list.", min=1)] = 10,

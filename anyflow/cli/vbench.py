@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anyflow.cli.common import (
-    SAMPLERS,
+    BatchSize,
     GuidanceScale,
     Json,
+    Model,
     Negative,
+    NoiseSeed,
     Precision,
+    Sampler,
     check_precision,
     check_sampler,
+    parse_names,
     parse_steps,
     print_json,
 )
@@ -30,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def vbench(
-    model: Annotated[str, typer.Option(help="A model folder, a run's folder, or a hub id.")],
+    model: Model,
     out: Annotated[Path, typer.Option(help="Folder of the videos and scores; what is there already is kept.")],
     steps: Annotated[str, typer.Option(help="Step counts, each a folder of its own.")] = "4,32",
     info: Annotated[
@@ -41,13 +45,11 @@ def vbench(
     ] = None,
     dimensions: Annotated[str, typer.Option(help="Dimensions, separated by commas; else all.")] = "",
     samples: Annotated[int, typer.Option(help="Videos a prompt; the benchmark's number is 5.", min=1, max=5)] = 5,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0)] = 0,
-    sampler: Annotated[
-        str | None, typer.Option(help=f"How jumps are taken, {' | '.join(SAMPLERS)}; else as the model says.")
-    ] = None,
+    seed: NoiseSeed = 0,
+    sampler: Sampler = None,
     guidance: GuidanceScale = None,
     negative: Negative = None,
-    batch_size: Annotated[int, typer.Option(help="Clips a pass, at most: of large ones fewer fit.", min=1)] = 4,
+    batch_size: BatchSize = 4,
     precision: Precision = "",
     score: Annotated[bool, typer.Option("--score", help="Let the installed vbench package score the videos.")] = False,
     as_json: Json = False,
@@ -75,9 +77,7 @@ def vbench(
     if place is None:
         needed = "vbench2_i2v_full_info.json of VBench-I2V" if images is not None else "VBench_full_info.json"
         raise UserError(f"--info is empty and the list is not installed: give {needed} (it comes with VBench)")
-    chosen = [name.strip() for name in dimensions.split(",") if name.strip()] or list(
-        dimensions_of(image=images is not None)
-    )
+    chosen = list(parse_names(dimensions)) or list(dimensions_of(image=images is not None))
     prompts = read_prompts(place, chosen, image=images is not None)
     _check_images(images, prompts)
     from anyflow.evaluation.models import usual_precision, way_of

@@ -1,6 +1,6 @@
 """Buckets: clips of several shapes in one run, and every batch of one of them.
 
-Each bucket has a plan of its own over its clips. An epoch is all buckets' whole batches, shuffled together: the bucket
+Each bucket orders its own clips. An epoch is all buckets' whole batches, shuffled together: the bucket
 of a step follows from (seed, epoch, place) alone, so all ranks agree, every rank has the same number of batches, and a
 run goes on exactly. A bucket's batch has as many clips as fit into the tokens of a batch of the run's own shape: memory
 is about even.
@@ -17,8 +17,8 @@ import numpy as np
 
 from anyflow.data.cache import LatentShape
 from anyflow.data.decode import ClipShape
-from anyflow.data.mixture import BLOCK, MixedPlan, plan_of
-from anyflow.data.order import PLAN_VERSION, Plan, PlanIdentity, digest, raw_bits
+from anyflow.data.mixture import BLOCK, MixedOrder, order_of
+from anyflow.data.order import ORDER_VERSION, Order, OrderIdentity, digest, raw_bits
 from anyflow.data.reader import ShardReader, Split
 from anyflow.data.shapes import choose_shape, tokens
 from anyflow.data.stream import Batch, BatchDataset, ClipDataset
@@ -147,7 +147,7 @@ def _count_by_card(reader: ShardReader) -> np.ndarray:
     return np.array([sum(sizes[start:end]) for start, end in pairwise(ends)], dtype=float)
 
 
-def bucket_plan(buckets: Sequence[Bucket], seed: int, base_batch: int) -> BucketPlan:
+def bucket_order(buckets: Sequence[Bucket], seed: int, base_batch: int) -> BucketOrder:
     """The order of a run over buckets.
 
     Args:
@@ -155,45 +155,45 @@ def bucket_plan(buckets: Sequence[Bucket], seed: int, base_batch: int) -> Bucket
         seed: the run's data seed.
         base_batch: clips of a batch of the run's own shape over all ranks.
     """
-    plans = []
+    orders = []
     for number, bucket in enumerate(buckets):
         own_seed = int(raw_bits(1, (seed, number, len(buckets)))[0] >> 1)
         counts = [count for count in bucket.reader.counts if count]
-        plans.append(plan_of(bucket.reader.planned(), counts, bucket.weights, own_seed, bucket.global_batch))
+        orders.append(order_of(bucket.reader.identities(), counts, bucket.weights, own_seed, bucket.global_batch))
     names, shares = tuple(bucket.name for bucket in buckets), tuple(bucket.share for bucket in buckets)
-    return BucketPlan(tuple(plans), names, shares, seed, base_batch)
+    return BucketOrder(tuple(orders), names, shares, seed, base_batch)
 
 
 @dataclass(frozen=True)
-class BucketPlan:
-    """The order of a run's batches over its buckets; as a :class:`Plan` to the stream.
+class BucketOrder:
+    """The order of a run's batches over its buckets; as an :class:`Order` to the stream.
 
     Args:
-        plans: each bucket's own. names: their shapes. shares: of the clips that are seen, for mixed cards.
+        orders: each bucket's own. names: their shapes. shares: of the clips that are seen, for mixed cards.
         seed: the run's data seed. base_batch: clips of a batch of the run's own shape over all ranks.
     """
 
-    plans: tuple[Plan | MixedPlan, ...]
+    orders: tuple[Order | MixedOrder, ...]
     names: tuple[str, ...]
     shares: tuple[float, ...]
     seed: int
     base_batch: int
-    _orders: dict[int, tuple[np.ndarray, np.ndarray]] = field(
+    _dealt: dict[int, tuple[np.ndarray, np.ndarray]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     @cached_property
     def num_samples(self) -> int:
         """Clips in all buckets."""
-        return sum(plan.num_samples for plan in self.plans)
+        return sum(order.num_samples for order in self.orders)
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
         """Batches of each bucket in an epoch: all that its clips make, or what the cards' weights ask for."""
-        if all(isinstance(plan, Plan) for plan in self.plans):
-            return tuple(plan.batches_per_epoch for plan in self.plans)
+        if all(isinstance(order, Order) for order in self.orders):
+            return tuple(order.batches_per_epoch for order in self.orders)
         clips = np.array(self.shares) / sum(self.shares) * self.num_samples
-        return tuple(max(1, round(c / plan.global_batch)) for c, plan in zip(clips, self.plans, strict=True))
+        return tuple(max(1, round(c / order.global_batch)) for c, order in zip(clips, self.orders, strict=True))
 
     @cached_property
     def batches_per_epoch(self) -> int:
@@ -203,16 +203,16 @@ class BucketPlan:
     @cached_property
     def global_batch(self) -> int:
         """Clips of a batch over all ranks, on average."""
-        clips = sum(count * plan.global_batch for count, plan in zip(self.counts, self.plans, strict=True))
+        clips = sum(count * order.global_batch for count, order in zip(self.counts, self.orders, strict=True))
         return max(1, clips // self.batches_per_epoch)
 
     @cached_property
-    def identity(self) -> PlanIdentity:
-        """The plan's inputs, for the checkpoint."""
-        parts = [plan.identity for plan in self.plans]
-        batches = ", ".join(f"{name}:{plan.global_batch}" for name, plan in zip(self.names, self.plans, strict=True))
-        return PlanIdentity(
-            PLAN_VERSION,
+    def identity(self) -> OrderIdentity:
+        """The order's inputs, for the checkpoint."""
+        parts = [order.identity for order in self.orders]
+        batches = ", ".join(f"{name}:{order.global_batch}" for name, order in zip(self.names, self.orders, strict=True))
+        return OrderIdentity(
+            ORDER_VERSION,
             self.seed,
             self.base_batch,
             sum(part.shards for part in parts),
@@ -230,15 +230,15 @@ class BucketPlan:
     def locate(self, index: int) -> tuple[int, int]:
         """Return (bucket, number of its own batch) of global batch ``index``."""
         epoch, place = self.epoch_and_batch(index)
-        if epoch not in self._orders:
-            while len(self._orders) >= KEPT_EPOCHS:
-                self._orders.pop(next(iter(self._orders)))
-            self._orders[epoch] = self._order(epoch)
-        owners, ranks = self._orders[epoch]
+        if epoch not in self._dealt:
+            while len(self._dealt) >= KEPT_EPOCHS:
+                self._dealt.pop(next(iter(self._dealt)))
+            self._dealt[epoch] = self._deal(epoch)
+        owners, ranks = self._dealt[epoch]
         bucket = int(owners[place])
         return bucket, epoch * self.counts[bucket] + int(ranks[place])
 
-    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _deal(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Whose batch stands at each place of an epoch, and which of its owner's it is."""
         owners = np.repeat(np.arange(len(self.counts), dtype=np.int16), self.counts)
         keys = raw_bits(len(owners), (self.seed, epoch, len(owners), len(self.counts)))
@@ -255,34 +255,34 @@ class BucketDataset(BatchDataset):
 
     Args:
         buckets: their clips; those without a batch are left out.
-        seed, base_batch: of the plan; see :class:`BucketPlan`.
+        seed, base_batch: of the order; see :class:`BucketOrder`.
         rank, world_size: which part of each batch.
     """
 
-    plan: BucketPlan
+    order: BucketOrder
 
     def __init__(
         self, buckets: Sequence[Bucket], seed: int, base_batch: int, rank: int = 0, world_size: int = 1
     ) -> None:
         self.buckets = [bucket for bucket in buckets if bucket.global_batch]
         self.rank, self.world_size = rank, world_size
-        self._plan(seed, base_batch)
+        self._arrange(seed, base_batch)
 
-    def _plan(self, seed: int, base_batch: int) -> None:
-        self.plan = bucket_plan(self.buckets, seed, base_batch)
+    def _arrange(self, seed: int, base_batch: int) -> None:
+        self.order = bucket_order(self.buckets, seed, base_batch)
         self.parts = [
-            ClipDataset(bucket.reader, plan, bucket.shape, self.rank, self.world_size, bucket.latent_shape)
-            for bucket, plan in zip(self.buckets, self.plan.plans, strict=True)
+            ClipDataset(bucket.reader, order, bucket.shape, self.rank, self.world_size, bucket.latent_shape)
+            for bucket, order in zip(self.buckets, self.order.orders, strict=True)
         ]
 
     def __getitem__(self, index: int) -> Batch:
-        bucket, number = self.plan.locate(index)
+        bucket, number = self.order.locate(index)
         return {**self.parts[bucket][number], "position": index, "place": self.place(index)}
 
     def clips_of(self, index: int) -> int:
-        return self.plan.plans[self.plan.locate(index)[0]].global_batch
+        return self.order.orders[self.order.locate(index)[0]].global_batch
 
-    def adopt(self, saved: PlanIdentity) -> None:
+    def adopt(self, saved: OrderIdentity) -> None:
         """Take the sizes of the batches from a checkpoint, which may have been written by another number of ranks.
 
         Raises:
@@ -290,8 +290,8 @@ class BucketDataset(BatchDataset):
         """
         sizes_of = dict(entry.split(":") for entry in filter(None, saved.buckets.split(", ")))
         names, sizes = tuple(sizes_of), tuple(sizes_of.values())
-        if names != self.plan.names or saved.global_batch != self.plan.base_batch:
-            return  # another plan: told by whoever compares them
+        if names != self.order.names or saved.global_batch != self.order.base_batch:
+            return  # another order: told by whoever compares them
         for name, size in zip(names, sizes, strict=True):
             if int(size) % self.world_size:
                 raise UserError(
@@ -299,7 +299,7 @@ class BucketDataset(BatchDataset):
                     "as many ranks as before, or half of them."
                 )
         self.buckets = [replace(b, global_batch=int(size)) for b, size in zip(self.buckets, sizes, strict=True)]
-        self._plan(self.plan.seed, self.plan.base_batch)
+        self._arrange(self.order.seed, self.order.base_batch)
 
 
 def tell_buckets(buckets: Sequence[Bucket], clips: int) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from anyflow.data.card import told_caption
+from anyflow.data.card import caption_identity
 from anyflow.data.decode import ClipShape, DecodeError
 from anyflow.data.order import digest
 from anyflow.data.reader import ShardReader, Split
@@ -161,6 +161,6 @@ def cache_name(split: Split, split_name: str, shapes: Sequence[ClipShape], sourc
 
 def source_digest(reader: ShardReader, caption: str | None) -> str:
     """Digest of the footage's shards, and of what stands in for captions."""
-    caption = told_caption(caption)
+    caption = caption_identity(caption)
     text = "\n".join(f"{shard.name} {shard.sha256}" for _, shard in reader.shards)
     return hashlib.sha256(f"{text}\n{caption}".encode() if caption else text.encode()).hexdigest()

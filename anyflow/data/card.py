@@ -16,7 +16,7 @@ import yaml
 
 from anyflow.data import remote
 from anyflow.data.shards import INDEX_NAME, Sample, Shard, check_folder, load_index
-from anyflow.errors import UserError
+from anyflow.errors import UserError, first_line
 from anyflow.system.files import write_atomically
 
 CARD_NAME = "card.yaml"
@@ -25,13 +25,13 @@ CARD_NAME = "card.yaml"
 DEFAULT_NEGATIVE_PROMPT = "blurry, distorted, flickering, low quality, static noise"
 
 
-class ForAll(str):
-    """A caption that stands in for every clip's own, too."""
+class CaptionOverride(str):
+    """A caption that replaces every clip's own."""
 
 
-def told_caption(caption: str | None) -> str | None:
-    """What stands in for captions, for a digest: with the same words, a :class:`ForAll` makes other data."""
-    return f"all: {caption}" if isinstance(caption, ForAll) else caption
+def caption_identity(caption: str | None) -> str | None:
+    """A default caption as a digest sees it: an override with the same words makes other data."""
+    return f"all: {caption}" if isinstance(caption, CaptionOverride) else caption
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class DatasetCard:
     @property
     def stand_in(self) -> str | None:
         """What stands in for captions, as :func:`anyflow.data.reader.parse_metadata` takes it."""
-        return ForAll(self.caption) if self.replace_captions and self.caption is not None else self.caption
+        return CaptionOverride(self.caption) if self.replace_captions and self.caption is not None else self.caption
 
 
 def load_card(card: str | Path, require_shards: bool = True) -> DatasetCard:
@@ -87,8 +87,7 @@ def load_card(card: str | Path, require_shards: bool = True) -> DatasetCard:
     try:
         document = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        first_line = str(error).splitlines()[0]
-        raise UserError(f"card {str(path)!r} is not YAML: {first_line}") from error
+        raise UserError(f"card {str(path)!r} is not YAML: {first_line(error)}") from error
     if not isinstance(document, dict):
         raise UserError(f"card {str(path)!r}: expected keys and values such as `name: driving`")
     values = _check_fields(document, path)

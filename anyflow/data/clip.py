@@ -17,8 +17,8 @@ from anyflow.errors import UserError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-Split = Literal["train", "heldout"]
-SPLITS: tuple[Split, ...] = ("train", "heldout")
+SplitName = Literal["train", "heldout"]
+SPLITS: tuple[SplitName, ...] = ("train", "heldout")
 
 DEFAULT_CRF = 18
 MAX_GOP = 17

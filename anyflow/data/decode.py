@@ -15,6 +15,8 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from anyflow.errors import first_line
+
 MAX_PIXELS = 2**26
 """Of a frame (8192 x 8192): a small file that claims more is a bomb, not footage."""
 MAX_RATE = 1000
@@ -240,8 +242,3 @@ class FrameFitter:
         plane = scaled.planes[0]
         lines = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)
         out.reshape(height, 3 * width)[:] = lines[top : top + height, 3 * left : 3 * (left + width)]
-
-
-def first_line(error: Exception) -> str:
-    """An exception's message without what follows its first line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

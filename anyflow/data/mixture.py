@@ -1,6 +1,6 @@
 """Several data sets in one stream, each with its share, exact and without end.
 
-Every data set keeps a plan of its own, and so its own epochs: each of its clips is seen once before any is seen again,
+Every data set keeps its own order, and so its own epochs: each of its clips is seen once before any is seen again,
 however large its share. A block of slots is dealt to the data sets by their shares, each one's slots spread evenly and
 jittered, so that any batch has about the right mixture and no place in a batch belongs to one data set.
 """
@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from anyflow.data.order import PLAN_VERSION, Plan, PlanIdentity, PlannedShard, digest, raw_bits
+from anyflow.data.order import ORDER_VERSION, Order, OrderIdentity, ShardIdentity, digest, raw_bits
 from anyflow.errors import UserError
 
 BLOCK = 4096
@@ -23,8 +23,8 @@ KEPT_BLOCKS = 4
 
 
 @dataclass(frozen=True)
-class MixedPlan:
-    """The order of a run's clips from several data sets; as a :class:`Plan` to whoever reads it.
+class MixedOrder:
+    """The order of a run's clips from several data sets; as an :class:`Order` to whoever reads it.
 
     Args:
         parts: each data set's shards.
@@ -36,7 +36,7 @@ class MixedPlan:
         UserError: the weights do not fit the data sets, or a data set is empty.
     """
 
-    parts: tuple[tuple[PlannedShard, ...], ...]
+    parts: tuple[tuple[ShardIdentity, ...], ...]
     weights: tuple[float, ...]
     seed: int
     global_batch: int
@@ -57,10 +57,10 @@ class MixedPlan:
             )
 
     @cached_property
-    def plans(self) -> tuple[Plan, ...]:
+    def orders(self) -> tuple[Order, ...]:
         """Each data set's own order, clip by clip."""
         return tuple(
-            Plan(shards, int(raw_bits(1, (self.seed, number, BLOCK))[0] >> 1), 1)
+            Order(shards, int(raw_bits(1, (self.seed, number, BLOCK))[0] >> 1), 1)
             for number, shards in enumerate(self.parts)
         )
 
@@ -81,7 +81,7 @@ class MixedPlan:
     @cached_property
     def num_samples(self) -> int:
         """Clips in all data sets."""
-        return sum(plan.num_samples for plan in self.plans)
+        return sum(order.num_samples for order in self.orders)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -89,19 +89,19 @@ class MixedPlan:
         return max(1, self.num_samples // self.global_batch)
 
     @cached_property
-    def identity(self) -> PlanIdentity:
-        """The plan's inputs, for the checkpoint."""
-        content = digest("\n".join(plan.identity.content for plan in self.plans))
+    def identity(self) -> OrderIdentity:
+        """The order's inputs, for the checkpoint."""
+        content = digest("\n".join(order.identity.content for order in self.orders))
         shares = ", ".join(f"{count}/{BLOCK}" for count in self.slots)
         shards = sum(len(part) for part in self.parts)
-        return PlanIdentity(
-            PLAN_VERSION,
+        return OrderIdentity(
+            ORDER_VERSION,
             self.seed,
             self.global_batch,
             shards,
             self.num_samples,
             content,
-            self.plans[0].window,
+            self.orders[0].window,
             shares,
         )
 
@@ -128,9 +128,9 @@ class MixedPlan:
         owners, ranks = self._dealt(block)
         part = int(owners[slot])
         own = block * self.slots[part] + int(ranks[slot])
-        plan = self.plans[part]
-        local_epoch, place = divmod(own, plan.num_samples)
-        shard, sample = plan.sample_at(local_epoch, place)
+        order = self.orders[part]
+        local_epoch, place = divmod(own, order.num_samples)
+        shard, sample = order.sample_at(local_epoch, place)
         return local_epoch, self.first_shards[part] + shard, sample
 
     def sample_at(self, epoch: int, position: int) -> tuple[int, int]:
@@ -154,10 +154,10 @@ class MixedPlan:
         return self._blocks[block]
 
 
-def plan_of(
-    shards: Sequence[PlannedShard], counts: Sequence[int], weights: Sequence[float], seed: int, global_batch: int
-) -> Plan | MixedPlan:
-    """The plan of one or several data sets: shuffled together as one, or mixed by weights if there are any.
+def order_of(
+    shards: Sequence[ShardIdentity], counts: Sequence[int], weights: Sequence[float], seed: int, global_batch: int
+) -> Order | MixedOrder:
+    """The order of one or several data sets: shuffled together as one, or mixed by weights if there are any.
 
     Args:
         shards: of all data sets, one after the other. counts: how many belong to each.
@@ -167,7 +167,7 @@ def plan_of(
         UserError: the weights do not fit, or there are too few clips.
     """
     if not weights:
-        return Plan(tuple(shards), seed, global_batch)
+        return Order(tuple(shards), seed, global_batch)
     ends = np.cumsum([0, *counts])
     parts = tuple(tuple(shards[start:end]) for start, end in pairwise(ends))
-    return MixedPlan(parts, tuple(float(weight) for weight in weights), seed, global_batch)
+    return MixedOrder(parts, tuple(float(weight) for weight in weights), seed, global_batch)

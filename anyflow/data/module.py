@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from anyflow.data.buckets import BucketDataset, make_buckets, sort_clips, sort_latents, tell_buckets
 from anyflow.data.cache import LatentShape, load_cache
 from anyflow.data.decode import ClipShape
-from anyflow.data.mixture import plan_of
+from anyflow.data.mixture import order_of
 from anyflow.data.reader import ShardReader, check_length, find_split
 from anyflow.data.stream import Batch, BatchDataset, ClipDataset, ClipStream, Skip
 from anyflow.errors import UserError
@@ -85,7 +85,7 @@ class VideoDataModule(pl.LightningDataModule):
         self._pending: Mapping[str, Any] | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the shards and make the plan; called once, before the checkpoint's state arrives.
+        """Open the shards and make the order; called once, before the checkpoint's state arrives.
 
         Raises:
             UserError: a card, a shard or enough clips are missing.
@@ -117,12 +117,12 @@ class VideoDataModule(pl.LightningDataModule):
         if len(self.shapes) == 1:
             for split in splits:
                 check_length(split, self.shape)
-            planned = reader.planned()
-            if base_batch * self.passes <= sum(shard.samples for shard in planned):
+            shards = reader.identities()
+            if base_batch * self.passes <= sum(shard.samples for shard in shards):
                 parts = self.passes
-            plan = plan_of(planned, reader.counts, self.weights, self.seed, base_batch * parts)
+            order = order_of(shards, reader.counts, self.weights, self.seed, base_batch * parts)
             latent_shape = latent_shapes[0] if latent_shapes else None
-            dataset = ClipDataset(reader, plan, self.shape, rank, world_size, latent_shape)
+            dataset = ClipDataset(reader, order, self.shape, rank, world_size, latent_shape)
             dataset.split_in = parts
             return dataset, skipped
         kept = sort_latents(reader, latent_shapes) if latent_shapes else sort_clips(reader, splits, self.shapes)

@@ -1,4 +1,4 @@
-"""The plan: a pure function from (shards, seed, global batch) to the order in which a run sees its clips.
+"""The order: a pure function from (shards, seed, global batch) to the order in which a run sees its clips.
 
 The order knows nothing of ranks, workers or time. The stream is one endless sequence of global batches; batch ``n``
 lies in epoch ``n // batches_per_epoch``. Every epoch shuffles the shards, cuts them into windows of a few shards, and
@@ -6,7 +6,7 @@ shuffles the clips within each window: reads stay local, and only a few windows'
 left over at an epoch's end are dropped, so that all batches and all ranks are equal.
 
 Only numpy's raw bit streams are used (numpy's compatibility policy freezes them, unlike ``Generator.permutation``),
-so a plan is the same on every machine and version.
+so an order is the same on every machine and version.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import numpy as np
 
 from anyflow.errors import UserError
 
-PLAN_VERSION = 1
+ORDER_VERSION = 1
 SHARDS_PER_WINDOW = 16
 
 
 @dataclass(frozen=True)
-class PlannedShard:
-    """What the plan needs to know of a shard: who it is (name, digest of its bytes) and how many clips it holds."""
+class ShardIdentity:
+    """What the order needs to know of a shard: who it is (name, digest of its bytes) and how many clips it holds."""
 
     name: str
     digest: str
@@ -35,8 +35,8 @@ class PlannedShard:
 
 
 @dataclass(frozen=True)
-class PlanIdentity:
-    """The inputs of a plan, small enough to be stored in a checkpoint and compared field by field on resume."""
+class OrderIdentity:
+    """The inputs of an order, small enough to be stored in a checkpoint and compared field by field on resume."""
 
     version: int
     seed: int
@@ -50,7 +50,7 @@ class PlanIdentity:
 
     @property
     def hash(self) -> str:
-        """Hexadecimal digest of all inputs: two plans with the same hash give the same order."""
+        """Hexadecimal digest of all inputs: two orders with the same hash give the same order."""
         inputs = asdict(self)
         for later in ("shares", "buckets"):
             if not inputs[later]:  # as before there were any: older checkpoints still fit
@@ -59,7 +59,7 @@ class PlanIdentity:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Order:
     """The order of a run's clips.
 
     Args:
@@ -72,7 +72,7 @@ class Plan:
         UserError: if there are fewer clips than a global batch needs.
     """
 
-    shards: tuple[PlannedShard, ...]
+    shards: tuple[ShardIdentity, ...]
     seed: int
     global_batch: int
     window: int = SHARDS_PER_WINDOW
@@ -98,11 +98,11 @@ class Plan:
         return self.num_samples // self.global_batch
 
     @cached_property
-    def identity(self) -> PlanIdentity:
-        """The plan's inputs, for the checkpoint."""
+    def identity(self) -> OrderIdentity:
+        """The order's inputs, for the checkpoint."""
         content = digest("\n".join(f"{shard.name} {shard.digest} {shard.samples}" for shard in self.shards))
-        return PlanIdentity(
-            PLAN_VERSION, self.seed, self.global_batch, len(self.shards), self.num_samples, content, self.window
+        return OrderIdentity(
+            ORDER_VERSION, self.seed, self.global_batch, len(self.shards), self.num_samples, content, self.window
         )
 
     def epoch_and_batch(self, index: int) -> tuple[int, int]:
@@ -145,7 +145,7 @@ class Plan:
         """Positions to try, in order, when the clip at ``position`` is bad.
 
         They start one global batch further on, so a batch rarely meets the same clip twice, and in the end reach
-        every clip. They depend on the plan alone: all ranks and workers agree.
+        every clip. They depend on the order alone: all ranks and workers agree.
         """
         return range(position + self.global_batch, position + self.global_batch + self.num_samples)
 
@@ -180,10 +180,10 @@ def sample_seed(seed: int, epoch: int, key: str) -> int:
     return int(digest(f"{seed}/{epoch}/{key}")[:16], 16) >> 1
 
 
-def describe_difference(saved: PlanIdentity, current: PlanIdentity) -> str:
-    """Name the inputs in which two plans differ, in words for a user; empty if they do not."""
+def describe_difference(saved: OrderIdentity, current: OrderIdentity) -> str:
+    """Name the inputs in which two orders differ, in words for a user; empty if they do not."""
     names = {
-        "version": "version of the plan",
+        "version": "version of the order",
         "seed": "data seed",
         "global_batch": "global batch",
         "shards": "number of shards",
@@ -201,9 +201,9 @@ def describe_difference(saved: PlanIdentity, current: PlanIdentity) -> str:
     return ", ".join(differences)
 
 
-def planned_shards(shards: Sequence[tuple[str, str, int]]) -> tuple[PlannedShard, ...]:
-    """Build the plan's view of (name, digest, samples) triples."""
-    return tuple(PlannedShard(*shard) for shard in shards)
+def planned_shards(shards: Sequence[tuple[str, str, int]]) -> tuple[ShardIdentity, ...]:
+    """Build the order's view of (name, digest, samples) triples."""
+    return tuple(ShardIdentity(*shard) for shard in shards)
 
 
 def _shuffled(size: int, entropy: tuple[int, ...]) -> np.ndarray:

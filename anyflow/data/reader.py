@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from anyflow.data import remote
-from anyflow.data.card import CARD_NAME, ForAll, load_card
-from anyflow.data.decode import ClipShape, DecodeError, first_line
-from anyflow.data.order import PlannedShard
+from anyflow.data.card import CARD_NAME, CaptionOverride, load_card
+from anyflow.data.decode import ClipShape, DecodeError
+from anyflow.data.order import ShardIdentity
 from anyflow.data.safety import clean_caption
 from anyflow.data.shapes import Noted, frames_needed
 from anyflow.data.shards import INDEX_NAME, Sample, Shard, load_index
-from anyflow.errors import UserError
+from anyflow.errors import UserError, first_line
+from anyflow.system.files import file_sha256
 
 TAR_BLOCK = 512
 TAR_NAME_LENGTH = 100
@@ -72,15 +73,15 @@ class ShardReader:
                 raise UserError(
                     f"shard {str(path)!r} has {size} bytes, its index says {shard.bytes}: fetch or write it again"
                 )
-            if verify and remote.file_sha256(path) != shard.sha256:
+            if verify and file_sha256(path) != shard.sha256:
                 raise UserError(f"shard {str(path)!r} is damaged, its sha256 is not its index's: fetch it again")
         self._descriptors: OrderedDict[int, int] = OrderedDict()
         self._damaged: dict[int, str] = {}
 
-    def planned(self) -> tuple[PlannedShard, ...]:
-        """The plan's view of the shards; those that were computed again from the same are the same."""
+    def identities(self) -> tuple[ShardIdentity, ...]:
+        """The order's view of the shards; those that were computed again from the same are the same."""
         return tuple(
-            PlannedShard(shard.name, shard.made_from or shard.sha256, len(shard.samples)) for _, shard in self.shards
+            ShardIdentity(shard.name, shard.made_from or shard.sha256, len(shard.samples)) for _, shard in self.shards
         )
 
     def restricted(self, kept: Sequence[Sequence[int]]) -> ShardReader:
@@ -178,7 +179,7 @@ class ShardReader:
 
 
 def parse_metadata(data: bytes, default_caption: str | None = None) -> dict[str, Any]:
-    """A sample's json member; ``default_caption`` stands in for a missing or empty caption, a :class:`ForAll` for any.
+    """A sample's json member; ``default_caption`` stands in for a missing one, a :class:`CaptionOverride` for any.
 
     Raises:
         DecodeError: it is not a JSON object, or has no caption and there is no default.
@@ -191,7 +192,7 @@ def parse_metadata(data: bytes, default_caption: str | None = None) -> dict[str,
         raise DecodeError("its json member is malformed") from error
     if not isinstance(metadata, dict):
         raise DecodeError("its json member is malformed")
-    caption = None if isinstance(default_caption, ForAll) else metadata.get("caption")
+    caption = None if isinstance(default_caption, CaptionOverride) else metadata.get("caption")
     if not isinstance(caption, str) or not caption.strip():
         if default_caption is None:
             raise DecodeError("no caption")
@@ -229,7 +230,7 @@ class Split:
         name: of the data set.
         folder: its shards.
         home: the folder in which things derived from it may be kept.
-        caption: stands in for a missing one (for every clip's own: a ``ForAll``); None refuses clips without.
+        caption: stands in for a missing one (for every clip's own: a ``CaptionOverride``); None refuses clips without.
         frames, fps, height, width: what every clip has, if a card says so.
     """
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from anyflow.errors import UserError
+from anyflow.system.files import file_sha256
 from anyflow.system.locks import locked
 
 CACHE_VARIABLE = "ANYFLOW_CACHE"
@@ -283,9 +284,3 @@ def _touch(path: Path, size: int) -> bool:
         return True
     except OSError:
         return False
-
-
-def file_sha256(path: Path | str) -> str:
-    """Digest of a file's bytes, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

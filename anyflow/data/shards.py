@@ -24,7 +24,7 @@ from anyflow.data.clip import Clip
 from anyflow.data.safety import is_safe_name
 from anyflow.data.shapes import Noted, note_shape
 from anyflow.errors import UserError
-from anyflow.system.files import replacing, write_atomically
+from anyflow.system.files import file_sha256, replacing, write_atomically
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
@@ -198,7 +198,7 @@ def check_folder(folder: Path) -> list[str]:
         if size != shard.bytes:
             word = "truncated" if size < shard.bytes else "too long"
             problems.append(f"shard {str(path)!r} is {word}: {size} bytes, the index says {shard.bytes}")
-        elif remote.file_sha256(path) != shard.sha256:
+        elif file_sha256(path) != shard.sha256:
             problems.append(f"shard {str(path)!r} is damaged: its sha256 differs from the index")
         else:
             problems += _compare_members(path, shard)
@@ -283,7 +283,7 @@ def write_tar(batch: Iterable[tuple[str, Mapping[str, bytes]]], path: Path) -> S
                 tar.write({"__key__": key, **dict(sorted(parts.items()))})
                 shapes[key] = note_shape(parts)
         samples = tuple(replace(sample, shape=shapes.get(sample.key, ())) for sample in _read_members(temporary))
-        shard = Shard(path.name, temporary.stat().st_size, remote.file_sha256(temporary), samples)
+        shard = Shard(path.name, temporary.stat().st_size, file_sha256(temporary), samples)
     return shard
 
 

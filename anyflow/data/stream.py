@@ -1,6 +1,6 @@
 """The stream: global batch number in, decoded batch of this rank out; exact, resumable, tolerant of a few bad clips.
 
-A batch is a pure function of (plan, number, rank, world size): workers only decide who computes it, never what is in
+A batch is a pure function of (order, number, rank, world size): workers only decide who computes it, never what is in
 it. The stream's state is its position and the clips skipped so far; it holds for any number of ranks and workers.
 """
 
@@ -19,8 +19,8 @@ import torch.distributed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
-from anyflow.data.mixture import MixedPlan
-from anyflow.data.order import Plan, PlanIdentity, describe_difference, sample_seed
+from anyflow.data.mixture import MixedOrder
+from anyflow.data.order import Order, OrderIdentity, describe_difference, sample_seed
 from anyflow.data.reader import ShardReader, load_latents
 from anyflow.data.shards import Sample
 from anyflow.errors import UserError
@@ -49,10 +49,10 @@ class Skip:
 
 
 class BatchDataset(Dataset[Batch]):
-    """Map-style data set over global batch numbers, in the order of its plan."""
+    """Map-style data set over global batch numbers, in the order that it is given."""
 
-    plan: Any
-    """A :class:`Plan`, or what answers as one."""
+    order: Any
+    """An :class:`Order`, or what answers as one."""
     rank: int
     world_size: int
     passes: int = 1
@@ -60,12 +60,12 @@ class BatchDataset(Dataset[Batch]):
     first: int = 0
     """A batch that an update begins with."""
     split_in: int = 1
-    """Batches that one of the plan's is divided into: those of an update, so that its clips are the same however it is
-    split; 1 where a batch is planned by itself."""
+    """Batches that one of the order's is divided into: those of an update, so that its clips are the same however it is
+    split; 1 where a batch is ordered by itself."""
 
     def clips_of(self, index: int) -> int:
         """Clips of a batch over all ranks."""
-        return self.plan.global_batch // self.split_in
+        return self.order.global_batch // self.split_in
 
     def passes_before(self, index: int) -> int:
         """How many batches of its update come before a batch."""
@@ -77,8 +77,8 @@ class BatchDataset(Dataset[Batch]):
         sizes = [self.clips_of(number) for number in range(index - before, index - before + self.passes)]
         return sum(sizes[:before]), sum(sizes)
 
-    def adopt(self, saved: PlanIdentity) -> None:
-        """Take over what a checkpoint's plan may set; nothing, in general."""
+    def adopt(self, saved: OrderIdentity) -> None:
+        """Take over what a checkpoint's order may set; nothing, in general."""
 
 
 class ClipDataset(BatchDataset):
@@ -86,7 +86,7 @@ class ClipDataset(BatchDataset):
 
     Args:
         reader: the shards.
-        plan: the order.
+        order: the order.
         shape: what a decoded clip looks like; ignored for latents.
         rank, world_size: which part of each batch.
         latent_shape: (F, C, H, W) if the shards hold latents instead of footage.
@@ -99,19 +99,19 @@ class ClipDataset(BatchDataset):
     def __init__(
         self,
         reader: ShardReader,
-        plan: Plan | MixedPlan,
+        order: Order | MixedOrder,
         shape: ClipShape,
         rank: int = 0,
         world_size: int = 1,
         latent_shape: tuple[int, int, int, int] | None = None,
     ) -> None:
-        self.reader, self.plan, self.shape = reader, plan, shape
+        self.reader, self.order, self.shape = reader, order, shape
         self.rank, self.world_size = rank, world_size
         self.latent_shape = latent_shape
 
     def __getitem__(self, index: int) -> Batch:
-        planned, part = divmod(index, self.split_in)
-        epoch, positions = self.plan.batch_positions(planned, self.rank, self.world_size)
+        whole, part = divmod(index, self.split_in)
+        epoch, positions = self.order.batch_positions(whole, self.rank, self.world_size)
         size = len(positions) // self.split_in
         positions = positions[part * size : (part + 1) * size]
         pixels = self._allocate(len(positions))
@@ -137,8 +137,8 @@ class ClipDataset(BatchDataset):
 
     def _fill(self, epoch: int, position: int, out: np.ndarray, bad: dict[tuple[int, int], Skip]) -> dict[str, Any]:
         """Write the clip at ``position``, or the first good one of its replacements, into ``out``."""
-        for candidate in (position, *self.plan.replacements(position)[:MAX_TRIES]):
-            own_epoch, shard, number = self.plan.occurrence(epoch, candidate)
+        for candidate in (position, *self.order.replacements(position)[:MAX_TRIES]):
+            own_epoch, shard, number = self.order.occurrence(epoch, candidate)
             if (shard, number) in bad:
                 continue
             sample = self.reader.sample(shard, number)
@@ -159,7 +159,7 @@ class ClipDataset(BatchDataset):
         if self.latent_shape:
             load_latents(self.reader.read(shard, sample, "safetensors"), out)
         else:
-            seed = sample_seed(self.plan.seed, epoch, sample.key)
+            seed = sample_seed(self.order.seed, epoch, sample.key)
             decode_clip(self.reader.read(shard, sample, "mp4"), self.shape, seed, out)
         return {**metadata, "key": sample.key}
 
@@ -211,10 +211,10 @@ class ClipStream:
         Raises:
             UserError: the budget is spent; names the first offenders.
         """
-        plan = self.dataset.plan
-        total = plan.num_samples + self.left_out
+        order = self.dataset.order
+        total = order.num_samples + self.left_out
         batches = (self.position if position is None else position) + 1
-        read = batches * plan.global_batch // self.dataset.split_in
+        read = batches * order.global_batch // self.dataset.split_in
         enforce_budget(list(self.skipped.values()), total if self.left_out else read, total, self.error_budget)
 
     def state_dict(self) -> dict[str, Any]:
@@ -224,14 +224,14 @@ class ClipStream:
         With several ranks all of them must call this together, as they do for a checkpoint.
         """
         self.gather()
-        plan = self.dataset.plan
+        order = self.dataset.order
         begun = self.position - self.dataset.passes_before(self.position)
-        epoch, batch = plan.epoch_and_batch(begun // self.dataset.split_in)
+        epoch, batch = order.epoch_and_batch(begun // self.dataset.split_in)
         return {
             "epoch": epoch,
             "batch": batch,
-            "plan_hash": plan.identity.hash,
-            "plan": asdict(plan.identity),
+            "plan_hash": order.identity.hash,
+            "plan": asdict(order.identity),
             "skipped": [asdict(skip) for skip in self.skipped.values()],
         }
 
@@ -239,16 +239,16 @@ class ClipStream:
         """Go to a saved place.
 
         Raises:
-            UserError: the plan is another one; names the difference.
+            UserError: the order is another one; names the difference.
         """
-        saved = PlanIdentity(**state["plan"])
+        saved = OrderIdentity(**state["plan"])
         self.dataset.adopt(saved)
-        plan = self.dataset.plan
-        if state["plan_hash"] != plan.identity.hash:
-            difference = describe_difference(saved, plan.identity)
+        order = self.dataset.order
+        if state["plan_hash"] != order.identity.hash:
+            difference = describe_difference(saved, order.identity)
             raise UserError(f"The checkpoint's place in the data does not fit: {difference} changed; set it back.")
-        planned = state["epoch"] * plan.batches_per_epoch + state["batch"]
-        self.position = self.dataset.first = planned * self.dataset.split_in
+        whole = state["epoch"] * order.batches_per_epoch + state["batch"]
+        self.position = self.dataset.first = whole * self.dataset.split_in
         self.skipped = {}
         self._record(state["skipped"])
 

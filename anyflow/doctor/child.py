@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 
 from anyflow.doctor.findings import Findings
-from anyflow.errors import UserError
+from anyflow.errors import UserError, first_line
 from anyflow.system.ranks import end_with_watcher
 
 FOUND = "findings.json"
@@ -31,7 +31,7 @@ def run(work: str, folder: Path) -> int:
         found.is_wrong(str(error))
     except Exception as error:
         traceback.print_exc()
-        first = (str(error).strip().splitlines() or [""])[0]
+        first = first_line(error)
         if is_out_of_memory(error):
             found.is_wrong(f"memory ran out ({first}): end what else holds memory on this machine, and try again")
         else:

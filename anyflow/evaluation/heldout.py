@@ -18,7 +18,7 @@ from anyflow.backbone.codec import Codec
 from anyflow.backbone.guidance import UNGUIDED, Guidance
 from anyflow.backbone.parallelize import join_rows, own_rows, rank_and_size
 from anyflow.data.decode import ClipShape, DecodeError
-from anyflow.data.order import Plan
+from anyflow.data.order import Order
 from anyflow.data.reader import ShardReader, find_split
 from anyflow.data.stream import ClipDataset
 from anyflow.errors import UserError
@@ -64,7 +64,7 @@ def _clips(card: str, split: str, shape: ClipShape) -> Iterator[HeldOut]:
     """One card's clips in the shards' order; clips that cannot be read are left out."""
     found = find_split(card, split)
     reader = ShardReader([found.folder], [found.caption])
-    dataset = ClipDataset(reader, Plan(reader.planned(), seed=0, global_batch=1), shape)
+    dataset = ClipDataset(reader, Order(reader.identities(), seed=0, global_batch=1), shape)
     samples = [(number, sample) for number, (_, shard) in enumerate(reader.shards) for sample in shard.samples]
     for number, sample in samples:
         frames = np.empty((shape.frames, shape.height, shape.width, 3), dtype=np.uint8)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
+from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError, first_line
 from anyflow.experiment.children import SHOW_EVERY, Children, Stopped
 from anyflow.experiment.jobs import Job, curve_state, jobs_of, left, training_of, with_speeds
 from anyflow.experiment.measuring import measure, record_piece
@@ -117,7 +117,7 @@ def _do(
         try:
             _evaluate(experiment, piece, job.card, place)
         except (UserError, RuntimeError, OSError) as error:  # out of memory, a full disk: of this piece alone
-            failed[job.name] = why = next(iter(str(error).splitlines()), type(error).__name__)
+            failed[job.name] = why = first_line(error)
             say(f"failed: {why}")
             return
     say(f"{what} done in {clock(time.monotonic() - began)}" if place else f"done in {clock(time.monotonic() - began)}")

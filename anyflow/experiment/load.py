@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from anyflow.errors import UserError
+from anyflow.errors import UserError, first_line
 from anyflow.evaluation.figures import FIGURES, figure_of
 from anyflow.experiment.schema import Claim, Experiment
 from anyflow.recipe import find_card
@@ -114,8 +114,7 @@ def _typed(path: Path) -> Experiment:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Experiment), tree))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: {error.full_key or 'a key'} is not of the right type ({reason})") from None
+        raise UserError(f"{path}: {error.full_key or 'a key'} is not of the right type ({first_line(error)})") from None
 
 
 def _check_keys(prefix: str, tree: Any, kind: Any, path: Path) -> None:

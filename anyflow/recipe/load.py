@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from anyflow.errors import UserError
+from anyflow.errors import UserError, first_line
 from anyflow.recipe.check import check_recipe, fit_batch, fit_strategy
 from anyflow.recipe.fields import all_fields, flatten, group_keys
 from anyflow.recipe.schema import GROUPS, Recipe
@@ -195,7 +195,7 @@ def _type_error(group: str, error: Any, merged: Mapping[str, Any], sources: Mapp
     key = f"{group}.{error.full_key or ''}".partition("[")[0].rstrip(".")
     info = all_fields().get(_field_of(key))
     if info is None:
-        return UserError(f"{key} does not fit: {str(error).splitlines()[0]}")
+        return UserError(f"{key} does not fit: {first_line(error)}")
     value: Any = merged
     for name in info.key.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None

@@ -15,7 +15,7 @@ from functools import partial
 
 import numpy as np
 
-from anyflow.data.clip import Clip, Split
+from anyflow.data.clip import Clip, SplitName
 from anyflow.simulators.simulated import (
     FRAMES,
     HEIGHT,
@@ -89,7 +89,7 @@ class Scene:
         return self.lane + {"left": -1, "keep": 0, "right": 1}[self.manoeuvre]
 
 
-def render(count: int, split: Split, seed: int, workers: int = 2, look: str | None = None) -> Iterator[Clip]:
+def render(count: int, split: SplitName, seed: int, workers: int = 2, look: str | None = None) -> Iterator[Clip]:
     """``count`` clips, frames encoded as mp4; clip n depends on (seed, split, n, look) alone."""
     dash_spacing = choose_look("driving", LOOKS, look)
     need_package("highway_env", "highway-env")
@@ -97,11 +97,11 @@ def render(count: int, split: Split, seed: int, workers: int = 2, look: str | No
         yield from clips
 
 
-def _render_batch(dash_spacing: float, split: Split, seed: int, numbers: range) -> list[Clip]:
+def _render_batch(dash_spacing: float, split: SplitName, seed: int, numbers: range) -> list[Clip]:
     return [_render_clip(dash_spacing, split, seed, number).encoded() for number in numbers]
 
 
-def _render_clip(dash_spacing: float, split: Split, seed: int, number: int) -> Clip:
+def _render_clip(dash_spacing: float, split: SplitName, seed: int, number: int) -> Clip:
     generator = clip_generator(seed, split, number)
     manoeuvre = ("keep", "left", "right")[number % 3]
     speed_word = tuple(SPEEDS)[number // 3 % 3]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from anyflow.data.clip import Clip, Split
+from anyflow.data.clip import Clip, SplitName
 from anyflow.simulators.arena import HALF_ROOM, LOOKS, PILLAR_COLOURS, PILLAR_PLACES, Hall, Halls, build_wad
 from anyflow.simulators.simulated import FRAMES, area_downscale, choose_look, clip_generator, need_package
 from anyflow.system.pool import batches, run_jobs
@@ -76,7 +76,7 @@ class Walk:
         return {"left": -turn, "right": turn, "still": 0.0}[self.motion], 0.0
 
 
-def render(count: int, split: Split, seed: int, workers: int = 2, look: str | None = None) -> Iterator[Clip]:
+def render(count: int, split: SplitName, seed: int, workers: int = 2, look: str | None = None) -> Iterator[Clip]:
     """``count`` clips, frames encoded as mp4; clip n depends on (seed, split, n, look) alone."""
     halls = choose_look("games", LOOKS, look)
     need_package("vizdoom", "vizdoom")
@@ -84,7 +84,7 @@ def render(count: int, split: Split, seed: int, workers: int = 2, look: str | No
         yield from clips
 
 
-def _render_batch(halls: Halls, split: Split, seed: int, numbers: range) -> list[Clip]:
+def _render_batch(halls: Halls, split: SplitName, seed: int, numbers: range) -> list[Clip]:
     with tempfile.TemporaryDirectory(prefix="anyflow-arena-") as folder:
         path = Path(folder) / "arena.wad"
         path.write_bytes(build_wad(halls))
@@ -118,7 +118,7 @@ def _open_game(wad: Path) -> Any:
     return game
 
 
-def _render_clip(game: Any, halls: Halls, split: Split, seed: int, number: int) -> Clip:
+def _render_clip(game: Any, halls: Halls, split: SplitName, seed: int, number: int) -> Clip:
     generator = clip_generator(seed, split, number)
     motion = MOTIONS[number % len(MOTIONS)]
     walk = draw_walk(generator, motion, halls)

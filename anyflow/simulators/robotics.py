@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from anyflow.data.clip import Clip, Split
+from anyflow.data.clip import Clip, SplitName
 from anyflow.errors import UserError
 from anyflow.simulators.simulated import (
     FRAMES,
@@ -124,7 +124,7 @@ REACH_PIXELS = 10.0
 """A ball is at least this far from the gripper in the image, so that the direction is plain to see."""
 
 
-def render(count: int, split: Split, seed: int, workers: int = 2, look: str | None = None) -> Iterator[Clip]:
+def render(count: int, split: SplitName, seed: int, workers: int = 2, look: str | None = None) -> Iterator[Clip]:
     """``count`` clips, frames encoded as mp4; clip n depends on (seed, split, n, look) alone.
 
     Raises:
@@ -152,7 +152,7 @@ def render(count: int, split: Split, seed: int, workers: int = 2, look: str | No
             following += 1
 
 
-def _render_batch(camera: Camera, split: Split, seed: int, job: tuple[str, list[int]]) -> list[Clip]:
+def _render_batch(camera: Camera, split: SplitName, seed: int, job: tuple[str, list[int]]) -> list[Clip]:
     os.environ["MUJOCO_GL"] = "osmesa"
     warnings.filterwarnings("ignore", module="metaworld")
     warnings.filterwarnings("ignore", module="gymnasium")
@@ -161,7 +161,7 @@ def _render_batch(camera: Camera, split: Split, seed: int, job: tuple[str, list[
     return [_render_clip(stage, split, seed, number).encoded() for number in numbers]
 
 
-def _render_clip(stage: Stage, split: Split, seed: int, number: int) -> Clip:
+def _render_clip(stage: Stage, split: SplitName, seed: int, number: int) -> Clip:
     generator = clip_generator(seed, split, number)
     for _ in range(100):  # an expert that fails, or leaves the picture, gets another layout
         layout = draw_layout(generator, stage.spec, split)
@@ -188,7 +188,7 @@ def _render_clip(stage: Stage, split: Split, seed: int, number: int) -> Clip:
     )
 
 
-def draw_layout(generator: np.random.Generator, spec: TaskSpec, split: Split) -> np.ndarray:
+def draw_layout(generator: np.random.Generator, spec: TaskSpec, split: SplitName) -> np.ndarray:
     """A layout vector; held-out layouts lie in bands of ``spec.axis`` that training layouts avoid."""
     bands = [band for band in range(BANDS) if (band in HELDOUT_BANDS) == (split == "heldout")]
     shares = generator.uniform(size=len(spec.low))

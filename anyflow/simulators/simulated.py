@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from anyflow.data.clip import SPLITS, Split
+from anyflow.data.clip import SPLITS, SplitName
 from anyflow.errors import UserError
 
 FRAMES, HEIGHT, WIDTH = 17, 64, 96
@@ -66,7 +66,7 @@ def package_versions(*packages: str) -> dict[str, str]:
         raise UserError(_missing(str(error.name))) from error
 
 
-def clip_generator(seed: int, split: Split, number: int) -> np.random.Generator:
+def clip_generator(seed: int, split: SplitName, number: int) -> np.random.Generator:
     """The random generator of one clip; train and held-out clips never share one."""
     return np.random.default_rng(np.random.SeedSequence((seed, SPLITS.index(split), number)))
 

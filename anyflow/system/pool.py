@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from anyflow.errors import UserError
 
-Job = TypeVar("Job")
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MAX_DEATHS = 3
@@ -21,7 +21,7 @@ MAX_DEATHS = 3
 
 
 def run_jobs(
-    function: Callable[[Job], Result], jobs: Iterable[Job], workers: int, jobs_per_process: int | None = None
+    function: Callable[[Item], Result], jobs: Iterable[Item], workers: int, jobs_per_process: int | None = None
 ) -> Iterator[Result]:
     """Results in the order of the jobs, from ``workers`` processes; few jobs are in flight, so memory stays small.
 
@@ -34,7 +34,7 @@ def run_jobs(
     if workers < 1:
         raise UserError(f"workers {workers}: give at least 1")
     context = multiprocessing.get_context("spawn")
-    remaining, waiting, deaths = iter(jobs), list[Job](), 0
+    remaining, waiting, deaths = iter(jobs), list[Item](), 0
     while deaths < MAX_DEATHS:
         with ProcessPoolExecutor(
             workers, mp_context=context, initializer=_end_with_parent, max_tasks_per_child=jobs_per_process

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from anyflow.errors import UserError
+from anyflow.errors import UserError, first_line
 from anyflow.system.files import PARTIAL
 
 STATE_FILE = "state.ckpt"
@@ -44,9 +44,9 @@ def readable(path: Path) -> Iterator[None]:
     except Exception as error:
         own = path.parent
         others = [other.name for other in finished(own.parent) if other != own and (other / STATE_FILE).exists()]
-        what = next(iter(str(error).splitlines()), "") or type(error).__name__
+        what = first_line(error)[:200]
         older = f"delete {own}, and the run goes on from {others[-1]}" if others else "no other is left: train anew"
-        raise UserError(f"the checkpoint {own} cannot be read, it is damaged ({what[:200]}): {older}") from error
+        raise UserError(f"the checkpoint {own} cannot be read, it is damaged ({what}): {older}") from error
 
 
 def clear_leftovers(folder: Path) -> None:

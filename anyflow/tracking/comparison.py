@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from anyflow.errors import UserError
+from anyflow.errors import UserError, first_line
 from anyflow.evaluation.figures import HIGHER, LOWER, figure_of
 from anyflow.evaluation.heldout import load_curve
 from anyflow.evaluation.intervals import wilson_interval
@@ -255,7 +255,7 @@ def _from_mlflow(run_id: str, uri: str) -> Side:
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
-        raise UserError(f"there is no run {run_id} in {uri} ({str(error).splitlines()[0]}): check --uri") from None
+        raise UserError(f"there is no run {run_id} in {uri} ({first_line(error)}): check --uri") from None
     tags, parameters = run.data.tags, run.data.params
     cards = tags.get("anyflow.cards", "").split() or re.findall(r"[^\s\[\]',]+", parameters.get("data.card", ""))
     figures: Figures = {}

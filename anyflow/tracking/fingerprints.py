@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from anyflow.data.card import told_caption
+from anyflow.data.card import caption_identity
 from anyflow.data.reader import find_split
-from anyflow.data.remote import file_sha256
 from anyflow.data.shards import load_index
 from anyflow.evaluation.encoders import FRAMES, PROBE
 from anyflow.recipe import Recipe, is_hub_id
+from anyflow.system.files import file_sha256
 
 DIGITS = 12
 ENDS = 2**20
@@ -28,7 +28,7 @@ def data_fingerprint(card: str, split: str) -> str:
     """
     found = find_split(card, split)
     names = [f"{shard.name} {shard.bytes} {shard.sha256}" for shard in load_index(found.folder).shards]
-    return _digest("\n".join([str(told_caption(found.caption)), *names]).encode())
+    return _digest("\n".join([str(caption_identity(found.caption)), *names]).encode())
 
 
 def model_fingerprint(model: str) -> str:

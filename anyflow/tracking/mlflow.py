@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from anyflow.tracking.run_log import RunLogger, check_database, first_line
+from anyflow.errors import first_line
+from anyflow.tracking.run_log import RunLogger, check_database
 from anyflow.tracking.runs import RunFolder
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -18,6 +18,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
+from anyflow.errors import first_line
 from anyflow.tracking.runs import RunFolder
 
 PATIENCE = 1.0
@@ -170,11 +171,6 @@ def recorded_id(run: RunFolder) -> str | None:
     except sqlite3.Error:
         return None
     return run_id if found else None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _end_line(path: Path) -> int:

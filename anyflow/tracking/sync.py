@@ -18,8 +18,8 @@ from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-from anyflow.data.remote import file_sha256
-from anyflow.errors import UserError
+from anyflow.errors import UserError, first_line
+from anyflow.system.files import file_sha256
 from anyflow.tracking.mlflow import PARENT_TAG
 
 LOCAL_TAG = "anyflow.local_run"
@@ -236,4 +236,4 @@ def _reason(error: BaseException) -> str:
     for mark, words in (("timed out", "it does not answer in time"), ("refused", "nothing listens there")):
         if mark in text:
             return words
-    return next(iter(text.splitlines()), type(error).__name__)[:200]
+    return first_line(error)[:200]

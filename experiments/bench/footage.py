@@ -45,7 +45,7 @@ def import_benchmark(source: Path, options: ImportOptions) -> dict[str, Any]:
     recordings = [found for found in module.recordings(folder) if isinstance(found, Recording)]
     with tempfile.TemporaryDirectory(prefix="anyflow-bench-") as place:
         import_dataset(
-            source, Path(place) / "first", replace(options, workers=0, limit=2, most=1, heldout=0.0)
+            source, Path(place) / "first", replace(options, workers=0, limit=2, clips=1, heldout=0.0)
         )  # warms
         started = time.monotonic()
         out = Path(place) / "set"
@@ -66,11 +66,9 @@ def import_benchmark(source: Path, options: ImportOptions) -> dict[str, Any]:
 
 def usual_options() -> ImportOptions:
     """Clips of the embedded model's shape, from whatever has pictures."""
-    from anyflow.data.importing.captions import Captions
     from anyflow.data.importing.options import ImportOptions
 
-    captions = Captions(default="Footage.")
-    return ImportOptions(frames=17, size=(96, 64), captions=captions, error_budget=1.0, keep_duplicates=True)
+    return ImportOptions(frames=17, size=(96, 64), default_caption="Footage.", error_budget=1.0, keep_duplicates=True)
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, Any]:

@@ -67,12 +67,12 @@ def _write(folder: Path, clips: int) -> int:
 
 def _ways(folder: Path, clips: int, batch_size: int) -> dict[str, Callable[[], None]]:
     from anyflow.data.decode import ClipShape
-    from anyflow.data.order import Plan
+    from anyflow.data.order import Order
     from anyflow.data.reader import ShardReader
     from anyflow.data.stream import ClipDataset, ClipStream
 
     reader = ShardReader([folder])
-    plan = Plan(reader.planned(), seed=0, global_batch=batch_size)
+    plan = Order(reader.identities(), seed=0, global_batch=batch_size)
     dataset = ClipDataset(reader, plan, ClipShape(17, 64, 96), latent_shape=LATENTS)
     steps = clips // batch_size
     places = [plan.sample_at(0, position) for position in range(steps * batch_size)]

@@ -15,7 +15,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from anyflow.data.decode import ClipShape
-from anyflow.data.order import Plan
+from anyflow.data.order import Order
 from anyflow.data.reader import ShardReader, split_folders
 from anyflow.data.stream import ClipDataset, ClipStream
 
@@ -52,7 +52,7 @@ def loader_benchmark(
         UserError: the data are missing or fewer than a batch.
     """
     reader = ShardReader(split_folders(card, split))
-    plan = Plan(reader.planned(), seed=0, global_batch=batch_size)
+    plan = Order(reader.identities(), seed=0, global_batch=batch_size)
     steps = WARM_UP + max(1, clips // batch_size)
     stream = ClipStream(ClipDataset(reader, plan, ClipShape(frames, height, width)), steps)
     batches = iter(stream.loader())

@@ -25,14 +25,14 @@ def memory_benchmark(card: str, folder: Path, epochs: int = 10, batch_size: int 
     import numpy as np
 
     from anyflow.data.decode import ClipShape
-    from anyflow.data.order import Plan
+    from anyflow.data.order import Order
     from anyflow.data.reader import ShardReader, find_split
     from anyflow.data.stream import ClipDataset, ClipStream
 
     split = find_split(card, "train")
     shape = ClipShape(split.frames or 17, split.height or 64, split.width or 96)
     reader = ShardReader([split.folder], [split.caption])
-    plan = Plan(reader.planned(), seed=0, global_batch=batch_size)
+    plan = Order(reader.identities(), seed=0, global_batch=batch_size)
     stream = ClipStream(ClipDataset(reader, plan, shape), epochs * plan.batches_per_epoch)
     batches: Any = stream.loader(num_workers=1).__iter__()
     sizes = []

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_shards import card_of
 
-from anyflow.data.buckets import BucketPlan
+from anyflow.data.buckets import BucketOrder
 from anyflow.data.clip import encode_mp4
 from anyflow.data.decode import ClipShape
 from anyflow.data.module import VideoDataModule
-from anyflow.data.order import Plan, PlannedShard
+from anyflow.data.order import Order, ShardIdentity
 from anyflow.data.shapes import choose_shape, note_shape, tokens
 from anyflow.data.shards import INDEX_NAME, load_index, write_samples
 from anyflow.errors import UserError
@@ -236,13 +236,15 @@ def test_the_shape_that_loses_least(clip: Any, shapes: list[ClipShape], chosen: 
 def test_every_bucket_gets_its_batches_once_an_epoch(sizes: list[tuple[int, int]], seed: int) -> None:
     """Whatever the buckets: an epoch is a permutation of all their batches, numbered through from epoch to epoch."""
     sizes = [(max(clips, batch), batch) for clips, batch in sizes]
-    plans = tuple(Plan((PlannedShard(f"s{n}", "d", clips),), seed + n, batch) for n, (clips, batch) in enumerate(sizes))
-    plan = BucketPlan(plans, tuple(map(str, range(len(plans)))), (1.0,) * len(plans), seed, 4)
+    orders = tuple(
+        Order((ShardIdentity(f"s{n}", "d", clips),), seed + n, batch) for n, (clips, batch) in enumerate(sizes)
+    )
+    order = BucketOrder(orders, tuple(map(str, range(len(orders)))), (1.0,) * len(orders), seed, 4)
     for epoch in range(2):
-        located = [plan.locate(epoch * plan.batches_per_epoch + place) for place in range(plan.batches_per_epoch)]
+        located = [order.locate(epoch * order.batches_per_epoch + place) for place in range(order.batches_per_epoch)]
         expected = {
             (n, epoch * part.batches_per_epoch + k)
-            for n, part in enumerate(plans)
+            for n, part in enumerate(orders)
             for k in range(part.batches_per_epoch)
         }
         assert set(located) == expected and len(located) == len(expected)

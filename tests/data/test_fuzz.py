@@ -14,7 +14,7 @@ from tiny_shards import FRAMES, HEIGHT, WIDTH, card_of
 from anyflow.data.check import check_card
 from anyflow.data.decode import ClipShape
 from anyflow.data.importing.run import import_dataset
-from anyflow.data.order import Plan
+from anyflow.data.order import Order
 from anyflow.data.reader import ShardReader
 from anyflow.data.stream import ClipDataset
 from anyflow.errors import UserError
@@ -95,7 +95,7 @@ def fuzz_importer(name: str, seeds: range, tmp_path: Path) -> None:
         path.write_bytes(spoil(whole, dice))
         try:
             report = import_dataset(
-                folder, tmp_path / f"out{seed}", lenient(format=name.removesuffix("-v2"), cut_threshold=0.0)
+                folder, tmp_path / f"out{seed}", lenient(format=name.removesuffix("-v2"), scene_cuts=0.0)
             )
             assert report.clips["train"] > 0
         except UserError as error:
@@ -128,7 +128,7 @@ def fuzz_shards(folder: Path, seeds: range) -> None:
         path.write_bytes(spoil(whole, dice))
         try:
             reader = ShardReader([folder])
-            dataset = ClipDataset(reader, Plan(reader.planned(), 0, 4), ClipShape(FRAMES, HEIGHT, WIDTH))
+            dataset = ClipDataset(reader, Order(reader.identities(), 0, 4), ClipShape(FRAMES, HEIGHT, WIDTH))
             for index in range(5):
                 batch = dataset[index]
                 assert "error" in batch or len(batch["caption"]) == 4

@@ -25,7 +25,6 @@ from footage_files import (
 from anyflow.data.card import check_shards, load_card
 from anyflow.data.clip import Clip
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
-from anyflow.data.importing.captions import Captions
 from anyflow.data.importing.finish import ImportReport
 from anyflow.data.importing.formats import bdd100k, gf_minecraft
 from anyflow.data.importing.formats.known import FORMATS, detect_format, snapshot, source_of
@@ -36,12 +35,12 @@ from anyflow.data.shards import load_index, read_clip
 from anyflow.errors import UserError
 
 FRAMES = 8
-DEFAULT = Captions(default="Footage.")
+DEFAULT = "Footage."
 
 
 def run(folder: Path, out: Path, **options: Any) -> tuple[ImportReport, list[Clip]]:
     """Import in this process; the report and all clips, held-out ones last."""
-    chosen = ImportOptions(**{"frames": FRAMES, "workers": 0, "heldout": 0.3, "cut_threshold": 0.0, **options})
+    chosen = ImportOptions(**{"frames": FRAMES, "workers": 0, "heldout": 0.3, "scene_cuts": 0.0, **options})
     report = import_dataset(folder, out, chosen)
     card = load_card(report.card)
     assert check_shards(card) == []
@@ -118,9 +117,7 @@ def test_nuscenes(tmp_path: Path) -> None:
 
 
 def test_comma2k19(tmp_path: Path) -> None:
-    report, clips = run(
-        drive_files.comma2k19(tmp_path / "comma"), tmp_path / "out", captions=Captions(default="domain")
-    )
+    report, clips = run(drive_files.comma2k19(tmp_path / "comma"), tmp_path / "out", default_caption="domain")
     assert report.format == "comma2k19" and report.recordings == 4 and len(clips) == 20
     for clip in clips:
         first = seen(clip)[0][1]
@@ -135,8 +132,8 @@ def test_comma2k19(tmp_path: Path) -> None:
 
 
 def test_bdd100k(tmp_path: Path) -> None:
-    captions = Captions("Driving at {timeofday} in {weather} weather, {scene}.")
-    report, clips = run(drive_files.bdd100k(tmp_path / "bdd"), tmp_path / "out", captions=captions)
+    caption = "Driving at {timeofday} in {weather} weather, {scene}."
+    report, clips = run(drive_files.bdd100k(tmp_path / "bdd"), tmp_path / "out", caption=caption)
     assert report.format == "bdd100k" and len(clips) == 15
     for clip in clips:
         assert clip.caption == "Driving at night in rainy weather, city street."
@@ -170,7 +167,7 @@ def test_gf_minecrafts_frames_are_numbered_by_their_keys(tmp_path: Path) -> None
 
 
 def test_vpt(tmp_path: Path) -> None:
-    report, clips = run(drive_files.vpt(tmp_path / "vpt"), tmp_path / "out", captions=Captions(default="domain"))
+    report, clips = run(drive_files.vpt(tmp_path / "vpt"), tmp_path / "out", default_caption="domain")
     assert report.format == "vpt" and len(clips) == 15 and {clip.domain for clip in clips} == {"games"}
     for clip in clips:
         frames = [frame for _, frame in seen(clip)]
@@ -218,7 +215,7 @@ def test_a_file_that_is_a_clip_already_is_kept_as_it_is(tmp_path: Path) -> None:
     folder = plain_videos(tmp_path / "plain")
     put(folder / "v3.mov", video(3, FRAMES, 8, format="mov"))
     (folder / "v3.mp4").unlink()
-    _, clips = run(folder, tmp_path / "out", captions=DEFAULT)
+    _, clips = run(folder, tmp_path / "out", default_caption=DEFAULT)
     files = {path.stem: path.read_bytes() for path in folder.iterdir()}
     kept = {clip.key: clip.mp4 == files[clip.key[:2]] for clip in clips}
     assert kept == {"v0-0000": True, "v1-0000": True, "v2-0000": True, "v3-0000": False}
@@ -228,7 +225,7 @@ def test_a_file_that_is_a_clip_already_is_kept_as_it_is(tmp_path: Path) -> None:
 def test_key_frames_far_apart_are_encoded_anew(gop: int, kept: bool, tmp_path: Path) -> None:
     for number in range(2):
         put(tmp_path / f"plain/v{number}.mp4", video(number, 40, 8, gop=gop))
-    _, clips = run(tmp_path / "plain", tmp_path / "out", captions=DEFAULT, frames=40)
+    _, clips = run(tmp_path / "plain", tmp_path / "out", default_caption=DEFAULT, frames=40)
     assert [clip.mp4 == (tmp_path / f"plain/{clip.key[:2]}.mp4").read_bytes() for clip in clips] == [kept, kept]
 
 

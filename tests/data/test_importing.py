@@ -25,7 +25,6 @@ from anyflow.data.clip import Clip
 from anyflow.data.decode import ClipShape, decode_clip
 from anyflow.data.importing import finish as import_finish
 from anyflow.data.importing import run as importing
-from anyflow.data.importing.captions import Captions, read_captions
 from anyflow.data.importing.cutting import CutReport, Cutting, cut, find_duplicates
 from anyflow.data.importing.finish import ImportReport
 from anyflow.data.importing.options import ImportOptions
@@ -34,11 +33,11 @@ from anyflow.data.importing.run import Progress, import_dataset
 from anyflow.data.shards import load_index, read_clip
 from anyflow.errors import UserError
 
-DEFAULT = Captions(default="Footage.")
+DEFAULT = "Footage."
 
 
 def small(**options: Any) -> ImportOptions:
-    return ImportOptions(**{"frames": 8, "workers": 0, "heldout": 0.0, "captions": DEFAULT, **options})
+    return ImportOptions(**{"frames": 8, "workers": 0, "heldout": 0.0, "default_caption": DEFAULT, **options})
 
 
 def films(folder: Path, count: int = 3, frames: int = 16) -> Path:
@@ -76,12 +75,12 @@ def first_frames(report: ImportReport) -> list[int]:
         ({}, [0, 8, 16, 24, 32]),
         ({"stride": 0.5}, list(range(0, 33, 4))),
         ({"stride": 2.0}, [0, 16, 32]),
-        ({"most": 2}, [0, 8]),
+        ({"clips": 2}, [0, 8]),
         ({"fps": 4}, [0, 16]),
     ],
 )
 def test_clips_begin_where_the_stride_says(options: Any, starts: list[int], tmp_path: Path) -> None:
-    report = import_dataset(films(tmp_path / "in", 1, 40), tmp_path / "out", small(cut_threshold=0.0, **options))
+    report = import_dataset(films(tmp_path / "in", 1, 40), tmp_path / "out", small(scene_cuts=0.0, **options))
     assert first_frames(report) == starts
 
 
@@ -90,7 +89,7 @@ def test_clips_do_not_cross_scene_cuts(tmp_path: Path) -> None:
     put(tmp_path / "in/film.mp4", scenes([20, 6, 17]))
     report = import_dataset(tmp_path / "in", tmp_path / "out", small())
     assert report.clips == {"train": 4} and report.scenes == 2
-    report = import_dataset(tmp_path / "in", tmp_path / "all", small(cut_threshold=0.0))
+    report = import_dataset(tmp_path / "in", tmp_path / "all", small(scene_cuts=0.0))
     assert report.clips == {"train": 5} and report.scenes == 0
 
 
@@ -181,8 +180,8 @@ def test_captions_from_a_file_win_over_all_else(tmp_path: Path) -> None:
     films(tmp_path / "in", 3, 8)
     put(tmp_path / "in/v0.txt", "The source's own.")
     put_csv(tmp_path / "captions.csv", [{"file": "v1.mp4", "caption": "The file's."}])
-    captions = Captions("A film: {caption}", read_captions(tmp_path / "captions.csv"), "The default.")
-    report = import_dataset(tmp_path / "in", tmp_path / "out", small(captions=captions))
+    asked = small(caption="A film: {caption}", captions=tmp_path / "captions.csv", default_caption="The default.")
+    report = import_dataset(tmp_path / "in", tmp_path / "out", asked)
     # A clip without a caption is stored without: the card's default stands in for it.
     assert [clip.caption for clip in clips_of(report)] == ["A film: The source's own.", "The file's.", ""]
     assert load_card(report.card).caption == "The default."
@@ -192,8 +191,8 @@ def test_recordings_without_a_caption_are_refused_unless_there_is_a_default(tmp_
     films(tmp_path / "in", 2, 8)
     put(tmp_path / "in/v0.txt", "A film.")
     with pytest.raises(UserError, match=r"1 of 2 recordings cannot be used.*v1 \(no caption\).*raise the budget"):
-        import_dataset(tmp_path / "in", tmp_path / "out", small(captions=Captions()))
-    report = import_dataset(tmp_path / "in", tmp_path / "out", small(captions=Captions(), error_budget=0.5))
+        import_dataset(tmp_path / "in", tmp_path / "out", small(default_caption=None))
+    report = import_dataset(tmp_path / "in", tmp_path / "out", small(default_caption=None, error_budget=0.5))
     assert report.clips == {"train": 1} and report.unusable == (("v1", "no caption"),)
 
 
@@ -208,7 +207,9 @@ def test_recordings_without_a_caption_are_refused_unless_there_is_a_default(tmp_
 )
 def test_a_template_is_checked(template: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        import_dataset(lerobot_v2(tmp_path / "in", 2, 8), tmp_path / "out", small(captions=Captions(template)))
+        import_dataset(
+            lerobot_v2(tmp_path / "in", 2, 8), tmp_path / "out", small(caption=template, default_caption=None)
+        )
 
 
 # --- budgets, splits, options -----------------------------------------------------------------------------------------
@@ -255,7 +256,7 @@ def test_groups_are_held_out_whole(tmp_path: Path) -> None:
         ({"cameras": ("left",)}, "--cameras left: the source has"),
         ({"frames": 99}, r"no clip of 99 frames came out for the split 'train' \(left out: 2 too short\)"),
         ({"fps": -1.0}, "--fps -1: give more than 0"),
-        ({"captions": Captions(default="domain"), "domain": "opera"}, "'opera' has none, only driving"),
+        ({"default_caption": "domain", "domain": "opera"}, "'opera' has none, only driving"),
     ],
 )
 def test_options_are_checked(options: Any, message: str, tmp_path: Path) -> None:
@@ -364,6 +365,6 @@ def test_going_on_after_sigkill(tmp_path: Path) -> None:
     process.wait()
     assert list(work.glob("*.json")) and not (tmp_path / "killed/out").exists()
     assert start(tmp_path / "killed/out").wait() == 0
-    whole = small(frames=4, stride=0.125, captions=Captions(default="x"), heldout=0.2, keep_duplicates=True)
-    import_dataset(tmp_path / "in", tmp_path / "whole/out", dataclasses.replace(whole, most=40, cut_threshold=0.0))
+    whole = small(frames=4, stride=0.125, default_caption="x", heldout=0.2, keep_duplicates=True)
+    import_dataset(tmp_path / "in", tmp_path / "whole/out", dataclasses.replace(whole, clips=40, scene_cuts=0.0))
     assert shards_of(tmp_path / "killed/out") == shards_of(tmp_path / "whole/out")

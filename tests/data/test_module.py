@@ -113,7 +113,7 @@ def test_state_may_come_before_set_up(shards: Path) -> None:
 def test_several_data_sets_are_read_as_one(shards: Path, make_shards: MakeShards) -> None:
     module = data([shards, make_shards(name="more")])  # type: ignore[arg-type]
     module.setup()
-    assert module.stream is not None and module.stream.dataset.plan.num_samples == 46
+    assert module.stream is not None and module.stream.dataset.order.num_samples == 46
 
 
 def test_a_card_gives_its_folder_its_caption_and_its_length(make_shards: MakeShards, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from anyflow.data import remote
 from anyflow.data.card import load_card
 from anyflow.data.check import check_card
 from anyflow.data.decode import ClipShape, DecodeError
-from anyflow.data.order import Plan
+from anyflow.data.order import Order
 from anyflow.data.reader import ShardReader, find_split
 from anyflow.data.shards import load_index
 from anyflow.data.stream import ClipDataset, ClipStream
@@ -126,7 +126,7 @@ def test_changed_bytes_are_bad_clips(web: Web) -> None:
             reader.read(2, sample, "mp4")
     blocks = -(-reader.shards[2][1].bytes // remote.BLOCK)
     assert sum(name.endswith("tiny-000002.tar") for name, _ in web.asked) == 2 * blocks
-    dataset = ClipDataset(reader, Plan(reader.planned(), 0, 4), ClipShape(FRAMES, HEIGHT, WIDTH))
+    dataset = ClipDataset(reader, Order(reader.identities(), 0, 4), ClipShape(FRAMES, HEIGHT, WIDTH))
     stream = ClipStream(dataset, 5, error_budget=0.5)
     for batch in stream.loader():
         stream.advance(batch)
@@ -193,9 +193,9 @@ def test_several_processes_fetch_a_shard_once(web: Web, tmp_path: Path) -> None:
 def test_workers_stream_from_a_web_server(web: Web) -> None:
     reader = reader_of(web.url)
     shape = ClipShape(FRAMES, HEIGHT, WIDTH)
-    far = ClipStream(ClipDataset(reader, Plan(reader.planned(), 0, 4), shape), 8)
+    far = ClipStream(ClipDataset(reader, Order(reader.identities(), 0, 4), shape), 8)
     near_reader = ShardReader([web.folder / "train"])
-    near = ClipStream(ClipDataset(near_reader, Plan(near_reader.planned(), 0, 4), shape), 8)
+    near = ClipStream(ClipDataset(near_reader, Order(near_reader.identities(), 0, 4), shape), 8)
     assert [batch["key"] for batch in far.loader(num_workers=2)] == [batch["key"] for batch in near.loader()]
 
 

@@ -15,7 +15,7 @@ import torch
 from tiny_shards import CLIPS, FRAMES, HEIGHT, WIDTH, MakeShards, clip_parts
 
 from anyflow.data.decode import ClipShape, DecodeError
-from anyflow.data.order import Plan
+from anyflow.data.order import Order
 from anyflow.data.reader import ShardReader, check_length, find_split, parse_metadata
 from anyflow.data.shards import load_index
 from anyflow.data.stream import Batch, ClipDataset, ClipStream, Skip, enforce_budget
@@ -35,7 +35,7 @@ def open_stream(
     passes: int = 1,
 ) -> ClipStream:
     reader = ShardReader([folder])
-    dataset = ClipDataset(reader, Plan(reader.planned(), seed, global_batch), SHAPE, rank, world_size)
+    dataset = ClipDataset(reader, Order(reader.identities(), seed, global_batch), SHAPE, rank, world_size)
     dataset.passes = passes
     return ClipStream(dataset, steps, error_budget)
 
@@ -211,7 +211,7 @@ def test_clips_that_encoding_left_out_count_among_those_it_read(make_shards: Mak
     """One of 24 was bad: 23 are in the cache, and a twenty-fourth is tolerated there as it was while encoding."""
     dataset = open_stream(make_shards({})).dataset
     left_out = [Skip("tiny-000000.tar", "gone", "the video cannot be decoded")]
-    clips = dataset.plan.num_samples
+    clips = dataset.order.num_samples
     ClipStream(dataset, 5, 1 / (clips + 1), left_out).check_budget()
     with pytest.raises(UserError, match=f"1 of {clips + 1} clips"):
         ClipStream(dataset, 5, 0.9 / (clips + 1), left_out).check_budget()

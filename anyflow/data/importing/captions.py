@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from anyflow.data.decode import DecodeError
+from anyflow.data.importing.options import ImportOptions
 from anyflow.data.importing.recording import Found, Recording, Unusable
 from anyflow.data.safety import clean_caption, read_rows
 from anyflow.errors import UserError
@@ -85,6 +86,18 @@ class Captions:
                 known = ", ".join(sorted(key for key, value in values.items() if value not in (None, "")))
                 raise DecodeError(f"no field {name!r} for its caption (it has {known or 'none'})")
         return string.Formatter().vformat(self.template, (), values)
+
+
+def captions_of(options: ImportOptions) -> Captions:
+    """Where an import's captions come from.
+
+    Raises:
+        UserError: the file cannot be read, or the template is malformed.
+    """
+    named = read_captions(options.captions) if options.captions is not None else {}
+    captions = Captions(options.caption, named, options.default_caption)
+    captions.template_fields  # noqa: B018  # a malformed template is refused before anything is read
+    return captions
 
 
 def read_captions(path: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ import numpy as np
 from anyflow.data.card import CARD_NAME, DatasetCard, write_card
 from anyflow.data.clip import SPLITS
 from anyflow.data.importing.cutting import Cutting, find_duplicates
-from anyflow.data.importing.jobs import MOST_VALUES, Job, JobResult
+from anyflow.data.importing.jobs import MOST_VALUES, ShardJob, ShardResult
 from anyflow.data.importing.options import ImportOptions
 from anyflow.data.importing.recording import Unusable
 from anyflow.data.shards import INDEX_NAME, Shard, ShardIndex, write_tar
@@ -27,7 +27,7 @@ REPORT_NAME = "import.json"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Import:
     """What an import is of: where from, where to, how it cuts, and how many recordings were found."""
 
     source: Path
@@ -35,7 +35,7 @@ class Plan:
     out: Path
     work: Path
     cutting: Cutting
-    domain: str
+    options: ImportOptions
     controls: Mapping[str, str]
     recordings: int
 
@@ -73,7 +73,7 @@ class ImportReport:
 
 
 def assemble(
-    plan: Plan, jobs: Sequence[Job], results: Sequence[JobResult], unusable: Sequence[Unusable], options: ImportOptions
+    imported: Import, jobs: Sequence[ShardJob], results: Sequence[ShardResult], unusable: Sequence[Unusable]
 ) -> ImportReport:
     """Put the jobs' shards together as the data set; it may be broken off and called again at any point.
 
@@ -83,40 +83,40 @@ def assemble(
     dropped: Counter[str] = Counter()
     for result in results:
         dropped.update(result.dropped)
-    repeats = set() if options.keep_duplicates else _repeats(results)
+    repeats = set() if imported.options.keep_duplicates else _repeats(results)
     dropped.update({"duplicate": len(repeats)} if repeats else {})
-    final = plan.work / "final"
+    final = imported.work / "final"
     clips: dict[str, int] = {}
     for split in SPLITS:
         made = [result for job, result in zip(jobs, results, strict=True) if job.split == split and result.shard]
         if any(job.split == split for job in jobs):
-            clips[split] = _write_split(plan, split, made, repeats, final / split)
+            clips[split] = _write_split(imported, split, made, repeats, final / split)
             if not clips[split]:
                 reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
                 raise UserError(
-                    f"no clip of {plan.cutting.frames} frames came out for the split {split!r} (left out: "
+                    f"no clip of {imported.cutting.frames} frames came out for the split {split!r} (left out: "
                     f"{reasons or 'nothing'}): lower --frames or --min-motion, or import more"
                 )
     named = [*unusable, *(item for result in results for item in result.unusable)]
     report = ImportReport(
-        plan.out / CARD_NAME,
-        plan.format,
+        imported.out / CARD_NAME,
+        imported.format,
         clips,
-        plan.recordings,
+        imported.recordings,
         tuple((item.name.encode(errors="replace").decode(), item.reason) for item in named),
         dict(sorted(dropped.items())),
         sum(result.scenes for result in results),
     )
-    _write_card(plan, final, list(clips), results, options)
+    _write_card(imported, final, list(clips), results)
     write_report(final / REPORT_NAME, report.to_dict())
-    if plan.out.is_dir():
-        plan.out.rmdir()  # empty, as was checked
-    final.rename(plan.out)
-    shutil.rmtree(plan.work)
+    if imported.out.is_dir():
+        imported.out.rmdir()  # empty, as was checked
+    final.rename(imported.out)
+    shutil.rmtree(imported.work)
     return report
 
 
-def _repeats(results: Sequence[JobResult]) -> set[str]:
+def _repeats(results: Sequence[ShardResult]) -> set[str]:
     """Keys of clips that show what an earlier one shows."""
     keys = [sample.key for result in results if result.shard for sample in result.shard.samples]
     prints = [result.prints for result in results if result.shard]
@@ -125,7 +125,7 @@ def _repeats(results: Sequence[JobResult]) -> set[str]:
     return {keys[later] for later, _ in find_duplicates(np.concatenate(prints))}
 
 
-def _write_split(plan: Plan, split: str, made: Sequence[JobResult], repeats: set[str], folder: Path) -> int:
+def _write_split(imported: Import, split: str, made: Sequence[ShardResult], repeats: set[str], folder: Path) -> int:
     """Move a split's shards to their place, without the repeats, and index them; returns the number of clips."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[Shard] = []
@@ -134,8 +134,8 @@ def _write_split(plan: Plan, split: str, made: Sequence[JobResult], repeats: set
         kept = {sample.key for sample in result.shard.samples} - repeats
         if not kept:
             continue
-        tar = plan.work / result.shard.name
-        place = folder / f"{plan.out.name}-{split}-{len(shards):06d}.tar"
+        tar = imported.work / result.shard.name
+        place = folder / f"{imported.out.name}-{split}-{len(shards):06d}.tar"
         if len(kept) < len(result.shard.samples):
             # The original stays until all is done: a broken import is assembled again from it.
             shards.append(write_tar(_samples(tar, kept), place))
@@ -169,35 +169,34 @@ def _samples(tar: Path, kept: set[str]) -> Iterator[tuple[str, dict[str, bytes]]
             yield key, parts
 
 
-def _write_card(
-    plan: Plan, final: Path, splits: Sequence[str], results: Sequence[JobResult], options: ImportOptions
-) -> None:
+def _write_card(imported: Import, final: Path, splits: Sequence[str], results: Sequence[ShardResult]) -> None:
     present = {name for result in results for name in result.controls}
     labels: dict[str, set[str]] = {}
     for result in results:
         for name, values in result.attributes.items():
             labels.setdefault(name, set()).update(values)
-    cutting = plan.cutting
+    cutting, options = imported.cutting, imported.options
     card = DatasetCard(
-        name=plan.out.name,
-        domain=plan.domain,
-        description=options.description or f"Footage of {plan.source.name}, imported from the format {plan.format}.",
+        name=imported.out.name,
+        domain=options.domain or "",
+        description=options.description
+        or f"Footage of {imported.source.name}, imported from the format {imported.format}.",
         splits={split: final / split for split in splits},
         frames=cutting.frames,
         height=cutting.height,
         width=cutting.width,
         fps=cutting.fps,
         licence=options.licence or "not stated: see the source",
-        caption=options.captions.default,
-        controls={name: plan.controls.get(name, "one value a frame") for name in sorted(present)},
+        caption=options.default_caption,
+        controls={name: imported.controls.get(name, "one value a frame") for name in sorted(present)},
         attributes={
             name: sorted(values) if len(values) <= MOST_VALUES else f"more than {MOST_VALUES} values"
             for name, values in sorted(labels.items())
         },
         provenance={
-            "command": f"anyflow data import {plan.source} --to {plan.out}",
-            "format": plan.format,
-            "recordings": plan.recordings,
+            "command": f"anyflow data import {imported.source} --to {imported.out}",
+            "format": imported.format,
+            "recordings": imported.recordings,
             "cutting": asdict(cutting),
         },
     )

@@ -16,9 +16,10 @@ import av
 import numpy as np
 
 from anyflow.data.clip import MAX_GOP
-from anyflow.data.decode import DecodeError, FrameFitter, first_line, open_stream, with_ends
+from anyflow.data.decode import DecodeError, FrameFitter, open_stream, with_ends
 from anyflow.data.importing.recording import Footage, ImageFiles, ParquetCell, Recording, VideoFile
 from anyflow.data.safety import inside
+from anyflow.errors import first_line
 
 KEPT_GOP = 30
 """The longest distance between key frames with which a file is kept as it is: a clip is cut out of it at random."""

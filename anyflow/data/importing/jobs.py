@@ -17,23 +17,23 @@ from typing import Any
 
 import numpy as np
 
-from anyflow.data.decode import DecodeError, first_line
+from anyflow.data.decode import DecodeError
 from anyflow.data.importing.cutting import CutReport, Cutting, cut
 from anyflow.data.importing.formats.known import source_of
 from anyflow.data.importing.recording import ImageFiles, Recording, Unusable
 from anyflow.data.shards import Shard, shard_from_dict, shard_to_dict, write_tar
-from anyflow.errors import UserError
+from anyflow.errors import UserError, first_line
 from anyflow.system.files import write_atomically
 
 JOB_VERSION = 1
-STRANGERS_FAULTS = (OSError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError, RecursionError)
-"""What a library raises over bytes that a stranger wrote: the fault of that recording alone."""
+PARSE_ERRORS = (OSError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError, RecursionError)
+"""What libraries raise when they parse damaged files; it concerns that recording alone."""
 MOST_VALUES = 20
 """A label with more values than this is not listed on the card."""
 
 
 @dataclass(frozen=True)
-class Job:
+class ShardJob:
     """What a worker is given.
 
     Attributes:
@@ -68,7 +68,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class JobResult:
+class ShardResult:
     """What a worker made.
 
     Attributes:
@@ -90,7 +90,7 @@ class JobResult:
     controls: tuple[str, ...] = ()
 
 
-def run_job(job: Job) -> JobResult:
+def run_job(job: ShardJob) -> ShardResult:
     """Do a job, unless it is done already."""
     digest = job.digest
     done = load_result(job.work, digest)
@@ -103,7 +103,7 @@ def run_job(job: Job) -> JobResult:
     if not shard.samples:
         tar.unlink()
         shard = None
-    result = JobResult(
+    result = ShardResult(
         digest,
         shard,
         np.stack(writer.prints) if writer.prints else np.zeros((0, 1), dtype=np.uint8),
@@ -117,7 +117,7 @@ def run_job(job: Job) -> JobResult:
     return result
 
 
-def load_result(work: Path, digest: str) -> JobResult | None:
+def load_result(work: Path, digest: str) -> ShardResult | None:
     """The result of a job that was done before, if its shard is there as well."""
     try:
         result = _from_dict(json.loads((work / f"{digest}.json").read_bytes()))
@@ -134,7 +134,7 @@ def load_result(work: Path, digest: str) -> JobResult | None:
 class _Writer:
     """Turns a job's recordings into samples, and remembers what else became of them."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: ShardJob) -> None:
         self.job = job
         self.source = source_of(job.format)
         self.prints: list[np.ndarray] = []
@@ -159,7 +159,7 @@ class _Writer:
                 self._remember(made.clip.attributes, made.clip.controls)
                 clips += 1
                 yield made.clip.key, parts
-        except (DecodeError, UserError, *STRANGERS_FAULTS) as error:
+        except (DecodeError, UserError, *PARSE_ERRORS) as error:
             after = f" after {clips} good clips" if clips else ""
             self.unusable.append(Unusable(recording.name, first_line(error) + after))
 
@@ -197,7 +197,7 @@ def _add(digest: Any, value: Any) -> None:
         digest.update(f"{type(value).__name__}:{value!r};".encode())
 
 
-def _to_dict(result: JobResult) -> dict[str, Any]:
+def _to_dict(result: ShardResult) -> dict[str, Any]:
     return {
         "digest": result.digest,
         "shard": shard_to_dict(result.shard) if result.shard else None,
@@ -210,9 +210,9 @@ def _to_dict(result: JobResult) -> dict[str, Any]:
     }
 
 
-def _from_dict(document: dict[str, Any]) -> JobResult:
+def _from_dict(document: dict[str, Any]) -> ShardResult:
     rows = [np.frombuffer(base64.b64decode(row), dtype=np.uint8) for row in document["prints"]]
-    return JobResult(
+    return ShardResult(
         document["digest"],
         shard_from_dict(document["shard"]) if document["shard"] else None,
         np.stack(rows) if rows else np.zeros((0, 1), dtype=np.uint8),

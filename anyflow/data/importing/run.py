@@ -17,17 +17,17 @@ from pathlib import Path
 
 from anyflow.data.card import CARD_NAME
 from anyflow.data.clip import SPLITS
-from anyflow.data.decode import DecodeError, first_line
-from anyflow.data.importing.captions import DEFAULTS
+from anyflow.data.decode import DecodeError
+from anyflow.data.importing.captions import DEFAULTS, Captions, captions_of
 from anyflow.data.importing.cutting import Cutting
-from anyflow.data.importing.finish import REPORT_NAME, ImportReport, Plan, assemble, write_report
+from anyflow.data.importing.finish import REPORT_NAME, Import, ImportReport, assemble, write_report
 from anyflow.data.importing.footage import Facts, probe
 from anyflow.data.importing.formats.huggingface import licence_of
 from anyflow.data.importing.formats.known import detect_format, snapshot, source_of
-from anyflow.data.importing.jobs import STRANGERS_FAULTS, Job, JobResult, load_result, run_job
+from anyflow.data.importing.jobs import PARSE_ERRORS, ShardJob, ShardResult, load_result, run_job
 from anyflow.data.importing.options import ImportOptions
 from anyflow.data.importing.recording import Found, Recording, Unusable
-from anyflow.errors import UserError
+from anyflow.errors import UserError, first_line
 from anyflow.system.locks import locked
 from anyflow.system.pool import run_jobs
 
@@ -62,7 +62,8 @@ def import_dataset(
         UserError: the folder is in no known format, ``out`` is in use, nothing usable is found, or more recordings
             than the budget allows cannot be used; these are all named in the report then.
     """
-    _check(options)
+    options.check()
+    captions = captions_of(options)
     work = out.with_name(f".{out.name}.import")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if work.is_dir() and (out / CARD_NAME).is_file():  # stopped between the last two steps
@@ -76,11 +77,12 @@ def import_dataset(
         raise UserError(f"source {str(source)!r} is not in the format {name!r}, which has {module.LOOKS_FOR}")
     options = _with_domain(options, module.DOMAIN)
     options = replace(options, licence=options.licence or licence_of(folder))
+    captions = replace(captions, default=options.default_caption)
     work.mkdir(parents=True, exist_ok=True)
     try:
         with locked(work / "lock", patience=0):
             try:
-                return _import(source, folder, name, out, work, options, progress)
+                return _import(source, folder, name, out, work, options, captions, progress)
             finally:
                 if work.is_dir() and not any(path.name != "lock" for path in work.iterdir()):
                     shutil.rmtree(work)  # nothing is done yet, so nothing is left
@@ -95,46 +97,34 @@ def _import(
     out: Path,
     work: Path,
     options: ImportOptions,
+    captions: Captions,
     progress: Callable[[Progress], None] | None,
 ) -> ImportReport:
     """The import itself, in a working folder of this process's own."""
     module = source_of(format)
     try:
         found = list(_limited(module.recordings(folder), options))
-    except (DecodeError, *STRANGERS_FAULTS) as error:
+    except (DecodeError, *PARSE_ERRORS) as error:
         raise UserError(f"source {str(source)!r} cannot be read ({format}): {first_line(error)}") from error
-    recordings, unusable = _choose(found, options)
+    recordings, unusable = _choose(captions.apply(found), options)
     total = len(recordings) + len(unusable)
     enforce(unusable, total, options.error_budget, work)
     if not recordings:
         raise UserError(f"source {str(source)!r} holds no recordings ({format}: {module.LOOKS_FOR})")
     cutting, facts = _cutting(recordings, options)
-    plan = Plan(source, format, out, work, cutting, options.domain or "", dict(module.CONTROLS), total)
-    jobs = list(_jobs(plan, folder, split_groups(recordings, options), options, facts))
+    imported = Import(source, format, out, work, cutting, options, dict(module.CONTROLS), total)
+    jobs = list(_jobs(imported, folder, split_groups(recordings, options), facts))
     results = _run(jobs, unusable, options, total, progress)
-    return assemble(plan, jobs, results, unusable, options)
-
-
-def _check(options: ImportOptions) -> None:
-    ranges = {"heldout": (0.0, 0.9), "error-budget": (0.0, 1.0)}
-    for name, (low, high) in ranges.items():
-        value = getattr(options, name.replace("-", "_"))
-        if not low <= value <= high:
-            raise UserError(f"--{name} {value:g}: give a share from {low:g} to {high:g}")
-    for name, least in (("workers", 0), ("frames", 1), ("limit", 0), ("cut_threshold", 0), ("min_motion", 0)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name):g}: give at least {least}")
-    options.captions.template_fields  # noqa: B018  # a malformed template is refused before anything is read
+    return assemble(imported, jobs, results, unusable)
 
 
 def _with_domain(options: ImportOptions, usual: str) -> ImportOptions:
-    domain = options.domain or usual
-    captions = options.captions
-    if captions.default == "domain":
+    domain, default = options.domain or usual, options.default_caption
+    if default == "domain":
         if domain not in DEFAULTS:
             raise UserError(f"--default-caption domain: {domain!r} has none, only {', '.join(DEFAULTS)}; write it out")
-        captions = replace(captions, default=DEFAULTS[domain])
-    return replace(options, domain=domain, captions=captions)
+        default = DEFAULTS[domain]
+    return replace(options, domain=domain, default_caption=default)
 
 
 def _limited(found: Iterable[Found], options: ImportOptions) -> Iterator[Found]:
@@ -160,11 +150,11 @@ def _limited(found: Iterable[Found], options: ImportOptions) -> Iterator[Found]:
         raise UserError(f"--cameras {','.join(missing)}: the source has {', '.join(sorted(cameras)) or 'no cameras'}")
 
 
-def _choose(found: Sequence[Found], options: ImportOptions) -> tuple[list[Recording], list[Unusable]]:
-    """Give captions and groups; part the usable from the rest."""
+def _choose(found: Iterable[Found], options: ImportOptions) -> tuple[list[Recording], list[Unusable]]:
+    """Give groups; part the usable from the rest."""
     recordings: list[Recording] = []
     unusable: list[Unusable] = []
-    for item in options.captions.apply(found):
+    for item in found:
         if isinstance(item, Unusable):
             unusable.append(item)
         elif options.group_by is None:
@@ -225,32 +215,40 @@ def _cutting(recordings: Sequence[Recording], options: ImportOptions) -> tuple[C
     fps = options.fps or round(facts[0].fps, 3)
     width, height = options.size or (facts[0].width // 2 * 2, facts[0].height // 2 * 2)
     stride = options.frames if options.stride is None else max(1, round(options.stride * fps))
-    cutting = Cutting(
-        options.frames, fps, height, width, stride, options.cut_threshold, options.min_motion, options.most
-    )
+    cutting = Cutting(options.frames, fps, height, width, stride, options.scene_cuts, options.min_motion, options.clips)
     return cutting, facts
 
 
 def _jobs(
-    plan: Plan, folder: Path, parts: dict[str, list[Recording]], options: ImportOptions, facts: Sequence[Facts]
-) -> Iterator[Job]:
+    imported: Import, folder: Path, parts: dict[str, list[Recording]], facts: Sequence[Facts]
+) -> Iterator[ShardJob]:
     """The recordings of each split in runs that make about one shard; held-out first, so that it keeps duplicates."""
+    options = imported.options
     lengths = [fact.seconds for fact in facts if fact.seconds is not None]
-    clips = sum(map(plan.cutting.expected, lengths)) / len(lengths) if lengths else 1.0
+    clips = sum(map(imported.cutting.expected, lengths)) / len(lengths) if lengths else 1.0
     size = max(1, round(CLIPS_PER_JOB / max(clips, 1.0)))
     for split in reversed([split for split in SPLITS if split in parts]):
         for start in range(0, len(parts[split]), size):
             run = tuple(parts[split][start : start + size])
-            yield Job(folder, plan.format, plan.work, split, plan.domain, options.licence, plan.cutting, run)
+            yield ShardJob(
+                folder,
+                imported.format,
+                imported.work,
+                split,
+                options.domain or "",
+                options.licence,
+                imported.cutting,
+                run,
+            )
 
 
 def _run(
-    jobs: Sequence[Job],
+    jobs: Sequence[ShardJob],
     unusable: Sequence[Unusable],
     options: ImportOptions,
     total: int,
     progress: Callable[[Progress], None] | None,
-) -> list[JobResult]:
+) -> list[ShardResult]:
     """Every job's result, in order; those of a broken import are taken over.
 
     Raises:
@@ -284,7 +282,7 @@ def _run(
     return [result for result in known if result is not None]
 
 
-def _count(result: JobResult) -> int:
+def _count(result: ShardResult) -> int:
     return len(result.shard.samples) if result.shard else 0
 
 

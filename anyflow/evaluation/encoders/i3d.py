@@ -9,7 +9,6 @@ plain state dict or as safetensors. Figures compare with others of the same weig
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from anyflow.errors import UserError
+from anyflow.system.files import file_sha256
 
 SIDE = 224
 """Pixels of a side that the network was trained on; whole frames are stretched to it."""
@@ -134,9 +134,7 @@ class I3dEncoder:
         model.load_state_dict(weights)
         self.model = model.eval().requires_grad_(False).to(device)
         self.device, self.batch_size = device, batch_size
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self.source = f"I3D weights {path.name}, sha256 {digest[:12]}"
+        self.source = f"I3D weights {path.name}, sha256 {file_sha256(path)[:12]}"
 
     @torch.no_grad()
     def __call__(self, clips: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from anyflow.errors import UserError
+from anyflow.errors import UserError, first_line
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and deviation of colours, for an encoder that does not say its own."""
@@ -47,9 +47,8 @@ def _told(where: str, path: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
-        told = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{where} {path} cannot be read ({told}): give a transformers video encoder with safetensors"
+            f"{where} {path} cannot be read ({first_line(error)}): give a transformers video encoder with safetensors"
         ) from error
 
 
