@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from models import BlockCodec, exact_sampler, held_out
+from models import BlockCodec, exact_sampler, held_out, measure_curve
 
 from anyflow.evaluation.curve import Curve, CurveResult
 from anyflow.evaluation.intervals import wilson_interval
-from anyflow.evaluation.measure import measure_curve
 from anyflow.evaluation.report.folder import FILES, sample_grid, write_report
 from anyflow.evaluation.report.tables import comparison_markdown, comparison_text
 
