@@ -43,21 +43,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from anyflow.flowmap import (
+from anyflow.flowmap.intervals import draw_intervals
+from anyflow.flowmap.matching import critic_loss, matching_gradient, matching_loss, matching_timestep
+from anyflow.flowmap.objective import (
     FlowMapObjective,
-    critic_loss,
     diffusion_statistics,
-    draw_intervals,
-    draw_simulation,
     flow_map_loss,
     flow_matching_loss,
-    logit_normal_timestep,
-    matching_gradient,
-    matching_loss,
-    matching_timestep,
     rebalance,
-    sample,
 )
+from anyflow.flowmap.rollout import draw_simulation
+from anyflow.flowmap.sampling import sample
+from anyflow.flowmap.schedule import logit_normal_timestep
 
 METHODS = ("flow matching", "flow map", "flow map + on-policy", "on-policy without co-training")
 NUM_STEPS = (1, 2, 4, 8, 16, 32)

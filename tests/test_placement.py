@@ -25,6 +25,7 @@ from anyflow.errors import UserError
 from anyflow.evaluation import heldout as curves
 from anyflow.evaluation import models
 from anyflow.evaluation.curve import Curve
+from anyflow.evaluation.measurement import Judges
 from anyflow.evaluation.samples import KeptSamples
 from anyflow.recipe import Recipe, load_recipe, save_recipe
 from anyflow.system import ranks
@@ -82,7 +83,7 @@ def test_what_samples_is_put_on_the_runs_device_and_asked_there(
     """Lightning has moved the network to the CPU when training ended: asking a weight where it lies samples there."""
     told: list[Any] = []
     monkeypatch.setattr(finish, "join_ranks", lambda accelerator: GPU)
-    monkeypatch.setattr(finish, "judges_of", lambda *a, device, **k: (told.append(device), ({}, []))[1])
+    monkeypatch.setattr(finish, "judges_of", lambda *a, device, **k: (told.append(device), Judges())[1])
     monkeypatch.setattr(finish, "curve_of", lambda *a, device, **k: told.append(device))
     parts: Any = SimpleNamespace(backbone=Named(), codec=Named(), stage=SimpleNamespace(ema=None))
     finish._sampled(small_recipe(small_model), parts, "after", KeptSamples(tmp_path, "after"), None)

@@ -218,13 +218,8 @@ class Codec(nn.Module):
         """Video uint8 ``[B, F, H, W, 3]`` of normalised latents ``[B, F, C, H, W]``."""
         return torch.cat([bytes_from_pixels(video) for video in self._decoded(latents, clips_per_pass)])
 
-    @torch.no_grad()
-    def decode_to_pixels(self, latents: Tensor, clips_per_pass: int | None = None) -> Tensor:
-        """Video float32 ``[B, 3, F, H, W]`` in [-1, 1] of normalised latents ``[B, F, C, H, W]``."""
-        return torch.cat(list(self._decoded(latents, clips_per_pass)))
-
     def _decoded(self, latents: Tensor, clips_per_pass: int | None) -> Iterator[Tensor]:
-        """The same pass by pass; None: as many clips as fit (:meth:`clips_at_once`)."""
+        """Float32 ``[B, 3, F, H, W]`` in [-1, 1] pass by pass; None: as many clips as fit (:meth:`clips_at_once`)."""
         mean, std = _statistics(self)
         stored = latents.to(self.device).float().transpose(1, 2) * std + mean
         temporal, spatial = self.vae.config.scale_factor_temporal, self.vae.config.scale_factor_spatial

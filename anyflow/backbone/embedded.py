@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMapEulerDiscreteScheduler
+from diffusers import AutoencoderKLWan
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from anyflow.backbone.codec import clean_prompt
@@ -38,11 +38,6 @@ def transformer_config() -> dict[str, Any]:
         "ffn_dim": 768,
         "num_layers": 6,
     }
-
-
-def build_scheduler(shift: float = SHIFT) -> FlowMapEulerDiscreteScheduler:
-    """diffusers' flow-map sampler with the given shift of its schedule."""
-    return FlowMapEulerDiscreteScheduler(shift=shift)
 
 
 def build_vae(seed: int) -> AutoencoderKLWan:

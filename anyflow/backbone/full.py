@@ -91,13 +91,6 @@ def add_full(transformer: nn.Module, endings: Iterable[str], adapter: str) -> No
             module.add_copy(adapter)
 
 
-def drop_full(transformer: nn.Module) -> None:
-    """Put the originals back in their places."""
-    for name in [name for name, module in transformer.named_modules() if isinstance(module, FullModule)]:
-        owner, _, last = name.rpartition(".")
-        setattr(transformer.get_submodule(owner), last, transformer.get_submodule(name).base_layer)
-
-
 def full_names(transformer: nn.Module, adapter: str) -> tuple[str, ...]:
     """The modules that are trained in full under an adapter."""
     named = transformer.named_modules()

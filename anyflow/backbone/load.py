@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from diffusers import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel, WanTransformer3DModel
+from diffusers import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
 from torch import Tensor, nn
 
 from anyflow.backbone.bidirectional import FLOAT32_PARTS, BidirectionalBackbone
@@ -184,16 +184,6 @@ def read_transformer(
         config = {**config, **{name: value for name, value in (network or {}).items() if name in CHUNKING}}
         weights = _with_far_patch(weights, config.get("compressed_patch_size", FAR_PATCH))
     return Found(target, config, weights, place)
-
-
-def from_wan(wan: WanTransformer3DModel, architecture: str = "bidirectional") -> nn.Module:
-    """The flow-map network that equals a Wan transformer where ``r = t`` (sec. 1); a causal one, all frames at once."""
-    place, config = "the Wan transformer", {**wan.config, "gate_value": GATE, "deltatime_type": "r"}
-    _refuse_unsupported(config, place)
-    weights = _with_delta_embedder({name: tensor.detach().clone() for name, tensor in wan.state_dict().items()})
-    if architecture == "causal":
-        weights = _with_far_patch(weights, FAR_PATCH)
-    return _assemble(backbone_class(architecture)[1], config, weights, place)
 
 
 def read_shift(path: str | Path) -> float:

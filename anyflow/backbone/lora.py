@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from anyflow.backbone.files import LORA_FILE
-from anyflow.backbone.full import FULL_FILE, add_full, copy_name, drop_full, full_names, full_state, stored_name
+from anyflow.backbone.full import FULL_FILE, add_full, copy_name, full_names, full_state, stored_name
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.errors import UserError, first_line
 
@@ -282,16 +282,6 @@ def merged_state(
             tensor = full.detach().to(tensor)
         merged[name.replace(".base_layer.", ".")] = tensor
     return merged
-
-
-def merge_lora(backbone: FlowMapBackbone, adapter: str = ADAPTER) -> None:
-    """Add the adapter into the layers and drop it: a plain network remains, all of it trainable."""
-    transformer = backbone.transformer
-    merged = merged_state(transformer, adapter)
-    drop_full(transformer)
-    transformer.unload_lora()
-    transformer.load_state_dict(merged)
-    transformer.requires_grad_(True)
 
 
 def _scale(config: Any) -> float:

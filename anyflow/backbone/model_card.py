@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from anyflow.backbone.full import FULL_FILE
+from anyflow.system.tables import markdown_table
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,8 @@ _CAUSAL_HINT = (
 
 def _table(rows: Mapping[str, Mapping[str, float | str]]) -> str:
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    lines = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
-    for label, row in rows.items():
-        cells = [_cell(row.get(name, "")) for name in columns]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    cells = ([label, *(_cell(row.get(name, "")) for name in columns)] for label, row in rows.items())
+    return "\n".join(markdown_table(["", *columns], cells))
 
 
 def _cell(value: float | str) -> str:

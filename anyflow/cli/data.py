@@ -164,7 +164,7 @@ def probe(
     from anyflow.evaluation.probes import probe_of
     from anyflow.system.console import progress_line
 
-    shape = native_shape(model, frames=None, height=None, width=None, fps=None)
+    shape = native_shape(model)
     with progress_line("training the probe") as on_progress:
         made = probe_of(card, shape, on_progress=on_progress)
     if as_json:

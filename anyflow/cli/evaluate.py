@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,10 +32,10 @@ from anyflow.system.ranks import end_with_watcher, needs_watcher, watch
 from anyflow.system.signals import Terminated, sigterm_raises
 
 if TYPE_CHECKING:
-    import torch
-
     from anyflow.backbone.guidance import Guidance
     from anyflow.evaluation.curve import CurveResult
+    from anyflow.evaluation.heldout import Prompts
+    from anyflow.evaluation.measurement import Measurement
     from anyflow.evaluation.samples import KeptSamples
 
 SAMPLES = Path("runs/evaluations/.samples")
@@ -99,15 +100,19 @@ def evaluate(
     if needs_watcher(count := _devices(devices, prompts)):
         raise typer.Exit(watch(count, 1, AGAIN))
     end_with_watcher()
-    settings: dict[str, Any] = {"steps": counts, "prompts": prompts, "split": split, "seeds": chosen}
-    settings |= {"given_frames": given_frames, "batch_size": batch_size}
-    ways = _ways([name for name in (model, against) if name], sampler, guidance, negative)
+    from anyflow.evaluation.heldout import Prompts
+    from anyflow.evaluation.measurement import Measurement
+    from anyflow.evaluation.models import native_shape
     from anyflow.evaluation.report.folder import write_report
     from anyflow.evaluation.samples import KeptSamples
 
+    asked = Measurement(steps=counts, seeds=chosen, given_frames=given_frames, batch_size=batch_size)
+    clips = Prompts([data], native_shape(model), prompts, split)
+    models = [name for name in (model, against) if name]
+    ways = _ways(models, sampler, guidance, negative)
     kept = KeptSamples(SAMPLES)
     with _goes_on():
-        before, after = _measured(model, against, data, ways, precision, judges, settings, kept)
+        before, after = _measured(models, ways, precision, judges, clips, asked, kept)
     if after is not None:
         with whole_folder(folder) as partial:
             title, about = f"{model}, held-out prompts of {data}", _about(model, data, split)
@@ -165,10 +170,10 @@ def _check_shapes(model: str, against: str | None, given_frames: int, judges: li
     from anyflow.evaluation.encoders import check_encoders
     from anyflow.evaluation.models import native_shape
 
-    shape = native_shape(model, frames=None, height=None, width=None, fps=None)
+    shape = native_shape(model)
     check_given(given_frames, shape.frames, "--given-frames ")
     check_encoders(judges, "--encoder", shape.frames - pixel_frames(given_frames), split)
-    other = native_shape(against, frames=None, height=None, width=None, fps=None) if against else shape
+    other = native_shape(against) if against else shape
     if other != shape:
         sizes = [
             f"{one.frames} frames of {one.width}x{one.height}, {one.fps or 0:g} a second" for one in (other, shape)
@@ -187,44 +192,35 @@ def _devices(wanted: int | None, prompts: int) -> int:
 
 
 def _measured(
-    model: str,
-    against: str | None,
-    data: str,
-    ways: dict[str, Any],
+    models: list[str],
+    ways: dict[str, tuple[Any, Guidance]],
     precision: str,
     judges: list[str],
-    settings: dict[str, Any],
+    prompts: Prompts,
+    asked: Measurement,
     kept: KeptSamples,
 ) -> tuple[CurveResult | None, CurveResult | None]:
     """The curves before (if there is one to compare with) and after; None for both on all ranks but the first."""
     from anyflow.backbone.parallelize import join_ranks, leave_ranks, rank_and_size
+    from anyflow.evaluation.probes import judges_of
     from anyflow.evaluation.report.tables import check_comparable
+    from anyflow.system.console import progress_line
 
     device = join_ranks("auto")
     is_first = rank_and_size()[0] == 0
-    judging, notes = _judges(model, data, settings["split"], judges, device)
-    asked = {**settings, "judging": judging, "notes": notes}
-    before = _curve(against, data, "before", ways[against], precision, asked, kept) if against else None
-    after = _curve(model, data, "after" if against else "model", ways[model], precision, asked, kept)
+    with progress_line("training the probe") as on_progress:
+        asked = replace(asked, judges=judges_of(judges, "--encoder", prompts, device=device, on_progress=on_progress))
+    model, *others = models
+    before = None
+    for against in others:
+        before = _curve(against, "before", ways[against], precision, prompts, asked, kept)
+    after = _curve(model, "after" if others else "model", ways[model], precision, prompts, asked, kept)
     leave_ranks()
     try:
         check_comparable(before.curve if before else None, after.curve)
     except ValueError as error:
-        raise UserError(f"--against {against} and --model {model}: {error}") from None
+        raise UserError(f"--against {others[0]} and --model {model}: {error}") from None
     return (before, after) if is_first else (None, None)
-
-
-def _judges(
-    model: str, data: str, split: str, judges: list[str], device: torch.device
-) -> tuple[dict[str, Any], list[str]]:
-    """Further judges of the samples, and what is to be said of them."""
-    from anyflow.evaluation.models import native_shape
-    from anyflow.evaluation.probes import judges_of
-    from anyflow.system.console import progress_line
-
-    shape = native_shape(model, frames=None, height=None, width=None, fps=None)
-    with progress_line("training the probe") as on_progress:
-        return judges_of(judges, "--encoder", [data], shape, heldout=split, device=device, on_progress=on_progress)
 
 
 def _ways(
@@ -244,37 +240,32 @@ def _ways(
 
 def _curve(
     model: str,
-    data: str,
     label: str,
     way: tuple[Any, Guidance],
     precision: str,
-    settings: dict[str, Any],
+    prompts: Prompts,
+    asked: Measurement,
     kept: KeptSamples,
 ) -> CurveResult:
     """A model's curve."""
     from anyflow.evaluation.heldout import curve_of
-    from anyflow.evaluation.models import load_model, native_shape
+    from anyflow.evaluation.models import load_model
     from anyflow.system.console import progress_line
     from anyflow.tracking.fingerprints import model_fingerprint
     from anyflow.tracking.mlflow import code_version
 
-    shape = native_shape(model, frames=None, height=None, width=None, fps=None)
     codec, backbone, shift = load_model(model, precision)
     computed = f"on {codec.device.type} in {str(backbone.dtype).removeprefix('torch.')}"
-    made_by = f"{model_fingerprint(model)} {computed}, {shape}, {sorted(code_version().items())}"
+    made_by = f"{model_fingerprint(model)} {computed}, {prompts.shape}, {sorted(code_version().items())}"
+    asked = replace(asked, label=label, shift=shift, sampler=way[0], guidance=way[1])
     with progress_line(f"sampling {label}") as on_progress:
         return curve_of(
             backbone,
             codec,
-            [data],
-            shape,
-            shift=shift,
+            prompts,
+            asked,
             device=codec.device,
-            label=label,
-            sampler=way[0],
-            guidance=way[1],
             kept=kept.of(made_by),
             divide=True,
             on_progress=on_progress,
-            **settings,
         )

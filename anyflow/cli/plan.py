@@ -10,6 +10,7 @@ from anyflow.cli.common import Json, print_json
 from anyflow.cli.recipes import Hardware, Model, Overrides
 from anyflow.errors import UserError
 from anyflow.recipe import Recipe, list_recipes, load_recipe
+from anyflow.system.tables import markdown_table
 
 if TYPE_CHECKING:
     from anyflow.memory.need import Need
@@ -77,15 +78,15 @@ def gpu_recipes() -> dict[str, Recipe]:
     return {name: recipe for name, recipe in found.items() if recipe.hardware.accelerator == "gpu"}
 
 
-def table_row(name: str, need: Need) -> str:
-    """A row of Markdown: GPUs, GiB of step, sampling and autoencoder, the most, its phase, and of a checkpoint."""
+def table_row(name: str, need: Need) -> list[str]:
+    """The recipe, GPUs, GiB of step, sampling and autoencoder, the most, its phase, and of a checkpoint."""
     from anyflow.memory.phases import DECODING, ENCODING, GIB, SAMPLING, STEP
 
     totals = need.totals
     sampling = max((totals[phase] for phase in SAMPLING.values() if phase in totals), default=0.0)
     codec = max((totals[phase] for phase in (ENCODING, *DECODING.values()) if phase in totals), default=0.0)
-    sizes = " | ".join(f"{size / GIB:.0f}" for size in (totals[STEP], sampling, codec, need.needed))
-    return f"| `{name}` | {need.gpus} | {sizes} | {need.peak} | {need.checkpoint / GIB:.0f} |"
+    sizes = [f"{size / GIB:.0f}" for size in (totals[STEP], sampling, codec, need.needed)]
+    return [f"`{name}`", str(need.gpus), *sizes, need.peak, f"{need.checkpoint / GIB:.0f}"]
 
 
 def _plan_all(gpu_memory: float, as_json: bool) -> None:
@@ -102,7 +103,6 @@ def _plan_all(gpu_memory: float, as_json: bool) -> None:
         print_json({name: need.to_json() for name, need in needs.items()})
         return
     most = f"of {gpu_memory * GB / GIB:.1f} GiB, at most"
-    typer.echo(f"| recipe | GPUs | step | sampling | autoencoder | {most} | in | a checkpoint |")
-    typer.echo("|---|--:|--:|--:|--:|--:|---|--:|")
-    for name, need in needs.items():
-        typer.echo(table_row(name, need))
+    headings = ["recipe", "GPUs", "step", "sampling", "autoencoder", most, "in", "a checkpoint"]
+    rows = [table_row(name, need) for name, need in needs.items()]
+    typer.echo("\n".join(markdown_table(headings, rows, "lrrrrrlr")))

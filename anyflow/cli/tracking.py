@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +10,11 @@ import typer
 
 from anyflow.cli.common import LOCAL_DATABASE, Json, print_json
 from anyflow.errors import UserError
+from anyflow.system.processes import begin, end
 from anyflow.system.signals import sigterm_raises
+
+GRACE_SECONDS = 10.0
+"""How long the server may take to end by itself."""
 
 
 def mlflow(
@@ -54,11 +54,9 @@ def mlflow(
 def serve_until_stopped(command: list[str]) -> int:
     """Run a server until it ends, or Ctrl-C or SIGTERM comes: then it and all its processes are ended."""
     with sigterm_raises(KeyboardInterrupt):
-        process = subprocess.Popen(command, start_new_session=True)  # Ctrl-C comes here alone: it prints a traceback
+        process = begin(command)  # Ctrl-C comes here alone: the server would print a traceback
         try:
             return process.wait()
         except KeyboardInterrupt:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
+            end(process, grace=GRACE_SECONDS)
             return 0

@@ -167,7 +167,7 @@ def _sample_all(
     write_atomically(out / "prompts.txt", "".join(f"{asked.prompt}\n" for asked in prompts))
     if not due:
         return folders
-    shape = native_shape(model, frames=None, height=None, width=None, fps=None)
+    shape = native_shape(model)
     codec, backbone, shift = load_model(model, settings["precision"])
     latents = codec.latent_shape(shape.frames, shape.height, shape.width)
     given, per_call = int(settings["images"] is not None), settings["way"][1].calls

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from anyflow.doctor.child import FOUND
 from anyflow.doctor.findings import read_findings
 from anyflow.doctor.items import MACHINE, TINY, Item
+from anyflow.system.processes import begin, end
 
 LAST_WORDS = 15
 """Lines of a failed child that are shown."""
@@ -104,32 +104,24 @@ def _run(item: Item, limit: float) -> _Ended:
     began = time.monotonic()
     try:
         with open(folder / "log", "wb") as log:
-            process = subprocess.Popen(
+            process = begin(
                 [sys.executable, "-m", "anyflow.doctor.child", item.work, str(folder)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd=home(),
                 env={**os.environ, "ANYFLOW_WATCHER": str(os.getpid()), "TMPDIR": str(folder), "HF_HUB_OFFLINE": "1"},
-                start_new_session=True,  # so that what it starts can be ended with it
             )
             try:
                 code: int | None = process.wait(limit)
             except subprocess.TimeoutExpired:
                 code = None
             finally:
-                _end(process)
+                end(process)
         words = (folder / "log").read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_WORDS:]
         return _Ended(code, time.monotonic() - began, read_findings(folder / FOUND), "\n".join(words))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a child and all that it has started."""
-    with suppress(ProcessLookupError):  # nobody of its session is left
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def home() -> Path:

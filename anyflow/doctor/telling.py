@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.system.files import write_atomically
+from anyflow.system.tables import markdown_table
 
 VERDICT = "verdict"
 
@@ -74,17 +75,16 @@ def as_text(line: dict[str, Any]) -> str:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """Rows of Markdown: each item with its chief figures, what is wrong, or why it was left out."""
-    rows = ["| item | | seconds | figures |", "|---|---|--:|---|"]
+    """A Markdown table: each item with its chief figures, what is wrong, or why it was left out."""
+    rows = []
     for line in lines:
         if line["item"] == VERDICT:
             continue
         shown = [f"{name} {line[name]}" for name in line if re.fullmatch(CHIEF.get(line["item"], ""), name)]
         shown += [f"**{sentence}**" for sentence in line.get("wrong", [])]
         shown += list(line.get("left_out", {}).values()) if line["ok"] is None else []
-        cells = (f"`{line['item']}`", STATES[line["ok"]], f"{line['seconds']:.0f}", "; ".join(shown))
-        rows.append(f"| {' | '.join(cells)} |")
-    return rows
+        rows.append((f"`{line['item']}`", STATES[line["ok"]], f"{line['seconds']:.0f}", "; ".join(shown)))
+    return markdown_table(("item", "", "seconds", "figures"), rows, "llrl")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from anyflow.backbone.codec import Codec
-from anyflow.backbone.guidance import UNGUIDED, Guidance
 from anyflow.backbone.parallelize import join_rows, own_rows, rank_and_size
 from anyflow.data.decode import ClipShape, DecodeError
 from anyflow.data.order import Order
@@ -23,10 +22,11 @@ from anyflow.data.reader import ShardReader, find_split
 from anyflow.data.stream import ClipDataset
 from anyflow.errors import UserError
 from anyflow.evaluation.curve import CurveResult, HeldOut
-from anyflow.evaluation.measure import CurveCodec, OnProgress, Sampler, measure_curve, sampler_of
+from anyflow.evaluation.measure import OnProgress, measure_curve, sampler_of
+from anyflow.evaluation.measurement import BATCH_SIZE, CurveCodec, Measurement, SampledModel, Sampler
 from anyflow.evaluation.samples import KeptSamples
 from anyflow.flowmap.endpoint import Renoise
-from anyflow.flowmap.sampling import SamplerKind, Take
+from anyflow.flowmap.sampling import Take
 from anyflow.system.files import replacing
 
 
@@ -77,81 +77,78 @@ def _clips(card: str, split: str, shape: ClipShape) -> Iterator[HeldOut]:
         yield HeldOut(sample.key, facts["caption"], torch.from_numpy(frames), domain, attributes)
 
 
-BATCH_SIZE = 8
-"""Clips a pass of a curve, unless they are large or somebody asks for others."""
-
-
 def clips_a_pass(fitting: int, ranks: int, batch_size: int = BATCH_SIZE) -> int:
     """Clips that all ranks together sample in one pass, where ``fitting`` fit on each."""
     return min(max(batch_size, ranks), fitting * ranks)
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """The first clips of a split, whose captions are sampled, and as many behind them to compare with.
+
+    Attributes:
+        cards: the data sets.
+        shape: of the clips.
+        count: prompts.
+        split: where the clips come from.
+        or_fewer: take fewer where the split has too few clips, and say so.
+    """
+
+    cards: Sequence[str]
+    shape: ClipShape
+    count: int
+    split: str = "heldout"
+    or_fewer: bool = False
+
+    def dealt(self) -> tuple[list[HeldOut], list[HeldOut], list[str]]:
+        """The clips whose prompts are sampled, as many others, and what is to be said of their number.
+
+        Raises:
+            TooFewClips: The split has too few clips.
+        """
+        clips = as_asked(held_out(self.cards, self.split, self.shape, 2 * self.count))
+        half = len(clips) // 2
+        if half == self.count:
+            return clips[:half], clips[half:], []
+        if not half or not self.or_fewer:
+            raise TooFewClips(_too_few(self.cards, self.split, self.count, len(clips)))
+        found = f"the {self.split} split has {len(clips)} clips, and half are compared with"
+        return clips[:half], clips[half : 2 * half], [f"{half} prompts instead of {self.count}: {found}"]
+
+
 def curve_of(
     backbone: Any,
     codec: Codec,
-    cards: Sequence[str],
-    shape: ClipShape,
+    prompts: Prompts,
+    asked: Measurement,
     *,
-    prompts: int,
-    steps: Sequence[int],
-    shift: float,
     device: torch.device,
-    seeds: Sequence[int] = (0,),
-    label: str = "after",
-    split: str = "heldout",
-    given_frames: int = 0,
-    left_out: int = 0,
-    sampler: SamplerKind = "flowmap",
-    guidance: Guidance = UNGUIDED,
-    judging: Mapping[str, Any] | None = None,
-    notes: Sequence[str] = (),
-    batch_size: int = BATCH_SIZE,
     kept: KeptSamples | None = None,
-    or_fewer: bool = False,
     divide: bool = False,
     on_progress: OnProgress | None = None,
 ) -> CurveResult:
-    """Measure a model on the prompts of a split's first clips, against as many clips behind them: no clip is both.
+    """Measure a model on prompts, against as many other clips: no clip is both.
 
-    ``given_frames`` latent frames are given from each prompt's own clip: 1 is image-to-video; comparisons leave them
-    out, or ``left_out`` ones if that is more. ``judging`` and ``notes`` are further judges and what is said of them.
-    ``guidance`` is for a network that has none in its weights. What is sampled goes to ``kept``, and comes from there
-    if it was sampled before. Network and codec are on ``device``; they take ``batch_size`` clips a pass at most, fewer
-    where clips are large.
-    ``or_fewer`` takes fewer prompts where the split has too few clips, and says so. ``divide`` deals each batch out to
-    the ranks, all of which must come here: every one does its clips, and has the whole.
+    What is sampled goes to ``kept``, and comes from there if it was sampled before. Network and codec are on
+    ``device``; they take fewer clips a pass than asked where clips are large. ``divide`` deals each batch out to the
+    ranks, all of which must come here: every one does its clips, and has the whole.
 
     Raises:
         TooFewClips: The split has too few clips.
     """
-    items, reference, note = _dealt(cards, split, shape, prompts, or_fewer)
-    sample: Sampler = sampler_of(backbone, codec, guidance)
-    measured: CurveCodec = codec
+    items, reference, note = prompts.dealt()
+    model = SampledModel(sampler_of(backbone, codec, asked.guidance), codec, device, backbone.calls_of)
     ranks = rank_and_size()[1] if divide else 1
     if divide:
-        sample, measured = _divided(sample), _DividedCodec(codec)
+        model = replace(model, sampler=_divided(model.sampler), codec=_DividedCodec(codec))
+    shape = prompts.shape
     fitting = backbone.clips_at_once(codec.latent_shape(shape.frames, shape.height, shape.width))
-    return measure_curve(
-        sample,
-        measured,
-        items,
-        reference,
-        label=label,
-        steps=steps,
-        shift=shift,
-        seeds=seeds,
-        given_frames=given_frames,
-        left_out=left_out,
-        kind=sampler,
-        guidance=guidance,
-        calls=backbone.calls_of,
-        judging=judging,
-        notes=[*notes, *note],
-        batch_size=clips_a_pass(fitting, ranks, batch_size),
-        kept=kept,
-        device=device,
-        on_progress=on_progress,
+    asked = replace(
+        asked,
+        batch_size=clips_a_pass(fitting, ranks, asked.batch_size),
+        judges=replace(asked.judges, notes=[*asked.judges.notes, *note]),
     )
+    return measure_curve(model, items, reference, asked, kept=kept, on_progress=on_progress)
 
 
 def check_held_out(cards: Sequence[str], split: str, prompts: int, where: str = "prompts") -> None:
@@ -175,20 +172,6 @@ def _too_few(cards: Sequence[str], split: str, prompts: int, count: int) -> str:
         f"{prompts} prompts need {2 * prompts} clips of the {split} split, {prompts} that ask and {prompts} others to "
         f"compare with, and {' and '.join(map(str, cards))} has {count}: {remedy}"
     )
-
-
-def _dealt(
-    cards: Sequence[str], split: str, shape: ClipShape, prompts: int, or_fewer: bool
-) -> tuple[list[HeldOut], list[HeldOut], list[str]]:
-    """The clips whose prompts are sampled, as many others, and what is to be said of their number."""
-    clips = as_asked(held_out(cards, split, shape, 2 * prompts))
-    half = len(clips) // 2
-    if half == prompts:
-        return clips[:prompts], clips[prompts:], []
-    if not half or not or_fewer:
-        raise TooFewClips(_too_few(cards, split, prompts, len(clips)))
-    note = f"{half} prompts instead of {prompts}: the {split} split has {len(clips)} clips, and half are compared with"
-    return clips[:half], clips[half : 2 * half], [note]
 
 
 def _divided(sampler: Sampler) -> Sampler:

@@ -6,9 +6,8 @@ the reference of the same size, and the path error of reference clips in which t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from torch import Tensor
 
@@ -24,24 +23,8 @@ from anyflow.evaluation.distance import (
     spread_ratio,
     temporal_consistency,
 )
+from anyflow.evaluation.measurement import Measurement
 from anyflow.simulators.motion import MotionScore, Reading, asked_motion, mean_path_error, motion_accuracy
-
-
-class Extractor(Protocol):
-    """Features of clips, for distances between sets of them."""
-
-    name: str
-    """Of the figures: ``NAME_frechet`` and ``NAME_kernel``."""
-
-    def __call__(self, clips: Tensor) -> Tensor:
-        """Map uint8 clips ``[N, F, H, W, 3]`` to features ``[M, D]``, some for each clip."""
-
-
-class Labels(Protocol):
-    """Reads labels from clips: a probe."""
-
-    def accuracies(self, clips: Tensor, items: Sequence[HeldOut]) -> Mapping[str, float]:
-        """By name of the figure, the share of clips whose label, read from the pixels, is the one asked for."""
 
 
 class Judge:
@@ -56,11 +39,8 @@ class Judge:
         reference: other real clips, as many.
         reference_clips: uint8 ``[N, F, H, W, 3]``.
         reference_latents: ``[N, F, C, H, W]``.
-        given: latent frames of each clip that are given.
-        left_out: latent frames that comparisons leave out; those that are given, at least.
-        has_previews: whether few steps lead where many lead; a sampler that re-noises draws anew at every step.
-        extractors: of further distances.
-        labels: of further accuracies.
+        asked: what is given and left out, and the further judges. Previews are compared unless the sampler re-noises:
+            it draws anew at every step, so that few steps do not lead where many lead.
     """
 
     def __init__(
@@ -69,20 +49,16 @@ class Judge:
         reference: Sequence[HeldOut],
         reference_clips: Tensor,
         reference_latents: Tensor,
-        *,
-        given: int = 0,
-        left_out: int = 0,
-        has_previews: bool = True,
-        extractors: Sequence[Extractor] = (),
-        labels: Sequence[Labels] = (),
+        asked: Measurement,
     ) -> None:
-        self.items, self.reference, self.has_previews = items, reference, has_previews
-        self.given, self.given_frames = given, pixel_frames(given)
-        self.left_out = max(given, left_out)
+        self.items, self.reference = items, reference
+        self.has_previews = asked.sampler != "renoise"
+        self.given, self.given_frames = asked.given_frames, pixel_frames(asked.given_frames)
+        self.left_out = max(asked.given_frames, asked.left_out)
         self.latents = reference_latents[:, self.left_out :]
         self.features = frame_features(self._compared(reference_clips))
-        self.extracted = [(extract, extract(self._compared(reference_clips))) for extract in extractors]
-        self.labels = labels
+        self.extracted = [(extract, extract(self._compared(reference_clips))) for extract in asked.judges.extractors]
+        self.labels = asked.judges.labels
         self._asked: tuple[Reading | None, ...] | None = None
         self._reference_clips = reference_clips
 

@@ -11,43 +11,27 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from anyflow.backbone.guidance import UNGUIDED, Guidance
-from anyflow.evaluation.curve import STEPS, Curve, CurveResult, CurveRow, HeldOut, Marks, over_seeds
+from anyflow.evaluation.curve import Curve, CurveResult, CurveRow, HeldOut, Marks, over_seeds
 from anyflow.evaluation.judge import Judge
+from anyflow.evaluation.measurement import Measurement, SampledModel, Sampler
 from anyflow.evaluation.samples import KeptSamples
 from anyflow.flowmap.endpoint import Renoise
 from anyflow.flowmap.sampling import SamplerKind, Take, take_jump, take_velocity
-
-Sampler = Callable[..., Tensor]
-"""``(captions, noise, num_steps, shift, first_frames)`` to clean latents: a model's own sampler, text encoder included.
-
-``first_frames`` are given clean latents ``[B, k, C, H, W]``, or None. A model that is no flow map is also given
-``take=``: how its jumps are taken.
-"""
 
 OnProgress = Callable[[int, int, str], None]
 """``(done, total, what)``: called after each batch, in network calls."""
 
 CODEC_CALLS = 4
 """Network calls that decoding (or encoding) a batch takes about as long as: it tells how much time is left."""
-
-
-class CurveCodec(Protocol):
-    """The part of the codec that a curve needs."""
-
-    def encode_video(self, video: Tensor) -> Tensor:
-        """Map uint8 clips ``[B, F, H, W, 3]`` to latents ``[B, f, C, h, w]``."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Map latents to uint8 clips."""
 
 
 def prompt_noise(shape: Sequence[int], keys: Sequence[str], seed: int) -> Tensor:
@@ -94,92 +78,62 @@ def sampler_of(backbone: Any, codec: Any, guidance: Guidance = UNGUIDED) -> Samp
 
 @torch.no_grad()
 def measure_curve(
-    sampler: Sampler,
-    codec: CurveCodec,
+    model: SampledModel,
     items: Sequence[HeldOut],
     reference: Sequence[HeldOut],
+    asked: Measurement,
     *,
-    label: str = "after",
-    steps: Sequence[int] = STEPS,
-    shift: float = 5.0,
-    seeds: Sequence[int] = (0,),
-    given_frames: int = 0,
-    left_out: int = 0,
-    kind: SamplerKind = "flowmap",
-    guidance: Guidance = UNGUIDED,
-    calls: Callable[[int, int, int], int] = lambda num_steps, num_frames, num_given: num_steps,
-    batch_size: int = 8,
-    device: torch.device | str = "cpu",
-    show: int = 6,
     kept: KeptSamples | None = None,
-    judging: Mapping[str, Any] | None = None,
-    notes: Sequence[str] = (),
     on_progress: OnProgress | None = None,
 ) -> CurveResult:
     """Sample the same prompts from the same noise at each step count and measure what comes out.
 
     Args:
-        sampler: the model's (``sampler_of``).
-        codec: encodes and decodes; frozen.
+        model: what samples (``sampler_of``).
         items: the prompts, with their own real clips.
         reference: other real clips, to which distances are taken; at least as many as items (the first are used).
-        label: names the curve in tables and plots.
-        steps: step counts, each of the inference schedule of ``shift``.
-        seeds: of the noise; every prompt is sampled with each of them, the real clips are encoded once.
-        given_frames: latent frames that are given from each prompt's own clip: 1 is image-to-video.
-        left_out: latent frames that comparisons leave out beyond those that are given: what another model is given.
-        kind: how the model takes its jumps.
-        guidance: that ``sampler`` was made with: each of its calls counts as so many of the network's.
-        calls: its calls of a clip by steps, latent frames and given ones (a backbone's ``calls_of``).
-        batch_size: clips a pass; changes speed and memory, not the draws.
-        device: where the model runs.
-        show: of how many prompts (the first) the samples are kept for the picture.
+        asked: how they are sampled and judged.
         kept: where samples are kept, and taken from if this was measured in part before.
-        judging: further extractors and labels of ``Judge``; ``notes``: what is to be said of them.
         on_progress: called after each batch.
     Raises:
         ValueError: if there are no items or seeds, or fewer reference clips than items.
     """
-    if not items or not seeds or len(reference) < len(items):
+    if not items or not asked.seeds or len(reference) < len(items):
         raise ValueError(f"{len(items)} prompts need as many reference clips, got {len(reference)}, and a seed")
-    counts = sorted(set(steps))
-    work = len(seeds) * sum(_work(guidance.calls * num_steps) for num_steps in counts) + 2 * _work(0)
-    progress = _Progress(work * -(-len(items) // batch_size), on_progress)
-    runner = _Runner(codec, batch_size, device, progress, given_frames, kind, calls, kept, guidance)
+    counts = sorted(set(asked.steps))
+    work = len(asked.seeds) * sum(_work(asked.guidance.calls * num_steps) for num_steps in counts) + 2 * _work(0)
+    progress = _Progress(work * -(-len(items) // asked.batch_size), on_progress)
+    runner = _Runner(model, asked, progress, kept)
     reference = reference[: len(items)]
     real_clips, other_clips = _stack(items), _stack(reference)
     real_latents, decoded = runner.encode_and_decode(real_clips)
     other_latents, _ = runner.encode_and_decode(other_clips, decode=False)
-    options = {"given": given_frames, "left_out": left_out, "has_previews": kind != "renoise", **(judging or {})}
-    judge = Judge(items, reference, other_clips, other_latents, **options)
-    sample = partial(runner.sample, sampler, items, real_latents, shift)
-    rows, shown = _rows(counts, seeds, sample, partial(judge, real=real_clips), show)
+    judge = Judge(items, reference, other_clips, other_latents, asked)
+    rows, shown = _rows(asked, partial(runner.sample, items, real_latents), partial(judge, real=real_clips))
     curve = Curve(
-        label=label,
+        label=asked.label,
         domain="+".join(sorted({item.domain for item in items})),
         clips=len(items),
-        seed=seeds[0],
-        seeds=tuple(seeds),
-        given_frames=given_frames,
+        seed=asked.seeds[0],
+        seeds=tuple(asked.seeds),
+        given_frames=asked.given_frames,
         left_out=judge.left_out,
-        sampler=kind,
-        guidance_scale=guidance.scale,
-        notes=(*notes, *filter(None, [guidance.told])),
-        shift=shift,
+        sampler=asked.sampler,
+        guidance_scale=asked.guidance.scale,
+        notes=(*asked.judges.notes, *filter(None, [asked.guidance.told])),
+        shift=asked.shift,
         size=(real_clips.shape[1], real_clips.shape[2], real_clips.shape[3]),
         rows=tuple(rows),
         real=judge.of_real(real_clips, real_latents),
         codec=judge.of_codec(decoded, real_latents, real_clips),
     )
-    return CurveResult(curve, tuple(items[:show]), shown)
+    return CurveResult(curve, tuple(items[: asked.show]), shown)
 
 
 def _rows(
-    counts: Sequence[int],
-    seeds: Sequence[int],
+    asked: Measurement,
     sample: Callable[[int, int], tuple[Tensor, Tensor, dict[str, float]]],
     judge: Callable[..., Marks],
-    show: int,
 ) -> tuple[list[CurveRow], dict[int, Tensor]]:
     """Sample and judge each step count with each seed, and keep the first seed's samples.
 
@@ -188,13 +142,13 @@ def _rows(
     rows: list[CurveRow] = []
     kept: dict[int, Tensor] = {}
     finals: dict[int, Tensor] = {}
-    for num_steps in reversed(counts):
+    for num_steps in sorted(set(asked.steps), reverse=True):
         of_seeds = []
-        for seed in seeds:
+        for seed in asked.seeds:
             clips, latents, cost = sample(num_steps, seed)
             marks = judge(clips, latents, finals=finals.setdefault(seed, latents)).to_json()
             of_seeds.append(CurveRow.from_json({**marks, "num_steps": num_steps, **cost}))
-            kept.setdefault(num_steps, clips[:show].clone())
+            kept.setdefault(num_steps, clips[: asked.show].clone())
         rows.insert(0, over_seeds(of_seeds))
     return rows, dict(sorted(kept.items()))
 
@@ -220,34 +174,23 @@ class _Progress:
 class _Runner:
     """Runs codec and sampler batch by batch; what comes out lies on the CPU."""
 
-    codec: CurveCodec
-    batch_size: int
-    device: torch.device | str
+    model: SampledModel
+    asked: Measurement
     progress: _Progress
-    given_frames: int
-    kind: SamplerKind
-    calls: Callable[[int, int, int], int]
-    kept: KeptSamples | None = None
-    guidance: Guidance = UNGUIDED
+    kept: KeptSamples | None
 
     def encode_and_decode(self, clips: Tensor, decode: bool = True) -> tuple[Tensor, Tensor]:
         """Return the clips' latents, and the clips after the codec (as given, if they are not to be decoded)."""
         latents, decoded = [], []
-        for batch in clips.split(self.batch_size):
-            encoded = self.codec.encode_video(batch.to(self.device))
+        for batch in clips.split(self.asked.batch_size):
+            encoded = self.model.codec.encode_video(batch.to(self.model.device))
             latents.append(encoded.float().cpu())
-            decoded.append(self.codec.decode(encoded).cpu() if decode else batch)
+            decoded.append(self.model.codec.decode(encoded).cpu() if decode else batch)
             self.progress("real clips through the codec" if decode else "reference clips", _work(0))
         return torch.cat(latents), torch.cat(decoded)
 
     def sample(
-        self,
-        sampler: Sampler,
-        items: Sequence[HeldOut],
-        like: Tensor,
-        shift: float,
-        num_steps: int,
-        seed: int,
+        self, items: Sequence[HeldOut], like: Tensor, num_steps: int, seed: int
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Sample every prompt; return clips, latents, and what a clip costs.
 
@@ -255,46 +198,40 @@ class _Runner:
         """
         clips, all_latents = [], []
         sampling = decoding = 0.0
-        for start in range(0, len(items), self.batch_size):
-            batch = items[start : start + self.batch_size]
-            given = like[start : start + self.batch_size, : self.given_frames].to(self.device)
-            first_frames = given if self.given_frames else None
-            latents, seconds = self._latents(sampler, batch, like.shape[1:], first_frames, num_steps, shift, seed)
-            begin = _now(self.device)
-            clips.append(self.codec.decode(latents).cpu())
-            sampling, decoding = sampling + seconds, decoding + _now(self.device) - begin
+        for start in range(0, len(items), self.asked.batch_size):
+            batch = items[start : start + self.asked.batch_size]
+            given = like[start : start + self.asked.batch_size, : self.asked.given_frames].to(self.model.device)
+            first_frames = given if self.asked.given_frames else None
+            latents, seconds = self._latents(batch, like.shape[1:], first_frames, num_steps, seed)
+            begin = _now(self.model.device)
+            clips.append(self.model.codec.decode(latents).cpu())
+            sampling, decoding = sampling + seconds, decoding + _now(self.model.device) - begin
             all_latents.append(latents.float().cpu())
-            work = _work(self.guidance.calls * num_steps)
+            work = _work(self.asked.guidance.calls * num_steps)
             self.progress(f"{num_steps} step{'s' if num_steps > 1 else ''}", work)
-        nfe = self.guidance.calls * self.calls(num_steps, like.shape[1], self.given_frames)
+        nfe = self.asked.guidance.calls * self.model.calls(num_steps, like.shape[1], self.asked.given_frames)
         cost = {"nfe": nfe, "sampling_seconds": sampling / len(items), "decoding_seconds": decoding / len(items)}
         return torch.cat(clips), torch.cat(all_latents), cost
 
     def _latents(
-        self,
-        sampler: Sampler,
-        batch: Sequence[HeldOut],
-        shape: Sequence[int],
-        first_frames: Tensor | None,
-        num_steps: int,
-        shift: float,
-        seed: int,
+        self, batch: Sequence[HeldOut], shape: Sequence[int], first_frames: Tensor | None, num_steps: int, seed: int
     ) -> tuple[Tensor, float]:
         """A batch's latents and the seconds that they take, or took if they are kept."""
+        asked, shift = self.asked, self.asked.shift
         captions, keys = [item.caption for item in batch], [item.key for item in batch]
         noise, name = prompt_noise(shape, keys, seed), ""
         if self.kept is not None:
             given = None if first_frames is None else first_frames.cpu()
-            guided = () if self.guidance.scale == 1 else (self.guidance,)
-            name = self.kept.name((noise, given), (captions, keys, seed, num_steps, shift, self.kind, *guided))
+            guided = () if asked.guidance.scale == 1 else (asked.guidance,)
+            name = self.kept.name((noise, given), (captions, keys, seed, num_steps, shift, asked.sampler, *guided))
             found = self.kept.load(name)
             if found is not None:
-                return found[0].to(self.device), found[1]
-        way = {} if self.kind == "flowmap" else {"take": take_of(self.kind, keys, seed)}
-        noise = noise.to(self.device)
-        begin = _now(self.device)
-        latents = sampler(captions, noise, num_steps, shift, first_frames, **way)
-        seconds = _now(self.device) - begin
+                return found[0].to(self.model.device), found[1]
+        way = {} if asked.sampler == "flowmap" else {"take": take_of(asked.sampler, keys, seed)}
+        noise = noise.to(self.model.device)
+        begin = _now(self.model.device)
+        latents = self.model.sampler(captions, noise, num_steps, shift, first_frames, **way)
+        seconds = _now(self.model.device) - begin
         if self.kept is not None:
             self.kept.save(name, latents, seconds)
         return latents, seconds

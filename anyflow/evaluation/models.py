@@ -131,7 +131,12 @@ def usual_precision(model: str) -> str:
 
 
 def native_shape(
-    model: str, *, frames: int | None, height: int | None, width: int | None, fps: float | None
+    model: str,
+    *,
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    fps: float | None = None,
 ) -> ClipShape:
     """The clip shape that a model was trained on, with what the user asks for instead; fps None is each clip's own.
 

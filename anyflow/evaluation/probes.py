@@ -9,15 +9,15 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from anyflow.data.decode import ClipShape
 from anyflow.data.reader import find_split
 from anyflow.evaluation.encoders import PROBE, load_encoders
-from anyflow.evaluation.heldout import held_out
+from anyflow.evaluation.heldout import Prompts, held_out
 from anyflow.evaluation.measure import OnProgress
+from anyflow.evaluation.measurement import Judges
 from anyflow.evaluation.probe import Probe, ProbeSettings, train_probe
 from anyflow.system.locks import locked
 
@@ -60,23 +60,20 @@ def probe_of(
 def judges_of(
     choices: Sequence[str],
     where: str,
-    cards: Sequence[str],
-    shape: ClipShape,
+    prompts: Prompts,
     *,
-    split: str = "train",
-    heldout: str = "heldout",
+    learnt_from: str = "train",
     device: torch.device | str = "cpu",
     on_progress: OnProgress | None = None,
-) -> tuple[dict[str, Any], list[str]]:
-    """What judges samples besides the figures that are always measured, as ``Judge`` takes it, and what to say of it.
+) -> Judges:
+    """The further judges that are named.
 
     Args:
         choices: ``probe`` and published networks (:func:`anyflow.evaluation.encoders.check_encoders`).
         where: the option or field that they stand in, for messages.
-        cards: the data sets whose clips are judged. The features of a probe compare clips of its own data set alone: of
-            several cards the probes read labels, and give no distance.
-        shape: of the clips.
-        split: that probes are trained on; ``heldout``: that they are measured on.
+        prompts: what is judged. The features of a probe compare clips of its own data set alone: of several data sets
+            the probes read labels, and give no distance.
+        learnt_from: split that probes are trained on; they are measured on that of the prompts.
         device: of the published networks.
         on_progress: of a probe that must be trained.
 
@@ -84,9 +81,9 @@ def judges_of(
         UserError: weights are not what they should be, or a data set has no labels to learn.
     """
     encoders, notes = load_encoders(choices, where, device)
-    extractors: list[Any] = [*encoders]
-    asked = cards if PROBE in choices else ()
-    probes = [probe_of(card, shape, split=split, heldout=heldout, on_progress=on_progress) for card in asked]
-    if len(probes) == 1:
-        extractors += [probe for probe in probes if probe.is_trusted]
-    return {"extractors": extractors, "labels": probes}, [*notes, *(note for one in probes for note in one.notes())]
+    probes = [
+        probe_of(card, prompts.shape, split=learnt_from, heldout=prompts.split, on_progress=on_progress)
+        for card in (prompts.cards if PROBE in choices else ())
+    ]
+    compared = [probe for probe in probes if probe.is_trusted and len(probes) == 1]
+    return Judges([*encoders, *compared], probes, [*notes, *(note for one in probes for note in one.notes())])

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TextIO
 
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER
 from anyflow.experiment.pieces import Piece
+from anyflow.system.processes import Process, Processes
 
 SHOW_EVERY = 20.0
 """Seconds between two lines about a training that goes on."""
@@ -35,9 +35,7 @@ class Children:
     def __init__(self, lock: TextIO) -> None:
         """``lock`` is handed to each of them: it is held until the last has ended."""
         self._lock = lock
-        self._running: set[subprocess.Popen[bytes]] = set()
-        self._guard = threading.Lock()
-        self._stopping = False
+        self._processes = Processes()
 
     def train(self, piece: Piece, environment: Mapping[str, str], say: Callable[[str], None]) -> str:
         """Run or resume a training; returns why it failed, or nothing.
@@ -51,14 +49,22 @@ class Children:
         began = time.monotonic()
         with open(log, "ab") as sink:
             start = sink.tell()
-            process = self._start([sys.executable, "-m", "anyflow", *words], sink, environment)
             try:
+                process = self._processes.start(
+                    [sys.executable, "-m", "anyflow", *words],
+                    stdout=sink,
+                    stderr=sink,
+                    stdin=subprocess.DEVNULL,
+                    env=dict(environment),
+                    pass_fds=[self._lock.fileno()],
+                )
+                if process is None:
+                    raise Stopped(EXIT_INTERRUPTED)
                 code = _follow(process, log, start, say)
             except (KeyboardInterrupt, Stopped) as stop:
                 self.stop(stop)
                 raise
             finally:
-                self._running.discard(process)
                 if piece.run.path.is_dir():
                     spent = piece.run.status.get("train_seconds", 0.0) + time.monotonic() - began
                     piece.run.note(train_seconds=round(spent, 1))
@@ -72,33 +78,12 @@ class Children:
 
     def stop(self, reason: KeyboardInterrupt | Stopped) -> None:
         """Have all of them save and end, and wait for it; none is started any more."""
-        number = signal.SIGTERM if isinstance(reason, Stopped) else signal.SIGINT
-        with self._guard:
-            self._stopping = True
-            running = list(self._running)
-        for process in running:
-            process.send_signal(number)
-        for process in running:
-            process.wait()
-
-    def _start(self, command: list[str], sink: object, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        with self._guard:
-            if self._stopping:
-                raise Stopped(EXIT_INTERRUPTED)
-            process = subprocess.Popen(
-                command,
-                stdout=sink,  # type: ignore[call-overload]
-                stderr=sink,
-                stdin=subprocess.DEVNULL,
-                env=dict(environment),
-                pass_fds=[self._lock.fileno()],
-                start_new_session=True,  # a Ctrl-C comes to it from here alone, once
-            )
-            self._running.add(process)
-            return process
+        if not self._processes.passed:
+            self._processes.pass_on(signal.SIGTERM if isinstance(reason, Stopped) else signal.SIGINT)
+        self._processes.wait()
 
 
-def _follow(process: subprocess.Popen[bytes], log: Path, start: int, say: Callable[[str], None]) -> int:
+def _follow(process: Process, log: Path, start: int, say: Callable[[str], None]) -> int:
     """Wait for a training, and show now and then where it is."""
     shown, newest = time.monotonic(), ""
     while process.poll() is None:

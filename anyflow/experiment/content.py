@@ -14,6 +14,7 @@ from anyflow.experiment.kept import origins
 from anyflow.experiment.load import asked_by
 from anyflow.experiment.pieces import Piece
 from anyflow.experiment.schema import Experiment
+from anyflow.system.tables import markdown_table
 from anyflow.tracking.mlflow import code_version, machine
 
 NOTE_CLAIMS = (
@@ -36,6 +37,10 @@ class Table:
     def is_empty(self) -> bool:
         """Whether nothing stands in it but names."""
         return all(cell == "-" for row in self.rows for cell in row[1:])
+
+    def markdown(self) -> list[str]:
+        """Its lines."""
+        return markdown_table(self.headings, self.rows, "lr")
 
 
 @dataclass(frozen=True)

@@ -21,46 +21,32 @@ APART = 1000
 
 def measure(experiment: Experiment, piece: Piece, card: str, on_progress: Callable[..., None] | None = None) -> None:
     """Measure the any-step curve of a piece on a card, and keep it in the piece's folder."""
-    from anyflow.evaluation.heldout import curve_of, save_curve
+    from anyflow.evaluation.heldout import Prompts, curve_of, save_curve
+    from anyflow.evaluation.measurement import Measurement
     from anyflow.evaluation.models import has_guidance, load_model, native_shape, way_of
     from anyflow.evaluation.probes import judges_of
 
     began, settings = time.monotonic(), experiment.evaluation
     stands_on = measured_on(experiment, piece, card)
-    shape = native_shape(piece.model, frames=None, height=None, width=None, fps=None)
+    shape = native_shape(piece.model)
     codec, backbone, shift = load_model(piece.model, settings.precision)
-    judging, notes = judges_of(
-        settings.encoders,
-        "evaluation.encoders",
-        [card],
-        shape,
-        heldout=settings.split,
-        device=codec.device,
-        on_progress=on_progress,
-    )
+    prompts = Prompts([card], shape, settings.prompts, settings.split)
     scale = None if has_guidance(piece.model) else settings.guidance_scale or None
     sampler, guidance = way_of(piece.model, scale=scale)
-    result = curve_of(
-        backbone,
-        codec,
-        [card],
-        shape,
-        prompts=settings.prompts,
+    where, device = "evaluation.encoders", codec.device
+    asked = Measurement(
+        label=Path(card).stem,
         steps=settings.steps,
         shift=shift,
-        device=codec.device,
         seeds=[piece.seed + draw * APART for draw in range(settings.draws)],
-        sampler=sampler,
-        guidance=guidance,
-        label=Path(card).stem,
-        split=settings.split,
         given_frames=piece.given_frames,
         left_out=experiment.left_out,
+        sampler=sampler,
+        guidance=guidance,
         batch_size=settings.batch_size,
-        judging=judging,
-        notes=notes,
-        on_progress=on_progress,
+        judges=judges_of(settings.encoders, where, prompts, device=device, on_progress=on_progress),
     )
+    result = curve_of(backbone, codec, prompts, asked, device=device, on_progress=on_progress)
     del codec, backbone
     gc.collect()
     folder = curve_folder(piece)

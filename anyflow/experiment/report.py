@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.experiment.claims import Answer, answer
-from anyflow.experiment.content import Content, Table, content_of
+from anyflow.experiment.content import Content, content_of
 from anyflow.experiment.figures import Measured, figures_of, measure, short
 from anyflow.experiment.jobs import Job, finished_pieces
 from anyflow.experiment.kept import keep
@@ -143,18 +143,18 @@ def _markdown(content: Content, folder: Path) -> str:
     lines += ["", content.note_claims, ""]
     lines += [f"![{note}]({name})\n" for name, note in content.plots.items() if (folder / name).exists()]
     for table in content.tables:
-        lines += [f"**{table.title}**", "", *_markdown_table(table), ""]
+        lines += [f"**{table.title}**", "", *table.markdown(), ""]
     lines += [content.note_tables, ""]
     for path in sorted(folder.glob("samples-*.png")):
         moving = path.with_suffix(".mp4")
         lines.append(f"![samples]({path.name})\n" + (f"\n[moving]({moving.name})\n" if moving.exists() else ""))
-    lines += [f"{content.arms.title}:", "", *_markdown_table(content.arms), "", content.note_arms, ""]
+    lines += [
+        f"{content.arms.title}:",
+        "",
+        *content.arms.markdown(),
+        "",
+        content.note_arms,
+        "",
+    ]
     lines += ["```sh", content.commands, "```", "", content.provenance, ""]
     return "\n".join(lines)
-
-
-def _markdown_table(table: Table) -> list[str]:
-    rows = [[str(cell).replace("|", "\\|") for cell in row] for row in (table.headings, *table.rows)]
-    marks = "".join(["|---", *["|--:"] * (len(rows[0]) - 1), "|"])
-    written = [f"| {' | '.join(row)} |" for row in rows]
-    return [written[0], marks, *written[1:]]

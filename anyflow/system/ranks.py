@@ -20,15 +20,14 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER, UserError
 from anyflow.system.files import write_atomically
-from anyflow.system.signals import STOPPING
+from anyflow.system.processes import Process, Processes
 
 REPORT = "ANYFLOW_RANK_REPORT"
 """The file that a watched rank leaves its last words in, instead of the screen."""
@@ -81,21 +80,14 @@ def watch(devices: int, nodes: int, again: str = RESUME) -> int:
             "MASTER_PORT": os.environ.get("MASTER_PORT") or str(_free_port()),
             "ANYFLOW_WATCHER": str(os.getpid()),
         }
-        ranks: list[_Rank] = []
-        passed: list[int] = []
-        previous = {number: signal.signal(number, _pass_on(ranks, passed)) for number in STOPPING}
+        processes, ranks = Processes(), list[_Rank]()
         try:
-            for local in range(devices):
-                if not passed:
-                    ranks.append(_start(node * devices + local, local, Path(folder), shared))
-            if passed and ranks:  # the last one may have begun while the signal was passed on
-                ranks[-1].process.send_signal(passed[-1])
-            code = _wait(ranks, devices * nodes, again, passed)
+            with processes.hearing():
+                for local in range(devices):
+                    ranks += _started(processes, node * devices + local, local, Path(folder), shared)
+                code = _wait(ranks, devices * nodes, again, processes.passed)
         finally:
-            for rank in ranks:
-                rank.process.kill()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            processes.end()
         if code:
             _note_end(Path(folder), code)
         return code
@@ -133,7 +125,7 @@ def leave_report(text: str | None = None) -> bool:
 @dataclass(frozen=True)
 class _Rank:
     number: int
-    process: subprocess.Popen[bytes]
+    process: Process
     report: Path
     log: Path
 
@@ -145,15 +137,16 @@ class _Rank:
         return ""
 
 
-def _start(number: int, local: int, folder: Path, shared: dict[str, str]) -> _Rank:
+def _started(processes: Processes, number: int, local: int, folder: Path, shared: dict[str, str]) -> Iterator[_Rank]:
+    """A rank that begins; none where a signal came before."""
     report, log = folder / f"rank-{number}.report", folder / f"rank-{number}.log"
     own = {**os.environ, **shared, "RANK": str(number), "LOCAL_RANK": str(local), REPORT: str(report)}
     command = [sys.executable, "-m", "anyflow", *sys.argv[1:]]
     with open(log, "wb") as file:
         streams = {} if number == 0 else {"stdout": subprocess.DEVNULL, "stderr": file}
-        # a session of its own: Ctrl-C reaches it through the watcher alone, once
-        process = subprocess.Popen(command, env=own, stdin=subprocess.DEVNULL, start_new_session=True, **streams)  # type: ignore[call-overload]
-    return _Rank(number, process, report, log)
+        process = processes.start(command, env=own, stdin=subprocess.DEVNULL, **streams)
+    if process is not None:
+        yield _Rank(number, process, report, log)
 
 
 _FOLDER = "anyflow-ranks-"
@@ -215,16 +208,6 @@ def _report(failed: _Rank, world_size: int, words: str, again: str) -> str:
         f"the other ranks were stopped. {again[0].upper()}{again[1:]}"
     ]
     return "\n".join(lines + ([f"Its last words:\n{words}"] if words else []))
-
-
-def _pass_on(ranks: list[_Rank], passed: list[int]) -> signal.Handlers | None:
-    def handler(number: int, frame: FrameType | None) -> None:
-        passed.append(number)
-        for rank in ranks:
-            if rank.process.poll() is None:
-                rank.process.send_signal(number)
-
-    return handler  # type: ignore[return-value]
 
 
 def _node(nodes: int) -> int:

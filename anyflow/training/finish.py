@@ -27,7 +27,8 @@ from anyflow.data.decode import ClipShape
 from anyflow.data.module import VideoDataModule
 from anyflow.data.stream import write_skipped
 from anyflow.evaluation.curve import CurveResult
-from anyflow.evaluation.heldout import TooFewClips, curve_of, held_out, load_curve, save_curve
+from anyflow.evaluation.heldout import Prompts, TooFewClips, curve_of, held_out, load_curve, save_curve
+from anyflow.evaluation.measurement import Measurement
 from anyflow.evaluation.probes import judges_of
 from anyflow.evaluation.reconstruction import measure_domains
 from anyflow.evaluation.report.folder import write_report
@@ -109,18 +110,23 @@ def place(recipe: Recipe, parts: Parts) -> torch.device:
 
 
 def _sampled(recipe: Recipe, parts: Parts, label: str, samples: KeptSamples, listener: Listener | None) -> CurveResult:
-    device = place(recipe, parts)
+    device, sampling = place(recipe, parts), recipe.sampling
+    prompts = Prompts(recipe.data.card, clip_shape(recipe), sampling.prompts, recipe.data.heldout, or_fewer=True)
+    where, learnt_from = "sampling.encoders", recipe.data.split
     with progress_line("training the probe") as on_progress:
-        judging, notes = judges_of(
-            recipe.sampling.encoders,
-            "sampling.encoders",
-            recipe.data.card,
-            clip_shape(recipe),
-            split=recipe.data.split,
-            heldout=recipe.data.heldout,
-            device=device,
-            on_progress=on_progress,
+        judges = judges_of(
+            sampling.encoders, where, prompts, learnt_from=learnt_from, device=device, on_progress=on_progress
         )
+    asked = Measurement(
+        label=label,
+        steps=sampling.steps,
+        shift=recipe.model.shift,
+        seeds=[sampling.seed],
+        given_frames=sampling.given_frames,
+        sampler=recipe.sampler,  # type: ignore[arg-type]
+        guidance=guidance_of(recipe),
+        judges=judges,
+    )
     with (
         averaged(parts),
         parts.codec.lent(device),
@@ -135,23 +141,11 @@ def _sampled(recipe: Recipe, parts: Parts, label: str, samples: KeptSamples, lis
         return curve_of(
             parts.backbone,
             parts.codec,
-            recipe.data.card,
-            clip_shape(recipe),
-            prompts=recipe.sampling.prompts,
-            steps=recipe.sampling.steps,
-            shift=recipe.model.shift,
-            seeds=[recipe.sampling.seed],
-            given_frames=recipe.sampling.given_frames,
-            sampler=recipe.sampler,  # type: ignore[arg-type]
-            guidance=guidance_of(recipe),
-            label=label,
-            split=recipe.data.heldout,
-            or_fewer=True,
-            judging=judging,
-            notes=notes,
-            divide=True,
-            kept=samples,
+            prompts,
+            asked,
             device=device,
+            kept=samples,
+            divide=True,
             on_progress=on_progress,
         )
 

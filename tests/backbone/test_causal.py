@@ -16,7 +16,8 @@ from anyflow.backbone.lora import LoraSettings, add_lora
 from anyflow.backbone.protocol import Text
 from anyflow.backbone.roles import AdapterRoles
 from anyflow.backbone.segments import SegmentMask, segment_mask
-from anyflow.flowmap import BackwardSimulation, ChunkLayout, Lesson, layout_of, teach
+from anyflow.flowmap.chunks import ChunkLayout, Lesson, layout_of, teach
+from anyflow.flowmap.rollout import BackwardSimulation
 from anyflow.flowmap.tape import Tape
 
 PARTITIONS = [(1, 2, 2, 1), (2, 1), (1, 1, 1, 1, 1), (3,)]

@@ -15,7 +15,7 @@ from anyflow.backbone.causal import CausalBackbone
 from anyflow.backbone.guidance import UNGUIDED, Guidance, Guided
 from anyflow.backbone.protocol import Text
 from anyflow.backbone.stream import stream_video
-from anyflow.flowmap import Lesson, layout_of, teach
+from anyflow.flowmap.chunks import Lesson, layout_of, teach
 from anyflow.flowmap.sampling import guide, steps_of, take_velocity
 
 SCALE = 2.5

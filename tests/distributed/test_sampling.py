@@ -15,7 +15,8 @@ from anyflow.backbone.parallelize import join_ranks, leave_ranks, own_rows
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.evaluation import heldout as curves
 from anyflow.evaluation.heldout import held_out, load_curve
-from anyflow.flowmap import Renoise, take_velocity
+from anyflow.flowmap.endpoint import Renoise
+from anyflow.flowmap.sampling import take_velocity
 from anyflow.recipe import load_recipe
 from anyflow.system.signals import Terminated
 from anyflow.tracking.runs import RunFolder

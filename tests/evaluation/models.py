@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from scenes import lane_change
 from torch import Tensor
 from torch.nn import functional
 
-from anyflow.evaluation.curve import HeldOut
-from anyflow.evaluation.measure import Sampler
+from anyflow.evaluation import measure
+from anyflow.evaluation.curve import CurveResult, HeldOut
+from anyflow.evaluation.measurement import CurveCodec, Measurement, SampledModel, Sampler
+from anyflow.evaluation.samples import KeptSamples
 from anyflow.flowmap.sampling import sample
 from anyflow.flowmap.schedule import like_latents
 
@@ -69,3 +72,18 @@ def sampler_over(velocity_for: Callable[[list[str]], Callable[..., Tensor]]) -> 
         return sample(velocity_for(captions), noise, num_steps, shift, first_frames=first_frames)
 
     return sampler
+
+
+def measure_curve(
+    sampler: Sampler,
+    codec: CurveCodec,
+    items: list[HeldOut],
+    reference: list[HeldOut],
+    /,
+    kept: KeptSamples | None = None,
+    on_progress: Callable[[int, int, str], None] | None = None,
+    **asked: Any,
+) -> CurveResult:
+    """The curve of a sampler, with the settings of ``Measurement``."""
+    model = SampledModel(sampler, codec)
+    return measure.measure_curve(model, items, reference, Measurement(**asked), kept=kept, on_progress=on_progress)

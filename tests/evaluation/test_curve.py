@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import BlockCodec, exact_sampler, held_out, sampler_over
+from models import BlockCodec, exact_sampler, held_out, measure_curve, sampler_over
 from torch import Tensor
 
 from anyflow.evaluation.curve import Curve, CurveResult, CurveRow, HeldOut, over_seeds
 from anyflow.evaluation.heldout import as_asked
-from anyflow.evaluation.measure import measure_curve, prompt_noise, sampler_of
+from anyflow.evaluation.measure import prompt_noise, sampler_of
+from anyflow.evaluation.measurement import Judges
 from anyflow.evaluation.report.tables import comparison_text
 from anyflow.flowmap.sampling import Take, sample
 
@@ -146,7 +147,7 @@ def test_a_model_is_sampled_its_own_way_and_re_noised_by_seed_and_key_alone() ->
             ITEMS[:2],
             REFERENCE,
             steps=(2,),
-            kind=kind,
+            sampler=kind,
             batch_size=size,
             show=2,  # type: ignore[arg-type]
         )
@@ -226,7 +227,7 @@ def test_a_preview_is_compared_with_the_same_noise_at_the_most_steps() -> None:
     errors = [row.preview_error for row in wrong.rows]
     assert errors[0] > errors[1] > errors[2] == 0  # type: ignore[operator]
     assert len(wrong.rows[0].each["preview_error"]) == 2 and wrong.real.preview_error is None
-    options = {"steps": (1, 2), "kind": "renoise"}
+    options = {"steps": (1, 2), "sampler": "renoise"}
 
     def renoised(*arguments: Any, take: Any) -> Tensor:
         return exact_sampler(ITEMS)(*arguments)
@@ -276,9 +277,9 @@ def test_further_figures_stand_beside_their_floor() -> None:
         def accuracies(self, clips: Tensor, items: Sequence[HeldOut]) -> dict[str, float]:
             return {"colour_right": len(clips) / len(items)}
 
-    extras: dict[str, Any] = {"extractors": [Brightness()], "labels": [Always()]}
+    extras = Judges([Brightness()], [Always()])
     curve = measure_curve(
-        exact_sampler(ITEMS), BlockCodec(), ITEMS[:3], REFERENCE, steps=(1,), given_frames=1, judging=extras
+        exact_sampler(ITEMS), BlockCodec(), ITEMS[:3], REFERENCE, steps=(1,), given_frames=1, judges=extras
     ).curve
     row, real = curve.rows[0], curve.real
     assert row.path_error == pytest.approx(0, abs=0.1) and real.path_error is not None and real.path_error > 0.2

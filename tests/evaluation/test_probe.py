@@ -11,6 +11,8 @@ import torch
 
 from anyflow.errors import UserError
 from anyflow.evaluation.curve import HeldOut
+from anyflow.evaluation.heldout import Prompts
+from anyflow.evaluation.measurement import Judges
 from anyflow.evaluation.probe import Probe, ProbeNetwork, ProbeSettings, labels_of, pictures, train_probe
 
 SMALL = ProbeSettings(frames=3, height=16, width=24, channels=(8, 16), features=8, epochs=12, batch_size=16)
@@ -122,9 +124,10 @@ def test_a_data_sets_probe_is_trained_once_for_each_shape(tmp_path: Path, monkey
     probes.probe_of("driving", ClipShape(17, 64, 96), settings=replace(SMALL, seed=1), root=tmp_path)
     assert len(trained) == 3 and len(list(tmp_path.glob("*/probe.json"))) == 3
     monkeypatch.chdir(tmp_path)
-    judging, notes = probes.judges_of(["probe"], "--encoder", ["driving", "games"], ClipShape(17, 64, 96))
-    assert len(trained) == 5 and len(judging["labels"]) == 2 and not judging["extractors"] and len(notes) == 2
-    judging, _ = probes.judges_of(["probe"], "--encoder", ["driving"], ClipShape(17, 64, 96))
-    assert len(trained) == 5 and [one.name for one in judging["extractors"]] == ["probe"]
-    none = probes.judges_of([], "--encoder", ["driving"], ClipShape(17, 64, 96))
-    assert none == ({"extractors": [], "labels": []}, [])
+    prompts = Prompts(["driving", "games"], ClipShape(17, 64, 96), 1)
+    both = probes.judges_of(["probe"], "--encoder", prompts)
+    assert len(trained) == 5 and len(both.labels) == 2 and not both.extractors and len(both.notes) == 2
+    one = replace(prompts, cards=["driving"])
+    alone = probes.judges_of(["probe"], "--encoder", one)
+    assert len(trained) == 5 and [judge.name for judge in alone.extractors] == ["probe"]
+    assert probes.judges_of([], "--encoder", one) == Judges([], [], [])

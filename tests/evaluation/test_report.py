@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from models import BlockCodec, exact_sampler, held_out
+from models import BlockCodec, exact_sampler, held_out, measure_curve
 
-from anyflow.evaluation.curve import CurveResult
+from anyflow.evaluation.curve import Curve, CurveResult
 from anyflow.evaluation.intervals import wilson_interval
-from anyflow.evaluation.measure import measure_curve
-from anyflow.evaluation.report.folder import FILES, read_report, sample_grid, write_report
+from anyflow.evaluation.report.folder import FILES, sample_grid, write_report
 from anyflow.evaluation.report.tables import comparison_markdown, comparison_text
 
 ITEMS, REFERENCE = held_out(3), held_out(3, offset=3)
@@ -27,6 +27,12 @@ def _measure(label: str, error: float) -> CurveResult:
         steps=(1, 4),
         show=1,
     )
+
+
+def read_report(path: Path) -> tuple[Curve | None, Curve]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    before = content["before"]
+    return Curve.from_json(before) if before else None, Curve.from_json(content["after"])
 
 
 @pytest.fixture(scope="module")

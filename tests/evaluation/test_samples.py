@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import BlockCodec, exact_sampler, held_out
+from models import BlockCodec, exact_sampler, held_out, measure_curve
 from torch import Tensor
 
 from anyflow.backbone.guidance import UNGUIDED, Guidance
 from anyflow.evaluation.curve import CurveResult
-from anyflow.evaluation.measure import measure_curve
 from anyflow.evaluation.samples import KeptSamples
 
 ITEMS, REFERENCE = held_out(4), held_out(4, offset=4)

@@ -52,8 +52,8 @@ def test_an_arm_is_guided_if_the_file_says_so_and_its_weights_are_not(
 ) -> None:
     """Catches a default that would change what was measured, and flow maps that are guided twice."""
 
-    def curve_of(*arguments: Any, **options: Any) -> None:
-        raise Asked(options["sampler"], options["guidance"])
+    def curve_of(backbone: Any, codec: Any, prompts: Any, asked: Any, **options: Any) -> None:
+        raise Asked(asked.sampler, asked.guidance)
 
     monkeypatch.chdir(PROJECT)
     monkeypatch.setattr(curves, "curve_of", curve_of)

@@ -225,8 +225,8 @@ def test_each_prompt_may_be_sampled_from_several_noises(tmp_path: Path, monkeypa
     """No two pieces share a noise by accident, and one draw is what was measured before there were several."""
     asked: list[list[int]] = []
 
-    def curve_of(*_: Any, seeds: list[int], **__: Any) -> Any:
-        asked.append(list(seeds))
+    def curve_of(backbone: Any, codec: Any, prompts: Any, how: Any, **options: Any) -> Any:
+        asked.append(list(how.seeds))
         raise UserError("enough")
 
     monkeypatch.setattr("anyflow.evaluation.heldout.curve_of", curve_of)

@@ -8,16 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anyflow.flowmap import (
-    ChunkLayout,
-    Lesson,
-    draw_layout,
-    follow,
-    follow_chunks,
-    layout_of,
-    partition_frames,
-    teach,
-)
+from anyflow.flowmap.chunks import ChunkLayout, Lesson, draw_layout, layout_of, partition_frames, teach
+from anyflow.flowmap.sampling import follow, follow_chunks
 
 RELEASED = (1, 3, 3, 3, 3, 3, 3, 2)
 

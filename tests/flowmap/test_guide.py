@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyflow.flowmap import guide, inference_timesteps, sample, take_velocity
+from anyflow.flowmap.sampling import guide, sample, take_velocity
+from anyflow.flowmap.schedule import inference_timesteps
 
 SPREAD, SHIFT = 0.7, 3.0
 PROMPT, NEGATIVE = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 0.5])

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyflow.flowmap import IntervalShares, draw_intervals, keep_first_frame, shift_sigma
+from anyflow.flowmap.intervals import IntervalShares, draw_intervals, keep_first_frame
+from anyflow.flowmap.schedule import shift_sigma
 
 
 def uniforms(count: int, seed: int) -> torch.Tensor:

@@ -9,16 +9,9 @@ import torch
 from laws.exact import Gaussian
 from torch import Tensor
 
-from anyflow.flowmap import (
-    TIMESTEPS,
-    critic_loss,
-    flow_matching_loss,
-    interpolate,
-    matching_gradient,
-    matching_loss,
-    matching_timestep,
-    step,
-)
+from anyflow.flowmap.matching import critic_loss, matching_gradient, matching_loss, matching_timestep
+from anyflow.flowmap.objective import flow_matching_loss
+from anyflow.flowmap.schedule import TIMESTEPS, interpolate, step
 
 ROWS = torch.arange(4)
 

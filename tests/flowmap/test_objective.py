@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyflow.flowmap import (
+from anyflow.flowmap.intervals import keep_first_frame
+from anyflow.flowmap.objective import (
     FlowMapLoss,
     FlowMapObjective,
     diffusion_statistics,
     flow_map_loss,
     flow_matching_loss,
-    keep_first_frame,
     plain_flow_map_loss,
     rebalance,
-    train_weight,
 )
+from anyflow.flowmap.schedule import train_weight
 
 from .networks import FrameNetwork
 

@@ -11,16 +11,9 @@ from hypothesis import strategies as st
 from laws.exact import GAUSSIAN
 from torch import Tensor
 
-from anyflow.flowmap import (
-    DEFAULT_BUDGETS,
-    RELEASED_BUDGETS,
-    BackwardSimulation,
-    draw_simulation,
-    follow,
-    inference_timesteps,
-    sample,
-    step,
-)
+from anyflow.flowmap.rollout import DEFAULT_BUDGETS, RELEASED_BUDGETS, BackwardSimulation, draw_simulation
+from anyflow.flowmap.sampling import follow, sample
+from anyflow.flowmap.schedule import inference_timesteps, step
 
 
 @settings(deadline=None)

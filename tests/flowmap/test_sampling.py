@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyflow.flowmap import inference_timesteps, sample
+from anyflow.flowmap.sampling import sample
+from anyflow.flowmap.schedule import inference_timesteps
 
 NOISE = torch.randn(2, 3, 4, 5, 5, generator=torch.Generator().manual_seed(0))
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyflow.flowmap import (
+from anyflow.flowmap.schedule import (
     inference_timesteps,
     interpolate,
     logit_normal_timestep,

@@ -13,17 +13,10 @@ from torch import Tensor
 from anyflow.backbone.causal import CausalBackbone
 from anyflow.backbone.protocol import Text
 from anyflow.backbone.segments import AttentionKind
-from anyflow.flowmap import (
-    BackwardSimulation,
-    FlowMapObjective,
-    Lesson,
-    diffusion_statistics,
-    draw_intervals,
-    flow_map_loss,
-    layout_of,
-    rebalance,
-    teach,
-)
+from anyflow.flowmap.chunks import Lesson, layout_of, teach
+from anyflow.flowmap.intervals import draw_intervals
+from anyflow.flowmap.objective import FlowMapObjective, diffusion_statistics, flow_map_loss, rebalance
+from anyflow.flowmap.rollout import BackwardSimulation
 
 from .reference import HERE, load_case, relative_error
 

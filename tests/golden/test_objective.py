@@ -8,18 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyflow.flowmap import (
+from anyflow.flowmap.intervals import draw_intervals, keep_first_frame
+from anyflow.flowmap.objective import (
     FlowMapLoss,
     FlowMapObjective,
     diffusion_statistics,
-    draw_intervals,
     flow_map_loss,
-    interpolate,
-    keep_first_frame,
     plain_flow_map_loss,
     rebalance,
-    train_weight,
 )
+from anyflow.flowmap.schedule import interpolate, train_weight
 
 from .reference import NEGATIVE, GoldenVelocity, load_case, relative_error
 

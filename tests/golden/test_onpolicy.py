@@ -7,16 +7,10 @@ import json
 import pytest
 import torch
 
-from anyflow.flowmap import (
-    TIMESTEPS,
-    BackwardSimulation,
-    Velocity,
-    critic_loss,
-    matching_gradient,
-    matching_loss,
-    matching_timestep,
-    shift_sigma,
-)
+from anyflow.flowmap.matching import critic_loss, matching_gradient, matching_loss, matching_timestep
+from anyflow.flowmap.objective import Velocity
+from anyflow.flowmap.rollout import BackwardSimulation
+from anyflow.flowmap.schedule import TIMESTEPS, shift_sigma
 
 from .reference import HERE, GoldenVelocity, load_case, relative_error
 

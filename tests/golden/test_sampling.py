@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from anyflow.flowmap import sample
+from anyflow.flowmap.sampling import sample
 
 from .reference import GoldenVelocity, load_case, relative_error
 

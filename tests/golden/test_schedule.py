@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from anyflow.flowmap import inference_timesteps, interpolate, shift_sigma, step, train_weight, weight_table
+from anyflow.flowmap.schedule import inference_timesteps, interpolate, shift_sigma, step, train_weight, weight_table
 
 from .reference import load_case
 

@@ -8,18 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyflow.flowmap import (
-    FlowMapObjective,
-    Renoise,
-    RenoisingSimulation,
-    consistency_loss,
-    follow,
-    guided_velocity,
-    normalised,
-    sample,
-    take_velocity,
-)
-from anyflow.flowmap.sampling import steps_of
+from anyflow.flowmap.endpoint import Renoise, consistency_loss, guided_velocity, normalised
+from anyflow.flowmap.objective import FlowMapObjective
+from anyflow.flowmap.rollout import RenoisingSimulation
+from anyflow.flowmap.sampling import follow, sample, steps_of, take_velocity
 from laws.exact import GAUSSIAN, GUIDED, draw
 
 SHIFT = 3.0

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anyflow.flowmap import sample, step
+from anyflow.flowmap.sampling import sample
+from anyflow.flowmap.schedule import step
 
 from .exact import EXACT, GAUSSIAN, GUIDED, Mixture, draw, solved
 

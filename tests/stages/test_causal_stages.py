@@ -11,8 +11,9 @@ from tiny_stage import CAPTIONS, NETWORK, moved, quiet, settings, weights_of
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.load import new_backbone
 from anyflow.backbone.roles import SeparateRoles
-from anyflow.flowmap import Lesson, flow_matching_loss, keep_first_frame, layout_of, plain_flow_map_loss, teach
-from anyflow.flowmap.objective import FlowMapObjective, rebalance
+from anyflow.flowmap.chunks import Lesson, layout_of, teach
+from anyflow.flowmap.intervals import keep_first_frame
+from anyflow.flowmap.objective import FlowMapObjective, flow_matching_loss, plain_flow_map_loss, rebalance
 from anyflow.stages.flow import Conditioning
 from anyflow.stages.forward import ForwardStage
 from anyflow.stages.onpolicy import OnPolicySettings, OnPolicyStage

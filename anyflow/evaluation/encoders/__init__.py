@@ -18,7 +18,7 @@ import torch
 
 from anyflow.errors import UserError
 from anyflow.evaluation.encoders.i3d import FEWEST, I3dEncoder, read_weights
-from anyflow.evaluation.judge import Extractor
+from anyflow.evaluation.measurement import Extractor
 
 PROBE = "probe"
 """The name of the data set's own probe."""

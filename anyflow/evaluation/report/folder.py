@@ -183,10 +183,3 @@ def write_report(
 def _picture_title(before: CurveResult | None, after: CurveResult) -> str:
     trained = ", before and after training" if before is not None else ""
     return f"The same prompts at 1 to {after.curve.rows[-1].num_steps} steps{trained}"
-
-
-def read_report(path: Path) -> tuple[Curve | None, Curve]:
-    """Read ``curve.json`` back: the curve before, if there is one, and the curve after."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    before = content.get("before")
-    return Curve.from_json(before) if before else None, Curve.from_json(content["after"])

@@ -10,6 +10,7 @@ from anyflow.evaluation.figures import AS_REAL, FIGURES, LOWER, Figure, figure_o
 from anyflow.evaluation.intervals import wilson_interval
 from anyflow.evaluation.retention import change, few_step_ratio, retention
 from anyflow.evaluation.statistics import Estimate
+from anyflow.system.tables import markdown_table
 
 COLUMNS = tuple(FIGURES[name] for name in ("motion_accuracy", "frame_frechet", "sliced_w1", "motion_energy"))
 """The measures of the first table, and of the plot."""
@@ -174,9 +175,7 @@ def comparison_markdown(before: Curve | None, after: Curve) -> str:
     lines = [f"**{_title(before, after)}**"]
     for columns in (COLUMNS, detail_columns(after)):
         if columns:
-            headings, rows = table_cells(before, after, columns)
-            lines += ["", f"| {' | '.join(headings)} |", f"|{'--:|' * len(headings)}"]
-            lines += [f"| {' | '.join(cells)} |" for cells in rows]
+            lines += ["", *markdown_table(*table_cells(before, after, columns), "r")]
     if told := [*change_lines(before, after), *few_step_lines(before, after), *after.notes]:
         lines += ["", *(f"- {line}" for line in told)]
     frames, height, width = after.size
