@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from anyflow.errors import UserError
 from anyflow.recipe import Recipe, check_files, describe, list_recipes, load_recipe, merge_recipe, save_recipe, to_dict
 from anyflow.recipe.check import fit_batch, is_hub_id, lagging_average
 from anyflow.recipe.fields import all_fields, flatten, value_of
-from anyflow.recipe.load import STAGE_FOLDERS
+from anyflow.stages.declarations import STAGES
 
 
 @pytest.fixture(autouse=True)
@@ -359,9 +361,16 @@ def test_an_average_that_cannot_follow_is_told(overrides: list[str], told: str) 
     assert told in warning and bool(warning) == bool(told)
 
 
-SHIPPED = [f"{folder}/{name}" for folder in STAGE_FOLDERS for name in list_recipes().get(folder, ())]
+SHIPPED = [f"{folder}/{name}" for folder in STAGES for name in list_recipes().get(folder, ())]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_averages_of_shipped_recipes_follow(name: str) -> None:
     assert not lagging_average(load_recipe(name))
+
+
+def test_recipes_are_read_without_heavy_libraries() -> None:
+    """They are shown and checked in a moment."""
+    code = "import sys, anyflow.recipe; sys.exit(', '.join({'torch', 'diffusers', 'lightning'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not done.stderr.strip()

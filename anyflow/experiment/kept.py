@@ -28,7 +28,7 @@ from anyflow.experiment.schema import Experiment
 from anyflow.recipe import Recipe, to_dict
 from anyflow.recipe.fields import flatten
 from anyflow.system.files import write_atomically
-from anyflow.tracking.fingerprints import facts_of, model_fingerprint
+from anyflow.tracking.fingerprints import changed_facts, facts_of, model_fingerprint
 from anyflow.tracking.mlflow import code_version, machine
 from anyflow.tracking.runs import FREE_ON_RESUME
 
@@ -123,13 +123,18 @@ def _difference(experiment: Experiment, piece: Piece, kept: dict[str, Any]) -> s
     shown, curves = piece.cards if piece.is_shown else (), kept["curves"]
     if kept.get("recipe") != _computed(piece.recipe):
         return "recipe"
-    if kept.get("facts") != _facts(piece):
+    if _facts_differ(kept.get("facts") or {}, _facts(piece)):
         return "start or training clips"
     for card in shown:
         was = {key: value for key, value in curves.get(card, {}).get("measured_on", {}).items() if key != "model"}
         for key in setting_changes(was, judged_by(experiment, piece, card)):
             return {"data": "held-out split", "probe": "training split of the probe"}.get(key, key)
     return ""
+
+
+def _facts_differ(kept: dict[str, str], now: dict[str, str]) -> bool:
+    """Whether other facts are kept; of before, a teacher's has none of its own (:func:`changed_facts`)."""
+    return bool(changed_facts(kept, now)) or bool((kept.keys() ^ now.keys()) - {"teacher"})
 
 
 def _is_trained(piece: Piece) -> bool:

@@ -21,7 +21,7 @@ from anyflow.experiment.load import ARM_MODEL, in_order, needed_arms
 from anyflow.experiment.schema import Experiment
 from anyflow.recipe import Recipe, RunRecipe, load_recipe
 from anyflow.recipe.load import COMMAND_LINE
-from anyflow.tracking.fingerprints import data_fingerprint, encoder_fingerprint
+from anyflow.tracking.fingerprints import changed_facts, data_fingerprint, encoder_fingerprint
 from anyflow.tracking.runs import RunFolder, changed_fields
 
 ROOT = Path("runs/experiments")
@@ -192,7 +192,7 @@ def training_state(piece: Piece, facts: dict[str, Any]) -> tuple[str, str]:
         return "missing", ""
     changes = [f"{key} was {was!r} and is {now!r}" for key, was, now in changed_fields(piece.run, piece.recipe)]
     status = piece.run.status
-    changes += [f"{what} is another one" for what, now in facts.items() if status.get(what, now) != now]
+    changes += [f"{what} is another one" for what in changed_facts(status, facts)]
     if changes:
         return "changed", "; ".join(changes[:3])
     return ("done" if status.get("state") == "finished" else "cut"), ""

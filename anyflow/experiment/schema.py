@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from anyflow.evaluation.figures import Figure, figure_of
-from anyflow.recipe.option import option
+from anyflow.system.option import option
 
 
 @dataclass(frozen=True)

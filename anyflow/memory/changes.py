@@ -45,7 +45,7 @@ def _of_step(recipe: Recipe) -> Iterator[tuple[str, Recipe, str]]:
         yield "hardware.gradient_checkpointing=true", on(gradient_checkpointing=True), "a third more time"
     elif hardware.keep_attention:
         yield "hardware.keep_attention=false", on(keep_attention=False), "more recomputation"
-    if not hardware.recompute_jumps and (recipe.stage.name == "onpolicy" or recipe.has_tail):
+    if not hardware.recompute_jumps and recipe.declared.keeps_rollouts:
         yield "hardware.recompute_jumps=true", on(recompute_jumps=True), "a tenth more time"
 
 
@@ -60,7 +60,7 @@ def _of_all(recipe: Recipe, phase: str) -> Iterator[tuple[str, Recipe, str]]:
         yield "hardware.strategy=fsdp", on("hardware", strategy="fsdp"), "weights travel"
     if not recipe.model.lora.enabled and recipe.model.init == "weights":
         lora = dataclasses.replace(recipe.model.lora, enabled=True)
-        words = "one base for all roles" if recipe.stage.name == "onpolicy" else "adapters instead of all weights"
+        words = "one base for all roles" if recipe.has_teacher else "adapters instead of all weights"
         yield f"model.lora.enabled=true ({words})", on("model", lora=lora), "less capacity"
     if hardware.strategy == "fsdp" or (recipe.world_size == 1 and recipe.optimizer.name != "muon"):
         for count in (2, 4, 8):

@@ -225,8 +225,8 @@ def transformer_config_of(recipe: Recipe) -> dict[str, Any]:
         UserError: neither is at hand, or the stage trains no such network.
     """
     model = recipe.model
-    if recipe.stage.name == "codec":
-        raise UserError("stage codec trains a small autoencoder on one device: there is nothing to plan")
+    if not recipe.declared.turns:
+        raise UserError(f"stage {recipe.stage.name} trains {recipe.declared.help}: there is nothing to plan")
     if model.init == "new":
         from anyflow.backbone.embedded import transformer_config
 

@@ -27,7 +27,7 @@ from anyflow.memory.peak import Peak, fake_ranks, local_part
 from anyflow.memory.phases import Memory
 from anyflow.memory.turns import sample_once, turns
 from anyflow.recipe import Recipe
-from anyflow.training.assemble import lora_settings, parallel_settings, weights_dtype
+from anyflow.training.assemble import lora_settings, parallel_settings, roles_kind, weights_dtype
 
 DEPTHS = (4, 6)
 """Layers that are simulated, enough for blocks to be gathered ahead; a network of no more than the second is simulated
@@ -144,12 +144,12 @@ def _networks(recipe: Recipe, config: dict[str, Any]) -> Roles:
             checkpoint_activations(backbone, recipe.hardware.keep_attention)
         return backbone
 
-    which = {"trains_teacher": recipe.has_tail, "has_critic": recipe.has_critic}
+    which = roles_kind(recipe)
     with torch.device("meta"):
         student = build()
         if recipe.model.lora.enabled:
             add_lora(student, lora_settings(recipe))
-            if recipe.stage.onpolicy.teacher and recipe.has_teacher and not recipe.has_tail:
+            if recipe.stage.onpolicy.teacher and recipe.declared.teacher == "given":
                 # an adapter of the teacher stage: as wide, without the time embedders, which that stage leaves alone
                 blocks_alone = tuple(target for target in recipe.model.lora.targets if "_embedder" not in target)
                 add_lora(student, replace(lora_settings(recipe), targets=blocks_alone, full=()), adapter="teacher")

@@ -7,6 +7,7 @@ rollout takes all three jumps, and a causal network trains its longest layout an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,10 +31,9 @@ def turns(
     recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], next_phase: Callable[[], None]
 ) -> dict[Role, Callable[[], None]]:
     """By role, its turn of a step: it leaves gradients behind. ``next_phase`` is called between its parts."""
-    step = _Step(recipe, roles, latents, next_phase)
-    if recipe.has_critic:
-        return {"student": step.generator, "critic": step.critic}
-    return {"student": step.teacher if recipe.stage.name == "teacher" else step.forward}
+    step = HeaviestStep(recipe, roles, latents, next_phase)
+    declared = recipe.declared.turns.items()
+    return {role: partial(turn, step) if callable(turn) else getattr(step, turn) for role, turn in declared}
 
 
 def sample_once(recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], rows: int) -> None:
@@ -47,7 +47,9 @@ def sample_once(recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int]
         torch.cat(list(parts), dim=1)
 
 
-class _Step:
+class HeaviestStep:
+    """The turns that stages are made of, on stand-ins for a batch."""
+
     def __init__(
         self, recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], next_phase: Callable[[], None]
     ) -> None:
@@ -74,7 +76,7 @@ class _Step:
         tape.backward(lambda end, gradient: end.backward(gradient))
         self.next_phase()
         if self.stage.onpolicy.forward_weight > 0:
-            self.forward()
+            self.flow_map()
 
     def critic(self) -> None:
         """Fresh samples without graph, and flow matching on them."""
@@ -83,18 +85,22 @@ class _Step:
         self.next_phase()
         self.learn("critic", self.ask("critic", self.batch))
 
-    def forward(self) -> None:
+    def consistency(self) -> None:
+        """The teacher's path, then as the flow-map objective."""
+        with torch.no_grad():
+            self.ask("teacher", (2 if self.stage.guidance_scale != 1 else 1) * self.batch, layout=self.layout)
+        self.flow_map()
+
+    def flow_map(self) -> None:
         """The flow-map objective: all that needs no gradient in one pass, then the pass with it."""
         is_fused = self.stage.guidance_scale != 1
         with torch.no_grad():
-            if self.stage.name == "consistency":
-                self.ask("teacher", (2 if is_fused else 1) * self.batch, layout=self.layout)
             self.ask("student", (3 if is_fused else 2) * self.batch, layout=self.layout)
         self.next_phase()
         answer = self.ask("student", self.batch, layout=self.layout)
         self.learn("student", answer, *self.all_frames(is_fused))
 
-    def teacher(self) -> None:
+    def flow_matching(self) -> None:
         """Plain flow matching."""
         answer = self.ask("student", self.batch, layout=self.layout)
         self.learn("student", answer, *self.all_frames(is_fused=False))

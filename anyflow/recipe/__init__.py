@@ -20,7 +20,7 @@ from anyflow.recipe.schema import (
     RunRecipe,
     SamplingRecipe,
 )
-from anyflow.recipe.stage_schema import CodecRecipe, OptimizerRecipe, StageRecipe
+from anyflow.stages.options import CodecRecipe, OptimizerRecipe, StageRecipe
 
 __all__ = [
     "LORA_TARGETS",

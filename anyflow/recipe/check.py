@@ -6,13 +6,13 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from anyflow.errors import UserError
 from anyflow.recipe.fields import FieldInfo, all_fields, value_of
 from anyflow.recipe.schema import Recipe
+from anyflow.stages.checks import check_frames, nearest
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?")
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
@@ -29,10 +29,12 @@ def check_recipe(recipe: Recipe) -> None:
         check_range(info, value_of(recipe, key), recipe.sources.get(key, "default"))
     _check_names(recipe)
     _check_geometry(recipe)
-    _check_model(recipe)
+    _check_adapters(recipe)
+    for check in recipe.declared.checks:
+        check(recipe)
+    _check_start(recipe)
     _check_objective(recipe)
     _check_guidance(recipe)
-    _check_onpolicy(recipe)
     _check_hardware(recipe)
 
 
@@ -54,10 +56,9 @@ def check_files(recipe: Recipe) -> None:
         needed.append(("model.weights", recipe.model.weights))
     if recipe.model.lora.enabled:
         needed.append(("model.lora.start", recipe.model.lora.start))
-    if recipe.has_teacher and not recipe.has_tail:
-        needed.append(("stage.onpolicy.teacher", recipe.stage.onpolicy.teacher))
+    needed += [(key, value_of(recipe, key)) for key in recipe.declared.folders]
     for key, place in needed:
-        is_adapter = recipe.model.lora.enabled and key in ("model.lora.start", "stage.onpolicy.teacher")
+        is_adapter = recipe.model.lora.enabled and key in ("model.lora.start", *recipe.declared.folders)
         if place and not Path(place).exists() and (is_adapter or not is_hub_id(place)):
             kinds = (
                 "a run or a folder with an adapter" if is_adapter else "a folder of weights or a hub id (owner/name)"
@@ -171,7 +172,7 @@ def _check_geometry(recipe: Recipe) -> None:
         raise UserError(
             f"data.weights has {len(data.weights)} values for {len(data.card)} cards: give one for each of data.card"
         )
-    _check_frames("data.frames", data.frames)
+    check_frames("data.frames", data.frames)
     latent_frames = (data.frames - 1) // 4 + 1
     if recipe.sampling.given_frames >= latent_frames:
         raise UserError(
@@ -183,14 +184,12 @@ def _check_geometry(recipe: Recipe) -> None:
         where = f"data.buckets={data.buckets[number - 1]}: " if number else ""
         for key, size in (("data.height", height), ("data.width", width)):
             if size % 16 or not size:
-                raise UserError(f"{where}{key}={size} is no multiple of 16 (VAE x patch): give {_nearest(size, 16)}")
+                raise UserError(f"{where}{key}={size} is no multiple of 16 (VAE x patch): give {nearest(size, 16)}")
         if recipe.model.architecture == "causal" and min(height, width) < 32:
             raise UserError(
                 f"{where}data.height={height} and data.width={width} are too small for a causal network: it makes "
                 "tokens of 4 x 4 latents: give at least 32 pixels a side"
             )
-    if recipe.stage.name == "codec":
-        _check_crops(recipe)
 
 
 def _check_buckets(recipe: Recipe) -> None:
@@ -205,7 +204,7 @@ def _check_buckets(recipe: Recipe) -> None:
         seen.add(shape)
         if shape == data.shapes[0]:
             continue
-        _check_frames(f"data.buckets={bucket}: frames", shape[0])
+        check_frames(f"data.buckets={bucket}: frames", shape[0])
         if _tokens(shape) > budget:
             raise UserError(
                 f"data.buckets={bucket}: a clip has {_tokens(shape)} tokens, more than a pass of data.batch_size="
@@ -231,34 +230,6 @@ def _tokens(shape: tuple[int, int, int]) -> int:
     return ((frames - 1) // 4 + 1) * (height // 16) * (width // 16)
 
 
-def _check_crops(recipe: Recipe) -> None:
-    """The codec stage's crops fit on its grid and into every shape of clip."""
-    codec = recipe.stage.codec
-    _check_frames("stage.codec.crop_frames", codec.crop_frames)
-    frames, height, width = (min(sides) for sides in zip(*recipe.data.shapes, strict=True))
-    crops: Sequence[tuple[str, int, int]] = (
-        ("frames", codec.crop_frames, frames),
-        ("height", codec.crop_height, height),
-        ("width", codec.crop_width, width),
-    )
-    for name, crop, whole in crops:
-        if name != "frames" and crop % 8:
-            raise UserError(f"stage.codec.crop_{name}={crop} is no multiple of 8: give {_nearest(crop, 8)}")
-        if crop > whole:
-            raise UserError(f"stage.codec.crop_{name}={crop} exceeds data.{name}={whole}: give at most {whole}")
-
-
-def _check_frames(key: str, frames: int) -> None:
-    if frames % 4 != 1:
-        below = max(1, frames - (frames - 1) % 4)
-        raise UserError(f"{key}={frames} is not 4n+1, as the VAE needs: give {below} or {below + 4}")
-
-
-def _nearest(size: int, step: int) -> str:
-    below = size // step * step
-    return f"{below} or {below + step}" if below else str(step)
-
-
 def _check_objective(recipe: Recipe) -> None:
     stage = recipe.stage
     total = stage.diffusion_share + stage.consistency_share
@@ -267,8 +238,6 @@ def _check_objective(recipe: Recipe) -> None:
             f"stage.diffusion_share={stage.diffusion_share} and stage.consistency_share={stage.consistency_share} "
             f"sum to {total:g}, above 1: lower one of them"
         )
-    if recipe.data.precompute and stage.name == "codec":
-        raise UserError("data.precompute=true leaves the codec stage without pixels: set data.precompute=false")
 
 
 def _check_guidance(recipe: Recipe) -> None:
@@ -279,33 +248,6 @@ def _check_guidance(recipe: Recipe) -> None:
         raise UserError(
             f"sampling.guidance_scale={scale} is for weights without guidance, and stage {recipe.stage.name} trains "
             "guidance into them: leave it out, and set stage.guidance_scale"
-        )
-
-
-def _check_onpolicy(recipe: Recipe) -> None:
-    stage, onpolicy = recipe.stage, recipe.stage.onpolicy
-    if recipe.has_tail and not stage.tail.teacher_steps:
-        raise UserError(
-            "stage.tail.teacher_steps=0 leaves the base itself as the teacher, which knows nothing of this domain and "
-            "would pull the model back to the old one: give a few hundred steps, or stage.tail.steps=0 for no tail"
-        )
-    if recipe.has_tail and recipe.model.lora.start:
-        raise UserError(
-            f"model.lora.start={recipe.model.lora.start!r} leaves an on-policy tail without an any-step base to make "
-            "its teacher from: name the merged model (that run's folder 'model') in model.weights instead"
-        )
-    if recipe.has_critic and not onpolicy.budgets:
-        raise UserError("stage.onpolicy.budgets is empty: give the step counts to simulate, for example [1, 2, 4, 8]")
-    if not recipe.has_teacher or recipe.has_tail:
-        return
-    if stage.name == "onpolicy" and not recipe.model.lora.enabled and not onpolicy.teacher:
-        raise UserError(
-            "stage.onpolicy.teacher is empty: without LoRA there is no frozen base to teach, "
-            "so name the folder of a flow-matching model of the same data (the teacher stage's run)"
-        )
-    if recipe.model.init == "new":
-        raise UserError(
-            f"stage {stage.name} starts from a trained model, and model.init='new' has none: set model.init=weights"
         )
 
 
@@ -337,8 +279,9 @@ def fit_strategy(recipe: Recipe) -> Recipe:
         UserError: the command line or the stage file asks for ``fsdp`` itself.
     """
     hardware = recipe.hardware
-    whole = "optimizer.name=muon" if recipe.optimizer.name == "muon" else "stage.name=codec"
-    if hardware.strategy != "fsdp" or (recipe.optimizer.name != "muon" and recipe.stage.name != "codec"):
+    is_muon = recipe.optimizer.name == "muon"
+    whole = "optimizer.name=muon" if is_muon else f"stage.name={recipe.stage.name}"
+    if hardware.strategy != "fsdp" or not (is_muon or recipe.declared.trains_codec):
         return recipe
     if Path(recipe.sources.get("hardware.strategy", "")).parent.name != "hardware":
         raise UserError(
@@ -353,7 +296,7 @@ def _check_hardware(recipe: Recipe) -> None:
     if hardware.strategy != "fsdp" and (hardware.offload or hardware.shard_within == "node"):
         field = "offload=true" if hardware.offload else "shard_within='node'"
         raise UserError(f"hardware.{field} is an option of fsdp: set hardware.strategy=fsdp with it")
-    if hardware.precision == "bf16-true" and (not recipe.model.lora.enabled or recipe.stage.name == "codec"):
+    if hardware.precision == "bf16-true" and (not recipe.model.lora.enabled or recipe.declared.trains_codec):
         raise UserError(
             "hardware.precision='bf16-true' would train weights in bfloat16, which swallows small updates: set "
             "hardware.precision=bf16-mixed, or train float32 adapters on a frozen base (model.lora.enabled=true)"
@@ -362,8 +305,8 @@ def _check_hardware(recipe: Recipe) -> None:
         raise UserError("hardware.keep_attention=true is part of hardware.gradient_checkpointing=true: set that too")
 
 
-def _check_model(recipe: Recipe) -> None:
-    model, stage = recipe.model, recipe.stage
+def _check_adapters(recipe: Recipe) -> None:
+    model = recipe.model
     if model.lora.dropout > 0:
         raise UserError(
             f"model.lora.dropout={model.lora.dropout} would corrupt the finite difference of the target: set it to 0"
@@ -379,12 +322,12 @@ def _check_model(recipe: Recipe) -> None:
         raise UserError(
             "model.lora.targets is empty: name the layers that carry an adapter, or set model.lora.enabled=false"
         )
-    if stage.name == "codec":
-        if model.init != "new" or model.lora.enabled:
-            raise UserError(
-                f"stage.name='codec' trains a small VAE from nothing, which model {model.name!r} does not take: "
-                "choose model tiny and set model.init=new"
-            )
+
+
+def _check_start(recipe: Recipe) -> None:
+    """The model that training begins with."""
+    model, stage = recipe.model, recipe.declared
+    if stage.trains_codec:
         return
     if model.init == "weights" and not model.weights:
         raise UserError("model.weights is empty: give a folder or a hub id (owner/name), or model.init=new")
@@ -393,7 +336,8 @@ def _check_model(recipe: Recipe) -> None:
             raise UserError("model.init='new' leaves no VAE and text encoder: name their folder in model.codec")
         if model.lora.enabled:
             raise UserError("model.lora.enabled=true on a new network would train adapters on noise: set it to false")
-        if stage.name == "finetune":
+        if stage.starts_from:
             raise UserError(
-                "stage finetune starts from an any-step model, and model.init='new' has none: set model.init=weights"
+                f"stage {stage.name} starts from {stage.starts_from}, and model.init='new' has none: "
+                "set model.init=weights"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -17,9 +17,14 @@ class FieldInfo:
 
     key: str
     type: Any
-    help: str
+    told: str | Callable[[], str]
     limits: Mapping[str, Any]
     default: Any
+
+    @property
+    def help(self) -> str:
+        """What it means."""
+        return self.told if isinstance(self.told, str) else self.told()
 
     @property
     def is_open(self) -> bool:

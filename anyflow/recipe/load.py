@@ -13,9 +13,9 @@ from anyflow.errors import UserError, first_line
 from anyflow.recipe.check import check_recipe, fit_batch, fit_strategy
 from anyflow.recipe.fields import all_fields, flatten, group_keys
 from anyflow.recipe.schema import GROUPS, Recipe
+from anyflow.stages.declarations import STAGES
 from anyflow.system.files import write_atomically
 
-STAGE_FOLDERS = ("codec", "teacher", "forward", "onpolicy", "finetune", "consistency", "dmd")
 COMMAND_LINE = "command line"
 DERIVED = "derived"
 NAMES_THE_MODEL = ("model.weights", "model.lora.start", "stage.onpolicy.teacher", "run.name")
@@ -33,7 +33,7 @@ def list_recipes() -> dict[str, list[str]]:
     root = recipes_folder()
     return {
         folder: sorted(path.stem for path in (root / folder).glob("*.yaml"))
-        for folder in (*STAGE_FOLDERS, "models", "hardware")
+        for folder in (*STAGES, "models", "hardware")
         if (root / folder).is_dir()
     }
 
@@ -223,9 +223,7 @@ def _find(name: str) -> Path:
             return given
         raise UserError(f"the recipe file {name} does not exist: check the path, or see 'anyflow recipes' for names")
     found = recipes_folder() / f"{name}.yaml"
-    known = [
-        f"{folder}/{stem}" for folder, stems in list_recipes().items() for stem in stems if folder in STAGE_FOLDERS
-    ]
+    known = [f"{folder}/{stem}" for folder, stems in list_recipes().items() for stem in stems if folder in STAGES]
     if name in known and found.is_file():
         return found
     same_name = [item for item in known if item.partition("/")[2] == given.name]
@@ -254,7 +252,7 @@ def _find_part(folder: str, name: str) -> Path:
 def _short_name(path: Path) -> str:
     """``finetune/driving`` for a shipped file, the bare stem for any other."""
     parent = path.parent.name
-    return f"{parent}/{path.stem}" if parent in STAGE_FOLDERS else path.stem
+    return f"{parent}/{path.stem}" if parent in STAGES else path.stem
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -2,18 +2,19 @@
 """The schema of a recipe: every field that a person can set, its type, its default, its meaning and its range.
 
 A recipe is model x stage x hardware: three short YAML files whose keys are the fields below, merged in that order,
-then dotted overrides (``optimizer.lr=1e-4``). The schema holds types alone and imports nothing but the standard
-library. What a field means is written once, in its ``help``; its range is written once, beside it, and
-:mod:`anyflow.recipe.check` enforces both ranges and the rules between fields.
+then dotted overrides (``optimizer.lr=1e-4``). The schema holds types alone and imports nothing heavy. What a field
+means is written once, in its ``help``; its range is written once, beside it, and :mod:`anyflow.recipe.check` enforces
+both ranges and the rules between fields.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from anyflow.recipe.option import option as _option
-from anyflow.recipe.stage_schema import OptimizerRecipe, StageRecipe
+from anyflow.stages.declaration import Declaration
+from anyflow.stages.options import OptimizerRecipe, StageRecipe
+from anyflow.system.option import option as _option
 
 LORA_TARGETS = (
     "attn1.to_q",
@@ -238,6 +239,11 @@ class Recipe:
     sources: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
+    def declared(self) -> Declaration:
+        """What the stage says of itself."""
+        return self.stage.declared
+
+    @property
     def total_steps(self) -> int:
         """Steps of the whole run, an on-policy tail and its teacher included."""
         tail = self.stage.tail
@@ -246,22 +252,22 @@ class Recipe:
     @property
     def has_tail(self) -> bool:
         """Whether an on-policy tail follows the fine-tuning."""
-        return self.stage.name == "finetune" and self.stage.tail.steps > 0
+        return self.declared.trains_teacher
 
     @property
     def has_critic(self) -> bool:
         """Whether a critic is trained beside the student."""
-        return self.stage.name in ("onpolicy", "dmd") or self.has_tail
+        return self.declared.has_critic
 
     @property
     def has_teacher(self) -> bool:
         """Whether a second network teaches."""
-        return self.has_critic or self.stage.name == "consistency"
+        return self.declared.has_teacher
 
     @property
-    def sampler(self) -> str:
+    def sampler(self) -> Literal["flowmap", "euler", "renoise"]:
         """How what the stage trains is sampled: see :class:`anyflow.flowmap.sampling.SamplerKind`."""
-        return {"teacher": "euler", "consistency": "renoise", "dmd": "renoise"}.get(self.stage.name, "flowmap")
+        return self.declared.sampler
 
     @property
     def teacher_guidance(self) -> float:

@@ -27,6 +27,7 @@ from anyflow.stages.base import world
 from anyflow.stages.flow import FlowBatch
 from anyflow.stages.forward import ForwardStage
 from anyflow.stages.onpolicy import OnPolicyStage
+from anyflow.stages.parts import StageParts
 
 TO_DATA = IntervalShares(diffusion=0.0, consistency=1.0)
 """Every sample learns the jump to the data."""
@@ -38,6 +39,11 @@ class ConsistencyStage(ForwardStage):
     def __init__(self, roles: Roles, *args: Any, **kwargs: Any) -> None:
         super().__init__(roles.student, *args, **{**kwargs, "shares": TO_DATA})
         self.roles = roles
+
+    @classmethod
+    def build(cls, parts: StageParts) -> ConsistencyStage:
+        """The stage of a recipe."""
+        return cls(parts.taught, parts.codec, **parts.mapped)
 
     def forward_loss(self, data: FlowBatch) -> Tensor:
         return consistency(self, self.roles, data)

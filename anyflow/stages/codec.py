@@ -11,7 +11,7 @@ not: trained on 9 frames alone, it is 15 dB worse at the 17th than at the 9th.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from anyflow.backbone.wan_vae import decode_latents, encode_moments
 from anyflow.stages.base import Stage
 from anyflow.stages.ema import EmaSettings
 from anyflow.stages.optimizers import OptimizerSettings
+from anyflow.stages.parts import StageParts
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ class CodecStage(Stage):
         super().__init__(vae, optimizer=optimizer, ema=ema, total_steps=total_steps, seed=seed, passes=passes)
         self.vae = vae
         self.objective = objective
+
+    @classmethod
+    def build(cls, parts: StageParts) -> CodecStage:
+        """The stage of a recipe."""
+        parts.codec.vae.requires_grad_(True)
+        return cls(parts.codec.vae, CodecObjective(**asdict(parts.options.codec)), **parts.shared)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Crop, encode, sample, decode, compare."""

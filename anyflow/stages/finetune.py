@@ -13,23 +13,19 @@ The base will not do as a teacher: it knows the old data, and would pull the stu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from anyflow.flowmap.intervals import IntervalShares
 from anyflow.stages.flow import FlowBatch
-from anyflow.stages.forward import ForwardStage
 from anyflow.stages.onpolicy import Mover, OnPolicyStage
 from anyflow.stages.optimizers import OptimizerSettings
+from anyflow.stages.parts import StageParts, optimizer_settings
 
 ALL_AT_ONE_TIME = IntervalShares(diffusion=1.0, consistency=0.0)
 """Every sample learns the velocity."""
-
-
-class FinetuneStage(ForwardStage):
-    """The forward objective on domain data, over all weights or LoRA adapters: what is trainable is the backbone's."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +61,16 @@ class FinetuneTailStage(OnPolicyStage):
             "student": Mover("student", tail_optimizer, student.updates, "stage.tail.optimizer"),
             **self.movers,
         }
+
+    @classmethod
+    def build(cls, parts: StageParts) -> FinetuneTailStage:
+        """The stage of a recipe."""
+        taken, tail = cls.corrected(parts), parts.options.tail
+        del taken["total_steps"]
+        # the adapted teacher has its guidance fused, as its base
+        taken["settings"] = replace(taken["settings"], extra_guidance=0.0)
+        plan = TailPlan(parts.options.steps, tail.teacher_steps, tail.steps)
+        return cls(parts.taught, parts.codec, plan=plan, tail_optimizer=optimizer_settings(tail.optimizer), **taken)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """One batch of the part that is due."""

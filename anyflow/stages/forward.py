@@ -18,6 +18,7 @@ from anyflow.flowmap.intervals import Intervals, IntervalShares, draw_intervals
 from anyflow.flowmap.objective import FlowMapLoss, FlowMapObjective, Velocity, flow_map_loss, rebalance
 from anyflow.stages.base import sum_over_ranks, world
 from anyflow.stages.flow import FlowBatch, FlowStage
+from anyflow.stages.parts import StageParts
 
 
 class ForwardStage(FlowStage):
@@ -31,6 +32,11 @@ class ForwardStage(FlowStage):
         self.shares = shares or IntervalShares()
         self._diffusion: Tensor | None = None  # sum and count of the update's diffusion losses, of the passes so far
         self._last_diffusion_loss: Tensor | None = None
+
+    @classmethod
+    def build(cls, parts: StageParts) -> ForwardStage:
+        """The stage of a recipe."""
+        return cls(parts.backbone, parts.codec, **parts.mapped)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """The forward loss of one batch."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from anyflow.stages.ema import Ema, EmaSettings
 from anyflow.stages.flow import FlowBatch
 from anyflow.stages.forward import ForwardStage
 from anyflow.stages.optimizers import OptimizerSettings, build_optimizer, build_schedule
+from anyflow.stages.parts import StageParts, optimizer_settings
 from anyflow.stages.watch import DriftWatch, rollout_figures
 
 
@@ -111,6 +112,20 @@ class OnPolicyStage(ForwardStage):
         }
         if ema.decay > 0:
             self.ema = Ema([weight for _, weight in roles.parameters("student")], ema)
+
+    @classmethod
+    def build(cls, parts: StageParts) -> OnPolicyStage:
+        """The stage of a recipe."""
+        return cls(parts.taught, parts.codec, **cls.corrected(parts))
+
+    @staticmethod
+    def corrected(parts: StageParts) -> dict[str, Any]:
+        """What stages take that correct the student on its own samples."""
+        options = asdict(parts.options.onpolicy)
+        taken = ("budgets", "extra_guidance", "forward_weight", "critic_turns", "watch")
+        settings = OnPolicySettings(recompute_jumps=parts.recompute_jumps, **{key: options[key] for key in taken})
+        critic = optimizer_settings(parts.options.onpolicy.critic)
+        return {**parts.mapped, "settings": settings, "critic_optimizer": critic}
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """One pass of the student's update or of the critic's."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from anyflow.flowmap.chunks import ChunkLayout
 from anyflow.flowmap.objective import flow_matching_loss
 from anyflow.stages.flow import FlowBatch, FlowStage
+from anyflow.stages.parts import StageParts
 
 
 class TeacherStage(FlowStage):
@@ -20,6 +21,11 @@ class TeacherStage(FlowStage):
     def __init__(self, *args: Any, shift: float = 5.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.shift = shift
+
+    @classmethod
+    def build(cls, parts: StageParts) -> TeacherStage:
+        """The stage of a recipe."""
+        return cls(parts.backbone, parts.codec, shift=parts.shift, **parts.conditioned)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Regress the velocity of the path at one time."""

@@ -40,6 +40,9 @@ SEEN_GIVEN = ("motion_accuracy", "motion_unread", "path_error", "sampling_second
 NAMES_ALONE = ("run.name", "run.out", "run.tracking_uri", "run.recipe")
 """Fields that say what a run is called."""
 
+FACTS = ("data", "start", "teacher")
+"""What is remembered of a run by fingerprint."""
+
 Figures = dict[tuple[str, str, int], Estimate]
 """``(data set, metric, steps)``: value and interval."""
 
@@ -151,7 +154,7 @@ def best(values: Sequence[Estimate | None], towards: int) -> int | None:
 def _from_runs(name: str, runs: Sequence[RunFolder]) -> Side:
     recipes = [dict(flatten(to_dict(load_recipe(str(run.recipe))))) for run in runs if run.recipe.is_file()]
     statuses = [run.status for run in runs]
-    facts = [{key: str(status[key]) for key in status.keys() & {"data", "start"}} for status in statuses]
+    facts = [{key: str(status[key]) for key in status.keys() & set(FACTS)} for status in statuses]
     curves = [curve for run in runs for curve in _curves(run)]
     codes = [status.get("code") or {} for status in statuses]
     return Side(name, _joined_recipe(recipes), _stands_on(facts, codes), *_measured(curves))
@@ -181,8 +184,8 @@ def _joined_recipe(recipes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _stands_on(facts: Sequence[Mapping[str, str]], codes: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Fingerprints of data and start, and the commits."""
-    found = {f"{key} (fingerprint)": _joined(one[key] for one in facts if key in one) for key in ("data", "start")}
+    """Fingerprints of data, start and teacher, and the commits."""
+    found = {f"{key} (fingerprint)": _joined(one[key] for one in facts if key in one) for key in FACTS}
     found["commit"] = _joined(_commit(code) for code in codes)
     return {key: value for key, value in found.items() if value}
 

@@ -6,13 +6,16 @@ Two runs with the same recipe are the same only if these are the same too.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from anyflow.data.card import caption_identity
 from anyflow.data.reader import find_split
 from anyflow.data.shards import load_index
 from anyflow.evaluation.encoders import FRAMES, PROBE
 from anyflow.recipe import Recipe, is_hub_id
+from anyflow.recipe.fields import value_of
 from anyflow.system.files import file_sha256
 
 DIGITS = 12
@@ -61,7 +64,8 @@ def encoder_fingerprint(choice: str) -> str:
 
 
 def facts_of(recipe: Recipe) -> dict[str, str]:
-    """The fingerprints of what a recipe trains on: ``data``, and ``start`` if it starts from weights.
+    """The fingerprints of what a recipe trains on: ``data``, ``start`` if it starts from weights, ``teacher`` if it
+    names one.
 
     Raises:
         UserError: a card is missing.
@@ -69,9 +73,21 @@ def facts_of(recipe: Recipe) -> dict[str, str]:
     data = [data_fingerprint(card, recipe.data.split) for card in recipe.data.card]
     starts = [recipe.model.weights] if recipe.model.init == "weights" else []
     starts += filter(None, [recipe.model.codec, recipe.model.lora.start])
-    if recipe.stage.name == "onpolicy":
-        starts += filter(None, [recipe.stage.onpolicy.teacher])
-    return {"data": " ".join(data), "start": " ".join(model_fingerprint(start) for start in starts)}
+    facts = {"data": " ".join(data), "start": " ".join(model_fingerprint(start) for start in starts)}
+    teachers = filter(None, (value_of(recipe, key) for key in recipe.declared.folders))
+    found = " ".join(model_fingerprint(teacher) for teacher in teachers)
+    return {**facts, "teacher": found} if found else facts
+
+
+def changed_facts(recorded: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
+    """Which facts are others than were recorded; what was not recorded is taken as it is.
+
+    Runs of before have no ``teacher``: theirs stands at the end of ``start`` (on-policy distillation), or nowhere.
+    """
+    known = dict(recorded)
+    if "teacher" in now and "teacher" not in known and known.get("start") == f"{now['start']} {now['teacher']}".strip():
+        known["start"] = now["start"]
+    return [what for what, value in now.items() if known.get(what, value) != value]
 
 
 def _digest(content: bytes) -> str:

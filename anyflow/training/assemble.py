@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -35,19 +35,10 @@ from anyflow.data.decode import ClipShape
 from anyflow.data.encode import Encoding
 from anyflow.data.module import VideoDataModule
 from anyflow.data.reader import ShardReader, find_split
-from anyflow.flowmap.intervals import IntervalShares
-from anyflow.flowmap.objective import FlowMapObjective
 from anyflow.recipe import Recipe
 from anyflow.stages.base import Stage
-from anyflow.stages.baselines import ConsistencyStage, DmdStage
-from anyflow.stages.codec import CodecObjective, CodecStage
 from anyflow.stages.ema import EmaSettings
-from anyflow.stages.finetune import FinetuneStage, FinetuneTailStage, TailPlan
-from anyflow.stages.flow import Conditioning
-from anyflow.stages.forward import ForwardStage
-from anyflow.stages.onpolicy import OnPolicySettings, OnPolicyStage
-from anyflow.stages.optimizers import OptimizerSettings
-from anyflow.stages.teacher import TeacherStage
+from anyflow.stages.parts import StageParts, optimizer_settings
 from anyflow.system.console import progress_line
 
 
@@ -79,10 +70,10 @@ def assemble(recipe: Recipe, *, leave_stored: bool = False, encode: bool = True)
 def load_networks(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, FlowMapBackbone]:
     """Codec and network, the adapter of a LoRA run on it."""
     codec, backbone = load_model(recipe, leave_stored=leave_stored)
-    if recipe.stage.name != "codec":
+    if not recipe.declared.trains_codec:
         shape = codec.latent_shape(recipe.data.frames, recipe.data.height, recipe.data.width)
         backbone.fit_clip(shape[0])
-    if recipe.model.lora.enabled and recipe.stage.name != "codec":
+    if recipe.model.lora.enabled and not recipe.declared.trains_codec:
         if recipe.model.lora.start:
             load_lora(backbone, recipe.model.lora.start)
             # what this recipe trains in full and the run before did not, as a network that has become causal
@@ -97,7 +88,7 @@ def load_model(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, Fl
     model, hardware = recipe.model, recipe.hardware
     prefer_kernel(hardware.attention)
     dtype = weights_dtype(recipe)
-    if recipe.stage.name == "codec":
+    if recipe.declared.trains_codec:
         tokenizer = build_tokenizer(captions(recipe))
         codec = Codec(
             build_vae(recipe.run.seed), tokenizer, build_text_encoder(len(tokenizer), recipe.run.seed), source=None
@@ -161,66 +152,23 @@ def spread(recipe: Recipe, *networks: FlowMapBackbone) -> None:
 
 def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stage:
     """The LightningModule of the recipe's stage."""
-    stage, shift = recipe.stage, recipe.model.shift
-    shared: dict[str, Any] = {
-        "optimizer": optimizer_settings(asdict(recipe.optimizer)),
-        "ema": EmaSettings(**asdict(recipe.ema)),
-        "total_steps": stage.steps,
-        "seed": recipe.run.seed,
-        "passes": recipe.hardware.accumulate,
-    }
-    if stage.name == "codec":
-        codec.vae.requires_grad_(True)
-        return CodecStage(codec.vae, CodecObjective(**asdict(stage.codec)), **shared)
     roles = build_roles(recipe, backbone) if recipe.has_teacher else None
-    spread(recipe, *(roles.networks if roles is not None else [backbone]))
-    conditioning = Conditioning(
-        recipe.model.negative_prompt, stage.text_drop, stage.i2v_prob, stage.long_context, stage.bidirectional_prob
-    )
-    if stage.name == "teacher":
-        return TeacherStage(backbone, codec, conditioning=conditioning, shift=shift, **shared)
-    objective = FlowMapObjective(
-        guidance_scale=stage.guidance_scale,
-        guided_tangent=stage.guided_tangent,
-        derivative=stage.derivative,  # type: ignore[arg-type]
-        delta=stage.delta,
-        weight=stage.weight,  # type: ignore[arg-type]
-        shift=shift,
-        rebalance=stage.rebalance,
-    )
-    shares = IntervalShares(stage.diffusion_share, stage.consistency_share)
-    shared |= {"conditioning": conditioning, "objective": objective, "shares": shares}
-    if roles is not None and not recipe.has_critic:
-        return ConsistencyStage(roles, codec, **shared)
-    if roles is not None:
-        return build_onpolicy(recipe, codec, roles, shared)
-    kind = {"forward": ForwardStage, "finetune": FinetuneStage}[stage.name]
-    return kind(backbone, codec, **shared)
-
-
-def build_onpolicy(recipe: Recipe, codec: Codec, roles: Roles, shared: dict[str, Any]) -> OnPolicyStage:
-    """The on-policy stage, its baseline, or fine-tuning with an on-policy tail."""
-    stage = recipe.stage
-    options = asdict(stage.onpolicy)
-    taken = ("budgets", "extra_guidance", "forward_weight", "critic_turns", "watch")
-    settings = OnPolicySettings(
+    if not recipe.declared.trains_codec:
+        spread(recipe, *(roles.networks if roles is not None else [backbone]))
+    parts = StageParts(
+        options=recipe.stage,
+        optimizer=optimizer_settings(recipe.optimizer),
+        ema=EmaSettings(**asdict(recipe.ema)),
+        seed=recipe.run.seed,
+        passes=recipe.hardware.accumulate,
+        codec=codec,
+        backbone=backbone,
+        roles=roles,
+        shift=recipe.model.shift,
+        negative_prompt=recipe.model.negative_prompt,
         recompute_jumps=recipe.hardware.recompute_jumps,
-        **{key: options[key] for key in taken},
     )
-    critic_optimizer = optimizer_settings(asdict(stage.onpolicy.critic))
-    if not recipe.has_tail:
-        kind = DmdStage if stage.name == "dmd" else OnPolicyStage
-        return kind(roles, codec, settings=settings, critic_optimizer=critic_optimizer, **shared)
-    del shared["total_steps"]
-    return FinetuneTailStage(
-        roles,
-        codec,
-        settings=replace(settings, extra_guidance=0.0),  # the adapted teacher has its guidance fused, as its base
-        critic_optimizer=critic_optimizer,
-        plan=TailPlan(stage.steps, stage.tail.teacher_steps, stage.tail.steps),
-        tail_optimizer=optimizer_settings(asdict(stage.tail.optimizer)),
-        **shared,
-    )
+    return recipe.declared.load().build(parts)
 
 
 def build_roles(recipe: Recipe, backbone: FlowMapBackbone) -> Roles:
@@ -230,7 +178,7 @@ def build_roles(recipe: Recipe, backbone: FlowMapBackbone) -> Roles:
     teacher sees frames as the student does.
     """
     teacher = recipe.model.weights if recipe.has_tail else recipe.stage.onpolicy.teacher
-    kind: dict[str, Any] = {"trains_teacher": recipe.has_tail, "has_critic": recipe.has_critic}
+    kind = roles_kind(recipe)
     if recipe.model.lora.enabled:
         if teacher and not recipe.has_tail:
             load_lora(backbone, teacher, adapter="teacher")
@@ -248,17 +196,17 @@ def build_roles(recipe: Recipe, backbone: FlowMapBackbone) -> Roles:
     return SeparateRoles(backbone, network, **kind)
 
 
+def roles_kind(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe's roles are asked for."""
+    return {"trains_teacher": recipe.declared.trains_teacher, "has_critic": recipe.has_critic}
+
+
 def lora_settings(recipe: Recipe) -> LoraSettings:
     """The shape of the recipe's adapters."""
     lora = recipe.model.lora
     released = RELEASED_FULL[recipe.model.architecture]
     full = [name for item in lora.full for name in (released if item == "released" else (item,))]
     return LoraSettings(lora.rank, lora.alpha, tuple(lora.targets), dropout=lora.dropout, full=tuple(full))
-
-
-def optimizer_settings(fields: dict[str, Any]) -> OptimizerSettings:
-    """How weights move, from the fields of a recipe's group."""
-    return OptimizerSettings(**{**fields, "betas": tuple(fields["betas"])})
 
 
 def batches_of(recipe: Recipe) -> int:
@@ -300,7 +248,7 @@ def build_data(recipe: Recipe, codec: Codec, *, encode: bool = True) -> VideoDat
 
 def is_precomputed(recipe: Recipe) -> bool:
     """Whether training reads latents and embeddings encoded beforehand: the codec then stays in its files."""
-    return recipe.data.precompute and recipe.stage.name != "codec"
+    return recipe.data.precompute and not recipe.declared.trains_codec
 
 
 def encoding_of(recipe: Recipe, codec: Codec, card: str) -> Encoding:

@@ -168,7 +168,7 @@ def finish_flow(recipe: Recipe, run: RunFolder, parts: Parts, logger: RunLogger 
             recipe.model.shift,
             card,
             weights=weights,
-            sampler=recipe.sampler,  # type: ignore[arg-type]
+            sampler=recipe.sampler,
             guidance=guidance_of(recipe) if recipe.sampler == "euler" else None,
         )
         if recipe.model.lora.enabled:
@@ -254,7 +254,7 @@ def describe_parts(recipe: Recipe, parts: Parts) -> Iterator[str]:
         if isinstance(value, torch.Tensor):
             yield f"batch       {name} {list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     yield f"            caption {batch['caption'][0]!r}"
-    if "frames" in batch and recipe.stage.name != "codec":
+    if "frames" in batch and not recipe.declared.trains_codec:
         yield f"latents     {[len(batch['caption']), *parts.codec.latent_shape(*batch['frames'].shape[1:4])]}"
     if parts.data.stream is not None:
         dataset = parts.data.stream.dataset
@@ -263,7 +263,7 @@ def describe_parts(recipe: Recipe, parts: Parts) -> Iterator[str]:
     yield from (f"bucket      {line}" for line in parts.data.shares)
     if isinstance(parts.stage, ForwardStage):
         yield f"intervals   {parts.stage.shares.told(recipe.global_batch)}"
-    if recipe.data.precompute and "frames" in batch and recipe.stage.name != "codec":
+    if recipe.data.precompute and "frames" in batch and not recipe.declared.trains_codec:
         yield "cache       not there yet: training makes it before it starts, or make it by anyflow data encode"
 
 

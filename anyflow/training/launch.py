@@ -122,7 +122,7 @@ def _train_parts(recipe: Recipe, run: RunFolder, parts: Parts, more: list[Any]) 
     if is_first and run.checkpoint is not None:
         print(f"going on with {run.path} from {run.checkpoint.parent.name}", file=sys.stderr)
     logger = _open_records(recipe, run) if is_first else None
-    is_codec = recipe.stage.name == "codec"
+    is_codec = recipe.declared.trains_codec
     try:
         if not is_codec:
             measure(recipe, run, parts, logger, label="before")
@@ -178,7 +178,7 @@ def fit(
     checkpoints = Checkpoints(run.checkpoints, every_steps=checkpoint.every_steps, keep=checkpoint.keep, writer=writer)
     preemption = Preemption(checkpoints)
     callbacks: list[Any] = [checkpoints, TrainingProgress(recipe.stage.name, recipe.total_steps), preemption, *more]
-    if recipe.sampling.every_steps and recipe.stage.name != "codec":
+    if recipe.sampling.every_steps and not recipe.declared.trains_codec:
         listener, every = preemption.listener, recipe.sampling.every_steps
         measure_now = partial(_measure_now, recipe, run, parts, logger, listener)
         sampling = Sampling(measure_now, every_steps=every, total_steps=recipe.total_steps, listener=listener)
@@ -230,7 +230,7 @@ def _strategy(recipe: Recipe, manual: bool, writer: Writer) -> dict[str, Any]:
     return {
         "strategy": copies if ranks > 1 else "auto",
         # a network has its precision in itself (spread): in sampling too, its backward pass outside of autocast
-        "precision": hardware.precision if recipe.stage.name == "codec" else "32-true",
+        "precision": hardware.precision if recipe.declared.trains_codec else "32-true",
         "plugins": [AnyCheckpoint(writer), *([TorchElasticEnvironment()] if ranks > 1 else [])],
     }
 

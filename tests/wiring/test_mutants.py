@@ -70,9 +70,9 @@ MUTANTS = [
     ),
     Mutant(
         "the model's shift does not reach the objective",
-        "training/assemble.py",
-        "        shift=shift,\n        rebalance=stage.rebalance,",
-        "        rebalance=stage.rebalance,",
+        "stages/parts.py",
+        "            shift=self.shift,\n",
+        "",
         f"{WIRING}::test_intervals_have_the_models_shift",
     ),
     Mutant(
@@ -196,7 +196,7 @@ MUTANTS = [
     ),
     Mutant(
         "the teacher's own guidance is left out",
-        "training/assemble.py",
+        ONPOLICY,
         'taken = ("budgets", "extra_guidance", ',
         'taken = ("budgets", ',
         f"{WIRING}::test_options_of_the_recipe_reach_their_stage",
@@ -204,8 +204,8 @@ MUTANTS = [
     Mutant(
         "the negative prompt is the empty one",
         "training/assemble.py",
-        "        recipe.model.negative_prompt, stage.text_drop",
-        '        "", stage.text_drop',
+        "        negative_prompt=recipe.model.negative_prompt,",
+        '        negative_prompt="",',
         f"{WIRING}::test_options_of_the_recipe_reach_their_stage",
     ),
     Mutant(

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from anyflow.recipe.option import option as _option
+from anyflow.stages.declaration import Declaration
+from anyflow.stages.declarations import STAGES, in_words
+from anyflow.system.option import option as _option
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ class StageRecipe:
 
     name: str = _option(
         "finetune",
-        "what kind of training this is (consistency and dmd are baselines, sampled by re-noising)",
-        choices=("codec", "teacher", "forward", "finetune", "onpolicy", "consistency", "dmd"),
+        lambda: f"what kind of training this is ({in_words()})",
+        choices=STAGES.keys(),  # a live view
     )
     steps: int = _option(200, "optimiser steps", low=1)
     guidance_scale: float = _option(3.0, "guidance fused into the weights; the result samples at scale 1", low=1)
@@ -114,3 +116,9 @@ class StageRecipe:
     codec: CodecRecipe = field(default_factory=CodecRecipe)
     onpolicy: OnPolicyRecipe = field(default_factory=OnPolicyRecipe)
     tail: TailRecipe = field(default_factory=TailRecipe)
+
+    @property
+    def declared(self) -> Declaration:
+        """What the stage says of itself."""
+        stage = STAGES[self.name]
+        return stage.tail if stage.tail is not None and self.tail.steps else stage
