@@ -21,103 +21,29 @@ path. Random draws and statistics over ranks come in as arguments; losses go out
 float32 or better whatever the network's precision.
 """
 
-from anyflow.flowmap.chunks import ChunkLayout, Lesson, draw_layout, layout_of, partition_frames, teach
-from anyflow.flowmap.endpoint import Renoise, consistency_loss, guided_velocity, normalised
-from anyflow.flowmap.intervals import Intervals, IntervalShares, draw_intervals, keep_first_frame
-from anyflow.flowmap.matching import (
-    MatchingGradient,
-    critic_loss,
-    matching_gradient,
-    matching_loss,
-    matching_timestep,
-)
-from anyflow.flowmap.objective import (
-    FlowMapLoss,
-    FlowMapObjective,
-    Velocity,
-    diffusion_statistics,
-    flow_map_loss,
-    flow_matching_loss,
-    plain_flow_map_loss,
-    rebalance,
-)
-from anyflow.flowmap.rollout import (
-    DEFAULT_BUDGETS,
-    RELEASED_BUDGETS,
-    BackwardSimulation,
-    RenoisingSimulation,
-    draw_simulation,
-)
-from anyflow.flowmap.sampling import (
-    BoundVelocity,
-    SamplerKind,
-    follow,
-    follow_chunks,
-    guide,
-    sample,
-    take_jump,
-    take_velocity,
-)
-from anyflow.flowmap.schedule import (
-    TIMESTEPS,
-    WeightKind,
-    inference_timesteps,
-    interpolate,
-    logit_normal_timestep,
-    shift_sigma,
-    step,
-    train_weight,
-    weight_table,
-)
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "DEFAULT_BUDGETS",
-    "RELEASED_BUDGETS",
-    "TIMESTEPS",
-    "BackwardSimulation",
-    "BoundVelocity",
-    "ChunkLayout",
-    "FlowMapLoss",
-    "FlowMapObjective",
-    "IntervalShares",
-    "Intervals",
-    "Lesson",
-    "MatchingGradient",
-    "Renoise",
-    "RenoisingSimulation",
-    "SamplerKind",
-    "Velocity",
-    "WeightKind",
-    "consistency_loss",
-    "critic_loss",
-    "diffusion_statistics",
-    "draw_intervals",
-    "draw_layout",
-    "draw_simulation",
-    "flow_map_loss",
-    "flow_matching_loss",
-    "follow",
-    "follow_chunks",
-    "guide",
-    "guided_velocity",
-    "inference_timesteps",
-    "interpolate",
-    "keep_first_frame",
-    "layout_of",
-    "logit_normal_timestep",
-    "matching_gradient",
-    "matching_loss",
-    "matching_timestep",
-    "normalised",
-    "partition_frames",
-    "plain_flow_map_loss",
-    "rebalance",
-    "sample",
-    "shift_sigma",
-    "step",
-    "take_jump",
-    "take_velocity",
-    "teach",
-    "train_weight",
-    "weight_table",
-]
+_HOMES = {
+    "chunks": "ChunkLayout Lesson draw_layout layout_of partition_frames teach",
+    "endpoint": "Renoise consistency_loss guided_velocity normalised",
+    "intervals": "Intervals IntervalShares draw_intervals keep_first_frame",
+    "matching": "MatchingGradient critic_loss matching_gradient matching_loss matching_timestep",
+    "objective": "FlowMapLoss FlowMapObjective Velocity diffusion_statistics flow_map_loss flow_matching_loss "
+    "plain_flow_map_loss rebalance",
+    "rollout": "DEFAULT_BUDGETS RELEASED_BUDGETS BackwardSimulation RenoisingSimulation draw_simulation",
+    "sampling": "BoundVelocity SamplerKind follow follow_chunks guide sample take_jump take_velocity",
+    "schedule": "TIMESTEPS WeightKind inference_timesteps interpolate logit_normal_timestep shift_sigma step "
+    "train_weight weight_table",
+}
+"""Where names come from; torch is imported with the first of them, so that options alone cost nothing."""
+
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+__all__ = list(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)

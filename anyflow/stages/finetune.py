@@ -21,10 +21,10 @@ from torch import Tensor
 from anyflow.flowmap.intervals import IntervalShares
 from anyflow.stages.flow import FlowBatch
 from anyflow.stages.onpolicy import Mover, OnPolicyStage
-from anyflow.stages.optimizers import OptimizerSettings
-from anyflow.stages.parts import StageParts, optimizer_settings
+from anyflow.stages.options import OptimizerSettings
+from anyflow.stages.parts import StageParts
 
-ALL_AT_ONE_TIME = IntervalShares(diffusion=1.0, consistency=0.0)
+ALL_AT_ONE_TIME = IntervalShares(1.0, 0.0)
 """Every sample learns the velocity."""
 
 
@@ -70,7 +70,7 @@ class FinetuneTailStage(OnPolicyStage):
         # the adapted teacher has its guidance fused, as its base
         taken["settings"] = replace(taken["settings"], extra_guidance=0.0)
         plan = TailPlan(parts.options.steps, tail.teacher_steps, tail.steps)
-        return cls(parts.taught, parts.codec, plan=plan, tail_optimizer=optimizer_settings(tail.optimizer), **taken)
+        return cls(parts.taught, parts.codec, plan=plan, tail_optimizer=tail.optimizer, **taken)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """One batch of the part that is due."""
