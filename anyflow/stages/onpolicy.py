@@ -56,6 +56,16 @@ class Mover:
     field: str
 
 
+def onpolicy_movers(
+    student: OptimizerSettings, settings: OnPolicySettings, steps: int, field: str = "optimizer"
+) -> dict[str, Mover]:
+    """The optimisers of so many on-policy steps; ``field`` is where the recipe has the student's."""
+    return {
+        "student": Mover("student", student, steps, field),
+        "critic": Mover("critic", settings.critic, steps * settings.critic_turns, "stage.onpolicy.critic"),
+    }
+
+
 class OnPolicyStage(ForwardStage):
     """Distribution matching on the student's own samples, with forward co-training.
 
@@ -72,6 +82,7 @@ class OnPolicyStage(ForwardStage):
         settings: OnPolicySettings,
         recompute_jumps: bool = False,
         ema: EmaSettings,
+        movers: dict[str, Mover] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(roles.student, *args, ema=EmaSettings(decay=0.0), **kwargs)
@@ -81,11 +92,7 @@ class OnPolicyStage(ForwardStage):
         self.roles = roles
         self.others = torch.nn.ModuleDict(roles.others)
         self.drift = DriftWatch()
-        critic_updates = self.total_steps * settings.critic_turns
-        self.movers = {
-            "student": Mover("student", self.optimizer_settings, self.total_steps, "optimizer"),
-            "critic": Mover("critic", settings.critic, critic_updates, "stage.onpolicy.critic"),
-        }
+        self.movers = movers or onpolicy_movers(self.optimizer_settings, settings, self.total_steps)
         if ema.decay > 0:
             self.ema = Ema([weight for _, weight in roles.parameters("student")], ema)
 
