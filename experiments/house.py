@@ -60,7 +60,7 @@ def measure(package: Path = PACKAGE) -> list[Figure]:
     ]
 
 
-LONG, COMPARED, TWICE = 30, 0, 60
+LONG, COMPARED, TWICE = 30, 0, 0
 
 
 def _count(found: list[str], most: float) -> tuple[int, float, tuple[str, ...]]:
@@ -97,25 +97,32 @@ def _pickles(path: Path, tree: ast.Module) -> Iterator[str]:
 
 
 def fields_twice(trees: dict[Path, ast.Module]) -> list[str]:
-    """Fields of a recipe's groups that another dataclass of the package has too, under the same name and type."""
+    """Fields of a recipe's group that a component's options repeat: two or more of one group, under the same names.
+
+    A class that is the group, or a base of it, repeats nothing; one that extends such a base counts for its own fields.
+    """
     from anyflow.recipe.schema import GROUPS
 
     groups = list(GROUPS.values())
     for group in groups:  # the list grows by the groups within
         inner = (made() for field in fields(group) if callable(made := field.default_factory))
         groups += [type(value) for value in inner if is_dataclass(value)]
-    mine = {field.name for group in groups for field in fields(group)}
+    shared = {base.__qualname__ for group in groups for base in group.__mro__}
     found = []
     for path, tree in trees.items():
-        if path.parent.name == "recipe":
+        if path.relative_to(PACKAGE).parts[0] not in TAKES_OPTIONS:
             continue
         for node in ast.walk(tree):
-            if not (isinstance(node, ast.ClassDef) and node.name.endswith(SETTINGS)):
+            if not isinstance(node, ast.ClassDef) or node.name in shared or not node.name.endswith(SETTINGS):
                 continue
-            written = [item for item in node.body if isinstance(item, ast.AnnAssign)]
-            found += [f"{node.name}.{ast.unparse(i.target)}" for i in written if ast.unparse(i.target) in mine]
+            own = {ast.unparse(item.target) for item in node.body if isinstance(item, ast.AnnAssign)}
+            most = max((own & {field.name for field in fields(group)} for group in groups), key=len)
+            found += [f"{node.name}.{name}" for name in sorted(most) if len(most) > 1]
     return found
 
+
+TAKES_OPTIONS = ("flowmap", "backbone", "stages", "training")
+"""The rooms whose components a recipe sets up; data and evaluation have commands with options of their own."""
 
 SETTINGS = ("Settings", "Options", "Objective", "Conditioning", "Shares")
 """What the classes are called that a component is set up by."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from anyflow.backbone.files import LORA_FILE
 from anyflow.backbone.full import FULL_FILE, add_full, copy_name, full_names, full_state, stored_name
+from anyflow.backbone.options import LoraOptions
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.errors import UserError, first_line
 
@@ -29,33 +30,16 @@ ADAPTER = "default"
 FULL_KEY = "anyflow_full"
 """In the header of an adapter's file: the modules that were trained in full beside it, so that none is lost unseen."""
 
-RELEASED_TARGETS = (
-    "attn1.to_q",
-    "attn1.to_k",
-    "attn1.to_v",
-    "attn1.to_out.0",
-    "ffn.net.0.proj",
-    "ffn.net.2",
-    "time_embedder.linear_1",
-    "time_embedder.linear_2",
-    "delta_embedder.linear_1",
-    "delta_embedder.linear_2",
-)
-"""Self-attention, feed-forward, both time embedders; not the attention to text."""
-
 
 @dataclass(frozen=True)
-class LoraSettings:
-    """Shape of an adapter. The learned change of a layer is ``alpha / rank * B @ A``."""
+class LoraSettings(LoraOptions):
+    """An adapter's shape, checked.
 
-    rank: int = 256
-    alpha: float = 256.0
-    targets: tuple[str, ...] = RELEASED_TARGETS
-    """Endings of module names."""
-    dropout: float = 0.0
-    """Must be 0: the calls that a finite difference compares would see different networks."""
+    Attributes:
+        full: endings of the names of modules that are trained in full beside the adapter.
+    """
+
     full: tuple[str, ...] = ()
-    """Endings of the names of modules that are trained in full beside the adapter."""
 
     def __post_init__(self) -> None:
         if self.dropout != 0:
@@ -120,7 +104,7 @@ def lora_settings(backbone: FlowMapBackbone, adapter: str = ADAPTER) -> LoraSett
     """The shape of an adapter that the network carries."""
     config = backbone.transformer.peft_config[adapter]
     full = full_names(backbone.transformer, adapter)
-    return LoraSettings(config.r, config.lora_alpha, tuple(sorted(config.target_modules)), full=full)
+    return LoraSettings(config.r, config.lora_alpha, sorted(config.target_modules), full=full)
 
 
 def lora_state(

@@ -33,6 +33,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from anyflow.backbone.attention import KeptAttention
 from anyflow.backbone.compiled import compile_blocks
 from anyflow.backbone.load import StoredWeights
+from anyflow.backbone.options import ParallelOptions
 from anyflow.backbone.protocol import FlowMapBackbone
 
 WAIT = timedelta(minutes=30)
@@ -43,20 +44,16 @@ _LARGE_UNITS = ("patch_embedding", "far_patch_embedding", "condition_embedder.te
 
 
 @dataclass(frozen=True)
-class ParallelSettings:
+class ParallelSettings(ParallelOptions):
     """How a network is spread.
 
     Attributes:
         compute: precision of the large layers' arithmetic; None: that of the weights.
-        compile: compile the blocks (``torch.compile``).
-        offload: keep weights, gradients and optimiser in host memory; slower, for what does not fit otherwise.
         nodes: with more than one, weights are spread within a node and repeated over nodes (HSDP): less traffic between
             nodes, more memory.
     """
 
     compute: torch.dtype | None = None
-    compile: bool = False
-    offload: bool = False
     nodes: int = 1
 
 

@@ -174,7 +174,7 @@ class AdapterRoles(Roles):
         super().__init__(backbone)
         if not has_lora(backbone):
             raise ValueError("the network carries no adapter: add the student's before its roles")
-        blocks_alone = tuple(target for target in settings.targets if "_embedder" not in target)
+        blocks_alone = [target for target in settings.targets if "_embedder" not in target]
         settings = replace(settings, targets=blocks_alone or settings.targets, full=())
         if "teacher" in backbone.transformer.peft_config:
             settings = lora_settings(backbone, "teacher")  # so that the critic can start as its copy

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anyflow.flowmap.options import ShareOptions
 from anyflow.flowmap.schedule import TIMESTEPS, at_least_float32, shift_sigma
 
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
@@ -24,21 +25,19 @@ ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
-class IntervalShares:
-    """How the samples of an optimiser step are divided: ``diffusion`` has r = t, ``consistency`` has r = 0, the rest a
-    free r.
+class IntervalShares(ShareOptions):
+    """How the samples of an optimiser step are divided: ``diffusion_share`` has r = t, ``consistency_share``
+    r = 0, the rest a free r.
 
     Raises:
         ValueError: a share is negative, or both exceed 1 together.
     """
 
-    diffusion: float = 0.5
-    consistency: float = 0.25
-
     def __post_init__(self) -> None:
-        if min(self.diffusion, self.consistency) < 0 or self.diffusion + self.consistency > 1 + ROUNDING:
+        shares = self.diffusion_share, self.consistency_share
+        if min(shares) < 0 or sum(shares) > 1 + ROUNDING:
             raise ValueError(
-                f"diffusion_share {self.diffusion} and consistency_share {self.consistency} must not be negative, "
+                f"diffusion_share {shares[0]} and consistency_share {shares[1]} must not be negative, "
                 "nor exceed 1 together"
             )
 
@@ -52,16 +51,16 @@ class IntervalShares:
                 another. None: the released rounding (Python's, halves to the even number), the same at every step.
         """
         if step is None:
-            diffusion = round(self.diffusion * samples)
-            return diffusion, min(round(self.consistency * samples), samples - diffusion)
+            diffusion = round(self.diffusion_share * samples)
+            return diffusion, min(round(self.consistency_share * samples), samples - diffusion)
         offset = min((step * GOLDEN_RATIO) % 1.0, 1.0 - 2 * ROUNDING) + ROUNDING
-        diffusion = math.floor(self.diffusion * samples + offset)
-        both = math.floor((self.diffusion + self.consistency) * samples + offset)
+        diffusion = math.floor(self.diffusion_share * samples + offset)
+        both = math.floor((self.diffusion_share + self.consistency_share) * samples + offset)
         return diffusion, both - diffusion
 
     def are_whole(self, samples: int) -> bool:
         """Whether every step of so many samples has exactly these shares."""
-        parts = (self.diffusion * samples, self.consistency * samples)
+        parts = (self.diffusion_share * samples, self.consistency_share * samples)
         return all(abs(part - round(part)) < samples * ROUNDING for part in parts)
 
     def told(self, samples: int) -> str:
@@ -71,8 +70,8 @@ class IntervalShares:
             rest = samples - diffusion - consistency
             return f"of a step's {samples} clips {diffusion} have r = t, {consistency} r = 0, {rest} any r between"
         return (
-            f"{self.diffusion:.1%} of the clips have r = t, {self.consistency:.1%} r = 0: a step of {samples} cannot "
-            "be divided so, and the shares hold over the steps"
+            f"{self.diffusion_share:.1%} of the clips have r = t, {self.consistency_share:.1%} r = 0: a step of "
+            f"{samples} cannot be divided so, and the shares hold over the steps"
         )
 
 

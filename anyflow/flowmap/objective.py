@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from anyflow.flowmap.options import ObjectiveOptions
 from anyflow.flowmap.schedule import (
     TIMESTEPS,
     WeightKind,
@@ -34,7 +35,7 @@ Ask = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class FlowMapObjective:
+class FlowMapObjective(ObjectiveOptions):
     """The options of the objective; the defaults are the released recipe.
 
     Attributes:
@@ -58,13 +59,7 @@ class FlowMapObjective:
             collapses.
     """
 
-    guidance_scale: float = 3.0
-    guided_tangent: bool = False
-    derivative: Derivative = "central"
-    delta: float = 5.0
-    weight: WeightKind = "beta08"
     shift: float = 5.0
-    rebalance: bool = True
 
     def __post_init__(self) -> None:
         for name in ("guidance_scale", "delta", "shift"):
@@ -345,7 +340,7 @@ def _ask_once(velocity: Velocity, asks: list[Ask], spare: Ask | None) -> list[Te
 def _weighted_error(objective: FlowMapObjective, batch: _Batch, prediction: Tensor, target: Tensor) -> Tensor:
     """The squared error of each sample times its mean train weight, ``[B]`` float64 (sec. 3, step 7)."""
     error = _mean_over_frames((prediction - target).square(), batch.frames)
-    weight = train_weight(batch.t, objective.weight, objective.shift)
+    weight = train_weight(batch.t, objective.weight, objective.shift)  # type: ignore[arg-type]
     return error * (_mean_over_frames(weight, batch.frames) if weight.ndim > 1 else weight)
 
 

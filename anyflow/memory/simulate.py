@@ -151,7 +151,7 @@ def _networks(recipe: Recipe, config: dict[str, Any]) -> Roles:
             add_lora(student, lora_settings(recipe))
             if recipe.stage.onpolicy.teacher and recipe.declared.teacher == "given":
                 # an adapter of the teacher stage: as wide, without the time embedders, which that stage leaves alone
-                blocks_alone = tuple(target for target in recipe.model.lora.targets if "_embedder" not in target)
+                blocks_alone = [target for target in recipe.model.lora.targets if "_embedder" not in target]
                 add_lora(student, replace(lora_settings(recipe), targets=blocks_alone, full=()), adapter="teacher")
             if recipe.has_teacher:
                 return AdapterRoles(student, lora_settings(recipe), **which)

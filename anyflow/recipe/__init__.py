@@ -9,10 +9,8 @@ from anyflow.recipe.check import check_files, check_recipe, find_card, is_hub_id
 from anyflow.recipe.describe import Row, describe
 from anyflow.recipe.load import list_recipes, load_recipe, merge_recipe, recipes_folder, save_recipe, to_dict
 from anyflow.recipe.schema import (
-    LORA_TARGETS,
     CheckpointRecipe,
     DataRecipe,
-    EmaRecipe,
     HardwareRecipe,
     LoraRecipe,
     ModelRecipe,
@@ -20,23 +18,17 @@ from anyflow.recipe.schema import (
     RunRecipe,
     SamplingRecipe,
 )
-from anyflow.stages.options import CodecRecipe, OptimizerRecipe, StageRecipe
 
 __all__ = [
-    "LORA_TARGETS",
     "CheckpointRecipe",
-    "CodecRecipe",
     "DataRecipe",
-    "EmaRecipe",
     "HardwareRecipe",
     "LoraRecipe",
     "ModelRecipe",
-    "OptimizerRecipe",
     "Recipe",
     "Row",
     "RunRecipe",
     "SamplingRecipe",
-    "StageRecipe",
     "check_files",
     "check_recipe",
     "describe",

@@ -12,37 +12,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from anyflow.backbone.options import LoraOptions, ParallelOptions
 from anyflow.stages.declaration import Declaration
-from anyflow.stages.options import OptimizerRecipe, StageRecipe
+from anyflow.stages.options import EmaSettings, OptimizerSettings, StageOptions
 from anyflow.system.option import option as _option
-
-LORA_TARGETS = (
-    "attn1.to_q",
-    "attn1.to_k",
-    "attn1.to_v",
-    "attn1.to_out.0",
-    "ffn.net.0.proj",
-    "ffn.net.2",
-    "time_embedder.linear_1",
-    "time_embedder.linear_2",
-    "delta_embedder.linear_1",
-    "delta_embedder.linear_2",
-)
-"""The released list: self-attention, feed-forward and both timestep embedders (the delta embedder must learn)."""
 
 
 @dataclass(frozen=True)
-class LoraRecipe:
+class LoraRecipe(LoraOptions):
     """Which weights a LoRA run trains; without LoRA every weight of the network is trained."""
 
     enabled: bool = _option(False, "train low-rank adapters on a frozen network; false trains every weight")
-    rank: int = _option(256, "rank of the adapters", low=1)
-    alpha: float = _option(256.0, "scale of the adapters (alpha / rank multiplies them)", above=0)
-    dropout: float = _option(
-        0.0, "must be 0: dropout would corrupt the finite difference of the flow-map target", low=0
-    )
     start: str = _option("", "run, or folder of an adapter, that training goes on from; empty: a new one")
-    targets: list[str] = _option(list(LORA_TARGETS), "names (endings) of the layers that carry an adapter")
     full: list[str] = _option(
         ["released"],
         "names (endings) of modules trained in full beside the adapters; released: what the published runs train, "
@@ -73,14 +54,6 @@ class ModelRecipe:
         "of a new network: dimensions that differ from the embedded one's; of one that becomes causal: its chunks "
         "(chunk_partition, full_chunk_limit, compressed_patch_size)",
     )
-
-
-@dataclass(frozen=True)
-class EmaRecipe:
-    """The moving average of the weights, which is what is sampled and exported."""
-
-    decay: float = _option(0.999, "share of the old average kept each step; 0 keeps no average", low=0, high=0.999999)
-    start_step: int = _option(0, "step at which averaging begins; before it the average is the weights", low=0)
 
 
 @dataclass(frozen=True)
@@ -161,7 +134,7 @@ class CheckpointRecipe:
 
 
 @dataclass(frozen=True)
-class HardwareRecipe:
+class HardwareRecipe(ParallelOptions):
     """On what it runs, and how it is made to fit."""
 
     name: str = _option("local", "name of the hardware file, for the record")
@@ -190,7 +163,6 @@ class HardwareRecipe:
     recompute_jumps: bool = _option(
         False, "on-policy: keep one jump's activations of a rollout instead of three jumps': a tenth more time a step"
     )
-    compile: bool = _option(False, "compile the network's blocks: faster steps after a slow start")
     attention: str = _option(
         "auto",
         "attention kernel that a GPU tries first; auto: torch's choice, cuDNN on Hopper",
@@ -199,7 +171,6 @@ class HardwareRecipe:
     park_codec: bool = _option(
         False, "text encoder and autoencoder in host memory between batches: 11 GiB less for Wan, seconds more a batch"
     )
-    offload: bool = _option(False, "fsdp: keep weights and optimiser in host memory: the least GPU memory, slow")
     shard_within: str = _option(
         "all", "fsdp: spread weights over all ranks, or within a node and repeat them (hsdp)", choices=("all", "node")
     )
@@ -228,9 +199,9 @@ class Recipe:
     """A whole recipe, as the launcher takes it; ``sources`` says which layer set a dotted key (absent: the default)."""
 
     model: ModelRecipe = field(default_factory=ModelRecipe)
-    stage: StageRecipe = field(default_factory=StageRecipe)
-    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
-    ema: EmaRecipe = field(default_factory=EmaRecipe)
+    stage: StageOptions = field(default_factory=StageOptions)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    ema: EmaSettings = field(default_factory=EmaSettings)
     data: DataRecipe = field(default_factory=DataRecipe)
     sampling: SamplingRecipe = field(default_factory=SamplingRecipe)
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
@@ -292,9 +263,9 @@ class Recipe:
 
 GROUPS: dict[str, type] = {
     "model": ModelRecipe,
-    "stage": StageRecipe,
-    "optimizer": OptimizerRecipe,
-    "ema": EmaRecipe,
+    "stage": StageOptions,
+    "optimizer": OptimizerSettings,
+    "ema": EmaSettings,
     "data": DataRecipe,
     "sampling": SamplingRecipe,
     "checkpoint": CheckpointRecipe,

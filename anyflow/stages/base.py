@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from anyflow.backbone.parallelize import whole
 from anyflow.errors import UserError
-from anyflow.stages.ema import Ema, EmaSettings
-from anyflow.stages.optimizers import OptimizerSettings, build_optimizer, build_schedule
+from anyflow.stages.ema import Ema
+from anyflow.stages.optimizers import build_optimizer, build_schedule
+from anyflow.stages.options import EmaSettings, OptimizerSettings
 
 
 class Stage(lightning.LightningModule):

@@ -29,7 +29,7 @@ from anyflow.stages.forward import ForwardStage
 from anyflow.stages.onpolicy import OnPolicyStage
 from anyflow.stages.parts import StageParts
 
-TO_DATA = IntervalShares(diffusion=0.0, consistency=1.0)
+TO_DATA = IntervalShares(0.0, 1.0)
 """Every sample learns the jump to the data."""
 
 

@@ -11,7 +11,6 @@ not: trained on 9 frames alone, it is 15 dB worse at the 17th than at the 9th.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,31 +20,8 @@ from torch import Tensor
 from anyflow.backbone.codec import pixels_from_bytes
 from anyflow.backbone.wan_vae import decode_latents, encode_moments
 from anyflow.stages.base import Stage
-from anyflow.stages.ema import EmaSettings
-from anyflow.stages.optimizers import OptimizerSettings
+from anyflow.stages.options import CodecObjective, EmaSettings, OptimizerSettings
 from anyflow.stages.parts import StageParts
-
-
-@dataclass(frozen=True)
-class CodecObjective:
-    """What the autoencoder is asked for.
-
-    Attributes:
-        crop_frames: Frames of a training crop (4n + 1).
-        crop_height, crop_width: Its size in pixels, a multiple of the latent grid.
-        whole_share: Share of the run, at its end, whose crops have all frames.
-        motion_weight: Weight of a fully moving pixel beside 1 of a still one.
-        gradient_weight: Weight of the error of spatial and temporal differences.
-        kl_weight: Weight of the KL divergence to a standard normal, mean over latent elements.
-    """
-
-    crop_frames: int = 9
-    crop_height: int = 32
-    crop_width: int = 48
-    whole_share: float = 0.25
-    motion_weight: float = 4.0
-    gradient_weight: float = 0.5
-    kl_weight: float = 3e-5
 
 
 class CodecStage(Stage):
@@ -70,7 +46,7 @@ class CodecStage(Stage):
     def build(cls, parts: StageParts) -> CodecStage:
         """The stage of a recipe."""
         parts.codec.vae.requires_grad_(True)
-        return cls(parts.codec.vae, CodecObjective(**asdict(parts.options.codec)), **parts.shared)
+        return cls(parts.codec.vae, parts.options.codec, **parts.shared)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Crop, encode, sample, decode, compare."""

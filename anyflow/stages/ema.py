@@ -4,23 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class EmaSettings:
-    """When and how slowly the average moves.
-
-    Attributes:
-        decay: Weight of the past at each optimiser step; 0 switches the average off.
-        start_step: Until this optimiser step the average is the weights themselves.
-    """
-
-    decay: float = 0.999
-    start_step: int = 0
+from anyflow.stages.options import EmaSettings
 
 
 class Ema(nn.Module):

@@ -13,6 +13,7 @@ The base will not do as a teacher: it knows the old data, and would pull the stu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,11 +21,11 @@ from torch import Tensor
 
 from anyflow.flowmap.intervals import IntervalShares
 from anyflow.stages.flow import FlowBatch
-from anyflow.stages.onpolicy import Mover, OnPolicyStage
-from anyflow.stages.optimizers import OptimizerSettings
-from anyflow.stages.parts import StageParts, optimizer_settings
+from anyflow.stages.onpolicy import Mover, OnPolicyStage, onpolicy_movers
+from anyflow.stages.options import OnPolicySettings, OptimizerSettings
+from anyflow.stages.parts import StageParts
 
-ALL_AT_ONE_TIME = IntervalShares(diffusion=1.0, consistency=0.0)
+ALL_AT_ONE_TIME = IntervalShares(1.0, 0.0)
 """Every sample learns the velocity."""
 
 
@@ -42,6 +43,25 @@ class TailPlan:
         return self.forward_steps + self.teacher_steps + self.onpolicy_steps
 
 
+@dataclass(frozen=True)
+class DataPhase:
+    """A part of the run that learns from data, before the on-policy steps.
+
+    Attributes:
+        mover: The optimiser that it moves.
+        steps: How many.
+        loss: Of a batch.
+        reported_as: The loss's names among the figures.
+        hand_over: What follows its last step.
+    """
+
+    mover: str
+    steps: int
+    loss: Callable[[FlowBatch], Tensor]
+    reported_as: tuple[str, ...]
+    hand_over: Callable[[], None]
+
+
 class FinetuneTailStage(OnPolicyStage):
     """Fine-tuning with the on-policy tail.
 
@@ -49,18 +69,25 @@ class FinetuneTailStage(OnPolicyStage):
     """
 
     def __init__(
-        self, *args: Any, plan: TailPlan, optimizer: OptimizerSettings, tail_optimizer: OptimizerSettings, **kwargs: Any
+        self,
+        *args: Any,
+        plan: TailPlan,
+        settings: OnPolicySettings,
+        optimizer: OptimizerSettings,
+        tail_optimizer: OptimizerSettings,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, optimizer=tail_optimizer, total_steps=plan.onpolicy_steps, **kwargs)
-        self.plan = plan
-        self.total_steps = plan.total
-        student = self.movers.pop("student")
-        self.movers = {
+        movers = {
             "forward": Mover("student", optimizer, plan.forward_steps, "optimizer"),
             "teacher": Mover("teacher", optimizer, plan.teacher_steps, "optimizer"),
-            "student": Mover("student", tail_optimizer, student.updates, "stage.tail.optimizer"),
-            **self.movers,
+            **onpolicy_movers(tail_optimizer, settings, plan.onpolicy_steps, "stage.tail.optimizer"),
         }
+        kwargs |= {"settings": settings, "optimizer": optimizer, "movers": movers, "total_steps": plan.total}
+        super().__init__(*args, **kwargs)
+        self.phases = (
+            DataPhase("forward", plan.forward_steps, self.forward_loss, ("loss",), self.go_on_from_the_average),
+            DataPhase("teacher", plan.teacher_steps, self.teacher_loss, ("loss", "teacher_loss"), self.start_critic),
+        )
 
     @classmethod
     def build(cls, parts: StageParts) -> FinetuneTailStage:
@@ -70,34 +97,39 @@ class FinetuneTailStage(OnPolicyStage):
         # the adapted teacher has its guidance fused, as its base
         taken["settings"] = replace(taken["settings"], extra_guidance=0.0)
         plan = TailPlan(parts.options.steps, tail.teacher_steps, tail.steps)
-        return cls(parts.taught, parts.codec, plan=plan, tail_optimizer=optimizer_settings(tail.optimizer), **taken)
+        return cls(parts.taught, parts.codec, plan=plan, tail_optimizer=tail.optimizer, **taken)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        """One batch of the part that is due."""
-        data = self.prepare(batch)
-        plan = self.plan
-        if self.step < plan.forward_steps:
-            loss = self.data_turn("forward", data)
-            if self.step == plan.forward_steps and self.ema is not None:
-                self.ema.adopt()
-        elif self.step < plan.forward_steps + plan.teacher_steps:
-            loss = self.data_turn("teacher", data)
-            if self.step == plan.forward_steps + plan.teacher_steps:
-                self.roles.copy("teacher", "critic")
-        else:
-            loss = self.onpolicy_turn(data)
-        return loss
+        """One batch of the phase that is due."""
+        data, end = self.prepare(batch), 0
+        for phase in self.phases:
+            end += phase.steps
+            if self.step < end:
+                loss = self.data_turn(phase, data)
+                if self.step == end:
+                    phase.hand_over()
+                return loss
+        return self.onpolicy_turn(data)
 
-    def data_turn(self, name: str, data: FlowBatch) -> Tensor:
-        """Accumulate the gradient of the student's or the teacher's loss on data; update when it is complete."""
-        loss = self.forward_loss(data) if name == "forward" else self.teacher_loss(data)
+    def data_turn(self, phase: DataPhase, data: FlowBatch) -> Tensor:
+        """Accumulate the gradient of a phase's loss; update when it is complete."""
+        loss = phase.loss(data)
         self.manual_backward(loss / self.passes)
         loss = loss.detach()
-        self.report(**({"loss": loss} if name == "forward" else {"loss": loss, "teacher_loss": loss}))
+        self.report(**dict.fromkeys(phase.reported_as, loss))
         if self.is_between_updates:
-            self.update(name)
+            self.update(phase.mover)
             self.step += 1
         return loss
+
+    def go_on_from_the_average(self) -> None:
+        """What is corrected on-policy is what would be exported."""
+        if self.ema is not None:
+            self.ema.adopt()
+
+    def start_critic(self) -> None:
+        """It begins as the adapted teacher."""
+        self.roles.copy("teacher", "critic")
 
     def teacher_loss(self, data: FlowBatch) -> Tensor:
         """The teacher's velocities on the domain: the forward objective with r = t for every sample."""

@@ -16,27 +16,18 @@ from anyflow.flowmap.intervals import keep_first_frame
 from anyflow.flowmap.objective import Velocity
 from anyflow.flowmap.schedule import logit_normal_timestep
 from anyflow.stages.base import Stage
-from anyflow.stages.ema import EmaSettings
-from anyflow.stages.optimizers import OptimizerSettings
+from anyflow.stages.options import ConditioningOptions, EmaSettings, OptimizerSettings
 
 
 @dataclass(frozen=True)
-class Conditioning:
+class Conditioning(ConditioningOptions):
     """What the network is told, and how often it is not.
 
     Attributes:
         negative_prompt: The text that stands for "no text": of dropped samples and of the unconditional pass.
-        text_drop: Probability that a sample's text is replaced by the negative prompt.
-        i2v_prob: Probability that a step trains image-to-video: the first latent frame is given.
-        long_context: Of a causal network: probability that a step trains chunks after compressed context.
-        bidirectional_prob: Of a causal network: probability of an extra loss with all frames at once.
     """
 
     negative_prompt: str = ""
-    text_drop: float = 0.1
-    i2v_prob: float = 0.0
-    long_context: float = 0.5
-    bidirectional_prob: float = 0.1
 
 
 @dataclass(frozen=True)

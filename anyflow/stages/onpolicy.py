@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,42 +26,17 @@ from anyflow.flowmap.chunks import ChunkLayout
 from anyflow.flowmap.intervals import keep_first_frame
 from anyflow.flowmap.matching import critic_loss, matching_gradient, matching_loss, matching_timestep
 from anyflow.flowmap.objective import Velocity
-from anyflow.flowmap.rollout import DEFAULT_BUDGETS, BackwardSimulation, draw_simulation
+from anyflow.flowmap.rollout import BackwardSimulation, draw_simulation
 from anyflow.flowmap.sampling import Take, take_jump
 from anyflow.flowmap.tape import Tape
 from anyflow.stages.base import world
-from anyflow.stages.ema import Ema, EmaSettings
+from anyflow.stages.ema import Ema
 from anyflow.stages.flow import FlowBatch
 from anyflow.stages.forward import ForwardStage
-from anyflow.stages.optimizers import OptimizerSettings, build_optimizer, build_schedule
-from anyflow.stages.parts import StageParts, optimizer_settings
+from anyflow.stages.optimizers import build_optimizer, build_schedule
+from anyflow.stages.options import EmaSettings, OnPolicySettings, OptimizerSettings
+from anyflow.stages.parts import StageParts
 from anyflow.stages.watch import DriftWatch, rollout_figures
-
-
-@dataclass(frozen=True)
-class OnPolicySettings:
-    """The options of the stage; the defaults are the released recipe, but for the budget of one step.
-
-    Attributes:
-        budgets: Step counts that are simulated. Without 1 among them quality at one step falls.
-        extra_guidance: The teacher's: ``cond + extra * (cond - uncond)``, a usual guidance scale of 1 + extra.
-        forward_weight: Of the forward loss in the student's step; without it long rollouts decay. 0 leaves it out.
-        critic_turns: Critic updates for each of the student's.
-        recompute_jumps: Keep the activations of one jump of a rollout instead of all, and take the others again.
-        watch: Warn when the student's samples drift, and name the likely cause.
-    """
-
-    budgets: Sequence[int] = DEFAULT_BUDGETS
-    extra_guidance: float = 3.0
-    forward_weight: float = 1.0
-    critic_turns: int = 1
-    recompute_jumps: bool = False
-    watch: bool = True
-
-    @property
-    def turns(self) -> int:
-        """Updates of one step: the student's, then the critic's."""
-        return 1 + self.critic_turns
 
 
 @dataclass(frozen=True)
@@ -82,10 +56,21 @@ class Mover:
     field: str
 
 
+def onpolicy_movers(
+    student: OptimizerSettings, settings: OnPolicySettings, steps: int, field: str = "optimizer"
+) -> dict[str, Mover]:
+    """The optimisers of so many on-policy steps; ``field`` is where the recipe has the student's."""
+    return {
+        "student": Mover("student", student, steps, field),
+        "critic": Mover("critic", settings.critic, steps * settings.critic_turns, "stage.onpolicy.critic"),
+    }
+
+
 class OnPolicyStage(ForwardStage):
     """Distribution matching on the student's own samples, with forward co-training.
 
     Attributes:
+        recompute_jumps: Keep the activations of one jump of a rollout instead of all, and take the others again.
         turn: Updates done of the step that is under way.
         movers: The optimisers, by name.
     """
@@ -95,21 +80,19 @@ class OnPolicyStage(ForwardStage):
         roles: Roles,
         *args: Any,
         settings: OnPolicySettings,
-        critic_optimizer: OptimizerSettings,
+        recompute_jumps: bool = False,
         ema: EmaSettings,
+        movers: dict[str, Mover] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(roles.student, *args, ema=EmaSettings(decay=0.0), **kwargs)
         self.automatic_optimization = False
         self.settings = settings
+        self.recompute_jumps = recompute_jumps
         self.roles = roles
         self.others = torch.nn.ModuleDict(roles.others)
         self.drift = DriftWatch()
-        critic_updates = self.total_steps * settings.critic_turns
-        self.movers = {
-            "student": Mover("student", self.optimizer_settings, self.total_steps, "optimizer"),
-            "critic": Mover("critic", critic_optimizer, critic_updates, "stage.onpolicy.critic"),
-        }
+        self.movers = movers or onpolicy_movers(self.optimizer_settings, settings, self.total_steps)
         if ema.decay > 0:
             self.ema = Ema([weight for _, weight in roles.parameters("student")], ema)
 
@@ -121,11 +104,7 @@ class OnPolicyStage(ForwardStage):
     @staticmethod
     def corrected(parts: StageParts) -> dict[str, Any]:
         """What stages take that correct the student on its own samples."""
-        options = asdict(parts.options.onpolicy)
-        taken = ("budgets", "extra_guidance", "forward_weight", "critic_turns", "watch")
-        settings = OnPolicySettings(recompute_jumps=parts.recompute_jumps, **{key: options[key] for key in taken})
-        critic = optimizer_settings(parts.options.onpolicy.critic)
-        return {**parts.mapped, "settings": settings, "critic_optimizer": critic}
+        return {**parts.mapped, "settings": parts.options.onpolicy, "recompute_jumps": parts.recompute_jumps}
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """One pass of the student's update or of the critic's."""
@@ -144,7 +123,7 @@ class OnPolicyStage(ForwardStage):
     def generator_turn(self, data: FlowBatch) -> Tensor:
         """Accumulate the student's gradient: distribution matching on its samples, the forward loss on data."""
         plan = self.draw_plan()
-        tape = Tape(self.count_jumps(data, plan) - 1 if self.settings.recompute_jumps else 0)
+        tape = Tape(self.count_jumps(data, plan) - 1 if self.recompute_jumps else 0)
         samples = self.simulate(data, plan, tape.take)
         given = self.given_frames(data)
         timestep = matching_timestep(self.draw_own("matching", len(samples)), self.objective.shift)

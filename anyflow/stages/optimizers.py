@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,29 +17,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from anyflow.stages.muon import Muon, evaluate
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """How weights move.
-
-    Attributes:
-        name: ``adamw`` or ``muon``.
-        lr: Peak learning rate (of the matrices under ``muon``, in AdamW's units: updates are scaled to its RMS).
-        betas: AdamW's two decay rates.
-        weight_decay: Decoupled weight decay.
-        warmup_steps: Optimiser steps of linear warm-up from zero.
-        schedule: ``constant`` after the warm-up, or ``cosine`` down to zero at the last step.
-        clip: Largest global gradient norm; 0 leaves gradients alone.
-    """
-
-    name: str = "adamw"
-    lr: float = 5e-5
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    schedule: str = "constant"
-    clip: float = 1.0
+from anyflow.stages.options import OptimizerSettings
 
 
 def build_optimizer(settings: OptimizerSettings, parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
@@ -50,7 +27,7 @@ def build_optimizer(settings: OptimizerSettings, parameters: Iterable[tuple[str,
         ValueError: Unknown name.
     """
     trainable = [(name, p) for name, p in parameters if p.requires_grad]
-    adamw: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
+    adamw: dict[str, Any] = {"lr": settings.lr, "betas": tuple(settings.betas), "weight_decay": settings.weight_decay}
     if settings.name == "adamw":
         return AdamW([p for _, p in trainable], **adamw)
     if settings.name == "muon":

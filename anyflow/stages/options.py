@@ -1,17 +1,18 @@
 # ruff: noqa: RUF009  (every default goes through _option, which makes a fresh list or mapping each time)
-"""The schema of a recipe's stage: what is trained, on which objective, and how its weights move."""
+"""The options of the stages, which are a recipe's groups: what is trained, on which objective, how weights move."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from anyflow.flowmap.options import ObjectiveOptions, ShareOptions
 from anyflow.stages.declaration import Declaration
 from anyflow.stages.declarations import STAGES, in_words
 from anyflow.system.option import option as _option
 
 
 @dataclass(frozen=True)
-class CodecRecipe:
+class CodecObjective:
     """The codec stage alone: how the small VAE is trained."""
 
     crop_frames: int = _option(9, "frames of a training crop (4n+1)", low=1)
@@ -24,7 +25,7 @@ class CodecRecipe:
 
 
 @dataclass(frozen=True)
-class OptimizerRecipe:
+class OptimizerSettings:
     """How the weights move."""
 
     name: str = _option("adamw", "adamw, or muon (2-D weights by Muon, the rest by AdamW)", choices=("adamw", "muon"))
@@ -37,7 +38,15 @@ class OptimizerRecipe:
 
 
 @dataclass(frozen=True)
-class OnPolicyRecipe:
+class EmaSettings:
+    """The moving average of the weights, which is what is sampled and exported."""
+
+    decay: float = _option(0.999, "share of the old average kept each step; 0 keeps no average", low=0, high=0.999999)
+    start_step: int = _option(0, "step at which averaging begins; before it the average is the weights", low=0)
+
+
+@dataclass(frozen=True)
+class OnPolicySettings:
     """The on-policy stage, and the baselines: the student is corrected on its own samples, against a teacher."""
 
     teacher: str = _option(
@@ -60,49 +69,29 @@ class OnPolicyRecipe:
     watch: bool = _option(
         True, "warn when the student's samples drift (collapse, still video, burnt colours) and say why"
     )
-    critic: OptimizerRecipe = field(default_factory=lambda: OptimizerRecipe(lr=2e-6, betas=[0.0, 0.999]))
+    critic: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=2e-6, betas=[0.0, 0.999]))
+
+    @property
+    def turns(self) -> int:
+        """Updates of one step: the student's, then the critic's."""
+        return 1 + self.critic_turns
 
 
 @dataclass(frozen=True)
-class TailRecipe:
+class TailOptions:
     """The finetune stage alone: a short on-policy correction after it, against a teacher adapted to the domain."""
 
     steps: int = _option(0, "on-policy steps after fine-tuning (stage.onpolicy says how); 0: no tail", low=0)
     teacher_steps: int = _option(
         300, "flow-matching steps on the domain that make the teacher from the base, before the on-policy steps", low=0
     )
-    optimizer: OptimizerRecipe = field(default_factory=lambda: OptimizerRecipe(lr=2e-6, betas=[0.0, 0.999]))
+    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=2e-6, betas=[0.0, 0.999]))
 
 
 @dataclass(frozen=True)
-class StageRecipe:
-    """What is trained, and on which objective."""
+class ConditioningOptions:
+    """What the network is told, and how often it is not."""
 
-    name: str = _option(
-        "finetune",
-        lambda: f"what kind of training this is ({in_words()})",
-        choices=STAGES.keys(),  # a live view
-    )
-    steps: int = _option(200, "optimiser steps", low=1)
-    guidance_scale: float = _option(3.0, "guidance fused into the weights; the result samples at scale 1", low=1)
-    guided_tangent: bool = _option(
-        False,
-        "move the finite difference along the guided velocity: no difference was found (docs/forward.md)",
-    )
-    derivative: str = _option(
-        "central",
-        "total derivative by central difference, or exact by jvp (slower, more memory)",
-        choices=("central", "jvp"),
-    )
-    delta: float = _option(5.0, "half width of the central difference, in timestep units of 1000", above=0, high=100)
-    weight: str = _option("beta08", "weight of the loss over timesteps", choices=("beta08", "gaussian", "uniform"))
-    rebalance: bool = _option(True, "scale flow-map losses to the diffusion loss; off, jumps crowd out the velocity")
-    diffusion_share: float = _option(
-        0.5, "share of the global batch with r = t (instantaneous velocity)", low=0, high=1
-    )
-    consistency_share: float = _option(
-        0.25, "share of the global batch with r = 0 (one jump to the data)", low=0, high=1
-    )
     i2v_prob: float = _option(0.0, "share of the steps that keep the first frame clean (image-to-video)", low=0, high=1)
     text_drop: float = _option(
         0.1, "share of the samples trained on the negative prompt instead of their text", low=0, high=1
@@ -113,9 +102,27 @@ class StageRecipe:
     bidirectional_prob: float = _option(
         0.1, "causal networks: share of the steps with an extra loss on all frames at once", low=0, high=1
     )
-    codec: CodecRecipe = field(default_factory=CodecRecipe)
-    onpolicy: OnPolicyRecipe = field(default_factory=OnPolicyRecipe)
-    tail: TailRecipe = field(default_factory=TailRecipe)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """What comes first of a stage."""
+
+    name: str = _option(
+        "finetune",
+        lambda: f"what kind of training this is ({in_words()})",
+        choices=STAGES.keys(),  # a live view
+    )
+    steps: int = _option(200, "optimiser steps", low=1)
+
+
+@dataclass(frozen=True)
+class StageOptions(ConditioningOptions, ShareOptions, ObjectiveOptions, _Named):
+    """What is trained, and on which objective."""
+
+    codec: CodecObjective = field(default_factory=CodecObjective)
+    onpolicy: OnPolicySettings = field(default_factory=OnPolicySettings)
+    tail: TailOptions = field(default_factory=TailOptions)
 
     @property
     def declared(self) -> Declaration:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from anyflow.backbone.codec import Codec
@@ -10,10 +10,9 @@ from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.backbone.roles import Roles
 from anyflow.flowmap.intervals import IntervalShares
 from anyflow.flowmap.objective import FlowMapObjective
-from anyflow.stages.ema import EmaSettings
 from anyflow.stages.flow import Conditioning
-from anyflow.stages.optimizers import OptimizerSettings
-from anyflow.stages.options import StageRecipe
+from anyflow.stages.options import EmaSettings, OptimizerSettings, StageOptions
+from anyflow.system.option import part_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class StageParts:
         recompute_jumps: keep the activations of one jump of a rollout alone.
     """
 
-    options: StageRecipe
+    options: StageOptions
     optimizer: OptimizerSettings
     ema: EmaSettings
     seed: int
@@ -64,30 +63,12 @@ class StageParts:
     @property
     def conditioned(self) -> dict[str, Any]:
         """What stages of the flow-map network take."""
-        stage = self.options
-        conditioning = Conditioning(
-            self.negative_prompt, stage.text_drop, stage.i2v_prob, stage.long_context, stage.bidirectional_prob
-        )
+        conditioning = part_of(Conditioning, self.options, negative_prompt=self.negative_prompt)
         return {**self.shared, "conditioning": conditioning}
 
     @property
     def mapped(self) -> dict[str, Any]:
         """What stages with the flow-map objective take."""
-        stage = self.options
-        objective = FlowMapObjective(
-            guidance_scale=stage.guidance_scale,
-            guided_tangent=stage.guided_tangent,
-            derivative=stage.derivative,  # type: ignore[arg-type]
-            delta=stage.delta,
-            weight=stage.weight,  # type: ignore[arg-type]
-            shift=self.shift,
-            rebalance=stage.rebalance,
-        )
-        shares = IntervalShares(stage.diffusion_share, stage.consistency_share)
+        objective = part_of(FlowMapObjective, self.options, shift=self.shift)
+        shares = part_of(IntervalShares, self.options)
         return {**self.conditioned, "objective": objective, "shares": shares}
-
-
-def optimizer_settings(group: Any) -> OptimizerSettings:
-    """How weights move, from a recipe's group."""
-    fields = asdict(group)
-    return OptimizerSettings(**{**fields, "betas": tuple(fields["betas"])})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -37,9 +37,9 @@ from anyflow.data.module import VideoDataModule
 from anyflow.data.reader import ShardReader, find_split
 from anyflow.recipe import Recipe
 from anyflow.stages.base import Stage
-from anyflow.stages.ema import EmaSettings
-from anyflow.stages.parts import StageParts, optimizer_settings
+from anyflow.stages.parts import StageParts
 from anyflow.system.console import progress_line
+from anyflow.system.option import part_of
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stag
         spread(recipe, *(roles.networks if roles is not None else [backbone]))
     parts = StageParts(
         options=recipe.stage,
-        optimizer=optimizer_settings(recipe.optimizer),
-        ema=EmaSettings(**asdict(recipe.ema)),
+        optimizer=recipe.optimizer,
+        ema=recipe.ema,
         seed=recipe.run.seed,
         passes=recipe.hardware.accumulate,
         codec=codec,
@@ -206,7 +206,7 @@ def lora_settings(recipe: Recipe) -> LoraSettings:
     lora = recipe.model.lora
     released = RELEASED_FULL[recipe.model.architecture]
     full = [name for item in lora.full for name in (released if item == "released" else (item,))]
-    return LoraSettings(lora.rank, lora.alpha, tuple(lora.targets), dropout=lora.dropout, full=tuple(full))
+    return part_of(LoraSettings, lora, full=tuple(full))
 
 
 def batches_of(recipe: Recipe) -> int:

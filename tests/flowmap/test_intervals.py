@@ -66,11 +66,11 @@ def test_counts_of_a_step_are_its_shares_rounded_up_or_down(
     counts = shares.counts(samples, step)
     kinds = (*counts, samples - sum(counts))
     for count, share in zip(
-        kinds, (shares.diffusion, shares.consistency, 1 - diffusion - shares.consistency), strict=True
+        kinds, (shares.diffusion_share, shares.consistency_share, 1 - diffusion - shares.consistency_share), strict=True
     ):
         assert count >= 0 and abs(count - share * samples) < 1 + 1e-6
     if shares.are_whole(samples):
-        assert counts == (round(shares.diffusion * samples), round(shares.consistency * samples))
+        assert counts == (round(shares.diffusion_share * samples), round(shares.consistency_share * samples))
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 5, 6])
@@ -82,7 +82,7 @@ def test_shares_that_a_step_cannot_hold_hold_over_steps(samples: int, shares: In
     """
     steps = range(1, 1 + 64 * stride, stride)
     totals = torch.tensor([shares.counts(samples, step) for step in steps]).sum(dim=0) / (64 * samples)
-    assert abs(totals[0] - shares.diffusion) < 0.03 and abs(totals[1] - shares.consistency) < 0.03
+    assert abs(totals[0] - shares.diffusion_share) < 0.03 and abs(totals[1] - shares.consistency_share) < 0.03
 
 
 def test_times_are_the_shifted_uniforms() -> None:

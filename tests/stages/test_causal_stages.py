@@ -143,8 +143,10 @@ def test_an_on_policy_step_rolls_out_chunk_by_chunk_against_a_bidirectional_teac
     student, teacher = new_backbone(CAUSAL, 0, "causal"), new_backbone(NETWORK, 1)
     for net in (student, teacher):
         torch.nn.init.normal_(net.transformer.proj_out.weight, std=0.1)
-    critic = OptimizerSettings("adamw", lr=1e-3)
-    options = {"objective": FlowMapObjective(), "settings": OnPolicySettings(), "critic_optimizer": critic}
+    options = {
+        "objective": FlowMapObjective(),
+        "settings": OnPolicySettings(critic=OptimizerSettings("adamw", lr=1e-3)),
+    }
     causal = quiet(OnPolicyStage(SeparateRoles(student, teacher), codec, **settings(**options)))
     optimizers, schedules = causal.configure_optimizers()
     causal.optimizers, causal.lr_schedulers = (lambda: optimizers), (lambda: schedules)

@@ -64,7 +64,7 @@ class Case:
     settled: int = 2
 
 
-ROLLOUT = OnPolicySettings(budgets=(2, 4), recompute_jumps=True, watch=False)
+ROLLOUT = OnPolicySettings(budgets=[2, 4], watch=False, critic=OptimizerSettings("adamw", lr=1e-3))
 TAIL = {"plan": TailPlan(4, 2, 2), "tail_optimizer": OptimizerSettings("adamw", lr=1e-3), "total_steps": None}
 
 CASES = {
@@ -123,7 +123,7 @@ def build(case: Case, codec: Codec, compiled: bool) -> Any:
         kind: dict[str, Any] = {"trains_teacher": tail, "has_critic": onpolicy}
         roles = AdapterRoles(backbone, LORA, **kind) if case.lora else SeparateRoles(backbone, network(case, 1), **kind)
     if onpolicy:
-        options |= {"settings": ROLLOUT, "critic_optimizer": OptimizerSettings("adamw", lr=1e-3)}
+        options |= {"settings": ROLLOUT, "recompute_jumps": True}
     options |= case.options
     shake(backbone)
     for each in (roles.networks if roles is not None else [backbone]) if compiled else []:

@@ -88,7 +88,8 @@ def test_jumps_taken_again_give_the_gradient_of_jumps_kept(codec: Codec, i2v: fl
     for recompute in (False, True):
         stage = onpolicy_stage(
             codec,
-            settings=OnPolicySettings(budgets=(8,), recompute_jumps=recompute),
+            settings=OnPolicySettings(budgets=[8]),
+            recompute_jumps=recompute,
             conditioning=Conditioning(i2v_prob=i2v),
         )
         stage.position = 3

@@ -76,7 +76,9 @@ def test_shares_are_the_recipes(stage: str, monkeypatch: pytest.MonkeyPatch) -> 
         seen.add(case)
         is_whole = shares.are_whole(recipe.global_batch)
         steps = 1 if is_whole else max(4, 256 // recipe.global_batch)
-        wanted = torch.tensor([shares.diffusion, shares.consistency, 1 - shares.diffusion - shares.consistency])
+        wanted = torch.tensor(
+            [shares.diffusion_share, shares.consistency_share, 1 - shares.diffusion_share - shares.consistency_share]
+        )
         found = drawn(recipe, steps, monkeypatch) / (steps * recipe.global_batch)
         assert (found - wanted).abs().max() < (1e-6 if is_whole else 0.02), (case, found)
     assert seen

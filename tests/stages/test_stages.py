@@ -53,7 +53,7 @@ def test_the_forward_stage_is_the_plain_objective_balanced(codec: Codec) -> None
 
 
 def test_dropped_texts_use_the_negative_prompt(codec: Codec) -> None:
-    stage = stage_of(TeacherStage, codec, conditioning=Conditioning("nothing", text_drop=1.0))
+    stage = stage_of(TeacherStage, codec, conditioning=Conditioning(negative_prompt="nothing", text_drop=1.0))
     data = stage.prepare(batch())
     assert data.rows.tolist() == [4, 4, 4, 4]
     negative = codec.encode_text(["nothing"])

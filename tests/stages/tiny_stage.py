@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,12 +65,13 @@ def onpolicy_stage(codec: Codec, kind: Any = OnPolicyStage, trains_teacher: bool
     torch.manual_seed(3)
     for net in (student, teacher):
         torch.nn.init.normal_(net.transformer.proj_out.weight, std=0.1)
+    critic = OptimizerSettings("adamw", lr=1e-3, betas=[0.0, 0.999])
     options = {"settings": OnPolicySettings(), "ema": EmaSettings(0.9), **changes}
+    options["settings"] = replace(options["settings"], critic=critic)
     stage = kind(
         SeparateRoles(student, teacher, trains_teacher=trains_teacher),
         codec,
         objective=FlowMapObjective(),
-        critic_optimizer=OptimizerSettings("adamw", lr=1e-3, betas=(0.0, 0.999)),
         **{name: value for name, value in settings(**options).items() if value is not None},
     )
     optimizers, schedules = stage.configure_optimizers()

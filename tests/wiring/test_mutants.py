@@ -71,8 +71,8 @@ MUTANTS = [
     Mutant(
         "the model's shift does not reach the objective",
         "stages/parts.py",
-        "            shift=self.shift,\n",
-        "",
+        "self.options, shift=self.shift)",
+        "self.options)",
         f"{WIRING}::test_intervals_have_the_models_shift",
     ),
     Mutant(
@@ -197,8 +197,8 @@ MUTANTS = [
     Mutant(
         "the teacher's own guidance is left out",
         ONPOLICY,
-        'taken = ("budgets", "extra_guidance", ',
-        'taken = ("budgets", ',
+        '"settings": parts.options.onpolicy',
+        '"settings": type(parts.options.onpolicy)()',
         f"{WIRING}::test_options_of_the_recipe_reach_their_stage",
     ),
     Mutant(
@@ -211,8 +211,8 @@ MUTANTS = [
     Mutant(
         "an adapter's alpha is its rank",
         "training/assemble.py",
-        "LoraSettings(lora.rank, lora.alpha, ",
-        "LoraSettings(lora.rank, lora.rank, ",
+        "part_of(LoraSettings, lora, full=tuple(full))",
+        "part_of(LoraSettings, lora, full=tuple(full), alpha=lora.rank)",
         EXPORTED,
     ),
 ]
