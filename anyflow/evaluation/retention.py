@@ -15,6 +15,7 @@ interval (Student's t) are those of the logarithms, in which half and twice are 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import sub
 
 from anyflow.evaluation.curve import Curve, CurveRow
@@ -22,6 +23,19 @@ from anyflow.evaluation.figures import Figure, figure_of
 from anyflow.evaluation.statistics import Estimate, log_badness, ratio_of, shared
 
 FEW = 4
+
+Logs = Mapping[str, Mapping[int, float]]
+"""Logarithms of ratios by data set and seed of the noise."""
+
+
+def mean_ratio(logs: Logs) -> Estimate | None:
+    """The ratio over all data sets and seeds; None where there is none."""
+    return ratio_of([list(values.values()) for values in logs.values()])
+
+
+def ratio_before_over_after(before: Logs, after: Logs) -> Logs:
+    """What is left of the few-step ability, seed by seed, of the seeds that both have."""
+    return {card: shared(logs, after[card], sub) for card, logs in before.items()}
 
 
 def few_step_ratio(curve: Curve, name: str, few: int = FEW, many: int | None = None) -> Estimate | None:
@@ -32,7 +46,7 @@ def few_step_ratio(curve: Curve, name: str, few: int = FEW, many: int | None = N
     Raises:
         KeyError: the figure is of a kind that has no ratio.
     """
-    return ratio_of([list(_log_ratios(curve, name, few, many).values())])
+    return mean_ratio({curve.domain: _log_ratios(curve, name, few, many)})
 
 
 def retention(before: Curve, after: Curve, name: str, few: int = FEW, many: int | None = None) -> Estimate | None:
@@ -41,8 +55,8 @@ def retention(before: Curve, after: Curve, name: str, few: int = FEW, many: int 
     Raises:
         KeyError: the figure is of a kind that has no ratio.
     """
-    kept = shared(_log_ratios(before, name, few, many), _log_ratios(after, name, few, many), sub)
-    return ratio_of([list(kept.values())])
+    was, now = ({after.domain: _log_ratios(curve, name, few, many)} for curve in (before, after))
+    return mean_ratio(ratio_before_over_after(was, now))
 
 
 def change(before: Curve, after: Curve, name: str, num_steps: int) -> Estimate | None:
@@ -56,7 +70,7 @@ def change(before: Curve, after: Curve, name: str, num_steps: int) -> Estimate |
     better = _comparable(name).better
     was, now = (_values(curve, curve.row(num_steps), name) for curve in (before, after))
     logs = shared(now, was, lambda one, other: log_badness(one, other, better))
-    return ratio_of([list(logs.values())])
+    return mean_ratio({after.domain: logs})
 
 
 def _comparable(name: str) -> Figure:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from anyflow.evaluation.figures import LOWER, Figure
 from anyflow.evaluation.report.folder import REAL_COLOUR
 from anyflow.evaluation.report.picture import VARIANT_COLOURS
-from anyflow.experiment.figures import Measured, short
+from anyflow.experiment.measured import Measured, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
