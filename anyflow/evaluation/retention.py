@@ -38,24 +38,22 @@ def ratio_before_over_after(before: Logs, after: Logs) -> Logs:
     return {card: shared(logs, after[card], sub) for card, logs in before.items()}
 
 
-def few_step_ratio(curve: Curve, name: str, few: int = FEW, many: int | None = None) -> Estimate | None:
+def few_step_ratio(curve: Curve, name: str) -> Estimate | None:
     """The few-step ratio of a figure; None where a step count or the figure is missing, or it is 0 where it divides.
-
-    ``many`` is the most steps of the curve unless it is given.
 
     Raises:
         KeyError: the figure is of a kind that has no ratio.
     """
-    return mean_ratio({curve.domain: _log_ratios(curve, name, few, many)})
+    return mean_ratio({curve.domain: _log_ratios(curve, name)})
 
 
-def retention(before: Curve, after: Curve, name: str, few: int = FEW, many: int | None = None) -> Estimate | None:
+def retention(before: Curve, after: Curve, name: str) -> Estimate | None:
     """The few-step ratio before over the one after, seed by seed; None as for the ratio, or without a shared seed.
 
     Raises:
         KeyError: the figure is of a kind that has no ratio.
     """
-    was, now = ({after.domain: _log_ratios(curve, name, few, many)} for curve in (before, after))
+    was, now = ({after.domain: _log_ratios(curve, name)} for curve in (before, after))
     return mean_ratio(ratio_before_over_after(was, now))
 
 
@@ -80,14 +78,14 @@ def _comparable(name: str) -> Figure:
     return figure
 
 
-def _log_ratios(curve: Curve, name: str, few: int, many: int | None) -> dict[int, float]:
+def _log_ratios(curve: Curve, name: str) -> dict[int, float]:
     """By seed of the noise; empty where there is none."""
     better = _comparable(name).better
     rows = {row.num_steps: row for row in curve.rows}
-    most = many or max(rows)
-    if few not in rows or most not in rows or few == most:
+    most = max(rows)
+    if FEW not in rows or most == FEW:
         return {}
-    few_values, many_values = (_values(curve, rows[count], name) for count in (few, most))
+    few_values, many_values = (_values(curve, rows[count], name) for count in (FEW, most))
     return shared(few_values, many_values, lambda one, other: log_badness(one, other, better))
 
 
