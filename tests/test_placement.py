@@ -25,8 +25,8 @@ from anyflow.errors import UserError
 from anyflow.evaluation import heldout as curves
 from anyflow.evaluation import models
 from anyflow.evaluation.curve import Curve
+from anyflow.evaluation.kept_samples import KeptSamples
 from anyflow.evaluation.measurement import Judges
-from anyflow.evaluation.samples import KeptSamples
 from anyflow.recipe import Recipe, load_recipe, save_recipe
 from anyflow.system import ranks
 from anyflow.tracking.runs import RunFolder

@@ -161,7 +161,7 @@ def probe(
 
     find_card(card, "")
     from anyflow.evaluation.models import native_shape
-    from anyflow.evaluation.probes import probe_of
+    from anyflow.evaluation.probe import probe_of
     from anyflow.system.console import progress_line
 
     shape = native_shape(model)

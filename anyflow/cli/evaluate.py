@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from anyflow.backbone.guidance import Guidance
     from anyflow.evaluation.curve import CurveResult
     from anyflow.evaluation.heldout import Prompts
+    from anyflow.evaluation.kept_samples import KeptSamples
     from anyflow.evaluation.measurement import Measurement
-    from anyflow.evaluation.samples import KeptSamples
 
 SAMPLES = Path("runs/evaluations/.samples")
 """Where what is sampled lies until all of it is measured."""
@@ -101,10 +101,10 @@ def evaluate(
         raise typer.Exit(watch(count, 1, AGAIN))
     end_with_watcher()
     from anyflow.evaluation.heldout import Prompts
+    from anyflow.evaluation.kept_samples import KeptSamples
     from anyflow.evaluation.measurement import Measurement
     from anyflow.evaluation.models import native_shape
     from anyflow.evaluation.report.folder import write_report
-    from anyflow.evaluation.samples import KeptSamples
 
     asked = Measurement(steps=counts, seeds=chosen, given_frames=given_frames, batch_size=batch_size)
     clips = Prompts([data], native_shape(model), prompts, split)
@@ -202,7 +202,7 @@ def _measured(
 ) -> tuple[CurveResult | None, CurveResult | None]:
     """The curves before (if there is one to compare with) and after; None for both on all ranks but the first."""
     from anyflow.backbone.parallelize import join_ranks, leave_ranks, rank_and_size
-    from anyflow.evaluation.probes import judges_of
+    from anyflow.evaluation.further_judges import judges_of
     from anyflow.evaluation.report.tables import check_comparable
     from anyflow.system.console import progress_line
 

@@ -10,9 +10,9 @@ from anyflow.cli.common import Json, print_json
 from anyflow.errors import UserError
 
 if TYPE_CHECKING:
-    from anyflow.experiment.jobs import Job
     from anyflow.experiment.pieces import Piece
     from anyflow.experiment.schema import Experiment
+    from anyflow.experiment.tasks import Task
 
 
 def experiment(
@@ -54,8 +54,8 @@ def experiment(
         _list(as_json)
         return
     found = load_experiment(name)
-    from anyflow.experiment.jobs import jobs_of, select
     from anyflow.experiment.pieces import pieces_of
+    from anyflow.experiment.tasks import select, tasks_of
 
     every = pieces_of(found)
     chosen = select(found, every, _words(only), _numbers(seeds))
@@ -64,11 +64,11 @@ def experiment(
 
         check_ready(found, chosen)
     if dry_run:
-        listed = jobs_of(found, chosen, afresh=afresh)
+        listed = tasks_of(found, chosen, afresh=afresh)
         print_json(_jobs_document(found, listed)) if as_json else _show_jobs(found, listed)
         return
     failed = {} if report else _run(found, chosen, jobs, afresh)
-    _report(found, every, jobs_of(found, every, afresh=afresh), as_json, failed)
+    _report(found, every, tasks_of(found, every, afresh=afresh), as_json, failed)
     if failed:
         raise typer.Exit(1)
 
@@ -95,7 +95,7 @@ def _run(found: Experiment, pieces: list[Piece], at_once: int, afresh: bool) -> 
         raise typer.Exit(stop.code) from None
 
 
-def _report(found: Experiment, pieces: list[Piece], jobs: list[Job], as_json: bool, failed: dict[str, str]) -> None:
+def _report(found: Experiment, pieces: list[Piece], jobs: list[Task], as_json: bool, failed: dict[str, str]) -> None:
     from anyflow.experiment.report import write_report
     from anyflow.system.console import quiet_libraries
 
@@ -116,8 +116,8 @@ def _report(found: Experiment, pieces: list[Piece], jobs: list[Job], as_json: bo
     typer.echo(f"report: {folder / 'report.html'}   in MLflow: make mlflow")
 
 
-def _show_jobs(found: Experiment, jobs: list[Job]) -> None:
-    from anyflow.experiment.jobs import left
+def _show_jobs(found: Experiment, jobs: list[Task]) -> None:
+    from anyflow.experiment.tasks import left
     from anyflow.training.callbacks.progress import clock
 
     typer.echo(found.question)
@@ -127,7 +127,7 @@ def _show_jobs(found: Experiment, jobs: list[Job]) -> None:
     typer.echo(f"{len(jobs)} trainings and curves, {left(jobs, clock)}")
 
 
-def _jobs_document(found: Experiment, jobs: list[Job]) -> dict[str, Any]:
+def _jobs_document(found: Experiment, jobs: list[Task]) -> dict[str, Any]:
     rows = [
         {
             "run": job.piece.run.path,

@@ -23,7 +23,7 @@ READERS: dict[Any, tuple[Any, Callable[[Any], Any]]] = {
 def with_options(function: Callable[..., None]) -> Callable[..., None]:
     """A command that takes every field of its dataclass parameters as an option, and is called with the dataclasses.
 
-    The fields are those of :func:`anyflow.recipe.option.option`.
+    The fields are those of :func:`anyflow.system.option.option`.
     """
     hints = typing.get_type_hints(function, include_extras=True)
     groups = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}

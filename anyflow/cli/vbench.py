@@ -71,12 +71,9 @@ def vbench(
     check_sampler(sampler)
     check_precision(precision)
     require_place(out, "--out")
-    from anyflow.evaluation.vbench import dimensions_of, installed_prompts, read_prompts, run_vbench, totals
+    from anyflow.evaluation.vbench import dimensions_of, read_prompts
 
-    place = info or (installed_prompts() if images is None else None)
-    if place is None:
-        needed = "vbench2_i2v_full_info.json of VBench-I2V" if images is not None else "VBench_full_info.json"
-        raise UserError(f"--info is empty and the list is not installed: give {needed} (it comes with VBench)")
+    place = _prompt_list(info, images)
     chosen = list(parse_names(dimensions)) or list(dimensions_of(image=images is not None))
     prompts = read_prompts(place, chosen, image=images is not None)
     _check_images(images, prompts)
@@ -90,12 +87,7 @@ def vbench(
     told: dict[str, Any] = {"model": model, "guidance": way[1].scale, "nfe": _calls(out, counts)}
     scores: dict[str, Any] = {}
     if score:
-        resolution = None if images is None else images.name
-        for count, folder in folders.items():
-            found = run_vbench(
-                folder, place, chosen, out / f"steps-{count:02d}", resolution=resolution, device=_device()
-            )
-            scores[str(count)] = {**found, **totals(found, image=images is not None)}
+        scores = _scored(folders, place, chosen, out, images)
         _write_json(out / "vbench.json", {**told, "seed": seed, "samples": samples, "scores": scores})
     if as_json:
         print_json({**told, "prompts": len(prompts), "videos": folders, "scores": scores})
@@ -107,6 +99,31 @@ def vbench(
         typer.echo(way[1].told)
     if not score:
         typer.echo(f"score: anyflow vbench ... --score, or: vbench evaluate --videos_path {folder} --dimension ...")
+
+
+def _prompt_list(info: Path | None, images: Path | None) -> Path:
+    """The benchmark's list of prompts: the given one, or that of the installed package."""
+    from anyflow.evaluation.vbench import installed_prompts
+
+    place = info or (installed_prompts() if images is None else None)
+    if place is None:
+        needed = "vbench2_i2v_full_info.json of VBench-I2V" if images is not None else "VBench_full_info.json"
+        raise UserError(f"--info is empty and the list is not installed: give {needed} (it comes with VBench)")
+    return place
+
+
+def _scored(
+    folders: dict[int, Path], place: Path, dimensions: Sequence[str], out: Path, images: Path | None
+) -> dict[str, Any]:
+    """The scores of each step count's videos, with the totals."""
+    from anyflow.evaluation.vbench import run_vbench, totals
+
+    scores = {}
+    for count, folder in folders.items():
+        resolution, results = None if images is None else images.name, out / f"steps-{count:02d}"
+        found = run_vbench(folder, place, dimensions, results, resolution=resolution, device=_device())
+        scores[str(count)] = {**found, **totals(found, image=images is not None)}
+    return scores
 
 
 def _settle(out: Path, model: str, settings: dict[str, Any]) -> None:

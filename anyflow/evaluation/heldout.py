@@ -22,9 +22,9 @@ from anyflow.data.reader import ShardReader, find_split
 from anyflow.data.stream import ClipDataset
 from anyflow.errors import UserError
 from anyflow.evaluation.curve import CurveResult, HeldOut
+from anyflow.evaluation.kept_samples import KeptSamples
 from anyflow.evaluation.measure import OnProgress, measure_curve, sampler_of
 from anyflow.evaluation.measurement import BATCH_SIZE, CurveCodec, Measurement, SampledModel, Sampler
-from anyflow.evaluation.samples import KeptSamples
 from anyflow.flowmap.endpoint import Renoise
 from anyflow.flowmap.sampling import Take
 from anyflow.system.files import replacing

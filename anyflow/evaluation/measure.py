@@ -22,8 +22,8 @@ from torch import Tensor
 from anyflow.backbone.guidance import UNGUIDED, Guidance
 from anyflow.evaluation.curve import Curve, CurveResult, CurveRow, HeldOut, Marks, over_seeds
 from anyflow.evaluation.judge import Judge
+from anyflow.evaluation.kept_samples import KeptSamples
 from anyflow.evaluation.measurement import Measurement, SampledModel, Sampler
-from anyflow.evaluation.samples import KeptSamples
 from anyflow.flowmap.endpoint import Renoise
 from anyflow.flowmap.sampling import SamplerKind, Take, take_jump, take_velocity
 

@@ -11,19 +11,25 @@ takes a minute or two on two cores.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from anyflow.data.decode import ClipShape
+from anyflow.data.reader import find_split
 from anyflow.errors import UserError
 from anyflow.evaluation.curve import HeldOut
+from anyflow.evaluation.heldout import held_out
+from anyflow.evaluation.measure import OnProgress
 from anyflow.system.files import replacing, write_atomically
+from anyflow.system.locks import locked
 
 TRUSTED = 0.9
 """Accuracy on real held-out clips below which a label is not used."""
@@ -33,6 +39,10 @@ MOST_VALUES = 16
 
 FEWEST = 8
 """A value of fewer training clips is not learnt: clips that show it are left out of this label."""
+
+
+KEPT = Path("runs/probes")
+"""Where probes are kept."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +206,7 @@ def train_probe(
     clips: Sequence[HeldOut],
     real: Sequence[HeldOut],
     settings: ProbeSettings | None = None,
-    on_progress: Callable[[int, int, str], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Probe:
     """Train a probe on real clips of one domain, and measure it on others that it never saw.
 
@@ -238,6 +248,39 @@ def train_probe(
     probe = Probe(network, settings, clips[0].domain, labels, dict.fromkeys(labels, 1.0))
     right = probe.accuracies(torch.stack([torch.as_tensor(clip.frames) for clip in real]), real)
     probe.accuracy = {name: right.get(f"probe_{name}_right", 0.0) for name in labels}
+    return probe
+
+
+def probe_of(
+    card: str,
+    shape: ClipShape,
+    *,
+    split: str = "train",
+    heldout: str = "heldout",
+    settings: ProbeSettings | None = None,
+    root: Path = KEPT,
+    on_progress: OnProgress | None = None,
+) -> Probe:
+    """The probe of a card's clips in a shape, from where it is kept or trained now.
+
+    Other shards, another shape or other settings are another probe.
+
+    Raises:
+        UserError: the card or a split is missing, or its clips have nothing to learn from.
+    """
+    settings = settings or ProbeSettings()
+    folders = [str(find_split(card, name).folder) for name in (split, heldout)]
+    indices = [Path(folder) / "index.json" for folder in folders]
+    told = [index.read_text(encoding="utf-8") if index.is_file() else str(index) for index in indices]
+    facts = repr((told, astuple(shape), astuple(settings)))
+    folder = root / f"{Path(card).stem}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_name(f".{folder.name}.lock")):  # several may ask at once: one of them trains
+        kept = Probe.load(folder)
+        if kept is not None:
+            return kept
+        probe = train_probe(held_out([card], split, shape), held_out([card], heldout, shape), settings, on_progress)
+        probe.save(folder)
     return probe
 
 

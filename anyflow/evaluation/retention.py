@@ -15,6 +15,7 @@ interval (Student's t) are those of the logarithms, in which half and twice are 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import sub
 
 from anyflow.evaluation.curve import Curve, CurveRow
@@ -23,26 +24,37 @@ from anyflow.evaluation.statistics import Estimate, log_badness, ratio_of, share
 
 FEW = 4
 
+Logs = Mapping[str, Mapping[int, float]]
+"""Logarithms of ratios by data set and seed of the noise."""
 
-def few_step_ratio(curve: Curve, name: str, few: int = FEW, many: int | None = None) -> Estimate | None:
+
+def mean_ratio(logs: Logs) -> Estimate | None:
+    """The ratio over all data sets and seeds; None where there is none."""
+    return ratio_of([list(values.values()) for values in logs.values()])
+
+
+def ratio_before_over_after(before: Logs, after: Logs) -> Logs:
+    """What is left of the few-step ability, seed by seed, of the seeds that both have."""
+    return {card: shared(logs, after[card], sub) for card, logs in before.items()}
+
+
+def few_step_ratio(curve: Curve, name: str) -> Estimate | None:
     """The few-step ratio of a figure; None where a step count or the figure is missing, or it is 0 where it divides.
-
-    ``many`` is the most steps of the curve unless it is given.
 
     Raises:
         KeyError: the figure is of a kind that has no ratio.
     """
-    return ratio_of([list(_log_ratios(curve, name, few, many).values())])
+    return mean_ratio({curve.domain: _log_ratios(curve, name)})
 
 
-def retention(before: Curve, after: Curve, name: str, few: int = FEW, many: int | None = None) -> Estimate | None:
+def retention(before: Curve, after: Curve, name: str) -> Estimate | None:
     """The few-step ratio before over the one after, seed by seed; None as for the ratio, or without a shared seed.
 
     Raises:
         KeyError: the figure is of a kind that has no ratio.
     """
-    kept = shared(_log_ratios(before, name, few, many), _log_ratios(after, name, few, many), sub)
-    return ratio_of([list(kept.values())])
+    was, now = ({after.domain: _log_ratios(curve, name)} for curve in (before, after))
+    return mean_ratio(ratio_before_over_after(was, now))
 
 
 def change(before: Curve, after: Curve, name: str, num_steps: int) -> Estimate | None:
@@ -56,7 +68,7 @@ def change(before: Curve, after: Curve, name: str, num_steps: int) -> Estimate |
     better = _comparable(name).better
     was, now = (_values(curve, curve.row(num_steps), name) for curve in (before, after))
     logs = shared(now, was, lambda one, other: log_badness(one, other, better))
-    return ratio_of([list(logs.values())])
+    return mean_ratio({after.domain: logs})
 
 
 def _comparable(name: str) -> Figure:
@@ -66,14 +78,14 @@ def _comparable(name: str) -> Figure:
     return figure
 
 
-def _log_ratios(curve: Curve, name: str, few: int, many: int | None) -> dict[int, float]:
+def _log_ratios(curve: Curve, name: str) -> dict[int, float]:
     """By seed of the noise; empty where there is none."""
     better = _comparable(name).better
     rows = {row.num_steps: row for row in curve.rows}
-    most = many or max(rows)
-    if few not in rows or most not in rows or few == most:
+    most = max(rows)
+    if FEW not in rows or most == FEW:
         return {}
-    few_values, many_values = (_values(curve, rows[count], name) for count in (few, most))
+    few_values, many_values = (_values(curve, rows[count], name) for count in (FEW, most))
     return shared(few_values, many_values, lambda one, other: log_badness(one, other, better))
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from operator import sub
 
 from anyflow.evaluation.figures import LOWER, Figure
-from anyflow.evaluation.statistics import Estimate, estimate, ratio_of
-from anyflow.experiment.figures import Measured, short, strata_of
+from anyflow.evaluation.retention import mean_ratio
+from anyflow.evaluation.statistics import Estimate, estimate
+from anyflow.experiment.measured import Measured, short, strata_of
 from anyflow.experiment.schema import Claim
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decided"
@@ -46,11 +47,11 @@ def _at(measured: Measured, claim: Claim, steps: int) -> tuple[str, str]:
     logs = measured.pairs(one, other, metric, cards=claim.cards)
     if missing := [short(card) for card, found in logs.items() if not found]:
         return OPEN, f"{where}: not measured" + (f" on {', '.join(missing)}" if len(missing) < len(logs) else "")
-    found = ratio_of(strata_of(logs))
+    found = mean_ratio(logs)
     if claim.relation == "within":
         return _within(found, claim.factor, metric, where)
     if found is not None and metric.better == LOWER:
-        every = {card: ratio_of([list(values.values())]) for card, values in logs.items()}
+        every = {card: mean_ratio({card: values}) for card, values in logs.items()}
         parts = {card: ratio.percent for card, ratio in every.items() if ratio is not None}
         return _sided(found.percent, parts, " %", claim, metric, where)
     growth = measured.pairs(one, other, metric, sub, claim.cards)

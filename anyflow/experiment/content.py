@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from anyflow.evaluation.figures import FIGURES, Figure
 from anyflow.evaluation.statistics import Estimate
 from anyflow.experiment.claims import Answer
-from anyflow.experiment.figures import Measured, few_step_ratio, retention, short
 from anyflow.experiment.kept import origins
 from anyflow.experiment.load import asked_by
+from anyflow.experiment.measured import Measured, few_step_ratio, retention, short
 from anyflow.experiment.pieces import Piece
 from anyflow.experiment.schema import Experiment
 from anyflow.system.tables import markdown_table
@@ -65,7 +65,7 @@ class Content:
 def content_of(
     measured: Measured, pieces: Sequence[Piece], answers: Sequence[Answer], missing: int, kept: Collection[str]
 ) -> Content:
-    """What there is to say of what was measured; ``missing`` jobs are not done, ``kept`` pieces measured elsewhere."""
+    """What there is to say of what was measured; ``missing`` tasks are not done, ``kept`` pieces measured elsewhere."""
     experiment = measured.experiment
     name = asked_by(experiment)
     told, ratios = [*experiment.figures, FIGURES["spread"]], [_ratios(measured, one) for one in experiment.figures]

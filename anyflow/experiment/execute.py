@@ -15,10 +15,10 @@ from typing import Any
 
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError, first_line
 from anyflow.experiment.children import SHOW_EVERY, Children, Stopped
-from anyflow.experiment.jobs import Job, curve_state, jobs_of, left, training_of, with_speeds
-from anyflow.experiment.measuring import measure, record_piece
+from anyflow.experiment.curves import measure_piece, record_piece
 from anyflow.experiment.pieces import Piece
 from anyflow.experiment.schema import Experiment
+from anyflow.experiment.tasks import Task, curve_state, left, tasks_of, training_of, with_speeds
 from anyflow.experiment.together import Place, work_together
 from anyflow.recipe import lagging_average
 from anyflow.system.console import progress_line, quiet_libraries
@@ -30,7 +30,7 @@ from anyflow.training.callbacks.progress import clock
 def run_pieces(
     experiment: Experiment, pieces: Sequence[Piece], at_once: int = 1, *, afresh: bool = False
 ) -> dict[str, str]:
-    """Do everything that is missing, ``at_once`` jobs at a time; returns what failed: the job's name and why.
+    """Do everything that is missing, ``at_once`` tasks at a time; returns what failed: the task's name and why.
 
     ``afresh``: what was measured elsewhere is missing too.
 
@@ -44,25 +44,25 @@ def run_pieces(
     failed: dict[str, str] = {}
     try:
         with locked(home / ".lock", patience=0) as lock, sigterm_raises(lambda: Stopped(EXIT_PREEMPTED)):
-            jobs = jobs_of(experiment, pieces, afresh=afresh)
-            _say(f"experiment {experiment.name}: {len(jobs)} pieces of work, {left(jobs, clock, at_once)}")
+            tasks = tasks_of(experiment, pieces, afresh=afresh)
+            _say(f"experiment {experiment.name}: {len(tasks)} pieces of work, {left(tasks, clock, at_once)}")
             for lag in lagging_arms(pieces):
                 _say(lag)
-            todo = [job for job in jobs if not job.is_done]
+            todo = [task for task in tasks if not task.is_done]
             children = Children(lock)
 
-            def tell_what_is_left(rest: Sequence[Job]) -> None:
-                rest = [job for job in rest if not {job.name, job.piece.name} & failed.keys()]
+            def tell_what_is_left(rest: Sequence[Task]) -> None:
+                rest = [task for task in rest if not {task.name, task.piece.name} & failed.keys()]
                 _say(f"  {left(with_speeds(experiment, pieces, rest), clock, at_once)}")
 
             if at_once == 1:
-                for index, job in enumerate(todo):
-                    _do(experiment, job, failed, children)
+                for index, task in enumerate(todo):
+                    _do(experiment, task, failed, children)
                     tell_what_is_left(todo[index + 1 :])
             else:
 
-                def do(job: Job, place: Place) -> None:
-                    _do(experiment, job, failed, children, place)
+                def do(task: Task, place: Place) -> None:
+                    _do(experiment, task, failed, children, place)
 
                 work_together(todo, do, children, at_once, tell_what_is_left)
     except BlockingIOError:
@@ -81,13 +81,13 @@ def lagging_arms(pieces: Sequence[Piece]) -> list[str]:
 
 
 def _do(
-    experiment: Experiment, job: Job, failed: dict[str, str], children: Children, place: Place | None = None
+    experiment: Experiment, task: Task, failed: dict[str, str], children: Children, place: Place | None = None
 ) -> None:
     """One training or curve, looked at once more: what it needs may have failed, or come out as it was before.
 
     Without a ``place`` it is the only one, and its curves are measured in this process.
     """
-    piece, what = job.piece, "training" if job.is_training else job.card
+    piece, what = task.piece, "training" if task.is_training else task.card
 
     def say(text: str) -> None:
         _say(f"  {piece.name}: {text}" if place else f"  {text}")
@@ -98,14 +98,14 @@ def _do(
         if needed in failed:
             failed[piece.name] = f"it needs {needed}"
             return
-    state, reason = training_of(piece) if job.is_training else curve_state(experiment, piece, job.card)
+    state, reason = training_of(piece) if task.is_training else curve_state(experiment, piece, task.card)
     if state == "done":
         return
-    _say(f"{job.title}{' (goes on)' if state == 'cut' else ''}")
+    _say(f"{task.title}{' (goes on)' if state == 'cut' else ''}")
     if state == "changed":
         say(f"is done again: {reason}")
     began = time.monotonic()
-    if job.is_training:
+    if task.is_training:
         if state == "changed":
             say(f"what was there is kept in {_replace(piece)}")
         why = _train(piece, children, place, say)
@@ -115,9 +115,9 @@ def _do(
             return
     else:
         try:
-            _evaluate(experiment, piece, job.card, place)
+            _evaluate(experiment, piece, task.card, place)
         except (UserError, RuntimeError, OSError) as error:  # out of memory, a full disk: of this piece alone
-            failed[job.name] = why = first_line(error)
+            failed[task.name] = why = first_line(error)
             say(f"failed: {why}")
             return
     say(f"{what} done in {clock(time.monotonic() - began)}" if place else f"done in {clock(time.monotonic() - began)}")
@@ -143,10 +143,10 @@ def _evaluate(experiment: Experiment, piece: Piece, card: str, place: Place | No
     """Measure a curve, and give it to the tracker."""
     if place is None:
         with progress_line(f"  {piece.name} on {card}", plain_every=SHOW_EVERY) as on_progress:
-            measure(experiment, piece, card, on_progress)
+            measure_piece(experiment, piece, card, on_progress)
         record_piece(experiment, piece, [card])
     else:
-        place.run(measure, experiment, piece, card)
+        place.run(measure_piece, experiment, piece, card)
         with place.one_at_a_time:
             record_piece(experiment, piece, [card])
 

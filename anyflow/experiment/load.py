@@ -6,9 +6,9 @@ import dataclasses
 import difflib
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from anyflow.errors import UserError, first_line
 from anyflow.evaluation.figures import FIGURES, figure_of
@@ -46,7 +46,11 @@ def load_experiment(name: str) -> Experiment:
     experiment = dataclasses.replace(_typed(path), file=str(path))
     for where, info, value in _values("", experiment):
         check_range(dataclasses.replace(info, key=where), value, str(path))
-    _check_arms(experiment, path)
+    _check_whole(experiment, path)
+    for arm in experiment.arms:
+        _check_arm(experiment, arm, path)
+    _check_before(experiment, path)
+    in_order(experiment)
     _check_metrics(experiment, path)
     for index, claim in enumerate(experiment.claims):
         _check_claim(experiment, claim, f"{path}: claims[{index}]")
@@ -157,7 +161,8 @@ def _values(prefix: str, value: Any) -> Iterator[tuple[str, FieldInfo, Any]]:
             yield where, FieldInfo(where, hints[item.name], item.metadata.get("help", ""), limits, default), found
 
 
-def _check_arms(experiment: Experiment, path: Path) -> None:
+def _check_whole(experiment: Experiment, path: Path) -> None:
+    """What concerns all arms."""
     if not experiment.question:
         raise UserError(f"{path}: question is empty: say in one sentence what is asked")
     for key in ("arms", "cards", "seeds", "metrics"):
@@ -167,33 +172,43 @@ def _check_arms(experiment: Experiment, path: Path) -> None:
         raise UserError(f"{path}: no arm is shown: leave out 'shown: false' where the report should look")
     for card in experiment.cards:
         find_card(card, f"{path}: cards: ")
-    for name, arm in experiment.arms.items():
-        if not _NAME.fullmatch(name):
-            raise UserError(f"{path}: arms.{name} cannot be part of a folder's name: use letters, digits and dashes")
-        trained = {"recipe": arm.recipe, "model": arm.model, "start_from": arm.start_from, "overrides": arm.overrides}
-        too_much = [key for key, value in trained.items() if value]
-        if arm.folder and too_much:
-            raise UserError(
-                f"{path}: arms.{name} has a folder, so nothing is trained, and {too_much[0]} has no effect: "
-                "leave one of them out"
-            )
-        if not arm.folder and not arm.recipe and not experiment.recipe:
-            raise UserError(f"{path}: arms.{name} has neither recipe nor folder: give one, or a recipe for all arms")
-        for needed in needed_arms(experiment, name):
-            if needed not in experiment.arms:
-                raise UserError(f"{path}: arms.{name} needs arm {needed!r}, and known are {_list(experiment.arms)}")
-        if len(set(arm.seeds)) != len(arm.seeds):
-            raise UserError(f"{path}: arms.{name}.seeds={arm.seeds} repeats itself: give each once")
-    if len(set(experiment.seeds)) != len(experiment.seeds):
-        raise UserError(f"{path}: seeds={experiment.seeds} repeats itself: give each once")
+    _check_once("seeds", experiment.seeds, path)
+
+
+def _check_arm(experiment: Experiment, name: str, path: Path) -> None:
+    arm = experiment.arms[name]
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{path}: arms.{name} cannot be part of a folder's name: use letters, digits and dashes")
+    trained = {"recipe": arm.recipe, "model": arm.model, "start_from": arm.start_from, "overrides": arm.overrides}
+    too_much = [key for key, value in trained.items() if value]
+    if arm.folder and too_much:
+        raise UserError(
+            f"{path}: arms.{name} has a folder, so nothing is trained, and {too_much[0]} has no effect: "
+            "leave one of them out"
+        )
+    if not (arm.folder or arm.recipe or experiment.recipe):
+        raise UserError(f"{path}: arms.{name} has neither recipe nor folder: give one, or a recipe for all arms")
+    for needed in needed_arms(experiment, name):
+        if needed not in experiment.arms:
+            raise UserError(f"{path}: arms.{name} needs arm {needed!r}, and known are {_list(experiment.arms)}")
+    _check_once(f"arms.{name}.seeds", arm.seeds, path)
+
+
+def _check_once(key: str, seeds: Sequence[int], path: Path) -> None:
+    if len(set(seeds)) != len(seeds):
+        raise UserError(f"{path}: {key}={seeds} repeats itself: give each once")
+
+
+def _check_before(experiment: Experiment, path: Path) -> None:
+    """That retention is measured against an arm that is there."""
     own = {f"arms.{name}.before": arm.before for name, arm in experiment.arms.items()}
     for key, name in {"before": experiment.before, **own}.items():
         if name and name not in experiment.shown:
             raise UserError(f"{path}: {key}={name!r} is no shown arm: known are {_list(experiment.shown)}")
-    in_order(experiment)
 
 
 def _check_metrics(experiment: Experiment, path: Path) -> None:
+    """The step counts, and that every metric is a figure that the curves have."""
     steps = experiment.evaluation.steps
     if not steps or len(set(steps)) != len(steps):
         raise UserError(f"{path}: evaluation.steps={steps} is empty or repeats itself: give each number once")
@@ -201,6 +216,14 @@ def _check_metrics(experiment: Experiment, path: Path) -> None:
         raise UserError(
             f"{path}: few={experiment.few} is not among evaluation.steps={steps}: add it, or choose another"
         )
+    judged = _judged(experiment)
+    for index, name in enumerate(experiment.metrics):
+        if name not in judged:
+            _refuse_metric(str(name), f"{path}: metrics[{index}]={name!r}", judged, experiment.evaluation.encoders)
+
+
+def _judged(experiment: Experiment) -> list[str]:
+    """The figures that have a better side, those of the further judges included."""
     judged = [name for name, figure in FIGURES.items() if figure.better]
     if encoders := experiment.evaluation.encoders:
         from anyflow.data.card import load_card
@@ -210,18 +233,18 @@ def _check_metrics(experiment: Experiment, path: Path) -> None:
         if PROBE in encoders:
             labels = dict.fromkeys(name for card in experiment.cards for name in load_card(card, False).attributes)
             judged += [f"probe_{name}_right" for name in labels]
-    for index, name in enumerate(experiment.metrics):
-        if name in judged:
-            continue
-        where = f"{path}: metrics[{index}]={name!r}"
-        if str(name) in FIGURES:
-            raise UserError(f"{where} has no better side (the nearer to real clips the better): take another figure")
-        judge = str(name).partition("_")[0]
-        if figure_of(str(name)) is not None and not any(one.startswith(f"{judge}_") for one in judged):
-            raise UserError(f"{where}: no judge of evaluation.encoders={encoders} gives it: add the one of {judge!r}")
-        close = difflib.get_close_matches(str(name), judged, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(judged)}"
-        raise UserError(f"{where} is no figure: {hint}")
+    return judged
+
+
+def _refuse_metric(name: str, where: str, judged: list[str], encoders: list[str]) -> NoReturn:
+    if name in FIGURES:
+        raise UserError(f"{where} has no better side (the nearer to real clips the better): take another figure")
+    judge = name.partition("_")[0]
+    if figure_of(name) is not None and not any(one.startswith(f"{judge}_") for one in judged):
+        raise UserError(f"{where}: no judge of evaluation.encoders={encoders} gives it: add the one of {judge!r}")
+    close = difflib.get_close_matches(name, judged, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(judged)}"
+    raise UserError(f"{where} is no figure: {hint}")
 
 
 def _check_claim(experiment: Experiment, claim: Claim, where: str) -> None:

@@ -17,29 +17,29 @@ from typing import Any
 
 from anyflow.experiment.claims import Answer, answer
 from anyflow.experiment.content import Content, content_of
-from anyflow.experiment.figures import Measured, figures_of, measure, short
-from anyflow.experiment.jobs import Job, finished_pieces
 from anyflow.experiment.kept import keep
+from anyflow.experiment.measured import Measured, figures_of, read_measured, short
+from anyflow.experiment.pictures import Samples, as_jpeg, draw_samples
 from anyflow.experiment.pieces import Piece
 from anyflow.experiment.plots import plot_cost, plot_curves
-from anyflow.experiment.samples import Samples, as_jpeg, draw_samples
 from anyflow.experiment.schema import Experiment
+from anyflow.experiment.tasks import Task, finished_pieces
 from anyflow.system.files import partial_folder
 from anyflow.tracking.mlflow import code_version, record_report
 
 
-def write_report(experiment: Experiment, pieces: Sequence[Piece], jobs: Sequence[Job]) -> tuple[Path, list[Answer]]:
+def write_report(experiment: Experiment, pieces: Sequence[Piece], tasks: Sequence[Task]) -> tuple[Path, list[Answer]]:
     """Write the report of what was measured so far, and give it to the tracker; returns its folder and the answers.
 
     Args:
         experiment: the question.
         pieces: all of its pieces.
-        jobs: all of their trainings and curves. What is not done the report calls missing; the curves of those that are
-            trained and measured here are kept beside it.
+        tasks: all of their trainings and curves. What is not done the report calls missing; the curves of those that
+            are trained and measured here are kept beside it.
     """
-    missing = sum(not job.is_done for job in jobs)
-    kept = list(dict.fromkeys(job.piece.name for job in jobs if job.has_kept))
-    measured = measure(experiment, jobs)
+    missing = sum(not task.is_done for task in tasks)
+    kept = list(dict.fromkeys(task.piece.name for task in tasks if task.has_kept))
+    measured = read_measured(experiment, tasks)
     answers = [answer(measured, claim) for claim in experiment.claims]
     folder = experiment.results
     with partial_folder(folder) as partial:
@@ -62,7 +62,7 @@ def write_report(experiment: Experiment, pieces: Sequence[Piece], jobs: Sequence
             **code_version(),
         }
         (partial / "figures.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        keep(experiment, pieces, finished_pieces(jobs), partial)
+        keep(experiment, pieces, finished_pieces(tasks), partial)
         _replace(folder, partial)
     record_report(
         pieces[0].tracking_uri, experiment.name, mean_curves(measured), folder, "FINISHED" if not missing else "RUNNING"

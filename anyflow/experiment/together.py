@@ -1,4 +1,4 @@
-"""Several jobs of an experiment at once, each on a place of its own: a share of the processors, a GPU if there is one.
+"""Several tasks of an experiment at once, each on a place of its own: a share of the processors, a GPU if there is one.
 
 A training is a process already. A curve is measured in a process that stays with its place: loading the libraries
 takes longer than measuring a small model.
@@ -17,11 +17,11 @@ from typing import Any
 
 from anyflow.errors import EXIT_PREEMPTED, UserError
 from anyflow.experiment.children import Children, Stopped
-from anyflow.experiment.jobs import Job
+from anyflow.experiment.tasks import Task
 
 
 class Place:
-    """Where one job at a time runs.
+    """Where one task at a time runs.
 
     Attributes:
         environment: variables of its processes: which GPU they see, how many threads they take.
@@ -62,37 +62,39 @@ class Place:
 
 
 def work_together(
-    todo: Sequence[Job],
-    do: Callable[[Job, Place], None],
+    todo: Sequence[Task],
+    do: Callable[[Task, Place], None],
     children: Children,
     at_once: int,
-    on_done: Callable[[Sequence[Job]], None],
+    on_done: Callable[[Sequence[Task]], None],
 ) -> None:
-    """Do jobs, each after those that it needs, ``at_once`` of them at a time; ``on_done`` is told what is left.
+    """Do tasks, each after those that it needs, ``at_once`` of them at a time; ``on_done`` is told what is left.
 
     Raises:
         Stopped, KeyboardInterrupt: A signal; the trainings have saved and ended.
     """
-    waiting, running = list(todo), dict[Future[None], tuple[Job, Place]]()
+    waiting, running = list(todo), dict[Future[None], tuple[Task, Place]]()
     free = places(at_once)
     every = tuple(free)
     try:
         with ThreadPoolExecutor(at_once) as threads:
             try:
                 while waiting or running:
-                    under_way = [job for job, _ in running.values()]
-                    ready = [job for job in waiting if _is_ready(job, [*waiting, *under_way])]
+                    under_way = [task for task, _ in running.values()]
+                    ready = [task for task in waiting if _is_ready(task, [*waiting, *under_way])]
                     is_alone = len(ready) == 1 and not running  # and stays so: all others wait for it
-                    for job in sorted(ready, key=lambda job: not job.is_training)[: len(free)]:  # others wait for them
+                    for task in sorted(ready, key=lambda task: not task.is_training)[
+                        : len(free)
+                    ]:  # others wait for them
                         place = free.pop(0)
-                        waiting.remove(job)
-                        where = place.with_all_processors() if is_alone and job.is_training else place
-                        running[threads.submit(do, job, where)] = (job, place)
+                        waiting.remove(task)
+                        where = place.with_all_processors() if is_alone and task.is_training else place
+                        running[threads.submit(do, task, where)] = (task, place)
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         _, place = running.pop(future)
                         free.append(place)
                         future.result()
-                    on_done([*(job for job, _ in running.values()), *waiting])
+                    on_done([*(task for task, _ in running.values()), *waiting])
             except BaseException as reason:
                 children.stop(reason if isinstance(reason, KeyboardInterrupt) else Stopped(EXIT_PREEMPTED))
                 for process in multiprocessing.active_children():
@@ -124,10 +126,10 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _is_ready(job: Job, unfinished: Iterable[Job]) -> bool:
-    """Whether what a job needs has been trained: the models that it starts from, and of a curve its own."""
+def _is_ready(task: Task, unfinished: Iterable[Task]) -> bool:
+    """Whether what a task needs has been trained: the models that it starts from, and of a curve its own."""
     in_training = {other.piece.name for other in unfinished if other.is_training}
-    return in_training.isdisjoint(job.piece.needs) and (job.is_training or job.piece.name not in in_training)
+    return in_training.isdisjoint(task.piece.needs) and (task.is_training or task.piece.name not in in_training)
 
 
 def _settle(environment: dict[str, str]) -> None:

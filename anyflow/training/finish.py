@@ -27,12 +27,12 @@ from anyflow.data.decode import ClipShape
 from anyflow.data.module import VideoDataModule
 from anyflow.data.stream import write_skipped
 from anyflow.evaluation.curve import CurveResult
+from anyflow.evaluation.further_judges import judges_of
 from anyflow.evaluation.heldout import Prompts, TooFewClips, curve_of, held_out, load_curve, save_curve
+from anyflow.evaluation.kept_samples import KeptSamples
 from anyflow.evaluation.measurement import Measurement
-from anyflow.evaluation.probes import judges_of
 from anyflow.evaluation.reconstruction import measure_domains
 from anyflow.evaluation.report.folder import write_report
-from anyflow.evaluation.samples import KeptSamples
 from anyflow.recipe import Recipe
 from anyflow.stages.forward import ForwardStage
 from anyflow.system.console import program, progress_line

@@ -11,6 +11,7 @@ import torch
 
 from anyflow.errors import UserError
 from anyflow.evaluation.curve import HeldOut
+from anyflow.evaluation.further_judges import judges_of
 from anyflow.evaluation.heldout import Prompts
 from anyflow.evaluation.measurement import Judges
 from anyflow.evaluation.probe import Probe, ProbeNetwork, ProbeSettings, labels_of, pictures, train_probe
@@ -106,7 +107,7 @@ def test_clips_of_any_size_become_one_shape() -> None:
 
 def test_a_data_sets_probe_is_trained_once_for_each_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from anyflow.data.decode import ClipShape
-    from anyflow.evaluation import probes
+    from anyflow.evaluation import probe as probes
 
     trained: list[tuple[str, str]] = []
 
@@ -125,9 +126,9 @@ def test_a_data_sets_probe_is_trained_once_for_each_shape(tmp_path: Path, monkey
     assert len(trained) == 3 and len(list(tmp_path.glob("*/probe.json"))) == 3
     monkeypatch.chdir(tmp_path)
     prompts = Prompts(["driving", "games"], ClipShape(17, 64, 96), 1)
-    both = probes.judges_of(["probe"], "--encoder", prompts)
+    both = judges_of(["probe"], "--encoder", prompts)
     assert len(trained) == 5 and len(both.labels) == 2 and not both.extractors and len(both.notes) == 2
     one = replace(prompts, cards=["driving"])
-    alone = probes.judges_of(["probe"], "--encoder", one)
+    alone = judges_of(["probe"], "--encoder", one)
     assert len(trained) == 5 and [judge.name for judge in alone.extractors] == ["probe"]
-    assert probes.judges_of([], "--encoder", one) == Judges([], [], [])
+    assert judges_of([], "--encoder", one) == Judges([], [], [])

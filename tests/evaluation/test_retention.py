@@ -68,7 +68,6 @@ def test_a_change_is_paired_by_seed() -> None:
 def test_what_has_no_ratio() -> None:
     assert few_step_ratio(curve([0.2], [0.0]), "sliced_w1") is None
     assert few_step_ratio(curve([0.2], [0.2], (None, None)), "motion_accuracy") is None
-    assert few_step_ratio(curve([0.2], [0.2]), "sliced_w1", few=2) is None
     assert retention(curve([0.2], [0.0]), curve([0.2], [0.2]), "sliced_w1") is None
     for name in ("motion_energy", "frame_kernel", "preview_error"):
         with pytest.raises(KeyError, match="no few-step ratio"):

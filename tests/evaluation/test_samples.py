@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anyflow.backbone.guidance import UNGUIDED, Guidance
 from anyflow.evaluation.curve import CurveResult
-from anyflow.evaluation.samples import KeptSamples
+from anyflow.evaluation.kept_samples import KeptSamples
 
 ITEMS, REFERENCE = held_out(4), held_out(4, offset=4)
 

@@ -12,10 +12,10 @@ import torch
 
 from anyflow.evaluation.curve import Curve, CurveResult, CurveRow, HeldOut, Marks
 from anyflow.evaluation.heldout import save_curve
-from anyflow.experiment.jobs import Job, measured_on
 from anyflow.experiment.load import load_experiment
 from anyflow.experiment.pieces import Piece, curve_folder, pieces_of
 from anyflow.experiment.schema import Experiment
+from anyflow.experiment.tasks import Task, measured_on
 
 STEPS = (1, 4, 32)
 
@@ -88,10 +88,10 @@ def invent(experiment: Experiment, pieces: list[Piece], value: Value, with_sampl
             invent_curve(experiment, piece, card, value, with_samples and piece.seed == experiment.seeds[0])
 
 
-def jobs_in_state(pieces: list[Piece], state: str = "done") -> list[Job]:
+def tasks_in_state(pieces: list[Piece], state: str = "done") -> list[Task]:
     """All trainings and curves, said to be in a state without a look at any file."""
     titles = [(piece, card) for piece in pieces for card in ([""] if piece.recipe else []) + list(piece.cards)]
-    return [Job(piece, card, state) for piece, card in titles]
+    return [Task(piece, card, state) for piece, card in titles]
 
 
 def invent_training(piece: Piece) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study import TEXT, invent, invent_training, jobs_in_state, write_study
+from study import TEXT, invent, invent_training, tasks_in_state, write_study
 
 PROJECT = Path(__file__).resolve().parents[2]
 WAIT = 180
@@ -55,7 +55,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Site:
         invent(experiment, pieces, lambda arm, _, seed, n: falls[arm] * (1 + 1 / n + seed / 50), with_samples=True)
         for piece in pieces:
             record_piece(experiment, piece, piece.cards)
-        report, _ = write_report(experiment, pieces, jobs_in_state(pieces))
+        report, _ = write_report(experiment, pieces, tasks_in_state(pieces))
     finally:
         os.chdir(before)
     client = MlflowClient(tracking_uri=store)

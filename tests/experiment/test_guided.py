@@ -12,8 +12,8 @@ from study import TEXT, write_study
 
 from anyflow.backbone.guidance import Guidance
 from anyflow.backbone.load import GUIDANCE_KEYS
-from anyflow.evaluation import heldout as curves
-from anyflow.experiment import measuring
+from anyflow.evaluation import heldout
+from anyflow.experiment import curves
 from anyflow.experiment.pieces import curve_settings
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -56,7 +56,7 @@ def test_an_arm_is_guided_if_the_file_says_so_and_its_weights_are_not(
         raise Asked(asked.sampler, asked.guidance)
 
     monkeypatch.chdir(PROJECT)
-    monkeypatch.setattr(curves, "curve_of", curve_of)
+    monkeypatch.setattr(heldout, "curve_of", curve_of)
     arms = f"base: {{folder: {teacher}}}\n  map: {{folder: {small_model}}}"
     text = TEXT.replace("base: {folder: data/models/tiny}", arms)
     text = text.replace("evaluation: {prompts: 4", f"evaluation: {{prompts: 4{setting}")
@@ -64,7 +64,7 @@ def test_an_arm_is_guided_if_the_file_says_so_and_its_weights_are_not(
     found = {}
     for piece in pieces[:2]:
         with pytest.raises(Asked) as asked:
-            measuring.measure(experiment, piece, "driving")
+            curves.measure_piece(experiment, piece, "driving")
         found[piece.arm] = asked.value.args
     assert found == {"base": ("euler", expected), "map": ("flowmap", Guidance())}
     assert capsys.readouterr().err == ""

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from study import TEXT, invent_curve, invent_training, write_study
 
-from anyflow.experiment.figures import measure
-from anyflow.experiment.jobs import jobs_of
+from anyflow.experiment.measured import read_measured
 from anyflow.experiment.pieces import Piece
 from anyflow.experiment.report import write_report
 from anyflow.experiment.schema import Experiment
+from anyflow.experiment.tasks import tasks_of
 
 PROJECT = Path(__file__).resolve().parents[2]
 FEWER = TEXT.replace("seeds: [0, 1, 2]", "seeds: [0]").replace("cards: [driving, games]", "cards: [driving]")
@@ -32,22 +32,22 @@ def elsewhere(folder: Path, text: str = FEWER) -> None:
             invent_training(piece)
         for card in piece.cards:
             invent_curve(experiment, piece, card, lambda arm, *_: len(arm), with_samples=True)
-    write_report(experiment, pieces, jobs_of(experiment, pieces))
+    write_report(experiment, pieces, tasks_of(experiment, pieces))
     (folder / "runs").rename(folder / "gone")
 
 
 def states(study: Study) -> dict[str, str]:
-    return {job.title: job.state for job in jobs_of(*study)}
+    return {task.title: task.state for task in tasks_of(*study)}
 
 
 def test_what_was_measured_elsewhere_counts_as_done(tmp_path: Path) -> None:
     elsewhere(tmp_path)
     experiment, pieces = write_study(tmp_path, FEWER)
     assert set(states((experiment, pieces)).values()) == {"kept"}
-    again = jobs_of(experiment, pieces, afresh=True)
-    assert {(job.state, job.has_kept) for job in again if job.is_training} == {("missing", False)}
+    again = tasks_of(experiment, pieces, afresh=True)
+    assert {(task.state, task.has_kept) for task in again if task.is_training} == {("missing", False)}
     before = json.loads((experiment.results / "figures.json").read_text())
-    folder, _ = write_report(experiment, pieces, jobs_of(experiment, pieces))
+    folder, _ = write_report(experiment, pieces, tasks_of(experiment, pieces))
     after = json.loads((folder / "figures.json").read_text())
     assert after["curves"] == before["curves"] and after["curves"]["plain"]["driving"]
     assert len(list((folder / "measured").iterdir())) == 3
@@ -73,7 +73,7 @@ def test_a_new_arm_trains_the_models_that_it_starts_from_and_no_others(tmp_path:
     found = states((experiment, pieces))
     assert found["more-0-driving: evaluate on driving"] == found["base-0: evaluate on driving"] == "kept"
     assert found["plain-0-driving: evaluate on driving"] == "missing"
-    assert ("plain", "driving", 0) not in measure(experiment, jobs_of(experiment, pieces)).rows
+    assert ("plain", "driving", 0) not in read_measured(experiment, tasks_of(experiment, pieces)).rows
     plain.run.note(state="running")
     assert states((experiment, pieces))["more-0-driving: evaluate on driving"] == "kept"
 
@@ -89,13 +89,13 @@ def test_a_new_arm_trains_the_models_that_it_starts_from_and_no_others(tmp_path:
 def test_what_would_come_out_otherwise_is_measured_again(tmp_path: Path, change: tuple[str, str], reason: str) -> None:
     elsewhere(tmp_path)
     experiment, pieces = write_study(tmp_path, FEWER.replace(*change))
-    found = {job.piece.arm: job for job in jobs_of(experiment, pieces)}
+    found = {task.piece.arm: task for task in tasks_of(experiment, pieces)}
     assert found["plain"].state == "missing" and reason in found["plain"].reason
     assert found["more"].state == "missing"
     assert found["base"].state == ("kept" if "recipe" in reason else "missing")
-    jobs = jobs_of(experiment, pieces)
-    assert ("plain", "driving", 0) not in measure(experiment, jobs).rows
-    write_report(experiment, pieces, jobs)
+    tasks = tasks_of(experiment, pieces)
+    assert ("plain", "driving", 0) not in read_measured(experiment, tasks).rows
+    write_report(experiment, pieces, tasks)
     assert len(list((experiment.results / "measured").iterdir())) == 3  # for a recipe that is put back
 
 
@@ -107,7 +107,7 @@ def test_other_clips_and_a_broken_file_do_not_count(tmp_path: Path) -> None:
     document["facts"]["data"] = "0123"
     path.write_text(json.dumps(document))
     (experiment.results / "measured" / "base-0.json").write_text("{")
-    found = {job.piece.arm: (job.state, job.reason) for job in jobs_of(experiment, pieces)}
+    found = {task.piece.arm: (task.state, task.reason) for task in tasks_of(experiment, pieces)}
     assert found["plain"] == ("missing", "what is kept has another start or training clips")
     assert found["more"] == ("missing", "what is kept has another plain-0-driving") and found["base"][0] == "missing"
 
@@ -118,7 +118,7 @@ def test_what_is_here_goes_before_what_is_kept(tmp_path: Path) -> None:
     plain = next(piece for piece in pieces if piece.arm == "plain")
     invent_training(plain)
     invent_curve(experiment, plain, "driving", lambda *_: 77.0, with_samples=True)
-    folder, _ = write_report(experiment, pieces, jobs_of(experiment, pieces))
+    folder, _ = write_report(experiment, pieces, tasks_of(experiment, pieces))
     document = json.loads((folder / "figures.json").read_text())
     figures = document["curves"]
     assert document["pictures"]["driving"] == ["base", "plain", "more"]  # a picture of more arms than are here stays

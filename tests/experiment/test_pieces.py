@@ -11,10 +11,10 @@ import pytest
 from study import TEXT, invent_curve, invent_training, write_study
 
 from anyflow.errors import UserError
-from anyflow.experiment import execute, measuring, together
+from anyflow.experiment import curves, execute, together
 from anyflow.experiment.children import PROGRESS
-from anyflow.experiment.jobs import jobs_of, left, select
 from anyflow.experiment.pieces import Piece, curve_settings
+from anyflow.experiment.tasks import left, select, tasks_of
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -76,10 +76,10 @@ def test_what_is_missing_is_done_once(tmp_path: Path, done: list[str], capsys: p
     assert execute.run_pieces(experiment, chosen) == {}
     assert done[:4] == ["base-0 on driving", "base-0 on games", "plain-0-driving", "plain-0-driving on driving"]
     assert len(done) == 10
-    jobs = jobs_of(experiment, pieces)
-    assert sum(job.state == "done" for job in jobs) == 10 and sum(job.state == "missing" for job in jobs) == 20
-    assert left(jobs, str) == f"20 to go, about {8 * 40.0 + 12 * 10.0}"
-    assert left(jobs, str, at_once=4) == f"20 to go, about {(8 * 40.0 + 12 * 10.0) / 4}"
+    tasks = tasks_of(experiment, pieces)
+    assert sum(task.state == "done" for task in tasks) == 10 and sum(task.state == "missing" for task in tasks) == 20
+    assert left(tasks, str) == f"20 to go, about {8 * 40.0 + 12 * 10.0}"
+    assert left(tasks, str, at_once=4) == f"20 to go, about {(8 * 40.0 + 12 * 10.0) / 4}"
     execute.run_pieces(experiment, chosen)
     assert len(done) == 10 and "nothing to do" in capsys.readouterr().err
 
@@ -92,7 +92,9 @@ def test_what_has_changed_is_done_again_and_kept(
     done.clear()
     longer = TEXT.replace("consistency_share=0]", "consistency_share=0, optimizer.lr=3e-4]")
     experiment, pieces = write_study(tmp_path, longer)
-    states = {job.title: (job.state, job.reason) for job in jobs_of(experiment, select(experiment, pieces, [], [0]))}
+    states = {
+        task.title: (task.state, task.reason) for task in tasks_of(experiment, select(experiment, pieces, [], [0]))
+    }
     assert states["plain-0-games: train 20 steps"] == ("changed", "optimizer.lr was 0.001 and is 0.0003")
     assert states["more-0-games: train 20 steps"] == ("changed", "it starts from plain-0-games")
     assert states["base-0: evaluate on games"] == ("done", "")
@@ -107,10 +109,10 @@ def test_other_data_and_another_start_change_a_training(tmp_path: Path, done: li
     chosen = select(experiment, pieces, ["more"], [0])
     execute.run_pieces(experiment, chosen)
     chosen[0].run.note(data="0123")
-    states = {job.title: (job.state, job.reason) for job in jobs_of(experiment, chosen)}
+    states = {task.title: (task.state, task.reason) for task in tasks_of(experiment, chosen)}
     assert states["plain-0-driving: train 20 steps"] == ("changed", "data is another one")
     (chosen[1].run.model / "weights.safetensors").write_text("other")
-    states = {job.title: (job.state, job.reason) for job in jobs_of(experiment, chosen)}
+    states = {task.title: (task.state, task.reason) for task in tasks_of(experiment, chosen)}
     assert states["more-0-games: train 20 steps"] == ("changed", "start is another one")
     assert states["plain-0-games: evaluate on games"][0] == "changed"
 
@@ -120,9 +122,9 @@ def test_a_cut_training_goes_on(tmp_path: Path, done: list[str]) -> None:
     chosen = select(experiment, pieces, ["plain"], [0])
     execute.run_pieces(experiment, chosen)
     chosen[0].run.note(state="running", train_seconds=30.0)
-    jobs = jobs_of(experiment, chosen)
-    assert (jobs[0].state, jobs[0].seconds) == ("cut", 10.0)
-    assert jobs[1].state == "missing"  # what it will be measured as is not known yet
+    tasks = tasks_of(experiment, chosen)
+    assert (tasks[0].state, tasks[0].seconds) == ("cut", 10.0)
+    assert tasks[1].state == "missing"  # what it will be measured as is not known yet
 
 
 def test_a_failure_leaves_the_others(tmp_path: Path, done: list[str]) -> None:
@@ -146,13 +148,13 @@ def test_one_process_at_a_time(tmp_path: Path, done: list[str]) -> None:
         execute.run_pieces(experiment, pieces)
 
 
-def test_jobs_at_once_wait_for_what_they_need(tmp_path: Path, done: list[str]) -> None:
+def test_tasks_at_once_wait_for_what_they_need(tmp_path: Path, done: list[str]) -> None:
     experiment, pieces = write_study(tmp_path)
     assert execute.run_pieces(experiment, select(experiment, pieces, [], [0]), at_once=3) == {}
     assert len(done) == 4 + 6 and len(set(done)) == 10
     for card in ("driving", "games"):
         assert done.index(f"plain-0-{card}") < done.index(f"more-0-{card}") < done.index(f"more-0-{card} on {card}")
-    assert {job.state for job in jobs_of(experiment, select(experiment, pieces, [], [0]))} == {"done"}
+    assert {task.state for task in tasks_of(experiment, select(experiment, pieces, [], [0]))} == {"done"}
 
 
 def test_a_training_that_all_others_wait_for_has_the_machine(
@@ -205,7 +207,7 @@ def test_a_curve_that_fails_leaves_the_others(
     experiment, pieces = write_study(tmp_path)
     failed = execute.run_pieces(experiment, pieces, at_once)
     assert failed == {"plain-0-games on games": str(error).splitlines()[0]}
-    assert [job.name for job in jobs_of(experiment, pieces) if not job.is_done] == ["plain-0-games on games"]
+    assert [task.name for task in tasks_of(experiment, pieces) if not task.is_done] == ["plain-0-games on games"]
 
 
 def test_a_place_keeps_its_process_and_tells_of_its_death() -> None:
@@ -236,7 +238,7 @@ def test_each_prompt_may_be_sampled_from_several_noises(tmp_path: Path, monkeypa
         bases = [piece for piece in pieces if piece.arm == "base"][:2]
         for piece in bases:
             with pytest.raises(UserError, match="enough"):
-                measuring.measure(experiment, piece, "driving")
+                curves.measure_piece(experiment, piece, "driving")
         assert asked == wanted
         asked.clear()
         assert ("draws" in curve_settings(experiment, bases[0])) == (draws > 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from anyflow.errors import UserError
-from anyflow.recipe.option import option
+from anyflow.system.option import option
 
 _FORMATS = "lerobot, nuscenes, comma2k19, vpt, gf-minecraft, bdd100k, cosmos, huggingface, webdataset or folder"
 

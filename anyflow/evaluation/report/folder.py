@@ -10,11 +10,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from anyflow.evaluation.curve import Curve, CurveResult, Marks, pixel_frames
 from anyflow.evaluation.figures import Figure
 from anyflow.evaluation.report.picture import Grid, Prompt, save_mp4, save_png
+from anyflow.evaluation.report.plot import Line, Panel, save_panels
 from anyflow.evaluation.report.tables import (
     COLUMNS,
     check_comparable,
@@ -23,11 +24,6 @@ from anyflow.evaluation.report.tables import (
     interval_of,
 )
 from anyflow.system.files import write_atomically
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-BEFORE_COLOUR, AFTER_COLOUR, REAL_COLOUR = "#b07010", "#185abe", "#4a4f57"
 
 FILES = ("curve.json", "curve.png", "table.md", "table.txt", "samples.png", "samples.mp4")
 """What a report's folder holds."""
@@ -39,33 +35,49 @@ def plot_curve(path: Path, before: Curve | None, after: Curve) -> None:
     The last panel has a distance against what it costs.
     """
     check_comparable(before, after)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    has_motion = after.rows[0].motion_accuracy is not None
-    panels: list[tuple[Figure, str]] = [
+    columns: list[tuple[Figure, str]] = [
+        (COLUMNS[0], "motion asked for, read from pixels\n(higher is better)"),
         (COLUMNS[1], "Frechet distance of frames\n(lower is better)"),
         (COLUMNS[2], "sliced Wasserstein of latents\n(lower is better)"),
         (COLUMNS[3], "motion energy, grey levels\n(as real clips have it)"),
     ]
-    if has_motion:
-        panels.insert(0, (COLUMNS[0], "motion asked for, read from pixels\n(higher is better)"))
-    figure, axes = pyplot.subplots(1, len(panels) + 1, figsize=(4.1 * len(panels) + 4.1, 3.9), squeeze=False)
-    try:
-        for axis, (column, title) in zip(axes[0], panels, strict=False):
-            _plot_panel(axis, column, title, before, after)
-        _plot_panel(axes[0][-1], COLUMNS[2], "sliced Wasserstein against time\n(lower is better)", before, after, True)
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
-        figure.suptitle(
-            f"Quality against the number of steps: {after.domain}, {after.clips} held-out prompts", fontsize=12
-        )
-        figure.tight_layout(rect=(0, 0.07, 1, 1))
-        figure.savefig(path, dpi=110)
-    finally:
-        pyplot.close(figure)
+    if after.rows[0].motion_accuracy is None:
+        columns.pop(0)
+    curves = [(style, curve) for style, curve in enumerate((before, after)) if curve is not None]
+    panels = [_panel(column, title, curves) for column, title in columns]
+    panels.append(_panel(COLUMNS[2], "sliced Wasserstein against time\n(lower is better)", curves, against_time=True))
+    save_panels(path, [panels], f"Quality against the number of steps: {after.domain}, {after.clips} held-out prompts")
+
+
+def _panel(column: Figure, title: str, curves: Sequence[tuple[int, Curve]], against_time: bool = False) -> Panel:
+    after = curves[-1][1]
+    lines = [_line(style, curve, column, against_time) for style, curve in curves]
+    levels = [("real clips", after.real), ("real clips through the codec", after.codec)]
+    levels_up = [(label, _number(marks, column)) for label, marks in levels]
+    shown = [value for line in lines for value in line.high] + [value for _, value in levels_up]
+    most = 1.03 if column.is_share else 1.1 * max((value for value in shown if math.isfinite(value)), default=1.0)
+    return Panel(
+        title,
+        lines,
+        levels_up,
+        "seconds a clip, decoding included" if against_time else "steps",
+        ticks=_apart(lines) if against_time else lines[-1].places,
+        limits=(0, most or 1.0),
+    )
+
+
+def _line(style: int, curve: Curve, column: Figure, against_time: bool) -> Line:
+    low, high = zip(*(interval_of(row, column, curve.clips) for row in curve.rows), strict=True)
+    times = [row.sampling_seconds + row.decoding_seconds for row in curve.rows]
+    return Line(
+        curve.label,
+        times if against_time else [row.num_steps for row in curve.rows],
+        [_number(row, column) for row in curve.rows],
+        low,
+        high,
+        style,
+        is_band=len(curve.all_seeds) == 1,
+    )
 
 
 def _number(marks: Marks, column: Figure) -> float:
@@ -73,49 +85,13 @@ def _number(marks: Marks, column: Figure) -> float:
     return math.nan if value is None else value
 
 
-def _seconds(curve: Curve) -> list[float]:
-    return [row.sampling_seconds + row.decoding_seconds for row in curve.rows]
-
-
-def _plot_panel(
-    axis: Axes, column: Figure, title: str, before: Curve | None, after: Curve, against_time: bool = False
-) -> None:
-    curves = [(before, BEFORE_COLOUR, "s"), (after, AFTER_COLOUR, "o")]
-    for curve, colour, marker in curves:
-        if curve is None:
-            continue
-        values = [_number(row, column) for row in curve.rows]
-        places = _seconds(curve) if against_time else [row.num_steps for row in curve.rows]
-        low, high = zip(*(interval_of(row, column, curve.clips) for row in curve.rows), strict=True)
-        axis.plot(places, values, marker=marker, color=colour, label=curve.label, zorder=3)
-        if len(curve.all_seeds) > 1:
-            whiskers = [[value - below for value, below in zip(values, low, strict=True)]]
-            whiskers.append([above - value for value, above in zip(values, high, strict=True)])
-            axis.errorbar(places, values, yerr=whiskers, color=colour, linestyle="none", capsize=3, linewidth=1)
-        elif column.is_share:
-            axis.fill_between(places, low, high, color=colour, alpha=0.13, linewidth=0)
-    for marks, style, label in ((after.real, "--", "real clips"), (after.codec, ":", "real clips through the codec")):
-        axis.axhline(_number(marks, column), color=REAL_COLOUR, linestyle=style, linewidth=1, label=label)
-    _scale(axis, [curve for curve, *_ in curves if curve is not None], against_time)
-    axis.set_title(title, fontsize=10)
-    axis.set_ylim(bottom=0, top=1.03 if column.is_share else 1.05 * axis.get_ylim()[1])
-    axis.grid(alpha=0.25)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-
-
-def _scale(axis: Axes, curves: Sequence[Curve], against_time: bool) -> None:
-    """Steps (or the seconds of all curves' steps, those that would overlap left out) on a logarithmic axis."""
-    axis.set_xscale("log", base=2)
-    ticks = [float(row.num_steps) for row in curves[-1].rows]
-    if against_time:
-        ticks = []
-        for seconds in sorted(second for curve in curves for second in _seconds(curve)):
-            if not ticks or seconds > 1.3 * ticks[-1]:
-                ticks.append(seconds)
-    axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
-    axis.minorticks_off()
-    axis.set_xlabel("seconds a clip, decoding included" if against_time else "steps")
+def _apart(lines: Sequence[Line]) -> list[float]:
+    """The places of all lines, those left out that would overlap."""
+    ticks: list[float] = []
+    for place in sorted(place for line in lines for place in line.places):
+        if not ticks or place > 1.3 * ticks[-1]:
+            ticks.append(place)
+    return ticks
 
 
 def sample_grid(results: Sequence[CurveResult], title: str = "") -> Grid:

@@ -1,10 +1,6 @@
 """The figures of an experiment: every arm's curve with its interval, the floor, few-step ratio and retention.
 
-few-step ratio   badness at few steps / badness at the most steps    (badness: a distance, or 1 / accuracy; 1 is equal)
-retention        few-step ratio before / few-step ratio after        (1: kept; below 1: few steps became worse)
-
-Both are taken seed by seed, on the same prompts and noise, so that what they share drops out; then averaged as
-logarithms.
+Few-step ratio and retention are those of :mod:`anyflow.evaluation.retention`, over all data sets and seeds.
 """
 
 from __future__ import annotations
@@ -12,14 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from operator import sub
 from pathlib import Path
 from typing import Any
 
 from anyflow.evaluation.figures import Figure
-from anyflow.evaluation.statistics import Estimate, estimate, log_badness, ratio_of, shared
-from anyflow.experiment.jobs import Job, curve_of_job
+from anyflow.evaluation.retention import mean_ratio, ratio_before_over_after
+from anyflow.evaluation.statistics import Estimate, estimate, log_badness, shared
 from anyflow.experiment.schema import Experiment
+from anyflow.experiment.tasks import Task, curve_of_task
 
 
 @dataclass(frozen=True)
@@ -87,24 +83,24 @@ class Measured:
         return {card: shared(first, second, how) for card, (first, second) in sides.items()}
 
 
-def measure(experiment: Experiment, jobs: Iterable[Job]) -> Measured:
+def read_measured(experiment: Experiment, tasks: Iterable[Task]) -> Measured:
     """Read the curves that were measured as the experiment is now: here, and elsewhere where they are kept."""
     rows: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = {}
     real: dict[tuple[str, str], dict[str, Any]] = {}
     clips: dict[str, int] = {}
-    for job in jobs:
-        found = None if job.is_training else curve_of_job(experiment, job)
+    for task in tasks:
+        found = None if task.is_training else curve_of_task(experiment, task)
         if found is not None:
-            curve, piece = found["curve"], job.piece
-            rows[piece.arm, job.card, piece.seed] = {row["num_steps"]: row for row in curve["rows"]}
-            real.setdefault((piece.arm, job.card), curve["real"])
-            clips[job.card] = curve["clips"]
+            curve, piece = found["curve"], task.piece
+            rows[piece.arm, task.card, piece.seed] = {row["num_steps"]: row for row in curve["rows"]}
+            real.setdefault((piece.arm, task.card), curve["real"])
+            clips[task.card] = curve["clips"]
     return Measured(experiment, rows, real, clips)
 
 
 def few_step_ratio(measured: Measured, arm: str, metric: Figure, cards: Sequence[str] = ()) -> Estimate | None:
     """How many times as bad few steps are as the most; None if it was not measured, or is no ratio."""
-    return ratio_of(strata_of(_few_step_logs(measured, arm, metric, cards)))
+    return mean_ratio(_few_step_logs(measured, arm, metric, cards))
 
 
 def retention(measured: Measured, arm: str, metric: Figure, cards: Sequence[str] = ()) -> Estimate | None:
@@ -113,7 +109,7 @@ def retention(measured: Measured, arm: str, metric: Figure, cards: Sequence[str]
     if not before:
         return None
     was, now = (_few_step_logs(measured, name, metric, cards) for name in (before, arm))
-    return ratio_of(strata_of({card: shared(logs, now[card], sub) for card, logs in was.items()}))
+    return mean_ratio(ratio_before_over_after(was, now))
 
 
 def strata_of(pairs: dict[str, dict[int, float]]) -> list[list[float]]:

@@ -16,7 +16,7 @@ TRAIN = "train"
 
 
 @dataclass(frozen=True)
-class Job:
+class Task:
     """One training, or one curve.
 
     Attributes:
@@ -78,54 +78,54 @@ def select(experiment: Experiment, pieces: Sequence[Piece], only: Sequence[str],
     return [piece for piece in pieces if piece.name in wanted]
 
 
-def jobs_of(experiment: Experiment, pieces: Sequence[Piece], *, afresh: bool = False) -> list[Job]:
+def tasks_of(experiment: Experiment, pieces: Sequence[Piece], *, afresh: bool = False) -> list[Task]:
     """All trainings and curves of some pieces, with their state; ``afresh``: what the results keep does not count.
 
     Raises:
         UserError: a card's shards are missing.
     """
     kept = {} if afresh else kept_pieces(experiment, pieces)
-    by_piece: dict[str, list[Job]] = {}
+    by_piece: dict[str, list[Task]] = {}
     stale: set[str] = set()
     for piece in pieces:
-        by_piece[piece.name] = found = _jobs_of(experiment, piece, stale, kept.get(piece.name))
+        by_piece[piece.name] = found = _tasks_of(experiment, piece, stale, kept.get(piece.name))
         if piece.recipe is not None and not found[0].is_done:
             stale.add(piece.name)
     for piece in reversed(pieces):  # a model that is kept as figures alone cannot be gone on from
-        if not all(job.is_done for job in by_piece[piece.name]):
+        if not all(task.is_done for task in by_piece[piece.name]):
             for name in kept.keys() & piece.needs:
-                by_piece[name] = [replace(job, state="missing") for job in by_piece[name]]
-    return with_speeds(experiment, pieces, [job for piece in pieces for job in by_piece[piece.name]])
+                by_piece[name] = [replace(task, state="missing") for task in by_piece[name]]
+    return with_speeds(experiment, pieces, [task for piece in pieces for task in by_piece[piece.name]])
 
 
-def _jobs_of(experiment: Experiment, piece: Piece, stale: set[str], kept: str | None) -> list[Job]:
+def _tasks_of(experiment: Experiment, piece: Piece, stale: set[str], kept: str | None) -> list[Task]:
     """A piece's training and curves; ``kept``: nothing kept (None), kept (empty), or why what is kept is useless."""
     training = [""] if piece.recipe is not None else []
     cards = list(piece.cards) if piece.is_shown else []
     if kept == "":
-        return [Job(piece, card, "kept", has_kept=True) for card in training + cards]
+        return [Task(piece, card, "kept", has_kept=True) for card in training + cards]
     state, reason = training_of(piece, stale)
     if state == "missing" and kept:
         reason = kept
-    jobs = [Job(piece, card, state, reason) for card in training]
+    tasks = [Task(piece, card, state, reason) for card in training]
     for card in cards:
         found = curve_state(experiment, piece, card) if state == "done" else ("missing", reason)
-        jobs.append(Job(piece, card, *found))
-    return jobs
+        tasks.append(Task(piece, card, *found))
+    return tasks
 
 
-def finished_pieces(jobs: Sequence[Job]) -> set[str]:
+def finished_pieces(tasks: Sequence[Task]) -> set[str]:
     """Names of the pieces that are trained and measured here."""
     states: dict[str, set[str]] = {}
-    for job in jobs:
-        states.setdefault(job.piece.name, set()).add(job.state)
+    for task in tasks:
+        states.setdefault(task.piece.name, set()).add(task.state)
     return {name for name, found in states.items() if found == {"done"}}
 
 
-def with_speeds(experiment: Experiment, pieces: Sequence[Piece], jobs: Sequence[Job]) -> list[Job]:
-    """The jobs with estimates of their time from what the pieces took so far."""
+def with_speeds(experiment: Experiment, pieces: Sequence[Piece], tasks: Sequence[Task]) -> list[Task]:
+    """The tasks with estimates of their time from what the pieces took so far."""
     speeds = Speeds(experiment, pieces)
-    return [replace(job, seconds=0.0 if job.is_done else speeds.of(job)) for job in jobs]
+    return [replace(task, seconds=0.0 if task.is_done else speeds.of(task)) for task in tasks]
 
 
 def training_of(piece: Piece, stale: set[str] | frozenset[str] = frozenset()) -> tuple[str, str]:
@@ -151,12 +151,12 @@ def curve_state(experiment: Experiment, piece: Piece, card: str) -> tuple[str, s
     return ("changed", "; ".join(changes[:3])) if changes else ("done", "")
 
 
-def curve_of_job(experiment: Experiment, job: Job) -> dict[str, Any] | None:
+def curve_of_task(experiment: Experiment, task: Task) -> dict[str, Any] | None:
     """What was measured, by the settings of now: here, or elsewhere if the results keep it."""
-    if job.state == "done":
-        return read_curve(job.piece, job.card)
-    kept = read_kept(experiment, job.piece) if job.has_kept else None
-    return None if kept is None else kept["curves"].get(job.card)
+    if task.state == "done":
+        return read_curve(task.piece, task.card)
+    kept = read_kept(experiment, task.piece) if task.has_kept else None
+    return None if kept is None else kept["curves"].get(task.card)
 
 
 class Speeds:
@@ -174,13 +174,13 @@ class Speeds:
                 if found is not None:
                     self.whole_curve.setdefault(piece.arm, []).append(found["seconds"])
 
-    def of(self, job: Job) -> float | None:
-        """Seconds that a job has left; None before one of its kind was seen."""
-        piece = job.piece
-        if not job.is_training:
+    def of(self, task: Task) -> float | None:
+        """Seconds that a task has left; None before one of its kind was seen."""
+        piece = task.piece
+        if not task.is_training:
             return _mean(self.whole_curve, piece.arm)
         step = _mean(self.step, piece.arm)
-        spent = piece.run.status.get("train_seconds", 0.0) if job.state == "cut" else 0.0
+        spent = piece.run.status.get("train_seconds", 0.0) if task.state == "cut" else 0.0
         return None if step is None else max(10.0, step * piece.steps - spent)
 
 
@@ -189,10 +189,10 @@ def _mean(seen: dict[str, list[float]], arm: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def left(jobs: Sequence[Job], clock: Callable[[float], str], at_once: int = 1) -> str:
-    """How much is missing, in words: ``12 to go, about 34:00`` where ``at_once`` jobs are done at a time."""
-    todo = [job for job in jobs if not job.is_done]
-    known = [job.seconds for job in todo if job.seconds is not None]
+def left(tasks: Sequence[Task], clock: Callable[[float], str], at_once: int = 1) -> str:
+    """How much is missing, in words: ``12 to go, about 34:00`` where ``at_once`` tasks are done at a time."""
+    todo = [task for task in tasks if not task.is_done]
+    known = [task.seconds for task in todo if task.seconds is not None]
     if not todo:
         return "nothing to do"
     more = f" and {len(todo) - len(known)} whose speed is not known yet" if len(known) < len(todo) else ""

@@ -12,7 +12,7 @@ from anyflow.evaluation.curve import CurveResult
 from anyflow.evaluation.heldout import load_curve
 from anyflow.evaluation.report.folder import sample_grid
 from anyflow.evaluation.report.picture import Grid, save_mp4, save_png
-from anyflow.experiment.figures import Measured, short
+from anyflow.experiment.measured import Measured, short
 from anyflow.experiment.pieces import Piece, curve_folder
 
 CELLS = 8

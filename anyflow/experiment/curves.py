@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from anyflow.experiment.jobs import measured_on
 from anyflow.experiment.pieces import Piece, curve_folder, read_curve
 from anyflow.experiment.schema import Experiment
+from anyflow.experiment.tasks import measured_on
 from anyflow.system.files import write_atomically
 from anyflow.tracking.mlflow import record_curves
 
@@ -19,12 +19,14 @@ APART = 1000
 """Between the seeds of one piece's noises: those of another piece lie between them."""
 
 
-def measure(experiment: Experiment, piece: Piece, card: str, on_progress: Callable[..., None] | None = None) -> None:
+def measure_piece(
+    experiment: Experiment, piece: Piece, card: str, on_progress: Callable[..., None] | None = None
+) -> None:
     """Measure the any-step curve of a piece on a card, and keep it in the piece's folder."""
+    from anyflow.evaluation.further_judges import judges_of
     from anyflow.evaluation.heldout import Prompts, curve_of, save_curve
     from anyflow.evaluation.measurement import Measurement
     from anyflow.evaluation.models import has_guidance, load_model, native_shape, way_of
-    from anyflow.evaluation.probes import judges_of
 
     began, settings = time.monotonic(), experiment.evaluation
     stands_on = measured_on(experiment, piece, card)
