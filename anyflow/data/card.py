@@ -17,6 +17,7 @@ import yaml
 from anyflow.data import remote
 from anyflow.data.shards import INDEX_NAME, Sample, Shard, check_folder, load_index
 from anyflow.errors import UserError, first_line
+from anyflow.recipe import find_card
 from anyflow.system.files import write_atomically
 
 CARD_NAME = "card.yaml"
@@ -83,7 +84,7 @@ def load_card(card: str | Path, require_shards: bool = True) -> DatasetCard:
     Raises:
         UserError: no such card; a key that is misspelt, missing or of the wrong type; a split without shards.
     """
-    path = fetch_card(card) if isinstance(card, str) and remote.is_url(card) else find_card(card)
+    path = fetch_card(card) if isinstance(card, str) and remote.is_url(card) else find_card(str(card), "data set ")
     try:
         document = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -123,23 +124,6 @@ def _place(home: Path, folder: str) -> Path:
         return remote.mirror(folder)
     base = remote.url_of(home)
     return home / folder if base is None else remote.mirror(remote.join(base, folder))
-
-
-def find_card(card: str | Path) -> Path:
-    """The card's file.
-
-    Raises:
-        UserError: there is none; close names are offered.
-    """
-    given = Path(card)
-    roots = [Path("data"), Path(__file__).resolve().parents[2] / "data"]
-    for path in (given, given / CARD_NAME, *(root / f"{card}.yaml" for root in roots)):
-        if path.is_file():
-            return path
-    known = sorted({path.stem for root in roots for path in root.glob("*.yaml")})
-    close = difflib.get_close_matches(given.stem, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}?" if close else f"known cards: {', '.join(known) or 'none'}"
-    raise UserError(f"data set {str(card)!r} is neither a card's name nor its path: {hint}")
 
 
 def write_card(card: DatasetCard, path: Path) -> None:

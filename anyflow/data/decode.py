@@ -6,16 +6,19 @@ import functools
 import io
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
+from typing import TypeVar
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from anyflow.errors import first_line
+
+T = TypeVar("T")
 
 MAX_PIXELS = 2**26
 """Of a frame (8192 x 8192): a small file that claims more is a bomb, not footage."""
@@ -114,16 +117,29 @@ def _fill(
             fitter.write(frame, row)
             written += 1
         return written
-    for frame, until in with_ends(frames, stream, rate, Fraction(first) / rate):
-        # Every time k * spacing before the frame's end shows it, unless an earlier frame served it.
-        wanted = min(max(written, math.ceil(until / spacing)), shape.frames)
-        if wanted > written:
-            fitter.write(frame, out[written])
-            out[written + 1 : wanted] = out[written]
-            written = wanted
+    for frame, count in resampled(with_ends(frames, stream, rate, Fraction(first) / rate), 1 / spacing):
+        end = min(written + count, shape.frames)
+        fitter.write(frame, out[written])
+        out[written + 1 : end] = out[written]
+        written = end
         if written == shape.frames:
             break
     return written
+
+
+def resampled(shown: Iterable[tuple[T, Fraction]], fps: Fraction) -> Iterator[tuple[T, int]]:
+    """Change the frame rate: which frames are on show at the times k / fps, and at how many of them each is.
+
+    Args:
+        shown: frames, each with the time in seconds at which the next one takes its place.
+        fps: frames a second of the result.
+    """
+    written = 0
+    for frame, until in shown:
+        wanted = math.ceil(until * fps)
+        if wanted > written:
+            yield frame, wanted - written
+            written = wanted
 
 
 def with_ends(
@@ -183,12 +199,31 @@ def _frames_from(
     if first == 0 or not rate or not stream.time_base:
         yield from islice(container.decode(stream), first, None)
         return
-    frame_ticks = 1 / (rate * stream.time_base)
-    target = (stream.start_time or 0) + first * frame_ticks
-    container.seek(round(target), stream=stream, backward=True)
+    yield from frames_from(container, stream, rate, Fraction(first) / rate)
+
+
+def frames_from(
+    container: av.container.InputContainer, stream: av.VideoStream, rate: Fraction, start: Fraction
+) -> Iterator[av.VideoFrame]:
+    """The frames from ``start`` seconds on, by a seek to the key frame before it.
+
+    Raises:
+        DecodeError: the video carries no times.
+    """
+    if not stream.time_base:
+        raise DecodeError("the video carries no time stamps, so a part of it cannot be found")
+    begin = (stream.start_time or 0) + start / stream.time_base
+    container.seek(math.floor(begin), stream=stream, backward=True)
+    half = 1 / (2 * rate * stream.time_base)
     for frame in container.decode(stream):
-        if frame.pts is None or frame.pts >= target - frame_ticks / 2:
+        if frame.pts is None or frame.pts >= begin - half:
             yield frame
+
+
+def shown_size(stream: av.VideoStream, frame: av.VideoFrame | None) -> tuple[int, int]:
+    """(height, width) as shown: in square pixels, and upright where the first frame says that the camera was turned."""
+    height, width = stream.height, round(stream.width * float(stream.sample_aspect_ratio or 1))
+    return (width, height) if frame is not None and round(frame.rotation / 90) % 2 else (height, width)
 
 
 _threads = threading.local()

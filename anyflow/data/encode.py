@@ -65,7 +65,7 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Job:
+class CachePart:
     """One shard: ``kind`` "latents" or "texts", its number, and the clips or captions that it is made from."""
 
     kind: str
@@ -161,15 +161,15 @@ class Encoding:
         return list(texts)
 
     @cached_property
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[CachePart]:
         """All shards to write."""
         return [
-            Job(kind, number, range(start, min(start + CLIPS_PER_SHARD, total)))
+            CachePart(kind, number, range(start, min(start + CLIPS_PER_SHARD, total)))
             for kind, total in (("texts", len(self.texts)), ("latents", len(self.places)))
             for number, start in enumerate(range(0, total, CLIPS_PER_SHARD))
         ]
 
-    def open_jobs(self) -> list[Job]:
+    def open_jobs(self) -> list[CachePart]:
         """The shards that are not written yet."""
         return [job for job in self.jobs if self._done(job) is None]
 
@@ -186,7 +186,7 @@ class Encoding:
         with _told(self.folder):
             (self.partial / TEXTS).mkdir(parents=True, exist_ok=True)
 
-    def run(self, job: Job, progress: Callable[[int, int], None] | None = None) -> None:
+    def run(self, job: CachePart, progress: Callable[[int, int], None] | None = None) -> None:
         """Write one shard, unless it is there; ``progress`` is called with (clips done by this process, of all).
 
         Raises:
@@ -316,10 +316,10 @@ class Encoding:
             embedding = _save("text", self.codec.embed(text))
             yield text_key(text), {"safetensors": embedding, "json": json.dumps({"caption": text}).encode()}
 
-    def _home(self, job: Job) -> Path:
+    def _home(self, job: CachePart) -> Path:
         return self.partial / TEXTS if job.kind == "texts" else self.partial
 
-    def _done(self, job: Job) -> dict[str, Any] | None:
+    def _done(self, job: CachePart) -> dict[str, Any] | None:
         """What the note of a job says, if its shard is whole."""
         try:
             note = json.loads((self._home(job) / f"{job.name}.done").read_text())
@@ -328,31 +328,6 @@ class Encoding:
             return note if whole and {"skipped", "latent_shapes"} <= note.keys() else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-
-
-def encode_dataset(
-    card: str | Path,
-    split: str,
-    codec: Encoder,
-    shapes: Sequence[ClipShape],
-    out: str | Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    *,
-    prompts: Sequence[str] = (),
-    error_budget: float = 0.01,
-) -> Path:
-    """Encode a card's split in this process, unless it is done already; see :class:`Encoding`.
-
-    Returns:
-        The cache's folder.
-
-    Raises:
-        UserError: the data are missing, too many clips are bad, or the folder cannot be written.
-    """
-    encoding = Encoding(card, split, codec, shapes, out, prompts=prompts, error_budget=error_budget)
-    if not encoding.is_whole():
-        encoding.all(progress)
-    return encoding.folder
 
 
 def _save(name: str, tensor: Tensor) -> bytes:

@@ -38,7 +38,7 @@ class VideoDataModule(pl.LightningDataModule):
         buckets: further shapes (frames, height, width): a clip comes in the one that fits it best, a batch is of one,
             and has as many clips as fit into the tokens of ``batch_size`` clips of the run's own shape.
         prefetch: batches that each worker prepares ahead.
-        cache: folders of latents made by :func:`anyflow.data.cache.encode_dataset`; they replace the cards' footage.
+        cache: folders of latents made by :class:`anyflow.data.encode.Encoding`; they replace the cards' footage.
         codec_hash: fingerprint of the autoencoder that the caches must carry, if it is given.
 
     Batches: ``{"frames": uint8 [B, F, H, W, 3] | "latents": float32 [B, F, C, H, W], "caption": list[str],

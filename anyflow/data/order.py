@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
@@ -199,11 +198,6 @@ def describe_difference(saved: OrderIdentity, current: OrderIdentity) -> str:
         if before != now:
             differences.append(words if name == "content" else f"{words} (was {before}, is {now})")
     return ", ".join(differences)
-
-
-def planned_shards(shards: Sequence[tuple[str, str, int]]) -> tuple[ShardIdentity, ...]:
-    """Build the order's view of (name, digest, samples) triples."""
-    return tuple(ShardIdentity(*shard) for shard in shards)
 
 
 def _shuffled(size: int, entropy: tuple[int, ...]) -> np.ndarray:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import av
 
-from anyflow.data.decode import ClipShape, DecodeError, open_stream
+from anyflow.data.decode import ClipShape, DecodeError, open_stream, shown_size
 
 Noted = tuple[float, ...]
 """Of footage (frames, height, width, frames a second), as shown; of latents their (F, C, H, W); empty if unknown."""
@@ -38,10 +38,7 @@ def _of_footage(data: bytes) -> Noted:
             first = next(iter(container.decode(stream)), None)
             if first is None or not stream.frames or not stream.average_rate:
                 return ()
-            height, width = stream.height, round(stream.width * float(stream.sample_aspect_ratio or 1))
-            if round(first.rotation / 90) % 2:  # filmed with the telephone upright
-                height, width = width, height
-            return stream.frames, height, width, round(float(stream.average_rate), 3)
+            return stream.frames, *shown_size(stream, first), round(float(stream.average_rate), 3)
     except (av.FFmpegError, DecodeError, ValueError, IndexError, OverflowError):
         return ()
 

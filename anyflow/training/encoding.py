@@ -12,14 +12,16 @@ from torch.utils.data import DataLoader
 
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.parallelize import from_rank_zero, join_ranks, rank_and_size, wait_for_all
-from anyflow.data.encode import Encoding, Job
+from anyflow.data.encode import CachePart, Encoding
 from anyflow.system.console import progress_line
 
 
 class JobRunner(lightning.LightningModule):
     """A prediction is a shard, written to its place; a batch is its number among ``jobs``."""
 
-    def __init__(self, encoding: Encoding, jobs: Sequence[Job], progress: Callable[[int, int], None] | None) -> None:
+    def __init__(
+        self, encoding: Encoding, jobs: Sequence[CachePart], progress: Callable[[int, int], None] | None
+    ) -> None:
         super().__init__()
         self.encoding, self.jobs, self.progress = encoding, jobs, progress
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from anyflow.data import encode as encoding
 from anyflow.data.cache import CACHE_FILE, TextStore, load_cache
 from anyflow.data.decode import ClipShape
-from anyflow.data.encode import Encoding, encode_dataset
+from anyflow.data.encode import Encoding
 from anyflow.data.module import VideoDataModule
 from anyflow.data.shards import check_folder, load_index
 from anyflow.errors import UserError
@@ -48,7 +48,11 @@ class MeanCodec:
 
 
 def encode(folder: Path, codec: MeanCodec, shapes: Sequence[ClipShape] = (SHAPE,), **options: object) -> Path:
-    return encode_dataset(folder, "train", codec, shapes, **options)  # type: ignore[arg-type]
+    progress = options.pop("progress", None)
+    encoding = Encoding(folder, "train", codec, shapes, **options)  # type: ignore[arg-type]
+    if not encoding.is_whole():
+        encoding.all(progress)  # type: ignore[arg-type]
+    return encoding.folder
 
 
 def module(folder: Path, **options: object) -> VideoDataModule:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from anyflow.data.card import check_shards, find_card, load_card, write_card
+from anyflow.data.card import check_shards, load_card, write_card
 from anyflow.data.clip import Clip, encode_mp4
 from anyflow.data.contact_sheet import contact_sheet
 from anyflow.data.describe import describe_card
@@ -158,8 +158,8 @@ def test_text_that_is_no_card(tmp_path: Path, text: str) -> None:
 
 
 def test_a_misspelt_name_gets_a_suggestion() -> None:
-    with pytest.raises(UserError, match="did you mean 'driving'"):
-        find_card("drivign")
+    with pytest.raises(UserError, match="did you mean driving"):
+        load_card("drivign")
 
 
 def test_check_finds_a_clip_in_two_splits(card: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,7 +16,7 @@ import av
 import numpy as np
 
 from anyflow.data.clip import MAX_GOP
-from anyflow.data.decode import DecodeError, FrameFitter, open_stream, with_ends
+from anyflow.data.decode import DecodeError, FrameFitter, frames_from, open_stream, resampled, shown_size, with_ends
 from anyflow.data.importing.recording import Footage, ImageFiles, ParquetCell, Recording, VideoFile
 from anyflow.data.safety import inside
 from anyflow.errors import first_line
@@ -28,6 +28,9 @@ MAX_GAP = 10
 """Seconds that one picture may stay: two frames that are a year apart would be filled up with still ones."""
 PIXEL_BUDGET = 10**13
 """Pixels of one recording: a hundred hours of 832x480 at 60 frames a second, or a bomb."""
+
+Shown = tuple[tuple[av.VideoFrame, float], Fraction]
+"""(frame, width of its pixels over their height), and the time at which the next one takes its place."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +62,13 @@ def probe(recording: Recording) -> Facts:
         return Facts((len(times) - 1) / (times[-1] - times[0]), height, width, times[-1] - times[0])
     with _opened(recording.footage, recording.fps) as (container, stream):
         rate = _rate(stream, recording.fps)
-        aspect = float(stream.sample_aspect_ratio or 1)
         seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
         if seconds is None and container.duration:
             seconds = container.duration / av.time_base
         if recording.end is not None:
             seconds = recording.end
         left = max(0.0, seconds - recording.start) if seconds is not None and not recording.fps else None
-        height, width = stream.height, round(stream.width * aspect)
-        first = next(iter(container.decode(stream)), None)
-        if first is not None and round(first.rotation / 90) % 2:  # filmed with the telephone upright
-            height, width = width, height
+        height, width = shown_size(stream, next(iter(container.decode(stream)), None))
         return Facts(float(rate), height, width, left)
 
 
@@ -87,66 +86,43 @@ def frames_at(recording: Recording, fps: float, height: int, width: int) -> Iter
             shown = _shown_images(recording.footage)
         else:
             shown = _shown_frames(recording)
-        yield from _resampled(shown, Fraction(fps).limit_denominator(100_000), height, width)
+        yield from _pictures(shown, Fraction(fps).limit_denominator(100_000), height, width)
     except (av.FFmpegError, ValueError, IndexError, OverflowError, ZeroDivisionError, OSError) as error:
         raise DecodeError(f"the video cannot be decoded ({first_line(error)})") from error
 
 
-def _resampled(
-    shown: Iterator[tuple[av.VideoFrame, Fraction, float]], fps: Fraction, height: int, width: int
-) -> Iterator[np.ndarray]:
-    """Each frame as often as the times k / fps fall on it; ``shown`` are (frame, end of its time, pixel aspect)."""
+def _pictures(shown: Iterator[Shown], fps: Fraction, height: int, width: int) -> Iterator[np.ndarray]:
+    """Each frame, scaled, as often as the times k / fps fall on it."""
     fitter: FrameFitter | None = None
-    written, pixels = 0, 0
-    for frame, until, aspect in shown:
-        wanted = max(written, math.ceil(until * fps))
-        if wanted == written:
-            continue
-        if wanted - written > MAX_GAP * fps + 1:
-            raise DecodeError(
-                f"a picture stands still for {float((wanted - written) / fps):.0f} s: time stamps are off"
-            )
+    pixels = 0
+    for (frame, aspect), count in resampled(shown, fps):
+        if count > MAX_GAP * fps + 1:
+            raise DecodeError(f"a picture stands still for {float(count / fps):.0f} s: time stamps are off")
         pixels += frame.width * frame.height
         if pixels > PIXEL_BUDGET:
             raise DecodeError("it decodes to more pixels than any recording has")
         fitter = fitter or FrameFitter(height, width, aspect)
         picture = np.empty((height, width, 3), dtype=np.uint8)
         fitter.write(frame, picture)
-        for _ in range(wanted - written):
-            yield picture
-        written = wanted
+        yield from repeat(picture, count)
 
 
-def _shown_frames(recording: Recording) -> Iterator[tuple[av.VideoFrame, Fraction, float]]:
+def _shown_frames(recording: Recording) -> Iterator[Shown]:
     start = Fraction(recording.start).limit_denominator(1_000_000)
     length = None if recording.end is None else Fraction(recording.end).limit_denominator(1_000_000) - start
     assert not isinstance(recording.footage, ImageFiles)
     with _opened(recording.footage, recording.fps) as (container, stream):
         rate = _rate(stream, recording.fps)
         aspect = float(stream.sample_aspect_ratio or 1)
-        frames = _frames_from(container, stream, start, rate) if start else container.decode(stream)
+        frames = frames_from(container, stream, rate, start) if start else container.decode(stream)
         for frame, until in with_ends(frames, stream, rate, start, stamped=recording.fps is None):
             # The last frame of a recording that ends in the middle of a file is the one that ends with it.
             if length is not None and until > length + 1 / (4 * rate):
                 return
-            yield frame, until, aspect
+            yield (frame, aspect), until
 
 
-def _frames_from(
-    container: av.container.InputContainer, stream: av.VideoStream, start: Fraction, rate: Fraction
-) -> Iterator[av.VideoFrame]:
-    """The frames from ``start`` seconds on, by a seek to the key frame before it."""
-    if not stream.time_base:
-        raise DecodeError("the video carries no time stamps, so a part of it cannot be found")
-    begin = (stream.start_time or 0) + start / stream.time_base
-    container.seek(math.floor(begin), stream=stream, backward=True)
-    half = 1 / (2 * rate * stream.time_base)
-    for frame in container.decode(stream):
-        if frame.pts is None or frame.pts >= begin - half:
-            yield frame
-
-
-def _shown_images(images: ImageFiles) -> Iterator[tuple[av.VideoFrame, Fraction, float]]:
+def _shown_images(images: ImageFiles) -> Iterator[Shown]:
     """Each picture with the time at which the next takes its place; the last one stays as long as most do."""
     usual = float(np.median(np.diff(images.times))) if len(images.times) > 1 else 0.1
     ends = [*images.times[1:], images.times[-1] + usual]
@@ -156,7 +132,7 @@ def _shown_images(images: ImageFiles) -> Iterator[tuple[av.VideoFrame, Fraction,
         if picture is None:
             raise DecodeError(f"{Path(path).name} holds no picture")
         # A little less, as for a video's frames: a time that falls on the border belongs to the next picture.
-        yield picture, Fraction(until - usual / 4).limit_denominator(1_000_000), 1.0
+        yield (picture, 1.0), Fraction(until - usual / 4).limit_denominator(1_000_000)
 
 
 @contextmanager

@@ -113,14 +113,13 @@ Found = Recording | Unusable
 
 
 class Source(Protocol):
-    """What a module of ``anyflow.simulators.simulated`` that imports a format has.
+    """What a module of ``anyflow.data.importing.formats`` has.
 
     Attributes:
-        NAME: as ``--format`` has it. LOOKS_FOR: what ``detect`` looks for, in words.
+        LOOKS_FOR: what ``detect`` looks for, in words.
         DOMAIN: the domain if none is given. CONTROLS: control -> what it holds, for the card.
     """
 
-    NAME: str
     LOOKS_FOR: str
     DOMAIN: str
     CONTROLS: Mapping[str, str]

@@ -19,7 +19,6 @@ from anyflow.data.importing.formats.folder import split_of, walk_videos
 from anyflow.data.importing.recording import Found, Recording, Track, Unusable, VideoFile
 from anyflow.data.safety import MAX_TABLE_BYTES, read_json, read_json_object
 
-NAME = "bdd100k"
 LOOKS_FOR = "videos/**/ID.mov with info/**/ID.json that has rideID and locations or gps"
 DOMAIN = "driving"
 CONTROLS = {

@@ -15,7 +15,6 @@ import numpy as np
 from anyflow.data.decode import DecodeError
 from anyflow.data.importing.recording import Found, Recording, Track, VideoFile
 
-NAME = "comma2k19"
 LOOKS_FOR = "ROUTE/SEGMENT/video.hevc beside processed_log and global_pose"
 DOMAIN = "driving"
 CONTROLS = {

@@ -11,7 +11,6 @@ from anyflow.data.importing.formats.folder import walk_videos
 from anyflow.data.importing.recording import Found, Recording, Track, Unusable, VideoFile
 from anyflow.data.safety import find_pickles, read_text
 
-NAME = "cosmos"
 LOOKS_FOR = "the folders videos and metas"
 DOMAIN = "video"
 CONTROLS: Mapping[str, str] = {}

@@ -12,7 +12,6 @@ from anyflow.data.importing.captions import CAPTION_COLUMNS, FILE_COLUMNS
 from anyflow.data.importing.recording import Found, Recording, Track, Unusable, VideoFile
 from anyflow.data.safety import VIDEO_SUFFIXES, inside, parse_json, read_rows, read_text
 
-NAME = "folder"
 LOOKS_FOR = (
     "videos (.mp4, .mov, ...) with a.txt beside a.mp4, a metadata.csv, .jsonl or .json, or captions.txt and videos.txt"
 )

@@ -19,7 +19,6 @@ from anyflow.data.importing.footage import probe
 from anyflow.data.importing.recording import Found, Recording, Track, Unusable, VideoFile
 from anyflow.data.safety import inside, read_json_object, read_rows
 
-NAME = "gf-minecraft"
 LOOKS_FOR = "annotation.csv beside the folders video and metadata, here or in data_*"
 DOMAIN = "games"
 CONTROLS = {

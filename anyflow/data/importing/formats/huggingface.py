@@ -19,7 +19,6 @@ from anyflow.data.importing.formats.folder import HELD_OUT
 from anyflow.data.importing.recording import Found, ParquetCell, Recording, Track, Unusable
 from anyflow.data.safety import read_text
 
-NAME = "huggingface"
 LOOKS_FOR = "parquet tables with a column 'video' (or 'mp4') of bytes, here or in data/"
 DOMAIN = "video"
 CONTROLS: Mapping[str, str] = {}

@@ -17,7 +17,6 @@ from anyflow.data.importing.recording import Found, Recording, Track, Unusable, 
 from anyflow.data.safety import inside, read_json_object, read_rows
 from anyflow.errors import UserError
 
-NAME = "lerobot"
 LOOKS_FOR = "meta/info.json with a codebase_version"
 DOMAIN = "robotics"
 CONTROLS = {

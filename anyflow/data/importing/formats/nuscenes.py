@@ -17,7 +17,6 @@ from anyflow.data.importing.recording import Found, ImageFiles, Recording, Track
 from anyflow.data.safety import MAX_TABLE_BYTES, inside, read_json
 from anyflow.errors import UserError
 
-NAME = "nuscenes"
 LOOKS_FOR = "a folder v1.0-* with scene.json, sample_data.json and ego_pose.json"
 DOMAIN = "driving"
 CONTROLS = {

@@ -17,7 +17,6 @@ from anyflow.data.importing.formats.folder import walk_videos
 from anyflow.data.importing.recording import Found, Recording, Track, Unusable, VideoFile
 from anyflow.data.safety import parse_json, read_rows
 
-NAME = "vpt"
 LOOKS_FOR = "NAME.mp4 beside NAME.jsonl whose lines have mouse, keyboard and tick"
 DOMAIN = "games"
 CONTROLS = {

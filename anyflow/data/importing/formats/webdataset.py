@@ -16,7 +16,6 @@ from anyflow.data.importing.formats.folder import split_of
 from anyflow.data.importing.recording import Found, Recording, Track, Unusable, VideoFile
 from anyflow.data.safety import MAX_TEXT_BYTES, PICKLES, VIDEO_SUFFIXES, is_safe_name, parse_json
 
-NAME = "webdataset"
 LOOKS_FOR = "*.tar files, here or one folder below, with KEY.mp4 and KEY.txt or KEY.json"
 DOMAIN = "video"
 CONTROLS: Mapping[str, str] = {}
