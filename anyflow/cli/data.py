@@ -157,7 +157,7 @@ def probe(
       anyflow data probe games-full --json
     """
     check_model(model)
-    from anyflow.recipe import find_card
+    from anyflow.data.find import find_card
 
     find_card(card, "")
     from anyflow.evaluation.models import native_shape

@@ -153,7 +153,7 @@ def _about(model: str, data: str, split: str) -> dict[str, str]:
 
 def _check_clips(model: str, against: str | None, data: str, split: str, prompts: int) -> None:
     """Models and data set are there, and there are clips enough."""
-    from anyflow.recipe import find_card
+    from anyflow.data.find import find_card
 
     find_card(data, "--data ")
     check_model(model)

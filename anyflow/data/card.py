@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 
 from anyflow.data import remote
+from anyflow.data.find import find_card
 from anyflow.data.shards import INDEX_NAME, Sample, Shard, check_folder, load_index
 from anyflow.errors import UserError, first_line
-from anyflow.recipe import find_card
 from anyflow.system.files import write_atomically
 
 CARD_NAME = "card.yaml"

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from anyflow.data.find import find_card
 from anyflow.errors import UserError, first_line
 from anyflow.evaluation.figures import FIGURES, figure_of
 from anyflow.experiment.schema import Claim, Experiment
-from anyflow.recipe import find_card
 from anyflow.recipe.check import check_range
 from anyflow.recipe.fields import FieldInfo
 from anyflow.recipe.load import read_yaml

@@ -5,7 +5,7 @@ for row in describe(recipe):
     print(row.key, row.value, row.meaning, row.source)
 """
 
-from anyflow.recipe.check import check_files, check_recipe, find_card, is_hub_id, lagging_average, parse_shape
+from anyflow.recipe.check import check_files, check_recipe, is_hub_id, lagging_average, parse_shape
 from anyflow.recipe.describe import Row, describe
 from anyflow.recipe.load import list_recipes, load_recipe, merge_recipe, recipes_folder, save_recipe, to_dict
 from anyflow.recipe.schema import (
@@ -32,7 +32,6 @@ __all__ = [
     "check_files",
     "check_recipe",
     "describe",
-    "find_card",
     "is_hub_id",
     "lagging_average",
     "list_recipes",

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from anyflow.data.find import find_card
 from anyflow.errors import UserError
 from anyflow.recipe.fields import FieldInfo, all_fields, value_of
 from anyflow.recipe.schema import Recipe
@@ -73,25 +74,6 @@ def _numbered_run(place: Path) -> Path | None:
     missing = [path for path in (place, *place.parents) if not path.exists()][-1]
     runs = sorted(path for path in missing.parent.glob(f"{missing.name}-[0-9][0-9][0-9]") if path.is_dir())
     return runs[-1] / place.relative_to(missing) if runs else None
-
-
-def find_card(name: str, where: str = "data.card=") -> Path:
-    """The file of a dataset card: a file, its folder, or a name in ``data/``; else a UserError that tells ``where``."""
-    given = Path(name)
-    roots = (Path("data"), Path(__file__).resolve().parents[2] / "data")
-    for path in (given, given / "card.yaml", *(root / f"{name}.yaml" for root in roots)):
-        if path.is_file():
-            return path
-    known = sorted({path.stem for root in roots for path in root.glob("*.yaml")})
-    close = difflib.get_close_matches(given.stem, known, n=1, cutoff=0.5)
-    hint = (
-        f"did you mean {close[0]}?"
-        if close
-        else f"known are {', '.join(known)}"
-        if known
-        else "give the path of a card"
-    )
-    raise UserError(f"{where}{name!r} is neither a file nor a card in data/: {hint}")
 
 
 def is_hub_id(text: str) -> bool:
