@@ -13,65 +13,61 @@ from anyflow.recipe import Recipe
 
 def changes(recipe: Recipe, phase: str = STEP) -> Iterator[tuple[str, Recipe, str]]:
     """Single changes that lower what a phase needs, the cheapest first: ``(what to write, the recipe, its cost)``."""
+    hardware, data = recipe.hardware, recipe.data
     if phase == STEP:
         yield from _of_step(recipe)
-    if phase in (STEP, ENCODING) and recipe.data.batch_size > 1:
-        data = dataclasses.replace(recipe.data, batch_size=1)
-        passes = recipe.hardware.accumulate * recipe.data.batch_size
-        hardware = dataclasses.replace(recipe.hardware, accumulate=passes)
-        yield "data.batch_size=1", dataclasses.replace(recipe, data=data, hardware=hardware), "more passes a step"
-    if phase == STEP and not recipe.hardware.park_codec and not recipe.data.precompute:
-        hardware = dataclasses.replace(recipe.hardware, park_codec=True)
-        yield "hardware.park_codec=true", dataclasses.replace(recipe, hardware=hardware), "seconds more a batch"
-    if phase in (STEP, ENCODING, READING) and not recipe.data.precompute:
-        data = dataclasses.replace(recipe.data, precompute=True)
-        yield "data.precompute=true", dataclasses.replace(recipe, data=data), "disk, and encoding before training"
+    if phase in (STEP, ENCODING) and data.batch_size > 1:
+        passes = _with(recipe, "hardware", accumulate=hardware.accumulate * data.batch_size)
+        yield "data.batch_size=1", _with(passes, "data", batch_size=1), "more passes a step"
+    if phase == STEP and not hardware.park_codec and not data.precompute:
+        yield "hardware.park_codec=true", _with(recipe, "hardware", park_codec=True), "seconds more a batch"
+    if phase in (STEP, ENCODING, READING) and not data.precompute:
+        yield "data.precompute=true", _with(recipe, "data", precompute=True), "disk, and encoding before training"
     if phase in (SAMPLING["during"], DECODING["during"]):
-        sampling = dataclasses.replace(recipe.sampling, every_steps=0)
-        yield "sampling.every_steps=0", dataclasses.replace(recipe, sampling=sampling), "no curve during training"
+        yield "sampling.every_steps=0", _with(recipe, "sampling", every_steps=0), "no curve during training"
     if phase in (*SAMPLING.values(), *DECODING.values()):
-        sampling = dataclasses.replace(recipe.sampling, prompts=0)
-        yield "sampling.prompts=0", dataclasses.replace(recipe, sampling=sampling), "no curve: evaluate the model later"
+        yield "sampling.prompts=0", _with(recipe, "sampling", prompts=0), "no curve: evaluate the model later"
     yield from _of_all(recipe, phase)
+
+
+def _with(recipe: Recipe, group: str, **fields: Any) -> Recipe:
+    """The recipe with other values in one of its groups."""
+    return dataclasses.replace(recipe, **{group: dataclasses.replace(getattr(recipe, group), **fields)})
 
 
 def _of_step(recipe: Recipe) -> Iterator[tuple[str, Recipe, str]]:
     hardware = recipe.hardware
-
-    def on(**fields: Any) -> Recipe:
-        return dataclasses.replace(recipe, hardware=dataclasses.replace(hardware, **fields))
-
     if not hardware.gradient_checkpointing:
-        yield "hardware.gradient_checkpointing=true", on(gradient_checkpointing=True), "a third more time"
+        yield (
+            "hardware.gradient_checkpointing=true",
+            _with(recipe, "hardware", gradient_checkpointing=True),
+            "a third more time",
+        )
     elif hardware.keep_attention:
-        yield "hardware.keep_attention=false", on(keep_attention=False), "more recomputation"
+        yield "hardware.keep_attention=false", _with(recipe, "hardware", keep_attention=False), "more recomputation"
     if not hardware.recompute_jumps and recipe.declared.keeps_rollouts:
-        yield "hardware.recompute_jumps=true", on(recompute_jumps=True), "a tenth more time"
+        yield "hardware.recompute_jumps=true", _with(recipe, "hardware", recompute_jumps=True), "a tenth more time"
 
 
 def _of_all(recipe: Recipe, phase: str) -> Iterator[tuple[str, Recipe, str]]:
     """What lowers every phase."""
     hardware, data = recipe.hardware, recipe.data
-
-    def on(group: str, **fields: Any) -> Recipe:
-        return dataclasses.replace(recipe, **{group: dataclasses.replace(getattr(recipe, group), **fields)})
-
     if hardware.strategy != "fsdp" and recipe.world_size > 1:
-        yield "hardware.strategy=fsdp", on("hardware", strategy="fsdp"), "weights travel"
+        yield "hardware.strategy=fsdp", _with(recipe, "hardware", strategy="fsdp"), "weights travel"
     if not recipe.model.lora.enabled and recipe.model.init == "weights":
         lora = dataclasses.replace(recipe.model.lora, enabled=True)
         words = "one base for all roles" if recipe.has_teacher else "adapters instead of all weights"
-        yield f"model.lora.enabled=true ({words})", on("model", lora=lora), "less capacity"
+        yield f"model.lora.enabled=true ({words})", _with(recipe, "model", lora=lora), "less capacity"
     if hardware.strategy == "fsdp" or (recipe.world_size == 1 and recipe.optimizer.name != "muon"):
         for count in (2, 4, 8):
             more = recipe.world_size * count
             if more <= 64:
                 yield f"{more} GPUs", with_gpus(recipe, more), f"{count} times the GPUs"
     if hardware.strategy == "fsdp":
-        yield "hardware.offload=true", on("hardware", offload=True), "several times slower"
+        yield "hardware.offload=true", _with(recipe, "hardware", offload=True), "several times slower"
     for frames in (49, 33, 17):
         if frames < data.frames and phase != EXPORT:
-            yield f"data.frames={frames}", on("data", frames=frames), "shorter clips"
+            yield f"data.frames={frames}", _with(recipe, "data", frames=frames), "shorter clips"
 
 
 def with_gpus(recipe: Recipe, gpus: int) -> Recipe:

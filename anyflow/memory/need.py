@@ -13,10 +13,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from anyflow.errors import UserError
 from anyflow.memory.changes import changes, with_gpus
@@ -167,28 +167,38 @@ def plan(
     if need.fits or not remedies:
         return need
 
-    def needed(change: str, changed: Recipe) -> Need:
-        on_try(change)
-        return _need(changed, gpu_memory, simulate)
+    def trials(recipe: Recipe, need: Need) -> Iterator[Trial]:
+        for change, changed, cost in changes(recipe, need.peak):
+            on_try(change)
+            yield Trial(change, changed, cost, _need(changed, gpu_memory, simulate))
 
-    tried = [(needed(change, changed), change, cost) for change, changed, cost in changes(recipe, need.peak)]
-    fitting = [Remedy(change, found.needed, cost) for found, change, cost in tried if found.fits]
-    together = None if fitting else _together(recipe, need, needed)
+    singly = list(trials(recipe, need))
+    fitting = [Remedy(trial.change, trial.need.needed, trial.cost) for trial in singly if trial.need.fits]
+    together = None if fitting else _together(need, singly, trials)
     return dataclasses.replace(need, remedies=fitting, together=together)
 
 
-def _together(recipe: Recipe, need: Need, needed: Callable[[str, Recipe], Need]) -> Remedy | None:
+class Trial(NamedTuple):
+    """A change that was simulated: what to write, the changed recipe, its cost, and what it needs."""
+
+    change: str
+    recipe: Recipe
+    cost: str
+    need: Need
+
+
+def _together(
+    need: Need, trials: Iterable[Trial], more_trials: Callable[[Recipe, Need], Iterator[Trial]]
+) -> Remedy | None:
     """Changes one after the other, the cheapest that is worth it each time, until it fits or nothing lowers it."""
     taken: dict[str, tuple[str, str]] = {}
     while not need.fits:
-        for change, changed, cost in changes(recipe, need.peak):
-            if (found := needed(change, changed)).needed < WORTH_IT * need.needed:
-                kind = re.sub(r"=.*|[0-9]+ ", "", change)
-                taken[kind] = change, cost  # GPUs and frames may be taken again: the last stands
-                recipe, need = changed, found
-                break
-        else:
+        trial = next((trial for trial in trials if trial.need.needed < WORTH_IT * need.needed), None)
+        if trial is None:
             break
+        kind = re.sub(r"=.*|[0-9]+ ", "", trial.change)
+        taken[kind] = trial.change, trial.cost  # GPUs and frames may be taken again: the last stands
+        need, trials = trial.need, more_trials(trial.recipe, trial.need)
     written, costs = zip(*taken.values(), strict=True) if taken else ((), ())
     return Remedy(", ".join(written), need.needed, "; ".join(costs)) if taken else None
 
