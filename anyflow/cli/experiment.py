@@ -118,7 +118,7 @@ def _report(found: Experiment, pieces: list[Piece], jobs: list[Task], as_json: b
 
 def _show_jobs(found: Experiment, jobs: list[Task]) -> None:
     from anyflow.experiment.tasks import left
-    from anyflow.training.callbacks.progress import clock
+    from anyflow.system.console import clock
 
     typer.echo(found.question)
     for job in jobs:

@@ -21,10 +21,9 @@ from anyflow.experiment.schema import Experiment
 from anyflow.experiment.tasks import Task, curve_state, left, tasks_of, training_of, with_speeds
 from anyflow.experiment.together import Place, work_together
 from anyflow.recipe import lagging_average
-from anyflow.system.console import progress_line, quiet_libraries
+from anyflow.system.console import clock, progress_line, quiet_libraries
 from anyflow.system.locks import locked
 from anyflow.system.signals import sigterm_raises
-from anyflow.training.callbacks.progress import clock
 
 
 def run_pieces(

@@ -84,3 +84,10 @@ def progress_line(title: str, plain_every: float = 20.0) -> Iterator[OnProgress]
             progress.update(task, completed=done, total=total, description=description)
 
         yield shown
+
+
+def clock(seconds: float) -> str:
+    """Seconds as ``1:05`` or ``2:01:05``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from anyflow.system.console import clock
+
 BAR_SECONDS = 0.2
 """Between two looks at the loss for the bar."""
 
@@ -79,10 +81,3 @@ class TrainingProgress(Callback):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-
-
-def clock(seconds: float) -> str:
-    """Seconds as ``1:05`` or ``2:01:05``."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
