@@ -57,6 +57,7 @@ def measure(package: Path = PACKAGE) -> list[Figure]:
         Figure("functions over 60 lines", *_count(long, LONG)),
         Figure("comparisons of a stage's name", *_count(names, COMPARED)),
         Figure("fields written twice", *_count(twice, TWICE)),
+        Figure("stages more than two classes deep", *_count(list(_deep_stages(trees)), 0)),
     ]
 
 
@@ -65,6 +66,15 @@ LONG, COMPARED, TWICE = 4, 0, 0
 
 def _count(found: list[str], most: float) -> tuple[int, float, tuple[str, ...]]:
     return len(found), most, tuple(found)
+
+
+def _deep_stages(trees: dict[Path, ast.Module]) -> Iterator[str]:
+    """Stages that derive from another than ``Stage``."""
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            bases = [ast.unparse(base) for base in node.bases] if isinstance(node, ast.ClassDef) else []
+            if any(base.endswith("Stage") and base != "Stage" for base in bases):
+                yield f"{path.name}:{node.lineno}"  # type: ignore[attr-defined]
 
 
 def _stage_names(path: Path, tree: ast.Module) -> Iterator[str]:

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from anyflow.backbone.conditions import Conditions, Text
 from anyflow.backbone.load import load_backbone
 from anyflow.backbone.lora import load_lora, merged_state
-from anyflow.backbone.protocol import Text
 from anyflow.flowmap.chunks import layout_of
 from anyflow.recipe import Recipe, load_recipe
 from anyflow.tracking.checkpoints import latest_checkpoint
@@ -101,11 +101,11 @@ def test_it_is_resumed_bitwise(chain: Path, small_model: Path, tmp_path: Path, m
     assert one.keys() == two.keys() and not [name for name in one if not torch.equal(one[name], two[name])]
 
 
-def question(frames: int) -> tuple[Tensor, Tensor, Tensor, Text]:
+def question(frames: int) -> tuple[Tensor, Tensor, Tensor, Conditions]:
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn(1, frames, 16, 4, 4, generator=generator)
     t = torch.full((1, frames), 700.0)
-    return latents, t, t * 0.5, Text(torch.randn(1, 4, 64, generator=generator), torch.tensor([3]), 8)
+    return latents, t, t * 0.5, Conditions(Text(torch.randn(1, 4, 64, generator=generator), torch.tensor([3]), 8))
 
 
 @torch.no_grad()

@@ -115,15 +115,19 @@ def test_the_simulation_agrees_with_a_real_step(case: str) -> None:
 @pytest.mark.parametrize("options", [(), ("sampling.given_frames=1",), ("model.architecture=causal",)])
 def test_the_simulation_agrees_with_a_real_sampling(options: tuple[str, ...]) -> None:
     """The batch of a curve: wrong if it counted one clip, the window of a causal network once, or no activations."""
+    from anyflow.backbone.conditions import Conditions, Text
     from anyflow.backbone.load import new_backbone
-    from anyflow.backbone.protocol import Text
 
     recipe = load_recipe("finetune/driving", overrides=[*HEAVIEST, *options])
     backbone = new_backbone(NETWORK, 0, recipe.model.architecture)
     backbone.fit_clip(SIZE[0])
     noise, text = torch.randn(8, *SIZE), Text(torch.randn(8, 513, 64), None, 513)
     given = noise[:, : recipe.sampling.given_frames] if recipe.sampling.given_frames else None
-    real = peak_bytes(lambda: backbone.sample(text, noise, 2, 5.0, given), "cpu") + noise.nbytes + text[0].nbytes
+    real = (
+        peak_bytes(lambda: backbone.sample(Conditions(text, given), noise, 2, 5.0), "cpu")
+        + noise.nbytes
+        + text[0].nbytes
+    )
     simulated = simulate(recipe, NETWORK, SIZE)
     assert simulated.rows == 8 and simulated.sampling == pytest.approx(real, rel=0.15)
     weights = list(backbone.parameters())
@@ -161,11 +165,12 @@ def test_the_simulation_agrees_with_a_real_autoencoder(limit: int, monkeypatch: 
 
 def real_step(recipe: Recipe) -> tuple[Any, Callable[[], None]]:
     """A recipe's stage over the small network, and a whole step of it, both turns of on-policy distillation."""
+    from anyflow.backbone.conditions import Text
     from anyflow.backbone.load import new_backbone
     from anyflow.backbone.lora import add_lora
     from anyflow.backbone.parallelize import checkpoint_activations
-    from anyflow.backbone.protocol import Text
-    from anyflow.stages.flow import FlowBatch
+    from anyflow.stages.batch import FlowBatch
+    from anyflow.stages.onpolicy import correct
     from anyflow.training.assemble import build_stage, lora_settings
 
     backbone = new_backbone(NETWORK, 0, recipe.model.architecture)
@@ -189,12 +194,12 @@ def real_step(recipe: Recipe) -> tuple[Any, Callable[[], None]]:
 
     def step() -> None:
         if several:
-            stage.position = 3  # whose rollout has three jumps
-            assert len(stage.draw_plan().jumps) == 3
+            stage.update.position = 3  # whose rollout has three jumps
+            assert len(stage.correction.rollouts.draw().jumps) == 3
             for _ in range(2):
-                stage.onpolicy_turn(data)
+                correct(stage, stage.correction, data)
         else:
-            stage.forward_loss(data).backward()
+            stage.loss(data).mean.backward()
             stage.configure_gradient_clipping(optimizers[0])
             optimizers[0].step()
             optimizers[0].zero_grad()

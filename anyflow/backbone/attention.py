@@ -17,7 +17,7 @@ from diffusers.models.transformers.transformer_anyflow import apply_rotary_emb a
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from anyflow.backbone.protocol import Text
+from anyflow.backbone.conditions import Text
 from anyflow.backbone.segments import SegmentMask
 
 RotaryTable = tuple[Tensor, Tensor]

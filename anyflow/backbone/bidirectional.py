@@ -24,7 +24,8 @@ from anyflow.backbone.attention import (
     rotary_table,
     with_spare_token,
 )
-from anyflow.backbone.protocol import FlowMapBackbone, Text
+from anyflow.backbone.conditions import Conditions, Text
+from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.backbone.segments import SegmentMask
 
 FLOAT32_PARTS = (
@@ -65,15 +66,15 @@ class BidirectionalBackbone(FlowMapBackbone):
     def device(self) -> torch.device:
         return self.transformer.patch_embedding.weight.device
 
-    def forward(self, latents: Tensor, timestep: Tensor, r_timestep: Tensor, text: Text) -> Tensor:
-        return self._frames_at_once(latents, timestep, r_timestep, text)
+    def forward(self, latents: Tensor, timestep: Tensor, r_timestep: Tensor, conditions: Conditions) -> Tensor:
+        return self._frames_at_once(latents, timestep, r_timestep, conditions)
 
     def _frames_at_once(
         self,
         latents: Tensor,
         timestep: Tensor,
         r_timestep: Tensor,
-        text: Text,
+        conditions: Conditions,
         start: int = 0,
         memories: Sequence[Memory] | None = None,
     ) -> Tensor:
@@ -85,7 +86,7 @@ class BidirectionalBackbone(FlowMapBackbone):
         time, modulation = self._embed_times(timestep, r_timestep, tokens_per_frame=height * width)
         table = self._rotary_table((start + frames, height, width), hidden.device)
         rotary = tuple(part[:, -hidden.shape[1] :] for part in table)
-        hidden = self._through_blocks(hidden, text, modulation, rotary, None, memories)  # type: ignore[arg-type]
+        hidden = self._through_blocks(hidden, conditions.text, modulation, rotary, None, memories)  # type: ignore[arg-type]
         return self._read_out(hidden, time, (frames, height, width))
 
     def _through_blocks(

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from anyflow.backbone.attention import Memory, Recorder, RotaryTable, SelfAttentionProcessor, rotary_table
 from anyflow.backbone.bidirectional import BidirectionalBackbone, check_times
+from anyflow.backbone.conditions import Conditions
 from anyflow.backbone.far_pipeline import ExactFARAttnProcessor
-from anyflow.backbone.protocol import Ask, Text
+from anyflow.backbone.protocol import Ask
 from anyflow.backbone.segments import AttentionKind, segment_mask
 from anyflow.flowmap.chunks import ChunkLayout, draw_layout, layout_of, partition_frames
 from anyflow.flowmap.sampling import BoundVelocity, Jump, Take, follow_chunks, take_jump
@@ -83,7 +84,7 @@ class CausalBackbone(BidirectionalBackbone):
         latents: Tensor,
         timestep: Tensor,
         r_timestep: Tensor,
-        text: Text,
+        conditions: Conditions,
         *,
         layout: ChunkLayout | None = None,
         window: Window | None = None,
@@ -95,24 +96,24 @@ class CausalBackbone(BidirectionalBackbone):
             latents: ``[B, F, C, H, W]``: a video; with ``layout`` the frames that it names; with ``window`` a chunk.
             timestep: as in the protocol.
             r_timestep: as in the protocol.
-            text: as in the protocol.
+            conditions: as in the protocol.
             layout: of a pass over chunks. Velocities of given frames come back as zeros.
             window: what the chunk looks back at.
             record: with ``layout``, takes down the keys and values of each block.
         """
         if layout is not None:
-            return self._chunks_at_once(latents, timestep, r_timestep, text, layout, record)
+            return self._chunks_at_once(latents, timestep, r_timestep, conditions, layout, record)
         if window is not None:
             start = window.layout.num_frames
-            return self._frames_at_once(latents, timestep, r_timestep, text, start, window.memories)
-        return self._frames_at_once(latents, timestep, r_timestep, text)
+            return self._frames_at_once(latents, timestep, r_timestep, conditions, start, window.memories)
+        return self._frames_at_once(latents, timestep, r_timestep, conditions)
 
     def _chunks_at_once(
         self,
         latents: Tensor,
         timestep: Tensor,
         r_timestep: Tensor,
-        text: Text,
+        conditions: Conditions,
         layout: ChunkLayout,
         record: Sequence[Recorder] | None,
     ) -> Tensor:
@@ -135,7 +136,7 @@ class CausalBackbone(BidirectionalBackbone):
         time, modulation = self._embed_times(timestep, r_timestep, sizes)
         mask = segment_mask(layout, tokens, far_tokens, self.attention)
         rotary = self._chunk_table(layout, grid, far_grid, hidden.device)
-        hidden = self._through_blocks(hidden, text, modulation, rotary, mask, record)
+        hidden = self._through_blocks(hidden, conditions.text, modulation, rotary, mask, record)
         if not layout.noisy:
             return torch.zeros_like(latents, dtype=torch.float32)  # clean frames have nowhere to go
 
@@ -152,11 +153,10 @@ class CausalBackbone(BidirectionalBackbone):
 
     def generate(
         self,
-        text: Text,
+        conditions: Conditions,
         noise: Tensor,
         jumps: Sequence[Jump],
         *,
-        first_frames: Tensor | None = None,
         ask: Ask | None = None,
         take: Take = take_jump,
         chunks: Sequence[int] | None = None,
@@ -167,26 +167,24 @@ class CausalBackbone(BidirectionalBackbone):
         numbered from its start, so neither time nor memory of a chunk grow any further. The chunk before always stays.
 
         Args:
-            text: as in the protocol.
+            conditions: as in the protocol; given frames fill the first chunks, and sampling starts after them.
             noise: as in the protocol.
             jumps: of every chunk.
-            first_frames: as in the protocol; they fill the first chunks, and sampling starts after them.
             ask: as in the protocol.
             take: as in the protocol. A window is made again where a jump is taken again: only one lies in memory.
             chunks: frames of each chunk; None: :meth:`chunks_of`.
         """
-        num_given = 0 if first_frames is None else first_frames.shape[1]
-        chunks = chunks or self.chunks_of(noise.shape[1], num_given)
+        chunks = chunks or self.chunks_of(noise.shape[1], conditions.num_given)
         longest = max(sum(self.transformer.config.chunk_partition), max(chunks))
         asked = ask or self
 
         newest = lru_cache(maxsize=1)(lambda look: look())  # windows are large: one is kept
 
         def after(clean: Tensor, behind: Sequence[int]) -> BoundVelocity:
-            look = partial(self.look_back, clean, behind, text, ask)
-            return lambda z, t, r: asked(z, t, r, text, window=newest(look))
+            look = partial(self.look_back, clean, behind, conditions, ask)
+            return lambda z, t, r: asked(z, t, r, conditions, window=newest(look))
 
-        yield from follow_chunks(after, noise, jumps, chunks, first_frames, take, longest)
+        yield from follow_chunks(after, noise, jumps, chunks, conditions.first_frames, take, longest)
 
     def draw_layout(self, num_frames: int, uniforms: Tensor, long_context: float) -> ChunkLayout:
         limit = self.transformer.config.full_chunk_limit
@@ -196,13 +194,15 @@ class CausalBackbone(BidirectionalBackbone):
         self.transformer.register_to_config(chunk_partition=list(self.chunks_of(num_frames)))
 
     @torch.no_grad()
-    def look_back(self, clean: Tensor, chunks: Sequence[int], text: Text, ask: Ask | None = None) -> Window | None:
+    def look_back(
+        self, clean: Tensor, chunks: Sequence[int], conditions: Conditions, ask: Ask | None = None
+    ) -> Window | None:
         """The window of the next chunk: the last chunks at full resolution, older ones compressed; without gradient.
 
         Args:
             clean: latents ``[B, F, C, H, W]`` of the frames before, from the window's first on.
             chunks: their chunks.
-            text: one prompt a sample.
+            conditions: what each sample is told.
             ask: calls this network, in another role perhaps.
         """
         if not chunks:
@@ -210,7 +210,7 @@ class CausalBackbone(BidirectionalBackbone):
         layout = layout_of(chunks, self.transformer.config.full_chunk_limit - 1, noisy=False)
         record = [Recorder() for _ in self.transformer.blocks]
         zeros = torch.zeros(len(clean), device=clean.device)
-        (ask or self)(clean, zeros, zeros, text, layout=layout, record=record)
+        (ask or self)(clean, zeros, zeros, conditions, layout=layout, record=record)
         return Window(layout, tuple(recorder.memory for recorder in record))
 
     def _rotary_table(self, grid: tuple[int, int, int], device: torch.device) -> RotaryTable:

@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from anyflow.backbone.protocol import Text
+from anyflow.backbone.conditions import Text
 from anyflow.backbone.wan_vae import StreamingDecoder, decode_latents, encode_moments
 from anyflow.errors import UserError
 

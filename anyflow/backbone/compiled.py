@@ -38,7 +38,8 @@ from anyflow.backbone.attention import (
     project,
     rotate,
 )
-from anyflow.backbone.protocol import FlowMapBackbone, Text
+from anyflow.backbone.conditions import Text
+from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.backbone.segments import SegmentMask
 from anyflow.errors import first_line
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from anyflow.backbone.protocol import Ask, Text
+from anyflow.backbone.conditions import Conditions, Text
+from anyflow.backbone.protocol import Ask
 from anyflow.flowmap.sampling import guide
 
 if TYPE_CHECKING:
@@ -69,18 +70,14 @@ class Guided:
 
     def __init__(self, ask: Ask, scale: float, negative: Text) -> None:
         self.ask, self.scale, self.negative = ask, scale, negative
-        self._both: tuple[Text, Text] | None = None
+        self._both: tuple[Conditions, Conditions] | None = None
 
-    def __call__(self, latents: Tensor, timestep: Tensor, r_timestep: Tensor, text: Text, **view: Any) -> Tensor:
+    def __call__(
+        self, latents: Tensor, timestep: Tensor, r_timestep: Tensor, conditions: Conditions, **view: Any
+    ) -> Tensor:
         """The guided answer ``[B, ...]`` of the network asked with ``[2B, ...]``; ``view`` is what else it is told."""
         twice = (torch.cat([part, part]) for part in (latents, timestep, r_timestep))
-        conditional, unconditional = self.ask(*twice, self._texts(text), **view).chunk(2)
+        if self._both is None or self._both[0] is not conditions:  # made once for the steps of a sample
+            self._both = conditions, conditions.with_negative(self.negative)
+        conditional, unconditional = self.ask(*twice, self._both[1], **view).chunk(2)
         return guide(conditional, unconditional, self.scale)
-
-    def _texts(self, text: Text) -> Text:
-        """Every prompt, then the negative prompt as often; made once for the steps of a sample."""
-        if self._both is None or self._both[0] is not text:
-            rows = torch.zeros(len(text.embeddings), dtype=torch.int64, device=text.embeddings.device)
-            negative = self.negative.to(text.embeddings.device, text.embeddings.dtype).select(rows)
-            self._both = text, Text.concatenate([text, negative])
-        return self._both[1]

@@ -1,17 +1,18 @@
-"""What the rest of the project asks of a network: the mean velocity from ``t`` to ``r``, under a text.
+"""What the rest of the project asks of a network: the mean velocity from ``t`` to ``r``, under conditions.
 
-Shapes: B batch, F latent frames, C latent channels, S text tokens, D text width.
+Shapes: B batch, F latent frames, C latent channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from anyflow.backbone.conditions import Conditions
 from anyflow.flowmap.chunks import ChunkLayout
 from anyflow.flowmap.sampling import Jump, Take, follow, steps_of, take_jump
 
@@ -22,56 +23,6 @@ Ask = Callable[..., Tensor]
 TOKENS_AT_ONCE = 2**15
 """Up to so many tokens are sampled in one pass, and at least one clip. One of 81 x 480 x 832 fills it (32,760) and
 occupies a GPU by itself: more at once take more memory and are no faster."""
-
-
-class Text(NamedTuple):
-    """Prompt embeddings with their padding folded into one token.
-
-    Wan pads every prompt with zero vectors to 512 tokens and attends to all of them. Those vectors are identical, so
-    one of them, counted ``padded_length - length`` times in the softmax, gives the same result for less work.
-    """
-
-    embeddings: Tensor
-    """``[B, S, D]``, zero after each prompt's length; ``S >= min(max(lengths) + 1, padded_length)``."""
-    lengths: Tensor | None
-    """``[B]`` int64: the tokens of each prompt. None: attend to the embeddings exactly as given, padding included."""
-    padded_length: int
-    """The number of tokens that the network was trained to see (512 for Wan)."""
-
-    def select(self, rows: Tensor) -> Text:
-        """The texts of the given rows (int64 ``[n]``), trimmed to the longest of them."""
-        if self.lengths is None:
-            return self._replace(embeddings=self.embeddings[rows])
-        lengths = self.lengths[rows.to(self.lengths.device)]
-        tokens = min(int(lengths.max()) + 1, self.padded_length)
-        return self._replace(embeddings=self.embeddings[rows, :tokens], lengths=lengths)
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Text:
-        """Move, or cast the embeddings; the lengths stay int64."""
-        embeddings = self.embeddings.to(device, dtype)
-        lengths = None if self.lengths is None else self.lengths.to(embeddings.device)
-        return self._replace(embeddings=embeddings, lengths=lengths)
-
-    @staticmethod
-    def concatenate(texts: Sequence[Text]) -> Text:
-        """Stack texts along the batch, filling the shorter ones with padding.
-
-        Raises:
-            ValueError: the texts differ in their padded length, or only some carry lengths.
-        """
-        first = texts[0]
-        if any(text.padded_length != first.padded_length for text in texts):
-            raise ValueError(f"texts of different padded lengths: {[text.padded_length for text in texts]}")
-        if len({text.lengths is None for text in texts}) > 1:
-            raise ValueError("some texts carry lengths and some do not")
-        longest = max(text.embeddings.shape[1] for text in texts)
-        if first.lengths is None and any(text.embeddings.shape[1] != longest for text in texts):
-            raise ValueError("texts without lengths must have equally many tokens")
-        embeddings = [
-            nn.functional.pad(text.embeddings, (0, 0, 0, longest - text.embeddings.shape[1])) for text in texts
-        ]
-        lengths = None if first.lengths is None else torch.cat([text.lengths for text in texts])  # type: ignore[misc]
-        return Text(torch.cat(embeddings), lengths, first.padded_length)
 
 
 class FlowMapBackbone(nn.Module):
@@ -104,14 +55,14 @@ class FlowMapBackbone(nn.Module):
         """Where the weights lie."""
         raise NotImplementedError
 
-    def forward(self, latents: Tensor, timestep: Tensor, r_timestep: Tensor, text: Text) -> Tensor:
-        """Mean velocity ``u(z, t, r, text)`` of the flow map ``z_r = z_t - (t - r) / 1000 * u``.
+    def forward(self, latents: Tensor, timestep: Tensor, r_timestep: Tensor, conditions: Conditions) -> Tensor:
+        """Mean velocity ``u(z, t, r, conditions)`` of the flow map ``z_r = z_t - (t - r) / 1000 * u``.
 
         Args:
             latents: ``[B, F, C, H, W]``.
             timestep: ``[B]`` when all frames share their time (cheaper), else ``[B, F]``; 0 is data, 1000 is noise.
             r_timestep: the time to go to, shaped like ``timestep``; equal to it for the instantaneous velocity.
-            text: one prompt for each sample.
+            conditions: what each sample is told. Frames that are given stand in ``latents``, at time 0.
 
         Returns:
             ``[B, F, C, H, W]`` float32.
@@ -153,11 +104,10 @@ class FlowMapBackbone(nn.Module):
 
     def generate(
         self,
-        text: Text,
+        conditions: Conditions,
         noise: Tensor,
         jumps: Sequence[Jump],
         *,
-        first_frames: Tensor | None = None,
         ask: Ask | None = None,
         take: Take = take_jump,
     ) -> Iterator[Tensor]:
@@ -167,28 +117,25 @@ class FlowMapBackbone(nn.Module):
         Gradients flow through the jumps of a part, unless the caller turns them off.
 
         Args:
-            text: one prompt a sample.
+            conditions: what each sample is told. Given frames come back as they are (image- or video-to-video).
             noise: standard normal ``[B, F, C, H, W]``.
             jumps: see :func:`anyflow.flowmap.sampling.steps_of` for a sampler's.
-            first_frames: given clean latents ``[B, k, C, H, W]``, which come back as they are (image- or
-                video-to-video).
             ask: calls this network, in another role or guided (:mod:`anyflow.backbone.guidance`) perhaps.
             take: how each jump is taken; a network that is no flow map needs another way than its default.
         """
         asked = ask or self
-        yield follow(lambda z, t, r: asked(z, t, r, text), noise, jumps, first_frames=first_frames, take=take)
+        given = conditions.first_frames
+        yield follow(lambda z, t, r: asked(z, t, r, conditions), noise, jumps, first_frames=given, take=take)
 
     @torch.no_grad()
     def sample(
         self,
-        text: Text,
+        conditions: Conditions,
         noise: Tensor,
         num_steps: int,
         shift: float,
-        first_frames: Tensor | None = None,
         take: Take = take_jump,
         ask: Ask | None = None,
     ) -> Tensor:
         """The clean latents of a ``num_steps``-step sampler (sec. 6); the arguments are :meth:`generate`'s."""
-        parts = self.generate(text, noise, steps_of(num_steps, shift), first_frames=first_frames, take=take, ask=ask)
-        return torch.cat(list(parts), dim=1)
+        return torch.cat(list(self.generate(conditions, noise, steps_of(num_steps, shift), take=take, ask=ask)), dim=1)

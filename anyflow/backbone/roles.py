@@ -2,7 +2,7 @@
 
 On-policy distillation asks three networks about the same latents (sec. 4). With adapters they share their base: the
 teacher is the base itself (or an adapter of its own on it), student and critic are adapters. In full training they are
-separate networks. A stage asks ``roles(role, latents, t, r, text)`` and does not know which.
+separate networks. A stage asks ``roles(role, latents, t, r, conditions)`` and does not know which.
 
 Switching adapters is full of traps that raise no error, so it is done here and nowhere else:
 
@@ -27,10 +27,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from anyflow.backbone.conditions import Conditions
 from anyflow.backbone.full import FullModule, original_name
 from anyflow.backbone.lora import ADAPTER, LoraSettings, add_lora, has_lora, lora_settings
 from anyflow.backbone.parallelize import is_sharded_module
-from anyflow.backbone.protocol import FlowMapBackbone, Text
+from anyflow.backbone.protocol import Ask, FlowMapBackbone
 from anyflow.flowmap.sampling import Jump, Take, take_jump
 
 Role = Literal["student", "critic", "teacher"]
@@ -52,7 +53,7 @@ class Roles:
         self.frozen: nn.Module | None = None
 
     def __call__(
-        self, role: Role, latents: Tensor, timestep: Tensor, r_timestep: Tensor, text: Text, **view: Any
+        self, role: Role, latents: Tensor, timestep: Tensor, r_timestep: Tensor, conditions: Conditions, **view: Any
     ) -> Tensor:
         """The mean velocity in the eyes of a role; see :class:`~anyflow.backbone.protocol.FlowMapBackbone`.
 
@@ -61,17 +62,10 @@ class Roles:
         raise NotImplementedError
 
     def generate(
-        self,
-        role: Role,
-        text: Text,
-        noise: Tensor,
-        jumps: Sequence[Jump],
-        first_frames: Tensor | None = None,
-        take: Take = take_jump,
+        self, role: Role, conditions: Conditions, noise: Tensor, jumps: Sequence[Jump], take: Take = take_jump
     ) -> Iterator[Tensor]:
         """What a role makes of noise, part by part; see :meth:`anyflow.backbone.protocol.FlowMapBackbone.generate`."""
-        network = self.network(role)
-        return network.generate(text, noise, jumps, first_frames=first_frames, ask=partial(self, role), take=take)
+        return self.network(role).generate(conditions, noise, jumps, ask=partial(self, role), take=take)
 
     def network(self, role: Role) -> FlowMapBackbone:
         """The network that answers for a role."""
@@ -132,9 +126,9 @@ class SeparateRoles(Roles):
         self.frozen = None if trains_teacher else teacher
 
     def __call__(
-        self, role: Role, latents: Tensor, timestep: Tensor, r_timestep: Tensor, text: Text, **view: Any
+        self, role: Role, latents: Tensor, timestep: Tensor, r_timestep: Tensor, conditions: Conditions, **view: Any
     ) -> Tensor:
-        return self._networks[role](latents, timestep, r_timestep, text, **view)
+        return self._networks[role](latents, timestep, r_timestep, conditions, **view)
 
     def network(self, role: Role) -> FlowMapBackbone:
         return self._networks[role]
@@ -201,12 +195,12 @@ class AdapterRoles(Roles):
             self.copy("teacher", "critic")
 
     def __call__(
-        self, role: Role, latents: Tensor, timestep: Tensor, r_timestep: Tensor, text: Text, **view: Any
+        self, role: Role, latents: Tensor, timestep: Tensor, r_timestep: Tensor, conditions: Conditions, **view: Any
     ) -> Tensor:
         before, self._speaking = self._speaking, self._adapters[role]
         try:
             with _speaking(self._layers, self._speaking):
-                return self.student(latents, timestep, r_timestep, text, **view)
+                return self.student(latents, timestep, r_timestep, conditions, **view)
         finally:
             self._speaking = before
 
@@ -252,11 +246,16 @@ class AdapterRoles(Roles):
         return self._checkpoint(run, *arguments)
 
 
-def bind(roles: Roles, role: Role, text: Text, **view: Any) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The seam ``u(z, t, r, rows)`` of a role over a batch's texts, and a view of the network (its layout) if any."""
+def bind(
+    ask: Ask, conditions: Callable[[Tensor], Conditions], **view: Any
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The seam ``u(z, t, r, rows)`` of a network or one of its roles.
+
+    ``conditions`` are those of given rows of a batch; ``view`` is what more the network is asked for (its layout).
+    """
 
     def velocity(z: Tensor, t: Tensor, r: Tensor, rows: Tensor) -> Tensor:
-        return roles(role, z, t, r, text.select(rows), **view)
+        return ask(z, t, r, conditions(rows), **view)
 
     return velocity
 

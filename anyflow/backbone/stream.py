@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anyflow.backbone.codec import Codec
+from anyflow.backbone.conditions import Conditions
 from anyflow.backbone.guidance import UNGUIDED, Guidance
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.flowmap.sampling import Take, steps_of, take_jump
@@ -42,11 +43,10 @@ def stream_video(
         take: how the network takes a jump.
         guidance: of a network that has none in its weights.
     """
-    text = codec.encode_text(captions)
-    num_given = 0 if first_frames is None else first_frames.shape[1]
-    way = {"first_frames": first_frames, "take": take, **guidance.way(backbone, codec)}
-    parts = backbone.generate(text, noise, steps_of(num_steps, shift), **way)
-    if len(backbone.chunks_of(noise.shape[1], num_given)) == 1:
+    conditions = Conditions(codec.encode_text(captions), first_frames)
+    way = {"take": take, **guidance.way(backbone, codec)}
+    parts = backbone.generate(conditions, noise, steps_of(num_steps, shift), **way)
+    if len(backbone.chunks_of(noise.shape[1], conditions.num_given)) == 1:
         yield from (codec.decode(part) for part in parts)
     else:
         yield from codec.decode_parts(parts)

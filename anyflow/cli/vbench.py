@@ -217,6 +217,7 @@ def _sample(
     """Clips uint8 ``[n, F, H, W, 3]``; each video's noise follows seed, prompt and number alone."""
     import torch
 
+    from anyflow.backbone.conditions import Conditions
     from anyflow.cli.sample import given_pixels
     from anyflow.evaluation.measure import prompt_noise, take_of
 
@@ -227,9 +228,10 @@ def _sample(
         frames = [given_pixels(settings["images"] / asked.image, 1, shape) for asked, _ in part]
         first_frames = codec.encode_video(torch.cat([frame for frame in frames if frame is not None]).to(codec.device))
     kind, guidance = settings["way"]
-    text, take = codec.encode_text([asked.prompt for asked, _ in part]), take_of(kind, keys, settings["seed"])
+    conditions = Conditions(codec.encode_text([asked.prompt for asked, _ in part]), first_frames)
+    take = take_of(kind, keys, settings["seed"])
     guided = guidance.way(backbone, codec)
-    return codec.decode(backbone.sample(text, noise, num_steps, shift, first_frames, take, **guided)).cpu().numpy()
+    return codec.decode(backbone.sample(conditions, noise, num_steps, shift, take, **guided)).cpu().numpy()
 
 
 def _device() -> str:

@@ -25,7 +25,7 @@ from anyflow.backbone.attention import (
     padding_bias,
     with_spare_token,
 )
-from anyflow.backbone.protocol import Text
+from anyflow.backbone.conditions import Text
 from anyflow.doctor.findings import Findings
 from anyflow.doctor.here import Here, is_out_of_memory
 from anyflow.recipe.fields import all_fields

@@ -22,10 +22,10 @@ from unittest.mock import patch
 import torch
 import torch._dynamo.utils as dynamo
 
+from anyflow.backbone.conditions import Conditions, Text
 from anyflow.backbone.embedded import transformer_config
 from anyflow.backbone.load import new_backbone
 from anyflow.backbone.parallelize import compile_blocks
-from anyflow.backbone.protocol import Text
 from anyflow.doctor.child import FOUND
 from anyflow.doctor.findings import Findings, read_findings
 from anyflow.doctor.here import Here
@@ -179,10 +179,10 @@ def compile_block(found: Findings, here: Here, folder: Path) -> None:
     network = new_backbone({**transformer_config(), "num_layers": 1}, 0).to(here.device)
     latents = torch.randn(8, 5, 16, 8, 12, device=here.device)
     times = torch.full((8,), 500.0, device=here.device)
-    text = Text(torch.randn(8, 24, 64, device=here.device), None, 24)
+    told = Conditions(Text(torch.randn(8, 24, 64, device=here.device), None, 24))
 
     def step() -> None:
-        network(latents, times, times, text).square().mean().backward()
+        network(latents, times, times, told).square().mean().backward()
 
     plain = here.seconds(step, repeats=5)
     compile_blocks(network)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from anyflow.backbone.bidirectional import BidirectionalBackbone
+from anyflow.backbone.conditions import Conditions, Text
 from anyflow.backbone.load import load_backbone, new_backbone
-from anyflow.backbone.protocol import Text
 from anyflow.doctor.findings import Findings
 from anyflow.doctor.here import Here
 from anyflow.doctor.items import TINY
@@ -102,7 +102,8 @@ def difference(network: BidirectionalBackbone, question: Question) -> Tensor:
     velocity = question.noise - question.clean
     z = interpolate(question.clean, question.noise, question.t)
     sides = [
-        network(z + side / 1000 * velocity, question.t + side, question.r, question.text) for side in (DELTA, -DELTA)
+        network(z + side / 1000 * velocity, question.t + side, question.r, Conditions(question.text))
+        for side in (DELTA, -DELTA)
     ]
     distance = ((question.t - question.r) / (2 * DELTA))[:, None, None, None, None]
     return (sides[0] - sides[1]).float() * distance

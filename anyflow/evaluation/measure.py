@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyflow.backbone.conditions import Conditions
 from anyflow.backbone.guidance import UNGUIDED, Guidance
 from anyflow.evaluation.curve import Curve, CurveResult, CurveRow, HeldOut, Marks, over_seeds
 from anyflow.evaluation.judge import Judge
@@ -71,7 +72,8 @@ def sampler_of(backbone: Any, codec: Any, guidance: Guidance = UNGUIDED) -> Samp
         captions: list[str], noise: Tensor, num_steps: int, shift: float, first_frames: Tensor | None, **way: Take
     ) -> Tensor:
         guided = guidance.way(backbone, codec)
-        return backbone.sample(codec.encode_text(captions), noise, num_steps, shift, first_frames, **way, **guided)
+        conditions = Conditions(codec.encode_text(captions), first_frames)
+        return backbone.sample(conditions, noise, num_steps, shift, **way, **guided)
 
     return sample
 

@@ -50,7 +50,7 @@ class ChunkLayout:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class PathBatch:
     """A batch as the objective takes it: latents ``[B, F, C, H, W]``, times ``[B]`` or ``[B, F]``.
 
     ``loss_frames`` ``[B, F]`` bool are the frames that are trained; None: all of them.
@@ -109,15 +109,15 @@ def draw_layout(uniforms: Tensor, chunks: Sequence[int], full_limit: int, long_c
     return layout_of(chunks[: full_limit + 1 + int(length * longer)], full_limit)
 
 
-def teach(layout: ChunkLayout, lesson: Lesson) -> Lesson:
+def in_chunks(layout: ChunkLayout, on_path: PathBatch) -> PathBatch:
     """Lay a batch of whole clips out for a teacher-forced pass.
 
     Args:
         layout: with noisy frames; of at most as many frames as the clips have.
-        lesson: the clips. Frames without loss (a given first frame) keep their times.
+        on_path: the clips. Frames without loss (a given first frame) keep their times.
     """
     context, last = layout.context_frames, layout.context_frames + layout.full_frames
-    frames = torch.tensor([*range(last), *range(context, last)], device=lesson.clean.device)
+    frames = torch.tensor([*range(last), *range(context, last)], device=on_path.clean.device)
     is_noisy = torch.zeros(layout.num_frames, dtype=torch.bool, device=frames.device)
     is_noisy[context:last] = True
 
@@ -125,13 +125,13 @@ def teach(layout: ChunkLayout, lesson: Lesson) -> Lesson:
         time = time[:, None].expand(-1, layout.num_frames) if time.ndim == 1 else time[:, frames]
         return time.masked_fill(~is_noisy, 0.0)
 
-    trained = is_noisy.expand(len(lesson.clean), -1)
-    if lesson.loss_frames is not None:
-        trained = trained & lesson.loss_frames[:, frames]
-    return Lesson(
-        lesson.clean[:, frames],
-        lesson.noise[:, frames],
-        spread(lesson.timestep),
-        spread(lesson.r_timestep),
+    trained = is_noisy.expand(len(on_path.clean), -1)
+    if on_path.loss_frames is not None:
+        trained = trained & on_path.loss_frames[:, frames]
+    return PathBatch(
+        on_path.clean[:, frames],
+        on_path.noise[:, frames],
+        spread(on_path.timestep),
+        spread(on_path.r_timestep),
         trained,
     )

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from anyflow.backbone.conditions import Conditions
 from anyflow.backbone.load import backbone_class, weight_precision, wrap
 from anyflow.backbone.lora import add_lora
 from anyflow.backbone.parallelize import checkpoint_activations, device_mesh, load_parts, parallelize
-from anyflow.backbone.protocol import FlowMapBackbone, Text
+from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.backbone.roles import AdapterRoles, Role, Roles, SeparateRoles
 from anyflow.memory.codec import rows_of_curve
 from anyflow.memory.peak import Peak, fake_ranks, local_part
@@ -164,9 +165,9 @@ class _Alone(Roles):
     """One network, for the stages without roles."""
 
     def __call__(
-        self, role: Role, latents: Tensor, timestep: Tensor, r_timestep: Tensor, text: Text, **view: Any
+        self, role: Role, latents: Tensor, timestep: Tensor, r_timestep: Tensor, conditions: Conditions, **view: Any
     ) -> Tensor:
-        return self.student(latents, timestep, r_timestep, text, **view)
+        return self.student(latents, timestep, r_timestep, conditions, **view)
 
     def parameters(self, role: Role) -> list[tuple[str, nn.Parameter]]:
         return [(name, weight) for name, weight in self.student.named_parameters() if weight.requires_grad]

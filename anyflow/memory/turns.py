@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyflow.backbone.protocol import Text
+from anyflow.backbone.conditions import Conditions, Text
 from anyflow.backbone.roles import Role, Roles
 from anyflow.flowmap.chunks import ChunkLayout, layout_of
 from anyflow.flowmap.sampling import Jump, Take, take_jump
@@ -40,10 +40,10 @@ def sample_once(recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int]
     """Sample so many clips of full-length prompts, as a curve does, but in one step: further ones take no more."""
     width = roles.student.transformer.config.text_dim
     rows *= 1 if recipe.sampled_guidance == 1 else 2  # a guided call asks for both texts at once
-    text = Text(torch.empty(rows, TEXT_TOKENS, width), None, TEXT_TOKENS)
     noise, given = torch.empty(rows, *latents), recipe.sampling.given_frames
+    conditions = full_length(rows, width, noise[:, :given] if given else None)
     with torch.no_grad():
-        parts = roles.generate("student", text, noise, JUMPS[:1], noise[:, :given] if given else None)
+        parts = roles.generate("student", conditions, noise, JUMPS[:1])
         torch.cat(list(parts), dim=1)
 
 
@@ -56,6 +56,7 @@ class HeaviestStep:
         self.stage, self.batch = recipe.stage, recipe.data.batch_size
         self.recompute_jumps = recipe.hardware.recompute_jumps
         self.roles, self.latents, self.next_phase = roles, latents, next_phase
+        self.text_width = roles.student.transformer.config.text_dim
         self.layout = _longest_layout(roles, latents[0])
 
     def generator(self) -> None:
@@ -125,7 +126,8 @@ class HeaviestStep:
         """Samples of the student."""
         noise = torch.empty(self.batch, *self.latents)
         first_frames = noise[:, :1] if self.stage.i2v_prob > 0 else None
-        parts = self.roles.generate("student", self.text(self.batch), noise, jumps, first_frames, take)
+        conditions = full_length(self.batch, self.text_width, first_frames)
+        parts = self.roles.generate("student", conditions, noise, jumps, take)
         return torch.cat(list(parts), dim=1)
 
     def ask(self, role: Role, clips: int, layout: ChunkLayout | None = None) -> Tensor:
@@ -134,12 +136,13 @@ class HeaviestStep:
         frames = frames if layout is None else layout.num_frames
         times = torch.empty((clips, frames) if layout is not None or self.stage.i2v_prob > 0 else clips)
         view: dict[str, Any] = {} if layout is None else {"layout": layout}
-        return self.roles(role, torch.empty(clips, frames, *rest), times, times, self.text(clips), **view)
+        conditions = full_length(clips, self.text_width)
+        return self.roles(role, torch.empty(clips, frames, *rest), times, times, conditions, **view)
 
-    def text(self, clips: int) -> Text:
-        """Prompts of full length."""
-        width = self.roles.student.transformer.config.text_dim
-        return Text(torch.empty(clips, TEXT_TOKENS, width), None, TEXT_TOKENS)
+
+def full_length(clips: int, width: int, first_frames: Tensor | None = None) -> Conditions:
+    """Prompts of full length, and given frames if any."""
+    return Conditions(Text(torch.empty(clips, TEXT_TOKENS, width), None, TEXT_TOKENS), first_frames)
 
 
 def _longest_layout(roles: Roles, num_frames: int) -> ChunkLayout | None:

@@ -1,163 +1,145 @@
-"""What all stages share: counters, seeded draws, optimiser, average, conditioning.
+"""What all stages share: optimisers, averages, counters, checkpoints.
 
-A stage is a LightningModule whose ``training_step`` reads as the algorithm's pseudo-code. Everything random in it comes
-from :meth:`Stage.generator`, a function of (seed, purpose, position) alone: the same numbers on every rank, after every
-resume, for every number of workers.
-
-An update may take several passes, each with a batch of its own. What is drawn for a sample depends on its number in the
-update's whole batch, and losses are averaged over that: how it is split in passes and ranks changes nothing.
+A stage is a LightningModule whose ``training_step`` reads as the algorithm's pseudo-code. It holds what it is made of:
+the update under way, what makes batches, the losses; each is an object with plain arguments. Every stage derives from
+:class:`Stage`, and from no other stage.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import lightning
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from anyflow.backbone.codec import Codec
 from anyflow.backbone.parallelize import whole
+from anyflow.backbone.roles import Roles
 from anyflow.errors import UserError
+from anyflow.flowmap.intervals import IntervalShares
 from anyflow.stages.ema import Ema
-from anyflow.stages.optimizers import build_optimizer, build_schedule
+from anyflow.stages.optimizers import OptimizerGroup
 from anyflow.stages.options import EmaSettings, OptimizerSettings
+from anyflow.stages.update import Update
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a stage trains.
+
+    Attributes:
+        optimizer: how weights move.
+        ema: their average.
+        total_steps: of the run.
+        seed: of every draw.
+        passes: batches of one update.
+    """
+
+    optimizer: OptimizerSettings
+    ema: EmaSettings
+    total_steps: int
+    seed: int
+    passes: int = 1
+
+
+class Counted(Protocol):
+    """A part of a stage with numbers that a checkpoint keeps."""
+
+    def counters(self) -> dict[str, Any]:
+        """The numbers by name; later steps do not change them."""
+
+    def count_from(self, counters: Mapping[str, Any]) -> None:
+        """Take up what :meth:`counters` kept."""
 
 
 class Stage(lightning.LightningModule):
-    """A stage of training over one trained module.
+    """A stage of training.
 
     Attributes:
-        passes: Batches whose gradients make one update.
+        update: The update under way.
         step: Optimiser steps done. Our own count: Lightning's ``global_step`` counts every optimiser's.
         turn: Updates done of the step under way, of a stage whose steps have several.
-        position: Updates begun, from which every random draw is derived.
+        groups: The optimisers by name; a stage that has several moves them itself, by :meth:`end_turn`.
+        codec: Encodes for it; None: nothing does.
+        roles: Networks beside the trained one; None: there are none.
+        shares: How samples are dealt to intervals; None: they are not.
+        counted: Its parts that count.
     """
+
+    shares: IntervalShares | None = None
+    counted: tuple[Counted, ...] = ()
 
     def __init__(
         self,
         trained: nn.Module,
+        training: Training,
         *,
-        optimizer: OptimizerSettings,
-        ema: EmaSettings,
-        total_steps: int,
-        seed: int,
-        passes: int = 1,
+        codec: Codec | None = None,
+        roles: Roles | None = None,
+        groups: dict[str, OptimizerGroup] | None = None,
     ) -> None:
         super().__init__()
-        self.optimizer_settings = optimizer
-        self.total_steps = total_steps
-        self.seed = seed
-        self.passes = passes
-        self.step = self.turn = self.position = 0
-        self._passes_begun = 0  # of the update under way
-        self._place: tuple[int, int] | None = None  # of the batch: see begin_pass
+        self.total_steps = training.total_steps
+        self.update = Update(training.seed, training.passes)
+        alone = OptimizerGroup("student", training.optimizer, training.total_steps, "optimizer")
+        self.groups = groups or {"student": alone}
+        self.automatic_optimization = groups is None
+        self.step = self.turn = 0
+        self.roles = roles
+        self.others = nn.ModuleDict({} if roles is None else roles.others)
+        self._codec = (codec,)  # frozen and shared: kept out of this module's parameters and checkpoints
         self._before_update: dict[str, Any] = {}
-        self._summed: dict[str, Tensor | float] = {}  # losses of the update's passes so far
         self.strict_loading = False  # frozen weights are not saved; what is missing is looked for in on_load_checkpoint
-        self._has_bad_loss: Tensor | bool = False
-        self.ema = Ema(trained.parameters(), ema) if ema.decay > 0 else None
-
-    def begin_pass(self, place: tuple[int, int] | None = None) -> None:
-        """Go on to the next batch, and to the next update if the one under way has all of its passes.
-
-        ``place`` is where the batch stands in that of the update: the clips before it, and all of them, over all ranks.
-        None: all passes have as many clips.
-        """
-        if self.is_between_updates:
-            self._before_update = self.counters()
-            self.position += 1
-            self._passes_begun = 0
-            self._summed = {}
-        self._passes_begun += 1
-        self._place = place
+        averaged = trained.parameters() if roles is None else [weight for _, weight in roles.parameters("student")]
+        self.ema = Ema(averaged, training.ema) if training.ema.decay > 0 else None
 
     @property
-    def is_between_updates(self) -> bool:
-        """Whether no pass waits for others to make its update: now nothing is lost by a stop."""
-        return self._passes_begun in (0, self.passes)
+    def codec(self) -> Codec | None:
+        """Pixels to latents, prompts to embeddings."""
+        return self._codec[0]
 
-    def place_of(self, batch_size: int) -> tuple[int, int]:
-        """Where a batch of this many clips a rank stands in its update's: the clips before it, and all of them."""
-        size = batch_size * world()[1]
-        return self._place or (max(0, self._passes_begun - 1) * size, self.passes * size)
+    def on_fit_start(self) -> None:
+        if self.codec is not None and not self.codec.is_parked:
+            self.codec.to(self.device)
+        if self.roles is not None:
+            self.roles.place(self.device)
 
-    def own_samples(self, batch_size: int) -> list[int]:
-        """The numbers of this rank's samples in the update's batch: dealt out in turn, as the data stream does."""
-        rank, ranks = world()
-        first = self.place_of(batch_size)[0]
-        return list(range(first + rank, first + batch_size * ranks, ranks))
+    def on_train_batch_start(self, batch: dict[str, Any], batch_index: int) -> None:
+        place = batch.get("place")
+        self.begin_pass(None if place is None else (place[0], place[1]))
 
-    def weight_of_pass(self, batch_size: int) -> float:
-        """What a batch's mean counts for, so that the mean over ranks and passes is that over the update's batch: 1 if
-        all passes have as many clips.
-        """
-        return batch_size * world()[1] * self.passes / self.place_of(batch_size)[1]
+    def begin_pass(self, place: tuple[int, int] | None = None) -> None:
+        """Go on to the next batch; see :meth:`anyflow.stages.update.Update.begin_pass`."""
+        if self.update.is_complete:
+            self._before_update = self.counters()
+        self.update.begin_pass(place)
 
-    def mean_of_update(self, per_sample: Tensor) -> Tensor:
-        """The mean of losses ``[B]``, weighed with :meth:`weight_of_pass`."""
-        return per_sample.mean() * self.weight_of_pass(len(per_sample))
-
-    def generator(self, purpose: str, *position: int) -> torch.Generator:
-        """A CPU generator for the current update's ``purpose``, equal on all ranks and in all passes."""
-        text = ":".join(map(str, (self.seed, purpose, self.position, *position)))
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-        return torch.Generator().manual_seed(seed)
-
-    def report(self, **metrics: Tensor | float) -> None:
+    def report(self, **figures: Tensor | float) -> None:
         """Log one step's figures; those of a bar of Lightning's own would be fetched from the device at every step."""
-        for name, value in metrics.items():
-            self.log(name, self._over_passes(name, value), batch_size=1)
-
-    def _over_passes(self, name: str, value: Tensor | float) -> Tensor | float:
-        """A loss's mean over the update's passes so far: one pass alone has other kinds of samples than the next."""
-        if self.passes == 1 or not name.endswith("loss") or name == "diffusion_loss":
-            return value
-        own = value.detach() if isinstance(value, Tensor) else value
-        self._summed[name] = own + self._summed.get(name, 0.0)
-        return self._summed[name] / self._passes_begun
+        for name, value in figures.items():
+            self.log(name, self.update.over_passes(name, value), batch_size=1)
 
     def configure_model(self) -> None:
         """Nothing to do: networks come spread over the ranks, if they are (``backbone/parallelize.py``)."""
 
+    # Updates --------------------------------------------------------------------------------------------------------
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = build_optimizer(self.optimizer_settings, self.named_parameters())
-        schedule = build_schedule(self.optimizer_settings, optimizer, self.total_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        if self.automatic_optimization:
+            [group] = self.groups.values()
+            optimizer, schedule = group.build(self.named_parameters())
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        assert self.roles is not None, "several optimisers move several roles"
+        built = [group.build(self.roles.parameters(group.role)) for group in self.groups.values()]
+        return [optimizer for optimizer, _ in built], [schedule for _, schedule in built]  # type: ignore[return-value]
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        self.report(grad_norm=self.clip_norm(optimizer, self.optimizer_settings, "optimizer"))
-
-    def clip_norm(self, optimizer: Any, settings: OptimizerSettings, field: str) -> Tensor:
-        """Clip by global norm and stop at the first gradient that is not a number; returns the norm before.
-
-        Raises:
-            UserError: the norm is not finite; ``field`` is where the recipe has the settings.
-        """
-        trainable = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = whole(nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None]))
-        if not torch.isfinite(norm):
-            raise UserError(
-                f"{field}.lr={settings.lr:g}: the gradient norm became {float(norm)} at step {self.step}"
-                f"{self._where_it_began()}; lower the learning rate or lengthen {field}.warmup_steps, then resume"
-            )
-        if settings.clip > 0:
-            nn.utils.clip_grads_with_norm_(trainable, settings.clip, norm)
-        return norm
-
-    def note_losses(self, per_sample: Tensor) -> None:
-        """Remember whether this rank's own losses are numbers, before ranks are mixed."""
-        self._has_bad_loss = self._has_bad_loss | ~torch.isfinite(per_sample.detach()).all()
-
-    def _where_it_began(self) -> str:
-        """The ranks whose own losses were no numbers, in words (a collective: all ranks see the same norm)."""
-        bad = [str(rank) for rank, is_bad in enumerate(gather(bool(self._has_bad_loss))) if is_bad]
-        if len(bad) in (0, world()[1]) and world()[1] > 1:
-            return " on all ranks" if bad else ", though all losses were finite"
-        return f" (it began on rank {', '.join(bad)} of {world()[1]})" if world()[1] > 1 else ""
+        [group] = self.groups.values()
+        self.report(grad_norm=self.clip_norm(optimizer, group))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -166,23 +148,65 @@ class Stage(lightning.LightningModule):
         if self.ema is not None:
             self.ema.update(self.step)
 
-    def on_train_batch_start(self, batch: dict[str, Any], batch_index: int) -> None:
-        place = batch.get("place")
-        self.begin_pass(None if place is None else (place[0], place[1]))
+    def end_turn(self, group: str, turns: int = 1) -> None:
+        """End a pass of a turn: if it completes the update, move the group's weights.
+
+        ``turns`` are those of a step.
+        """
+        if self.update.is_complete:
+            self.move(group)
+            self.turn = (self.turn + 1) % turns
+            self.step += self.turn == 0
+
+    def move(self, name: str) -> None:
+        """One optimiser step of a group, whose gradient is accumulated."""
+        group, which = self.groups[name], list(self.groups).index(name)
+        optimizer: Any = self.optimizers()[which]  # type: ignore[index]
+        schedule: Any = self.lr_schedulers()[which]  # type: ignore[index]
+        norm = self.clip_norm(optimizer, group)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        self.report(**{"grad_norm" if group.role == "student" else f"{group.role}_grad_norm": norm})
+        if group.role == "student" and self.ema is not None:
+            self.ema.update(self.step + 1)
+
+    def clip_norm(self, optimizer: Any, group: OptimizerGroup) -> Tensor:
+        """Clip by global norm and stop at the first gradient that is not finite; returns the norm before.
+
+        Raises:
+            UserError: the norm is not finite.
+        """
+        trainable = [p for each in optimizer.param_groups for p in each["params"]]
+        norm = whole(nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None]))
+        if not torch.isfinite(norm):
+            raise UserError(
+                f"{group.field}.lr={group.settings.lr:g}: the gradient norm became {float(norm)} at step {self.step}"
+                f"{self.update.where_it_began()}; lower the learning rate or lengthen {group.field}.warmup_steps, "
+                "then resume"
+            )
+        if group.settings.clip > 0:
+            nn.utils.clip_grads_with_norm_(trainable, group.settings.clip, norm)
+        return norm
+
+    # Checkpoints ----------------------------------------------------------------------------------------------------
 
     def counters(self) -> dict[str, Any]:
         """What a checkpoint keeps beside weights and optimisers; later steps do not change it."""
-        return {"step": self.step, "turn": self.turn, "position": self.position}
+        own = {"step": self.step, "turn": self.turn, "position": self.update.position}
+        return own | {name: value for part in self.counted for name, value in part.counters().items()}
 
-    def count_from(self, counters: dict[str, Any]) -> None:
+    def count_from(self, counters: Mapping[str, Any]) -> None:
         """Take up what :meth:`counters` kept; the next pass begins an update."""
-        self.step, self.position = counters["step"], counters["position"]
+        self.step = counters["step"]
         self.turn = counters.get("turn", 0)  # which older checkpoints of most stages do not name
-        self._passes_begun = 0
+        self.update.go_on_from(counters["position"])
+        for part in self.counted:
+            part.count_from(counters)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Passes that wait for their update have changed no weight: a checkpoint is of the moment before them.
-        checkpoint["anyflow"] = self.counters() if self.is_between_updates else self._before_update
+        checkpoint["anyflow"] = self.counters() if self.update.is_complete else self._before_update
         frozen = {name for name, weight in self.named_parameters() if not weight.requires_grad}
         for name in frozen & checkpoint.get("state_dict", {}).keys():
             del checkpoint["state_dict"][name]  # a frozen base is loaded from where it came from
@@ -209,24 +233,3 @@ def check_complete(stage: Stage, names: Iterable[str]) -> None:
             f"the checkpoint lacks {min(missing)} ({len(missing)} weights in all): it is of another stage or model; "
             "resume it with its own recipe"
         )
-
-
-def world() -> tuple[int, int]:
-    """This process's rank and the number of ranks."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def gather(value: Any) -> list[Any]:
-    """Everybody's ``value``, in the order of the ranks."""
-    if world()[1] == 1:
-        return [value]
-    values: list[Any] = [None] * world()[1]
-    dist.all_gather_object(values, value)
-    return values
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of all ranks' ``values``, on every rank."""
-    if world()[1] > 1:
-        dist.all_reduce(values)
-    return values

@@ -13,80 +13,134 @@ Plain flow matching is the teacher stage, and plain fine-tuning is the finetune 
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import count
 from typing import Any
 
 from torch import Tensor
 
-from anyflow.backbone.roles import Roles, bind
+from anyflow.backbone.codec import Codec
+from anyflow.backbone.roles import Roles
 from anyflow.flowmap.endpoint import Renoise, consistency_loss, normalised
 from anyflow.flowmap.intervals import IntervalShares
+from anyflow.flowmap.objective import FlowMapObjective
 from anyflow.flowmap.rollout import BackwardSimulation, RenoisingSimulation
 from anyflow.flowmap.sampling import Take, take_jump
-from anyflow.stages.base import world
-from anyflow.stages.flow import FlowBatch
-from anyflow.stages.forward import ForwardStage
-from anyflow.stages.onpolicy import OnPolicyStage
+from anyflow.stages.base import Stage, Training
+from anyflow.stages.batch import Batches, Conditioning, FlowBatch
+from anyflow.stages.forward import draw_times
+from anyflow.stages.onpolicy import Correction, Rollouts, correct, onpolicy_groups
+from anyflow.stages.options import OnPolicySettings
 from anyflow.stages.parts import StageParts
+from anyflow.stages.update import Loss, world
 
 TO_DATA = IntervalShares(0.0, 1.0)
 """Every sample learns the jump to the data."""
 
 
-class ConsistencyStage(ForwardStage):
+class ConsistencyLoss:
+    """The normalised consistency loss on data, over chunks where the teacher sees chunks."""
+
+    def __init__(self, roles: Roles, batches: Batches, objective: FlowMapObjective) -> None:
+        self.roles, self.batches, self.objective = roles, batches, objective
+
+    def __call__(self, data: FlowBatch) -> Loss:
+        """The mean over this rank's samples."""
+        roles, update = self.roles, self.batches.update
+        layout = self.batches.draw_layout(roles.student, data) if roles.network("teacher").is_causal else None
+        times = draw_times(update, data, TO_DATA, self.objective.shift)
+        on_path = data.on_path(times.timestep, times.r_timestep, layout)
+        per_sample = consistency_loss(
+            self.objective,
+            data.velocity(partial(roles, "student"), layout),
+            data.velocity(partial(roles, "teacher"), layout),
+            on_path.clean,
+            on_path.noise,
+            on_path.timestep,
+            data.rows,
+            on_path.loss_frames,
+            same_calls=world()[1] > 1,
+        )
+        update.note(per_sample)
+        return Loss(update.mean(normalised(per_sample)), {})
+
+
+class ConsistencyStage(Stage):
     """Consistency distillation of a teacher, along its own path."""
 
-    def __init__(self, roles: Roles, *args: Any, **kwargs: Any) -> None:
-        super().__init__(roles.student, *args, **{**kwargs, "shares": TO_DATA})
-        self.roles = roles
+    shares = TO_DATA
+
+    def __init__(
+        self,
+        roles: Roles,
+        codec: Codec,
+        training: Training,
+        conditioning: Conditioning,
+        *,
+        objective: FlowMapObjective,
+    ) -> None:
+        super().__init__(roles.student, training, codec=codec, roles=roles)
+        self.backbone = roles.student
+        self.batches = Batches(codec, conditioning, self.update)
+        self.loss = ConsistencyLoss(roles, self.batches, objective)
 
     @classmethod
     def build(cls, parts: StageParts) -> ConsistencyStage:
         """The stage of a recipe."""
-        return cls(parts.taught, parts.codec, **parts.mapped)
+        return cls(parts.taught, parts.codec, parts.training, parts.conditioning, objective=parts.objective)
 
-    def forward_loss(self, data: FlowBatch) -> Tensor:
-        return consistency(self, self.roles, data)
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        """The consistency loss of one batch."""
+        loss, _ = self.loss(self.batches.prepare(batch, self.device))
+        self.report(loss=loss)
+        return loss
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self.roles.place(self.device)
 
+class RenoisingRollouts(Rollouts):
+    """Samples of a re-noising sampler of a few steps."""
 
-class DmdStage(OnPolicyStage):
-    """Distribution matching on samples of a re-noising sampler of a few steps."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "shares": TO_DATA})
-
-    def draw_plan(self) -> BackwardSimulation:
-        plan = super().draw_plan()
+    def draw(self) -> BackwardSimulation:
+        plan = super().draw()
         return RenoisingSimulation(plan.num_steps, plan.index, plan.shift)
 
-    def simulate(self, data: FlowBatch, plan: BackwardSimulation, take: Take = take_jump) -> Tensor:
+    def sample(self, data: FlowBatch, plan: BackwardSimulation, take: Take = take_jump) -> Tensor:
         jumps = count()
-        return super().simulate(data, plan, Renoise(lambda like: self.draw_noise(f"fresh noise {next(jumps)}", like)))
-
-    def forward_loss(self, data: FlowBatch) -> Tensor:
-        return consistency(self, self.roles, data)
+        fresh = Renoise(lambda like: self.update.draw_noise(f"fresh noise {next(jumps)}", like))
+        return super().sample(data, plan, fresh)
 
 
-def consistency(stage: ForwardStage, roles: Roles, data: FlowBatch) -> Tensor:
-    """The mean normalised consistency loss of this rank's samples, over chunks where the teacher sees chunks."""
-    layout = stage.draw_layout(data) if roles.network("teacher").is_causal else None
-    view = {} if layout is None else {"layout": layout}
-    times = stage.draw_times(len(data.clean), stage.shares)
-    lesson = stage.lesson(data, times.timestep, times.r_timestep, layout)
-    per_sample = consistency_loss(
-        stage.objective,
-        bind(roles, "student", data.text, **view),
-        bind(roles, "teacher", data.text, **view),
-        lesson.clean,
-        lesson.noise,
-        lesson.timestep,
-        data.rows,
-        lesson.loss_frames,
-        same_calls=world()[1] > 1,
-    )
-    stage.note_losses(per_sample)
-    return stage.mean_of_update(normalised(per_sample))
+class DmdStage(Stage):
+    """Distribution matching on samples of a re-noising sampler."""
+
+    shares = TO_DATA
+
+    def __init__(
+        self,
+        roles: Roles,
+        codec: Codec,
+        training: Training,
+        conditioning: Conditioning,
+        *,
+        objective: FlowMapObjective,
+        settings: OnPolicySettings,
+    ) -> None:
+        groups = onpolicy_groups(training.optimizer, settings, training.total_steps)
+        super().__init__(roles.student, training, codec=codec, roles=roles, groups=groups)
+        self.backbone = roles.student
+        self.batches = Batches(codec, conditioning, self.update)
+        on_data = ConsistencyLoss(roles, self.batches, objective)
+        rollouts = RenoisingRollouts(roles, self.update, settings, objective.shift)
+        self.correction = Correction(roles, rollouts, on_data, settings)
+        self.counted = (self.correction,)
+
+    @classmethod
+    def build(cls, parts: StageParts) -> DmdStage:
+        """The stage of a recipe."""
+        objective, settings = parts.objective, parts.options.onpolicy
+        return cls(
+            parts.taught, parts.codec, parts.training, parts.conditioning, objective=objective, settings=settings
+        )
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        """One pass of the student's update or of the critic's."""
+        return correct(self, self.correction, self.batches.prepare(batch, self.device))

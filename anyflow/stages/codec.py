@@ -19,8 +19,8 @@ from torch import Tensor
 
 from anyflow.backbone.codec import pixels_from_bytes
 from anyflow.backbone.wan_vae import decode_latents, encode_moments
-from anyflow.stages.base import Stage
-from anyflow.stages.options import CodecObjective, EmaSettings, OptimizerSettings
+from anyflow.stages.base import Stage, Training
+from anyflow.stages.options import CodecObjective
 from anyflow.stages.parts import StageParts
 
 
@@ -31,14 +31,9 @@ class CodecStage(Stage):
         self,
         vae: AutoencoderKLWan,
         objective: CodecObjective,
-        *,
-        optimizer: OptimizerSettings,
-        ema: EmaSettings,
-        total_steps: int,
-        seed: int,
-        passes: int = 1,
+        training: Training,
     ) -> None:
-        super().__init__(vae, optimizer=optimizer, ema=ema, total_steps=total_steps, seed=seed, passes=passes)
+        super().__init__(vae, training)
         self.vae = vae
         self.objective = objective
 
@@ -46,12 +41,12 @@ class CodecStage(Stage):
     def build(cls, parts: StageParts) -> CodecStage:
         """The stage of a recipe."""
         parts.codec.vae.requires_grad_(True)
-        return cls(parts.codec.vae, parts.options.codec, **parts.shared)
+        return cls(parts.codec.vae, parts.options.codec, parts.training)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Crop, encode, sample, decode, compare."""
         frames = batch["frames"]
-        generators = [self.generator("codec", i) for i in self.own_samples(len(frames))]
+        generators = [self.update.generator("codec", i) for i in self.update.own_samples(len(frames))]
         video = self.crop(pixels_from_bytes(frames), generators)
         mean, log_variance = encode_moments(self.vae, video).chunk(2, dim=1)
         noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
@@ -66,7 +61,7 @@ class CodecStage(Stage):
         with torch.no_grad():
             psnr = -10 * torch.log10((reconstruction - video).div(2).square().mean())
         self.report(loss=loss, pixel_loss=pixel_loss, gradient_loss=gradient_loss, kl=kl, psnr=psnr)
-        return loss * self.weight_of_pass(len(frames))
+        return loss * self.update.weight_of_pass(len(frames))
 
     def crop(self, video: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """A random crop of every clip on the latent grid; of two candidates half the time the one that moves more."""

@@ -15,15 +15,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from anyflow.backbone.codec import Codec
+from anyflow.backbone.roles import Roles
 from anyflow.flowmap.intervals import IntervalShares
-from anyflow.stages.flow import FlowBatch
-from anyflow.stages.onpolicy import Mover, OnPolicyStage, onpolicy_movers
+from anyflow.flowmap.objective import FlowMapObjective
+from anyflow.stages.base import Stage, Training
+from anyflow.stages.batch import Batches, Conditioning, FlowBatch
+from anyflow.stages.forward import ForwardLoss, draw_times, flow_map
+from anyflow.stages.onpolicy import Correction, Rollouts, correct, onpolicy_groups
+from anyflow.stages.optimizers import OptimizerGroup
 from anyflow.stages.options import OnPolicySettings, OptimizerSettings
 from anyflow.stages.parts import StageParts
+from anyflow.stages.update import Loss
 
 ALL_AT_ONE_TIME = IntervalShares(1.0, 0.0)
 """Every sample learns the velocity."""
@@ -31,11 +39,12 @@ ALL_AT_ONE_TIME = IntervalShares(1.0, 0.0)
 
 @dataclass(frozen=True)
 class TailPlan:
-    """Steps of each part of a run with a tail."""
+    """Steps of each part of a run with a tail, and how the student moves in the last one."""
 
     forward_steps: int
     teacher_steps: int
     onpolicy_steps: int
+    optimizer: OptimizerSettings
 
     @property
     def total(self) -> int:
@@ -48,21 +57,34 @@ class DataPhase:
     """A part of the run that learns from data, before the on-policy steps.
 
     Attributes:
-        mover: The optimiser that it moves.
+        group: The optimiser that it moves.
         steps: How many.
         loss: Of a batch.
         reported_as: The loss's names among the figures.
         hand_over: What follows its last step.
     """
 
-    mover: str
+    group: str
     steps: int
-    loss: Callable[[FlowBatch], Tensor]
+    loss: Callable[[FlowBatch], Loss]
     reported_as: tuple[str, ...]
     hand_over: Callable[[], None]
 
 
-class FinetuneTailStage(OnPolicyStage):
+class TeacherLoss:
+    """A role's velocities on the domain: the forward objective with r = t for every sample."""
+
+    def __init__(self, roles: Roles, batches: Batches, objective: FlowMapObjective) -> None:
+        self.ask, self.batches, self.objective = partial(roles, "teacher"), batches, objective
+
+    def __call__(self, data: FlowBatch) -> Loss:
+        """The mean over this rank's samples."""
+        update = self.batches.update
+        times = draw_times(update, data, ALL_AT_ONE_TIME, self.objective.shift)
+        return Loss(update.mean(flow_map(self.ask, self.objective, data, times).per_sample), {})
+
+
+class FinetuneTailStage(Stage):
     """Fine-tuning with the on-policy tail.
 
     The base has guidance fused, and the teacher's objective keeps it so: in the tail it needs no guidance on top.
@@ -70,56 +92,72 @@ class FinetuneTailStage(OnPolicyStage):
 
     def __init__(
         self,
-        *args: Any,
+        roles: Roles,
+        codec: Codec,
+        training: Training,
+        conditioning: Conditioning,
+        *,
         plan: TailPlan,
+        objective: FlowMapObjective,
         settings: OnPolicySettings,
-        optimizer: OptimizerSettings,
-        tail_optimizer: OptimizerSettings,
-        **kwargs: Any,
+        shares: IntervalShares | None = None,
+        recompute_jumps: bool = False,
     ) -> None:
-        movers = {
-            "forward": Mover("student", optimizer, plan.forward_steps, "optimizer"),
-            "teacher": Mover("teacher", optimizer, plan.teacher_steps, "optimizer"),
-            **onpolicy_movers(tail_optimizer, settings, plan.onpolicy_steps, "stage.tail.optimizer"),
+        groups = {
+            "forward": OptimizerGroup("student", training.optimizer, plan.forward_steps, "optimizer"),
+            "teacher": OptimizerGroup("teacher", training.optimizer, plan.teacher_steps, "optimizer"),
+            **onpolicy_groups(plan.optimizer, settings, plan.onpolicy_steps, "stage.tail.optimizer"),
         }
-        kwargs |= {"settings": settings, "optimizer": optimizer, "movers": movers, "total_steps": plan.total}
-        super().__init__(*args, **kwargs)
+        super().__init__(roles.student, training, codec=codec, roles=roles, groups=groups)
+        self.backbone = roles.student
+        self.batches = Batches(codec, conditioning, self.update)
+        self.shares = shares or IntervalShares()
+        forward = ForwardLoss(roles.student, self.batches, objective, self.shares)
+        teacher = TeacherLoss(roles, self.batches, objective)
+        rollouts = Rollouts(roles, self.update, settings, objective.shift)
+        self.correction = Correction(roles, rollouts, forward, settings, recompute_jumps=recompute_jumps)
+        self.counted = (forward, self.correction)
         self.phases = (
-            DataPhase("forward", plan.forward_steps, self.forward_loss, ("loss",), self.go_on_from_the_average),
-            DataPhase("teacher", plan.teacher_steps, self.teacher_loss, ("loss", "teacher_loss"), self.start_critic),
+            DataPhase("forward", plan.forward_steps, forward, ("loss",), self.go_on_from_the_average),
+            DataPhase("teacher", plan.teacher_steps, teacher, ("loss", "teacher_loss"), self.start_critic),
         )
 
     @classmethod
     def build(cls, parts: StageParts) -> FinetuneTailStage:
         """The stage of a recipe."""
-        taken, tail = cls.corrected(parts), parts.options.tail
-        del taken["total_steps"]
-        # the adapted teacher has its guidance fused, as its base
-        taken["settings"] = replace(taken["settings"], extra_guidance=0.0)
-        plan = TailPlan(parts.options.steps, tail.teacher_steps, tail.steps)
-        return cls(parts.taught, parts.codec, plan=plan, tail_optimizer=tail.optimizer, **taken)
+        options, tail = parts.options, parts.options.tail
+        plan = TailPlan(options.steps, tail.teacher_steps, tail.steps, tail.optimizer)
+        return cls(
+            parts.taught,
+            parts.codec,
+            replace(parts.training, total_steps=plan.total),
+            parts.conditioning,
+            plan=plan,
+            objective=parts.objective,
+            settings=replace(options.onpolicy, extra_guidance=0.0),  # the adapted teacher has its guidance fused
+            shares=parts.shares,
+            recompute_jumps=parts.recompute_jumps,
+        )
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """One batch of the phase that is due."""
-        data, end = self.prepare(batch), 0
+        data, end = self.batches.prepare(batch, self.device), 0
         for phase in self.phases:
             end += phase.steps
             if self.step < end:
-                loss = self.data_turn(phase, data)
+                loss = self.learn(phase, data)
                 if self.step == end:
                     phase.hand_over()
                 return loss
-        return self.onpolicy_turn(data)
+        return correct(self, self.correction, data)
 
-    def data_turn(self, phase: DataPhase, data: FlowBatch) -> Tensor:
+    def learn(self, phase: DataPhase, data: FlowBatch) -> Tensor:
         """Accumulate the gradient of a phase's loss; update when it is complete."""
-        loss = phase.loss(data)
-        self.manual_backward(loss / self.passes)
+        loss, figures = phase.loss(data)
+        self.manual_backward(loss / self.update.passes)
         loss = loss.detach()
-        self.report(**dict.fromkeys(phase.reported_as, loss))
-        if self.is_between_updates:
-            self.update(phase.mover)
-            self.step += 1
+        self.report(**dict.fromkeys(phase.reported_as, loss), **figures)
+        self.end_turn(phase.group)
         return loss
 
     def go_on_from_the_average(self) -> None:
@@ -129,9 +167,5 @@ class FinetuneTailStage(OnPolicyStage):
 
     def start_critic(self) -> None:
         """It begins as the adapted teacher."""
+        assert self.roles is not None
         self.roles.copy("teacher", "critic")
-
-    def teacher_loss(self, data: FlowBatch) -> Tensor:
-        """The teacher's velocities on the domain: the forward objective with r = t for every sample."""
-        times = self.draw_times(len(data.clean), ALL_AT_ONE_TIME)
-        return self.mean_of_update(self.flow_map(data, self.velocity(data.text, "teacher"), times).per_sample)

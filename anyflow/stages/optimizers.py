@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +17,31 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from anyflow.backbone.roles import Role
 from anyflow.stages.muon import Muon, evaluate
 from anyflow.stages.options import OptimizerSettings
+
+
+@dataclass(frozen=True)
+class OptimizerGroup:
+    """One optimiser of a stage: whose weights it moves, how, and how often in a whole run.
+
+    Attributes:
+        role: Whose weights.
+        settings: How they move.
+        updates: How many updates its schedule is for.
+        field: Where the recipe has the settings.
+    """
+
+    role: Role
+    settings: OptimizerSettings
+    updates: int
+    field: str
+
+    def build(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> tuple[Optimizer, LambdaLR]:
+        """The optimiser over named weights, and its schedule."""
+        optimizer = build_optimizer(self.settings, parameters)
+        return optimizer, build_schedule(self.settings, optimizer, self.updates)
 
 
 def build_optimizer(settings: OptimizerSettings, parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:

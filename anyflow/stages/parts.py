@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.backbone.roles import Roles
 from anyflow.flowmap.intervals import IntervalShares
 from anyflow.flowmap.objective import FlowMapObjective
-from anyflow.stages.flow import Conditioning
-from anyflow.stages.options import EmaSettings, OptimizerSettings, StageOptions
+from anyflow.stages.base import Training
+from anyflow.stages.batch import Conditioning
+from anyflow.stages.options import StageOptions
 from anyflow.system.option import part_of
 
 
@@ -21,9 +21,7 @@ class StageParts:
 
     Attributes:
         options: the recipe's group ``stage``.
-        optimizer, ema: how weights move, and their average.
-        seed: of every draw.
-        passes: batches of one update.
+        training: how it trains.
         codec, backbone: what encodes clips, and what is trained.
         roles: student, critic and teacher, where the stage has a teacher.
         shift: the model's timestep shift.
@@ -32,10 +30,7 @@ class StageParts:
     """
 
     options: StageOptions
-    optimizer: OptimizerSettings
-    ema: EmaSettings
-    seed: int
-    passes: int
+    training: Training
     codec: Codec
     backbone: FlowMapBackbone
     roles: Roles | None
@@ -50,25 +45,16 @@ class StageParts:
         return self.roles
 
     @property
-    def shared(self) -> dict[str, Any]:
-        """What every stage takes."""
-        return {
-            "optimizer": self.optimizer,
-            "ema": self.ema,
-            "total_steps": self.options.steps,
-            "seed": self.seed,
-            "passes": self.passes,
-        }
+    def conditioning(self) -> Conditioning:
+        """What samples are told."""
+        return part_of(Conditioning, self.options, negative_prompt=self.negative_prompt)
 
     @property
-    def conditioned(self) -> dict[str, Any]:
-        """What stages of the flow-map network take."""
-        conditioning = part_of(Conditioning, self.options, negative_prompt=self.negative_prompt)
-        return {**self.shared, "conditioning": conditioning}
+    def objective(self) -> FlowMapObjective:
+        """The flow-map objective, with the model's shift."""
+        return part_of(FlowMapObjective, self.options, shift=self.shift)
 
     @property
-    def mapped(self) -> dict[str, Any]:
-        """What stages with the flow-map objective take."""
-        objective = part_of(FlowMapObjective, self.options, shift=self.shift)
-        shares = part_of(IntervalShares, self.options)
-        return {**self.conditioned, "objective": objective, "shares": shares}
+    def shares(self) -> IntervalShares:
+        """How samples are dealt to intervals."""
+        return part_of(IntervalShares, self.options)

@@ -9,40 +9,64 @@ from typing import Any
 
 from torch import Tensor
 
+from anyflow.backbone.codec import Codec
+from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.flowmap.chunks import ChunkLayout
 from anyflow.flowmap.objective import flow_matching_loss
-from anyflow.stages.flow import FlowBatch, FlowStage
+from anyflow.stages.base import Stage, Training
+from anyflow.stages.batch import Batches, Conditioning, FlowBatch
 from anyflow.stages.parts import StageParts
+from anyflow.stages.update import Loss
 
 
-class TeacherStage(FlowStage):
+class FlowMatching:
+    """Plain flow matching of a network, over chunks where it is causal, and now and then over all frames at once."""
+
+    def __init__(self, network: FlowMapBackbone, batches: Batches, shift: float) -> None:
+        self.network, self.batches, self.shift = network, batches, shift
+
+    def __call__(self, data: FlowBatch) -> Loss:
+        loss = self.at(data, "timestep", self.batches.draw_layout(self.network, data))
+        if self.batches.keeps_bidirectional(self.network):
+            loss = loss + self.at(data, "bidirectional timestep")
+        return Loss(loss, {})
+
+    def at(self, data: FlowBatch, purpose: str, layout: ChunkLayout | None = None) -> Tensor:
+        """The loss at times drawn for this purpose, over chunks or all frames at once."""
+        update = self.batches.update
+        timestep = update.draw_logit_normal(purpose, data.clean, self.shift)
+        on_path, velocity = data.on_path(timestep, timestep, layout), data.velocity(self.network, layout)
+        per_sample = flow_matching_loss(
+            velocity, on_path.clean, on_path.noise, on_path.timestep, data.rows, on_path.loss_frames
+        )
+        update.note(per_sample)
+        return update.mean(per_sample)
+
+
+class TeacherStage(Stage):
     """Flow matching of a velocity field."""
 
-    def __init__(self, *args: Any, shift: float = 5.0, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.shift = shift
+    def __init__(
+        self,
+        backbone: FlowMapBackbone,
+        codec: Codec,
+        training: Training,
+        conditioning: Conditioning,
+        *,
+        shift: float = 5.0,
+    ) -> None:
+        super().__init__(backbone, training, codec=codec)
+        self.backbone = backbone
+        self.batches = Batches(codec, conditioning, self.update)
+        self.loss = FlowMatching(backbone, self.batches, shift)
 
     @classmethod
     def build(cls, parts: StageParts) -> TeacherStage:
         """The stage of a recipe."""
-        return cls(parts.backbone, parts.codec, shift=parts.shift, **parts.conditioned)
+        return cls(parts.backbone, parts.codec, parts.training, parts.conditioning, shift=parts.shift)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Regress the velocity of the path at one time."""
-        data = self.prepare(batch)
-        loss = self.matching_loss(data, "timestep", self.draw_layout(data))
-        if self.keeps_bidirectional():
-            loss = loss + self.matching_loss(data, "bidirectional timestep")
+        loss, _ = self.loss(self.batches.prepare(batch, self.device))
         self.report(loss=loss)
         return loss
-
-    def matching_loss(self, data: FlowBatch, purpose: str, layout: ChunkLayout | None = None) -> Tensor:
-        """Plain flow matching at times drawn for this purpose, over chunks or all frames at once."""
-        timestep = self.draw_logit_normal(purpose, len(data.clean), self.shift)
-        lesson = self.lesson(data, timestep, timestep, layout)
-        velocity = self.velocity(data.text, layout=layout)
-        per_sample = flow_matching_loss(
-            velocity, lesson.clean, lesson.noise, lesson.timestep, data.rows, lesson.loss_frames
-        )
-        self.note_losses(per_sample)
-        return self.mean_of_update(per_sample)

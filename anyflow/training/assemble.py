@@ -36,7 +36,7 @@ from anyflow.data.encode import Encoding
 from anyflow.data.module import VideoDataModule
 from anyflow.data.reader import ShardReader, find_split
 from anyflow.recipe import Recipe
-from anyflow.stages.base import Stage
+from anyflow.stages.base import Stage, Training
 from anyflow.stages.parts import StageParts
 from anyflow.system.console import progress_line
 from anyflow.system.option import part_of
@@ -157,10 +157,9 @@ def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stag
         spread(recipe, *(roles.networks if roles is not None else [backbone]))
     parts = StageParts(
         options=recipe.stage,
-        optimizer=recipe.optimizer,
-        ema=recipe.ema,
-        seed=recipe.run.seed,
-        passes=recipe.hardware.accumulate,
+        training=Training(
+            recipe.optimizer, recipe.ema, recipe.stage.steps, recipe.run.seed, recipe.hardware.accumulate
+        ),
         codec=codec,
         backbone=backbone,
         roles=roles,

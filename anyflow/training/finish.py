@@ -34,7 +34,6 @@ from anyflow.evaluation.measurement import Measurement
 from anyflow.evaluation.reconstruction import measure_domains
 from anyflow.evaluation.report.folder import write_report
 from anyflow.recipe import Recipe
-from anyflow.stages.forward import ForwardStage
 from anyflow.system.console import program, progress_line
 from anyflow.system.signals import Listener
 from anyflow.tracking.mlflow import log_artifacts, log_curve
@@ -261,7 +260,7 @@ def describe_parts(recipe: Recipe, parts: Parts) -> Iterator[str]:
         batches = dataset.order.batches_per_epoch * dataset.split_in
         yield f"data        {dataset.order.num_samples} clips, {batches} batches an epoch"
     yield from (f"bucket      {line}" for line in parts.data.shares)
-    if isinstance(parts.stage, ForwardStage):
+    if parts.stage.shares is not None:
         yield f"intervals   {parts.stage.shares.told(recipe.global_batch)}"
     if recipe.data.precompute and "frames" in batch and not recipe.declared.trains_codec:
         yield "cache       not there yet: training makes it before it starts, or make it by anyflow data encode"

@@ -7,6 +7,7 @@ with the graph kept. ``weights``: what three roles hold in memory as adapters on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +19,7 @@ from anyflow.backbone.bidirectional import BidirectionalBackbone
 from anyflow.backbone.embedded import SHIFT, transformer_config
 from anyflow.backbone.load import new_backbone
 from anyflow.backbone.lora import LoraSettings, add_lora
-from anyflow.backbone.protocol import Text
+from anyflow.backbone.conditions import Conditions, Text
 from anyflow.backbone.roles import AdapterRoles, Roles, bind
 from experiments.bench.compare import compare, gains
 from anyflow.flowmap.intervals import draw_intervals
@@ -69,17 +70,20 @@ def _ways(batch_size: int, size: tuple[int, int, int], seed: int, device: str) -
     ends = list(pairwise(schedule))
 
     def way(jumps: list[tuple[float, float]]) -> Callable[[], None]:
-        return lambda: _step(roles, text.to(device), latents, jumps)
+        return lambda: _step(roles, Conditions(text.to(device)), latents, jumps)
 
     return {"backward simulation": way(plan.jumps), f"all {BUDGET} steps": way(ends)}
 
 
-def _step(roles: Roles, text: Text, latents: Tensor, jumps: list[tuple[float, float]]) -> None:
+def _step(roles: Roles, conditions: Conditions, latents: Tensor, jumps: list[tuple[float, float]]) -> None:
     """Student's turn and critic's turn, with gradients and without optimisers."""
     clean, start, noise, other_start, critic_noise = latents
     rows = torch.arange(len(clean), device=clean.device)
     uniforms = torch.linspace(0.05, 0.95, len(clean), device=clean.device)
-    student, critic, teacher = (bind(roles, role, text) for role in ("student", "critic", "teacher"))  # type: ignore[arg-type]
+    student, critic, teacher = (
+        bind(partial(roles, role), conditions.select)
+        for role in ("student", "critic", "teacher")  # type: ignore[arg-type]
+    )
 
     samples = follow(lambda z, t, r: student(z, t, r, rows), start, jumps)
     timestep = matching_timestep(uniforms, SHIFT)

@@ -85,7 +85,7 @@ def _ways(
     text, padded = _texts(batch_size, padded_length, stock.config.text_dim, generator, device)
 
     def ours(z: Tensor, t: Tensor, r: Tensor, which: Tensor) -> Tensor:
-        return backbone(z, t, r, text.select(which))
+        return backbone(z, t, r, Conditions(text.select(which)))
 
     def published(z: Tensor, t: Tensor, r: Tensor, which: Tensor) -> Tensor:
         times = (time[:, None].expand(-1, frames) for time in (t, r))
@@ -116,7 +116,7 @@ def _texts(batch_size: int, padded_length: int, width: int, generator: Any, devi
     """
     import torch
 
-    from anyflow.backbone.protocol import Text
+    from anyflow.backbone.conditions import Text
 
     if not padded_length:
         whole = torch.randn(batch_size + 1, 28, width, generator=generator)

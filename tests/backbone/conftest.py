@@ -11,8 +11,8 @@ from diffusers import AnyFlowTransformer3DModel
 from torch import Tensor
 
 from anyflow.backbone.codec import Codec
+from anyflow.backbone.conditions import Conditions, Text
 from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build_vae
-from anyflow.backbone.protocol import Text
 
 
 @pytest.fixture(autouse=True)
@@ -45,15 +45,15 @@ def stock(tiny_config: dict[str, Any]) -> AnyFlowTransformer3DModel:
 
 
 @pytest.fixture
-def make_text() -> Callable[..., tuple[Text, Tensor]]:
-    """Folded text, and the same zero-padded to the full length."""
+def make_text() -> Callable[..., tuple[Conditions, Tensor]]:
+    """Conditions of folded texts, and the same texts zero-padded to the full length."""
 
-    def make(lengths: list[int], padded_length: int = 512) -> tuple[Text, Tensor]:
+    def make(lengths: list[int], padded_length: int = 512) -> tuple[Conditions, Tensor]:
         full = torch.zeros(len(lengths), padded_length, 64)
         for row, length in zip(full, lengths, strict=True):
             row[:length] = torch.randn(length, 64)
         tokens = min(max(lengths) + 1, padded_length)
-        return Text(full[:, :tokens], torch.tensor(lengths), padded_length), full
+        return Conditions(Text(full[:, :tokens], torch.tensor(lengths), padded_length)), full
 
     return make
 

@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anyflow.backbone.attention import padding_bias, with_spare_token
 from anyflow.backbone.bidirectional import FLOAT32_PARTS, BidirectionalBackbone
+from anyflow.backbone.conditions import Conditions, Text
 from anyflow.backbone.load import new_backbone
-from anyflow.backbone.protocol import Text
 
 B, F, C, H, W = 3, 2, 16, 8, 12
 T, R = torch.tensor([900.0, 500.0, 3.0]), torch.tensor([900.0, 20.0, 0.0])
@@ -26,33 +26,33 @@ def reference(stock: AnyFlowTransformer3DModel, latents: Tensor, t: Tensor, r: T
 
 
 def test_shared_times_equal_diffusers(stock, make_text) -> None:
-    text, full = make_text([1, 12, 5])
+    told, full = make_text([1, 12, 5])
     latents = torch.randn(B, F, C, H, W)
     expected = reference(stock, latents, T, R, full)
-    got = BidirectionalBackbone(copy.deepcopy(stock))(latents, T, R, text)
+    got = BidirectionalBackbone(copy.deepcopy(stock))(latents, T, R, told)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("delta", ["r", "t-r"])
 def test_times_of_each_frame_equal_diffusers(tiny_config, make_text, delta) -> None:
     stock = AnyFlowTransformer3DModel(**tiny_config, deltatime_type=delta)
-    text, full = make_text([4, 4, 2])
+    told, full = make_text([4, 4, 2])
     latents, t = torch.randn(B, F, C, H, W), torch.rand(B, F) * 1000
     r = t * torch.rand(B, F)
     expected = reference(stock, latents, t, r, full)
-    got = BidirectionalBackbone(copy.deepcopy(stock))(latents, t, r, text)
+    got = BidirectionalBackbone(copy.deepcopy(stock))(latents, t, r, told)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("length", [1, 100, 511, 512])
 def test_folded_padding_equals_padding(stock, make_text, length) -> None:
-    text, full = make_text([length])
+    told, full = make_text([length])
     latents = torch.randn(1, F, C, H, W)
     backbone = BidirectionalBackbone(stock)
     as_given = backbone(latents, T[:1], R[:1], Text(full, None, 512))
-    folded = backbone(latents, T[:1], R[:1], text)
+    folded = backbone(latents, T[:1], R[:1], told)
     torch.testing.assert_close(folded, as_given, atol=1e-5, rtol=1e-5)
-    assert text.embeddings.shape[1] <= length + 1
+    assert told.text.embeddings.shape[1] <= length + 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -70,9 +70,9 @@ def test_padding_weighs_what_it_should_in_every_precision(dtype) -> None:
 
 
 def test_wrong_times_are_refused(stock, make_text) -> None:
-    text, _ = make_text([1, 1, 1])
+    told, _ = make_text([1, 1, 1])
     with pytest.raises(ValueError, match=r"\[B\] or \[B, F\]"):
-        BidirectionalBackbone(stock)(torch.randn(B, F, C, H, W), T, R[:, None].expand(B, F), text)
+        BidirectionalBackbone(stock)(torch.randn(B, F, C, H, W), T, R[:, None].expand(B, F), told)
 
 
 def test_the_wrapped_transformer_still_serves_diffusers(stock, make_text) -> None:
@@ -94,38 +94,38 @@ def test_bfloat16_keeps_times_and_adapters_in_float32(stock, make_text) -> None:
         if kept:
             assert torch.equal(parameter, exact[name]), name
     assert stock.condition_embedder.delta_emb_gate.dtype == torch.float32
-    text, _ = make_text([3])
+    told, _ = make_text([3])
     latents = torch.randn(1, F, C, H, W)
-    outputs = [backbone(latents, torch.tensor([t]), torch.tensor([0.0]), text) for t in (900.0, 900.25)]
+    outputs = [backbone(latents, torch.tensor([t]), torch.tensor([0.0]), told) for t in (900.0, 900.25)]
     assert outputs[0].dtype == torch.float32
     assert not torch.equal(*outputs)
 
 
 def test_bfloat16_stays_near_float32(stock, make_text) -> None:
-    text, full = make_text([1, 12, 5])
+    told, full = make_text([1, 12, 5])
     latents = torch.randn(B, F, C, H, W)
     expected = reference(stock, latents, T, R, full)
-    got = BidirectionalBackbone(copy.deepcopy(stock)).to(torch.bfloat16)(latents, T, R, text)
+    got = BidirectionalBackbone(copy.deepcopy(stock)).to(torch.bfloat16)(latents, T, R, told)
     assert (got - expected).norm() / expected.norm() < 0.02
 
 
 def test_autocast_leaves_times_alone(stock, make_text) -> None:
-    backbone, (text, _) = BidirectionalBackbone(stock), make_text([3])
+    backbone, (told, _) = BidirectionalBackbone(stock), make_text([3])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         embedding, modulation = backbone._embed_times(T, R, 1)
-        assert backbone(torch.randn(1, F, C, H, W), T[:1], R[:1], text).isfinite().all()
+        assert backbone(torch.randn(1, F, C, H, W), T[:1], R[:1], told).isfinite().all()
     exact = backbone._embed_times(T, R, 1)
     assert torch.equal(embedding, exact[0]) and torch.equal(modulation, exact[1])
 
 
 def test_gradient_checkpointing_changes_no_gradient(stock, make_text) -> None:
-    text, _ = make_text([1, 12, 5])
+    told, _ = make_text([1, 12, 5])
     latents = torch.randn(B, F, C, H, W)
     gradients = []
     for checkpointing in (False, True):
         backbone = BidirectionalBackbone(copy.deepcopy(stock), gradient_checkpointing=checkpointing)
-        embeddings = text.embeddings.clone().requires_grad_()
-        backbone(latents, T, R, text._replace(embeddings=embeddings)).square().mean().backward()
+        embeddings = told.text.embeddings.clone().requires_grad_()
+        backbone(latents, T, R, Conditions(told.text._replace(embeddings=embeddings))).square().mean().backward()
         gradients.append([embeddings.grad, *(parameter.grad for parameter in backbone.parameters())])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(recomputed, plain, atol=1e-7, rtol=1e-5)
@@ -133,12 +133,12 @@ def test_gradient_checkpointing_changes_no_gradient(stock, make_text) -> None:
 
 def test_forward_mode_derivative_equals_the_finite_difference(stock, make_text) -> None:
     backbone = BidirectionalBackbone(stock)
-    text, _ = make_text([1, 12, 5])
+    told, _ = make_text([1, 12, 5])
     latents, direction = torch.randn(B, F, C, H, W), torch.randn(B, F, C, H, W)
     t, r, step = torch.tensor([900.0, 500.0, 300.0]), torch.tensor([100.0, 20.0, 0.0]), 0.5
 
     def velocity(z: Tensor, time: Tensor) -> Tensor:
-        return backbone(z, time, r, text)
+        return backbone(z, time, r, told)
 
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         tangent = (direction / 1000, torch.ones_like(t))
@@ -150,11 +150,11 @@ def test_forward_mode_derivative_equals_the_finite_difference(stock, make_text) 
 
 
 def test_a_table_of_positions_made_while_sampling_serves_training(stock, make_text) -> None:
-    backbone, (text, _) = BidirectionalBackbone(stock), make_text([2])
+    backbone, (told, _) = BidirectionalBackbone(stock), make_text([2])
     latents = torch.randn(1, F, C, H, W)
     with torch.inference_mode():
-        backbone(latents, T[:1], R[:1], text)
-    backbone(latents, T[:1], R[:1], text).sum().backward()
+        backbone(latents, T[:1], R[:1], told)
+    backbone(latents, T[:1], R[:1], told).sum().backward()
 
 
 def test_a_new_network_is_reproducible_and_starts_at_zero(tiny_config, make_text) -> None:

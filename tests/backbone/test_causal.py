@@ -12,18 +12,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anyflow.backbone.causal import CausalBackbone
+from anyflow.backbone.conditions import Conditions
 from anyflow.backbone.lora import LoraSettings, add_lora
-from anyflow.backbone.protocol import Text
 from anyflow.backbone.roles import AdapterRoles
 from anyflow.backbone.segments import SegmentMask, segment_mask
-from anyflow.flowmap.chunks import ChunkLayout, Lesson, layout_of, teach
+from anyflow.flowmap.chunks import ChunkLayout, PathBatch, in_chunks, layout_of
 from anyflow.flowmap.rollout import BackwardSimulation
 from anyflow.flowmap.tape import Tape
 
 PARTITIONS = [(1, 2, 2, 1), (2, 1), (1, 1, 1, 1, 1), (3,)]
 """With and without compressed context, at the limits below."""
 
-MakeText = Callable[[list[int]], tuple[Text, Tensor]]
+MakeText = Callable[[list[int]], tuple[Conditions, Tensor]]
 
 
 @pytest.fixture
@@ -40,11 +40,13 @@ def far(tiny_config) -> Callable[..., AnyFlowFARTransformer3DModel]:
     return make
 
 
-def lesson_of(chunks: tuple[int, ...], limit: int, size: tuple[int, int], batch: int = 2) -> tuple[ChunkLayout, Lesson]:
+def laid_out(
+    chunks: tuple[int, ...], limit: int, size: tuple[int, int], batch: int = 2
+) -> tuple[ChunkLayout, PathBatch]:
     clean, noise = torch.randn(2, batch, sum(chunks), 16, *size)
     times = torch.tensor([900.0, 300.0, 40.0])[:batch]
     layout = layout_of(chunks, limit)
-    return layout, teach(layout, Lesson(clean, noise, times, times * 0.4))
+    return layout, in_chunks(layout, PathBatch(clean, noise, times, times * 0.4))
 
 
 def noisy(layout: ChunkLayout, frames: Tensor) -> Tensor:
@@ -56,27 +58,27 @@ def noisy(layout: ChunkLayout, frames: Tensor) -> Tensor:
 @pytest.mark.parametrize("size", [(8, 12), (6, 10)])
 def test_cached_inference_equals_recomputation_at_every_chunk(far, make_text: MakeText, limit, chunks, size) -> None:
     """Each jump of each chunk of a rollout, asked again in one uncached pass over the chunks so far."""
-    backbone, (text, _) = CausalBackbone(far(full_chunk_limit=limit)), make_text([3, 7])
+    backbone, (told, _) = CausalBackbone(far(full_chunk_limit=limit)), make_text([3, 7])
     done: list[Tensor] = []
     asked = 0
 
     @torch.no_grad()
-    def check(z: Tensor, t: Tensor, r: Tensor, text: Text, **view: object) -> Tensor:
+    def check(z: Tensor, t: Tensor, r: Tensor, told: Conditions, **view: object) -> Tensor:
         nonlocal asked
-        answer = backbone(z, t, r, text, **view)
+        answer = backbone(z, t, r, told, **view)
         if "record" in view:
             return answer
         asked += 1
         so_far = chunks[: len(done) + 1]
         layout = layout_of(so_far, limit)
         clean = torch.cat([*done, z], dim=1)
-        lesson = teach(layout, Lesson(clean, clean, t, r))  # the chunk's own clean copy is seen by nobody
-        again = noisy(layout, backbone(lesson.clean, lesson.timestep, lesson.r_timestep, text, layout=layout))
+        on_path = in_chunks(layout, PathBatch(clean, clean, t, r))  # the chunk's own clean copy is seen by nobody
+        again = noisy(layout, backbone(on_path.clean, on_path.timestep, on_path.r_timestep, told, layout=layout))
         torch.testing.assert_close(answer, again[:, -z.shape[1] :], atol=1e-5, rtol=1e-5)
         return answer
 
     noise = torch.randn(2, sum(chunks), 16, *size)
-    for part in backbone.generate(text, noise, [(1000.0, 500.0), (500.0, 0.0)], ask=check, chunks=chunks):
+    for part in backbone.generate(told, noise, [(1000.0, 500.0), (500.0, 0.0)], ask=check, chunks=chunks):
         done.append(part)
     assert asked == 2 * len(chunks)
 
@@ -85,46 +87,46 @@ def test_cached_inference_equals_recomputation_at_every_chunk(far, make_text: Ma
 @pytest.mark.parametrize(("chunks", "limit"), [((1, 2, 2, 1), 2), ((1, 2), 3), ((2, 2, 1), 3)])
 def test_the_training_pass_equals_diffusers(far, make_text: MakeText, chunks, limit, delta) -> None:
     stock = far(full_chunk_limit=limit, deltatime_type=delta).requires_grad_(False)
-    text, full = make_text([3, 7])
-    layout, lesson = lesson_of(chunks, limit, (8, 12))
+    told, full = make_text([3, 7])
+    layout, on_path = laid_out(chunks, limit, (8, 12))
     context, last = layout.context_frames, layout.context_frames + layout.full_frames
     expected = stock(
-        lesson.clean.where(lesson.timestep[..., None, None, None] == 0, lesson.noise)[:, :last],
-        lesson.timestep[:, :last],
-        lesson.r_timestep[:, :last],
+        on_path.clean.where(on_path.timestep[..., None, None, None] == 0, on_path.noise)[:, :last],
+        on_path.timestep[:, :last],
+        on_path.r_timestep[:, :last],
         full,
         chunk_partition=list(chunks),
-        clean_hidden_states=lesson.clean[:, last:],
+        clean_hidden_states=on_path.clean[:, last:],
         clean_timestep=torch.zeros(2, layout.full_frames),
         return_dict=False,
     )[0]
-    z = lesson.clean.where(lesson.timestep[..., None, None, None] == 0, lesson.noise)
-    got = CausalBackbone(copy.deepcopy(stock))(z, lesson.timestep, lesson.r_timestep, text, layout=layout)
+    z = on_path.clean.where(on_path.timestep[..., None, None, None] == 0, on_path.noise)
+    got = CausalBackbone(copy.deepcopy(stock))(z, on_path.timestep, on_path.r_timestep, told, layout=layout)
     torch.testing.assert_close(got[:, context:last], expected, atol=1e-5, rtol=1e-5)
     assert not got[:, :context].any() and not got[:, last:].any()
 
 
 def test_the_bidirectional_mode_is_one_chunk_of_all_frames(far, make_text: MakeText) -> None:
     stock = far().requires_grad_(False)
-    text, full = make_text([3, 7])
+    told, full = make_text([3, 7])
     latents, t = torch.randn(2, 4, 16, 8, 12), torch.tensor([900.0, 30.0])
     spread = t[:, None].expand(-1, 4)
     expected = stock(latents, spread, spread * 0.5, full, chunk_partition=[4], return_dict=False)[0]
     backbone = CausalBackbone(copy.deepcopy(stock))
-    torch.testing.assert_close(backbone(latents, t, t * 0.5, text), expected, atol=1e-5, rtol=1e-5)
-    per_frame = backbone(latents, spread.contiguous(), spread * 0.5, text)
+    torch.testing.assert_close(backbone(latents, t, t * 0.5, told), expected, atol=1e-5, rtol=1e-5)
+    per_frame = backbone(latents, spread.contiguous(), spread * 0.5, told)
     torch.testing.assert_close(per_frame, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["dense", "flex"])
 def test_all_kinds_of_attention_are_equal(far, make_text: MakeText, kind) -> None:
-    text, _ = make_text([3, 7])
-    layout, lesson = lesson_of((1, 2, 2, 1), 2, (8, 12))
+    told, _ = make_text([3, 7])
+    layout, on_path = laid_out((1, 2, 2, 1), 2, (8, 12))
     answers, gradients = [], []
     for attention in ("segments", kind):
         backbone = CausalBackbone(far(full_chunk_limit=2), attention=attention)
         backbone.requires_grad_(kind != "flex")  # which has no backward pass on the CPU
-        answer = backbone(lesson.noise, lesson.timestep, lesson.r_timestep, text, layout=layout)
+        answer = backbone(on_path.noise, on_path.timestep, on_path.r_timestep, told, layout=layout)
         answers.append(answer.detach())
         if kind != "flex":
             answer.square().mean().backward()
@@ -155,22 +157,22 @@ def test_who_sees_whom() -> None:
 
 
 def test_later_frames_change_no_earlier_chunk(far, make_text: MakeText) -> None:
-    backbone, (text, _) = CausalBackbone(far()), make_text([3, 7])
-    layout, lesson = lesson_of((1, 2, 2), 3, (8, 12))
-    other = lesson.clean.clone()
+    backbone, (told, _) = CausalBackbone(far()), make_text([3, 7])
+    layout, on_path = laid_out((1, 2, 2), 3, (8, 12))
+    other = on_path.clean.clone()
     other[:, [3, 4, 8, 9]] += 1  # the last chunk, noisy and clean
     first, second = (
-        backbone(clean, lesson.timestep, lesson.r_timestep, text, layout=layout) for clean in (lesson.clean, other)
+        backbone(clean, on_path.timestep, on_path.r_timestep, told, layout=layout) for clean in (on_path.clean, other)
     )
     assert torch.equal(first[:, :3], second[:, :3])
     assert not torch.allclose(first[:, 3:5], second[:, 3:5])
 
 
-def rollout_gradients(backbone: CausalBackbone, text: Text, ask=None) -> tuple[Tensor, dict[str, Tensor]]:  # type: ignore[no-untyped-def]
+def rollout_gradients(backbone: CausalBackbone, told: Conditions, ask=None) -> tuple[Tensor, dict[str, Tensor]]:  # type: ignore[no-untyped-def]
     torch.manual_seed(7)
     noise, probe = torch.randn(2, 2, 6, 16, 8, 8)
     jumps = BackwardSimulation(4, 1).jumps
-    samples = torch.cat(list(backbone.generate(text, noise, jumps, ask=ask)), dim=1)
+    samples = torch.cat(list(backbone.generate(told, noise, jumps, ask=ask)), dim=1)
     (samples * probe).sum().backward()
     named = backbone.named_parameters()
     return samples.detach(), {name: weight.grad for name, weight in named if weight.grad is not None}
@@ -178,9 +180,9 @@ def rollout_gradients(backbone: CausalBackbone, text: Text, ask=None) -> tuple[T
 
 def test_gradients_of_a_rollout_are_exact_under_checkpointing(far, make_text: MakeText) -> None:
     """The cache that a chunk's forward read is the one that its recomputation reads, several chunks later."""
-    text, _ = make_text([3, 7])
-    plain = rollout_gradients(CausalBackbone(far()), text)
-    recomputed = rollout_gradients(CausalBackbone(far(), gradient_checkpointing=True), text)
+    told, _ = make_text([3, 7])
+    plain = rollout_gradients(CausalBackbone(far()), told)
+    recomputed = rollout_gradients(CausalBackbone(far(), gradient_checkpointing=True), told)
     assert torch.equal(plain[0], recomputed[0])
     assert plain[1].keys() == recomputed[1].keys() and len(plain[1]) > 20
     for name, gradient in plain[1].items():
@@ -189,7 +191,7 @@ def test_gradients_of_a_rollout_are_exact_under_checkpointing(far, make_text: Ma
 
 def test_gradients_of_a_role_are_exact_under_checkpointing(far, make_text: MakeText) -> None:
     """Student's rollout on a shared base, the critic speaking before the backward pass runs blocks, or jumps, again."""
-    text, _ = make_text([3, 7])
+    told, _ = make_text([3, 7])
     results = []
     for checkpointing, tape in ((False, Tape(0)), (True, Tape(0)), (True, Tape(4)), (False, Tape())):
         backbone = CausalBackbone(far(), gradient_checkpointing=checkpointing)
@@ -201,9 +203,9 @@ def test_gradients_of_a_role_are_exact_under_checkpointing(far, make_text: MakeT
                 torch.nn.init.normal_(weight, std=0.1)
         noise, probe = torch.randn(2, 2, 6, 16, 8, 8)
         jumps = BackwardSimulation(4, 1).jumps
-        samples = torch.cat(list(roles.generate("student", text, noise, jumps, take=tape.take)), dim=1)
+        samples = torch.cat(list(roles.generate("student", told, noise, jumps, take=tape.take)), dim=1)
         times = torch.tensor([500.0, 100.0])
-        roles("critic", samples, times, times, text)  # all frames at once
+        roles("critic", samples, times, times, told)  # all frames at once
         (samples * probe).sum().backward()
         tape.backward(lambda end, gradient: end.backward(gradient))
         gradients = {name: weight.grad for name, weight in roles.parameters("student")}
@@ -218,49 +220,50 @@ def test_gradients_of_a_role_are_exact_under_checkpointing(far, make_text: MakeT
 
 
 def test_no_gradient_crosses_from_chunk_to_chunk(far, make_text: MakeText) -> None:
-    backbone, (text, _) = CausalBackbone(far()), make_text([3])
+    backbone, (told, _) = CausalBackbone(far()), make_text([3])
     noise = torch.randn(1, 6, 16, 8, 8, requires_grad=True)
-    *_, last = backbone.generate(text, noise, [(1000.0, 0.0)])
+    *_, last = backbone.generate(told, noise, [(1000.0, 0.0)])
     [gradient] = torch.autograd.grad(last.sum(), noise)
     assert gradient[:, -1:].any() and not gradient[:, :-1].any()
 
 
 def test_given_frames_are_kept_and_sampling_starts_after_them(far, make_text: MakeText) -> None:
-    backbone, (text, _) = CausalBackbone(far()), make_text([3])
+    backbone, (told, _) = CausalBackbone(far()), make_text([3])
     noise, known = torch.randn(1, 6, 16, 8, 8), torch.randn(1, 2, 16, 8, 8)
-    parts = list(backbone.generate(text, noise, [(1000.0, 0.0)], first_frames=known))
+    parts = list(backbone.generate(told._replace(first_frames=known), noise, [(1000.0, 0.0)]))
     assert [part.shape[1] for part in parts] == [1, 1, 1, 2, 1]
     whole = torch.cat(parts, dim=1)
     assert torch.equal(whole[:, :2], known)
-    other = backbone.sample(text, noise, 1, 5.0, first_frames=known + 1)
+    other = backbone.sample(told._replace(first_frames=known + 1), noise, 1, 5.0)
     assert not torch.allclose(other[:, 2:], whole[:, 2:])
 
 
 def test_long_videos_move_their_window(far, make_text: MakeText) -> None:
     """Past the trained length (6 frames) a chunk of 2 looks back at 4, and at the positions that it was trained at."""
-    backbone, (text, _) = CausalBackbone(far(full_chunk_limit=2)), make_text([3])
+    backbone, (told, _) = CausalBackbone(far(full_chunk_limit=2)), make_text([3])
     frames: list[int] = []
     backbone.register_forward_pre_hook(
         lambda _, inputs, view: frames.append(inputs[0].shape[1]) if "record" in view else None, with_kwargs=True
     )
     noise = torch.randn(1, 20, 16, 8, 8)
-    parts = list(backbone.generate(text, noise, [(1000.0, 0.0)]))
+    parts = list(backbone.generate(told, noise, [(1000.0, 0.0)]))
     assert sum(part.shape[1] for part in parts) == 20
     assert frames == [1, 3, *[4] * 8]
     history = torch.cat(parts[7:9], dim=1)
-    window = backbone.look_back(history, (2, 2), text)
+    window = backbone.look_back(history, (2, 2), told)
     t = torch.full((1,), 1000.0)
-    again = noise[:, 17:19] - backbone(noise[:, 17:19], t, 0 * t, text, window=window)
+    again = noise[:, 17:19] - backbone(noise[:, 17:19], t, 0 * t, told, window=window)
     torch.testing.assert_close(again, parts[9], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("given", [0, 1, 3])
 def test_network_calls_are_known_beforehand(far, make_text: MakeText, given: int) -> None:
-    backbone, (text, _) = CausalBackbone(far(full_chunk_limit=2)), make_text([3])
+    backbone, (told, _) = CausalBackbone(far(full_chunk_limit=2)), make_text([3])
     asked: list[Tensor] = []
     backbone.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0]))
     noise = torch.randn(1, 6, 16, 8, 8)
-    backbone.sample(text, noise, 3, 5.0, first_frames=noise[:, :given] if given else None)
+    told = told._replace(first_frames=noise[:, :given] if given else None)
+    backbone.sample(told, noise, 3, 5.0)
     assert len(asked) == backbone.calls_of(3, 6, given)
 
 
@@ -275,15 +278,15 @@ def test_the_wrapped_transformer_still_serves_diffusers(far, make_text: MakeText
 
 
 def test_forward_mode_derivative_equals_the_finite_difference(far, make_text: MakeText) -> None:
-    """Along the path of a lesson: given frames stay where they are."""
-    backbone, (text, _) = CausalBackbone(far().double()), make_text([3, 7])
-    layout, lesson = lesson_of((1, 2, 2, 1), 2, (8, 8))
-    moving = (lesson.timestep > 0).double()
-    z, direction = lesson.noise.double(), torch.randn_like(lesson.noise).double() * moving[..., None, None, None]
-    t, r = lesson.timestep.double(), lesson.r_timestep.double()
+    """Along the path of a on_path: given frames stay where they are."""
+    backbone, (told, _) = CausalBackbone(far().double()), make_text([3, 7])
+    layout, on_path = laid_out((1, 2, 2, 1), 2, (8, 8))
+    moving = (on_path.timestep > 0).double()
+    z, direction = on_path.noise.double(), torch.randn_like(on_path.noise).double() * moving[..., None, None, None]
+    t, r = on_path.timestep.double(), on_path.r_timestep.double()
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
-        return backbone(z, t, r, text, layout=layout)
+        return backbone(z, t, r, told, layout=layout)
 
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         _, derivative = torch.func.jvp(velocity, (z, t), (direction / 1000, moving))
@@ -295,31 +298,31 @@ def test_forward_mode_derivative_equals_the_finite_difference(far, make_text: Ma
 
 
 def test_tables_made_while_sampling_serve_training(far, make_text: MakeText) -> None:
-    backbone, (text, _) = CausalBackbone(far()), make_text([3, 7])
-    layout, lesson = lesson_of((1, 2, 2, 1), 3, (8, 8))
-    arguments = (lesson.noise, lesson.timestep, lesson.r_timestep, text)
+    backbone, (told, _) = CausalBackbone(far()), make_text([3, 7])
+    layout, on_path = laid_out((1, 2, 2, 1), 3, (8, 8))
+    arguments = (on_path.noise, on_path.timestep, on_path.r_timestep, told)
     with torch.inference_mode():
         backbone(*arguments, layout=layout)
     backbone(*arguments, layout=layout).sum().backward()
 
 
 def test_what_does_not_fit_is_refused(far, make_text: MakeText) -> None:
-    backbone, (text, _) = CausalBackbone(far()), make_text([3])
+    backbone, (told, _) = CausalBackbone(far()), make_text([3])
     t = torch.zeros(1)
     with pytest.raises(ValueError, match="latents have 3 frames"):
-        backbone(torch.randn(1, 3, 16, 8, 8), t, t, text, layout=ChunkLayout((), (1, 1)))
+        backbone(torch.randn(1, 3, 16, 8, 8), t, t, told, layout=ChunkLayout((), (1, 1)))
     with pytest.raises(ValueError, match="patches of one frame"):
         CausalBackbone(far(patch_size=(2, 2, 2), compressed_patch_size=(2, 4, 4)))
 
 
 def test_bfloat16_keeps_times_in_float32_and_stays_near(far, make_text: MakeText) -> None:
-    text, _ = make_text([3, 7])
-    layout, lesson = lesson_of((1, 2, 2), 2, (8, 12))
-    arguments = (lesson.noise, lesson.timestep, lesson.r_timestep, text)
+    told, _ = make_text([3, 7])
+    layout, on_path = laid_out((1, 2, 2), 2, (8, 12))
+    arguments = (on_path.noise, on_path.timestep, on_path.r_timestep, told)
     expected = CausalBackbone(far())(*arguments, layout=layout)
     half = CausalBackbone(far()).to(torch.bfloat16)
     got = half(*arguments, layout=layout)
     assert got.dtype == torch.float32 and half.transformer.far_patch_embedding.weight.dtype == torch.bfloat16
     assert (got - expected).norm() / expected.norm() < 0.02
-    parts = list(half.generate(text, torch.randn(2, 6, 16, 8, 12), [(1000.0, 0.0)]))
+    parts = list(half.generate(told, torch.randn(2, 6, 16, 8, 12), [(1000.0, 0.0)]))
     assert all(part.isfinite().all() for part in parts)

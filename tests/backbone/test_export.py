@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from anyflow.backbone.bidirectional import BidirectionalBackbone
 from anyflow.backbone.codec import Codec
+from anyflow.backbone.conditions import Conditions
 from anyflow.backbone.export import export_lora, export_pipeline
 from anyflow.backbone.files import WEIGHTS_NAME
 from anyflow.backbone.load import load_backbone, read_shift
@@ -43,8 +44,8 @@ def noise() -> Tensor:
 
 
 def ours(backbone: BidirectionalBackbone, codec: Codec, captions: list[str], noise: Tensor) -> Tensor:
-    text = codec.encode_text(captions)
-    return sample(lambda z, t, r: backbone(z, t, r, text), noise, STEPS, SHIFT)
+    told = Conditions(codec.encode_text(captions))
+    return sample(lambda z, t, r: backbone(z, t, r, told), noise, STEPS, SHIFT)
 
 
 def theirs(pipeline: AnyFlowPipeline, captions: list[str], noise: Tensor, output: str = "latent") -> Tensor:

@@ -12,6 +12,7 @@ from diffusers import AnyFlowFARPipeline, AnyFlowFARTransformer3DModel, Diffusio
 from torch import Tensor
 
 from anyflow.backbone.causal import CausalBackbone
+from anyflow.backbone.conditions import Conditions
 from anyflow.backbone.export import export_lora, export_pipeline
 from anyflow.backbone.far_pipeline import correct_attention
 from anyflow.backbone.files import resolve_folder
@@ -49,18 +50,18 @@ def theirs(pipeline: Any, captions: list[str], noise: Tensor, **given: Any) -> T
 
 
 def test_the_shipped_pipeline_samples_what_we_sample(backbone, codec, captions, noise, folder) -> None:
-    expected = backbone.sample(codec.encode_text(captions), noise, STEPS, SHIFT)
+    expected = backbone.sample(Conditions(codec.encode_text(captions)), noise, STEPS, SHIFT)
     trusted = {"custom_pipeline": str(folder), "trust_remote_code": True, "local_files_only": True}
     pipeline = DiffusionPipeline.from_pretrained(folder, **trusted)
     assert isinstance(pipeline, AnyFlowFARPipeline)
     torch.testing.assert_close(theirs(pipeline, captions, noise), expected, atol=1e-4, rtol=1e-4)
     known = torch.randn(2, 2, 16, 4, 6)
-    given = backbone.sample(codec.encode_text(captions), noise, STEPS, SHIFT, first_frames=known)
+    given = backbone.sample(Conditions(codec.encode_text(captions), known), noise, STEPS, SHIFT)
     torch.testing.assert_close(theirs(pipeline, captions, noise, video_latents=known), given, atol=1e-4, rtol=1e-4)
 
 
 def test_the_stock_pipeline_loads_and_is_right_once_corrected(backbone, codec, captions, noise, folder) -> None:
-    expected = backbone.sample(codec.encode_text(captions), noise, STEPS, SHIFT)
+    expected = backbone.sample(Conditions(codec.encode_text(captions)), noise, STEPS, SHIFT)
     pipeline = AnyFlowFARPipeline.from_pretrained(folder, local_files_only=True)
     wrong = theirs(pipeline, captions, noise)
     if (wrong - expected).abs().max() < 1e-4:
@@ -75,7 +76,7 @@ def test_our_own_wrapper_serves_their_pipeline(backbone, codec, captions, noise,
     for name, weight in backbone.transformer.state_dict().items():
         assert torch.equal(weight, loaded.transformer.state_dict()[name]), name
     parts = AnyFlowFARPipeline.from_pretrained(folder, transformer=loaded.transformer, local_files_only=True)
-    expected = backbone.sample(codec.encode_text(captions), noise, STEPS, SHIFT)
+    expected = backbone.sample(Conditions(codec.encode_text(captions)), noise, STEPS, SHIFT)
     torch.testing.assert_close(theirs(parts, captions, noise), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -91,7 +92,7 @@ def test_adapters_load_on_the_corrected_pipeline(
     export_lora(tmp_path / "lora", backbone, CARD)
     with pytest.raises(UserError, match="holds a LoRA adapter and no network"):
         resolve_folder(tmp_path / "lora")
-    expected = backbone.sample(codec.encode_text(captions), noise, STEPS, SHIFT)
+    expected = backbone.sample(Conditions(codec.encode_text(captions)), noise, STEPS, SHIFT)
     pipeline = AnyFlowFARPipeline.from_pretrained(folder, local_files_only=True)
     correct_attention(pipeline.transformer)
     monkeypatch.chdir(tmp_path / "lora")

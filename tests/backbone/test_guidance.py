@@ -12,10 +12,10 @@ from torch import Tensor
 
 from anyflow.backbone.bidirectional import BidirectionalBackbone
 from anyflow.backbone.causal import CausalBackbone
+from anyflow.backbone.conditions import Conditions
 from anyflow.backbone.guidance import UNGUIDED, Guidance, Guided
-from anyflow.backbone.protocol import Text
 from anyflow.backbone.stream import stream_video
-from anyflow.flowmap.chunks import Lesson, layout_of, teach
+from anyflow.flowmap.chunks import PathBatch, in_chunks, layout_of
 from anyflow.flowmap.sampling import guide, steps_of, take_velocity
 
 SCALE = 2.5
@@ -27,9 +27,9 @@ class Watched:
     def __init__(self, network: Any) -> None:
         self.network, self.asked = network, []
 
-    def __call__(self, z: Tensor, t: Tensor, r: Tensor, text: Text, **view: Any) -> Tensor:
-        self.asked.append((z, t, r, text, view))
-        return self.network(z, t, r, text, **view)
+    def __call__(self, z: Tensor, t: Tensor, r: Tensor, told: Conditions, **view: Any) -> Tensor:
+        self.asked.append((z, t, r, told, view))
+        return self.network(z, t, r, told, **view)
 
 
 @pytest.fixture
@@ -43,20 +43,20 @@ def far(tiny_config) -> AnyFlowFARTransformer3DModel:
 def test_a_guided_answer_is_that_of_two_questions_in_one_call(stock, make_text, spread) -> None:
     """Catches swapped halves, a negative prompt that is not asked, and times or frames that differ between them."""
     network = Watched(BidirectionalBackbone(stock))
-    (text, _), (negative, _) = make_text([3, 7]), make_text([11])
+    (told, _), (negative, _) = make_text([3, 7]), make_text([11])
     z, t = torch.randn(2, 3, 16, 4, 6), torch.tensor([900.0, 300.0])
     t = t[:, None].repeat(1, 3) if spread else t
-    found = Guided(network, SCALE, negative)(z, t, t / 2, text)
+    found = Guided(network, SCALE, negative.text)(z, t, t / 2, told)
     [(both, times, ends, texts, _)] = network.asked
     assert torch.equal(both, torch.cat([z, z])) and torch.equal(times, torch.cat([t, t]))
-    assert torch.equal(ends, torch.cat([t, t]) / 2) and texts.lengths.tolist() == [3, 7, 11, 11]
-    alone = [network.network(z, t, t / 2, one) for one in (text, negative.select(torch.zeros(2, dtype=torch.int64)))]
+    assert torch.equal(ends, torch.cat([t, t]) / 2) and texts.text.lengths.tolist() == [3, 7, 11, 11]
+    alone = [network.network(z, t, t / 2, one) for one in (told, negative.select(torch.zeros(2, dtype=torch.int64)))]
     torch.testing.assert_close(found, alone[1] + SCALE * (alone[0] - alone[1]), atol=1e-5, rtol=1e-5)
     assert (alone[0] - alone[1]).abs().max() > 1e-3
     other, _ = make_text([4, 2])
-    guided = Guided(network, SCALE, negative)
-    guided(z, t, t / 2, text), guided(z, t, t / 2, other)
-    assert network.asked[-1][3].lengths.tolist() == [4, 2, 11, 11], "another text is not the first one"
+    guided = Guided(network, SCALE, negative.text)
+    guided(z, t, t / 2, told), guided(z, t, t / 2, other)
+    assert network.asked[-1][3].text.lengths.tolist() == [4, 2, 11, 11], "another text is not the first one"
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def test_a_guided_causal_video_equals_one_without_any_cache(far, make_text, give
     Catches a window that both questions share: what earlier frames are to the negative prompt is another thing.
     """
     network = CausalBackbone(far)
-    (text, _), (negative, _) = make_text([3, 7]), make_text([5])
+    (told, _), (negative, _) = make_text([3, 7]), make_text([5])
     noise = torch.randn(2, frames, 16, 8, 12)
     first = torch.randn(2, given, 16, 8, 12) if given else None
     chunks, asked = network.chunks_of(frames, given), 0
@@ -84,27 +84,27 @@ def test_a_guided_causal_video_equals_one_without_any_cache(far, make_text, give
             kept = kept[1:]
         return kept
 
-    def uncached(z: Tensor, t: Tensor, r: Tensor, prompt: Text) -> Tensor:
+    def uncached(z: Tensor, t: Tensor, r: Tensor, prompt: Conditions) -> Tensor:
         kept = window()
         layout = layout_of([*(part.shape[1] for part in kept), z.shape[1]], far.config.full_chunk_limit)
         clean = torch.cat([*kept, z], dim=1)
-        lesson = teach(layout, Lesson(clean, clean, t, r))
-        answer = network(lesson.clean, lesson.timestep, lesson.r_timestep, prompt, layout=layout)
+        on_path = in_chunks(layout, PathBatch(clean, clean, t, r))
+        answer = network(on_path.clean, on_path.timestep, on_path.r_timestep, prompt, layout=layout)
         return answer[:, layout.context_frames :][:, : layout.full_frames][:, -z.shape[1] :]
 
-    guided = Guided(network, SCALE, negative)
+    guided = Guided(network, SCALE, negative.text)
 
-    def check(z: Tensor, t: Tensor, r: Tensor, prompt: Text, **view: Any) -> Tensor:
+    def check(z: Tensor, t: Tensor, r: Tensor, prompt: Conditions, **view: Any) -> Tensor:
         nonlocal asked, gap
         answer = guided(z, t, r, prompt, **view)
         if "record" not in view:
             asked += 1
-            both = uncached(z, t, r, text), uncached(z, t, r, negative.select(torch.zeros(2, dtype=torch.int64)))
+            both = uncached(z, t, r, told), uncached(z, t, r, negative.select(torch.zeros(2, dtype=torch.int64)))
             torch.testing.assert_close(answer, guide(*both, SCALE), atol=2e-5, rtol=1e-4)
             gap = max(gap, float((both[0] - both[1]).abs().max()))
         return answer
 
-    parts = network.generate(text, noise, steps_of(2, 3.0), first_frames=first, ask=check, take=take_velocity)
+    parts = network.generate(told._replace(first_frames=first), noise, steps_of(2, 3.0), ask=check, take=take_velocity)
     for index, part in enumerate(parts):
         if index >= len(done):
             done.append(part)
@@ -121,10 +121,10 @@ def _until(chunks: tuple[int, ...], frames: int) -> tuple[int, ...]:
 def test_given_frames_stay_as_given_to_both_questions(stock, far, make_text, architecture) -> None:
     """Catches given frames that guidance moves, or that the negative prompt's rows do not have."""
     network = BidirectionalBackbone(stock) if architecture == "bidirectional" else CausalBackbone(far)
-    watched, (text, _), (negative, _) = Watched(network), make_text([3, 7]), make_text([5])
+    watched, (told, _), (negative, _) = Watched(network), make_text([3, 7]), make_text([5])
     first, noise = torch.randn(2, 1, 16, 8, 12), torch.randn(2, 3, 16, 8, 12)
     guided = Guided(watched, SCALE, negative)
-    video = network.sample(text, noise, 2, 3.0, first, take_velocity, ask=guided)
+    video = network.sample(told._replace(first_frames=first), noise, 2, 3.0, take_velocity, ask=guided)
     assert torch.equal(video[:, :1], first)
     seen = [z for z, *_, view in watched.asked if "record" in view or architecture == "bidirectional"]
     assert seen and all(torch.equal(z[:, :1], torch.cat([first, first])) for z in seen)
@@ -138,7 +138,7 @@ def test_scale_one_is_todays_sampler_to_the_bit(stock, codec, captions) -> None:
     calls: list[int] = []
     network.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
     noise = torch.randn(2, 2, 16, 4, 6)
-    plain = network.sample(codec.encode_text(captions), noise, 3, 3.0)
+    plain = network.sample(Conditions(codec.encode_text(captions)), noise, 3, 3.0)
     assert UNGUIDED.way(network, codec) == {} and (UNGUIDED.calls, UNGUIDED.told) == (1, "")
     [video] = stream_video(network, codec, captions, noise, 3, 3.0, guidance=Guidance(1.0, "blurred"))
     assert torch.equal(video, codec.decode(plain)) and calls == [2] * 6
@@ -146,6 +146,6 @@ def test_scale_one_is_todays_sampler_to_the_bit(stock, codec, captions) -> None:
     [guided] = stream_video(network, codec, captions, noise, 3, 3.0, guidance=Guidance(4.0, "blurred"))
     assert calls == [4] * 3 and not torch.equal(guided, video)
     by_hand = network.sample(
-        codec.encode_text(captions), noise, 3, 3.0, ask=Guided(network, 4.0, codec.encode_text(["blurred"]))
+        Conditions(codec.encode_text(captions)), noise, 3, 3.0, ask=Guided(network, 4.0, codec.encode_text(["blurred"]))
     )
     assert torch.equal(guided, codec.decode(by_hand))

@@ -47,11 +47,11 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
 def test_a_converted_wan_is_that_wan_where_both_times_agree(wan, tmp_path, make_text) -> None:
     wan.save_pretrained(tmp_path / "transformer")
     backbone = load_backbone(tmp_path)
-    text, full = make_text([3, 20])
+    told, full = make_text([3, 20])
     latents, t = torch.randn(2, 3, 16, 8, 12), torch.tensor([981.0, 40.0])
     expected = wan(latents.transpose(1, 2), t, full, return_dict=False)[0].transpose(1, 2)
-    torch.testing.assert_close(backbone(latents, t, t, text), expected, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(backbone(latents, t, t / 2, text), expected, atol=1e-3)
+    torch.testing.assert_close(backbone(latents, t, t, told), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(backbone(latents, t, t / 2, told), expected, atol=1e-3)
 
 
 def test_our_own_folders_come_back_bit_for_bit(stock, saved) -> None:
@@ -124,16 +124,16 @@ def test_a_causal_network_is_no_bidirectional_one(saved_far) -> None:
 @torch.no_grad()
 def test_wan_and_bidirectional_networks_become_causal(wan, stock, saved, tmp_path, make_text) -> None:
     """All frames at once they are what they were; compressed frames start as diffusers starts them."""
-    text, full = make_text([3, 20])
+    told, full = make_text([3, 20])
     latents, t = torch.randn(2, 3, 16, 8, 12), torch.tensor([981.0, 40.0])
     wan.save_pretrained(tmp_path / "wan" / "transformer")
     causal = load_backbone(tmp_path / "wan", architecture="causal")
     expected = wan(latents.transpose(1, 2), t, full, return_dict=False)[0].transpose(1, 2)
-    torch.testing.assert_close(causal(latents, t, t, text), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(causal(latents, t, t, told), expected, atol=1e-5, rtol=1e-5)
 
     converted = load_backbone(saved, architecture="causal")
     bidirectional = load_backbone(saved)
-    torch.testing.assert_close(converted(latents, t, t / 2, text), bidirectional(latents, t, t / 2, text))
+    torch.testing.assert_close(converted(latents, t, t / 2, told), bidirectional(latents, t, t / 2, told))
     fresh = AnyFlowFARTransformer3DModel(**{k: v for k, v in stock.config.items() if not k.startswith("_")})
     fresh.patch_embedding.load_state_dict(stock.patch_embedding.state_dict())
     kernel = fresh.patch_embedding.weight.view(-1, 1, 1, 2, 2)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from anyflow.backbone.conditions import Conditions, Text
 from anyflow.backbone.export import export_lora
 from anyflow.backbone.load import new_backbone
 from anyflow.backbone.lora import LoraSettings, add_lora, load_lora, merged_state
-from anyflow.backbone.protocol import FlowMapBackbone, Text
+from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.backbone.roles import ROLES, AdapterRoles, Role, Roles, SeparateRoles
 
 NETWORK = {
@@ -65,43 +66,43 @@ def apart(roles: AdapterRoles, role: Role) -> FlowMapBackbone:
     return merged
 
 
-def question(seed: int = 5, batch: int = 2) -> tuple[Tensor, Tensor, Tensor, Text]:
+def question(seed: int = 5, batch: int = 2) -> tuple[Tensor, Tensor, Tensor, Conditions]:
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(batch, 3, 16, 4, 4, generator=generator)
     embeddings = torch.randn(batch, 6, 16, generator=generator)
     timestep = 1000 * torch.rand(batch, generator=generator)
-    return latents, timestep, timestep * 0.5, Text(embeddings, torch.full((batch,), 4), 8)
+    return latents, timestep, timestep * 0.5, Conditions(Text(embeddings, torch.full((batch,), 4), 8))
 
 
 @pytest.mark.parametrize("trains_teacher", [False, True])
 def test_each_role_answers_as_its_own_network(trains_teacher: bool) -> None:
     roles = shared(trains_teacher=trains_teacher)
-    latents, timestep, r_timestep, text = question()
+    latents, timestep, r_timestep, told = question()
     answers = {}
     for role in (*ROLES, "student"):
-        answers[role] = roles(role, latents, timestep, r_timestep, text)
-        torch.testing.assert_close(answers[role], apart(roles, role)(latents, timestep, r_timestep, text))
+        answers[role] = roles(role, latents, timestep, r_timestep, told)
+        torch.testing.assert_close(answers[role], apart(roles, role)(latents, timestep, r_timestep, told))
     assert not torch.allclose(answers["student"], answers["critic"], atol=1e-3)
-    assert torch.equal(roles.student(latents, timestep, r_timestep, text), answers["student"])  # at rest
-    same = roles("teacher", latents, timestep, timestep, text)
-    assert trains_teacher or torch.equal(same, network()(latents, timestep, timestep, text))
+    assert torch.equal(roles.student(latents, timestep, r_timestep, told), answers["student"])  # at rest
+    same = roles("teacher", latents, timestep, timestep, told)
+    assert trains_teacher or torch.equal(same, network()(latents, timestep, timestep, told))
 
 
 def gradients(roles: Roles, *, interrupt: bool) -> dict[str, Tensor]:
     """Those of student and critic, with other roles speaking while the student's graph is alive."""
-    latents, timestep, r_timestep, text = question()
-    answer = roles("student", latents, timestep, r_timestep, text)
+    latents, timestep, r_timestep, told = question()
+    answer = roles("student", latents, timestep, r_timestep, told)
     if interrupt:
         with torch.no_grad():
-            roles("teacher", latents, timestep, timestep, text)
-        critic = roles("critic", latents, timestep, timestep, text).square().mean()
-        roles("student", latents, timestep, r_timestep, text).sum().backward()
+            roles("teacher", latents, timestep, timestep, told)
+        critic = roles("critic", latents, timestep, timestep, told).square().mean()
+        roles("student", latents, timestep, r_timestep, told).sum().backward()
         for _, weight in roles.parameters("student"):
             weight.grad = None
         answer.square().mean().backward()
     else:
         answer.square().mean().backward()
-        critic = roles("critic", latents, timestep, timestep, text).square().mean()
+        critic = roles("critic", latents, timestep, timestep, told).square().mean()
     critic.backward()
     return {name: weight.grad for role in ROLES for name, weight in roles.parameters(role) if weight.grad is not None}
 
@@ -116,9 +117,9 @@ def test_gradients_are_those_of_separate_networks(checkpointing: bool) -> None:
         for layer in alone.modules():
             if hasattr(layer, "_active_adapter"):
                 layer._active_adapter = [roles._adapters[role]]
-        latents, timestep, r_timestep, text = question()
+        latents, timestep, r_timestep, told = question()
         end = r_timestep if role == "student" else timestep
-        alone(latents, timestep, end, text).square().mean().backward()
+        alone(latents, timestep, end, told).square().mean().backward()
         named = dict(alone.named_parameters())
         expected |= {name: named[name].grad for name, _ in roles.parameters(role)}
     assert found.keys() == expected.keys()
@@ -129,10 +130,10 @@ def test_gradients_are_those_of_separate_networks(checkpointing: bool) -> None:
 def test_the_merged_network_has_the_chain_rules_gradient() -> None:
     """An adapter's gradient follows from the merged weight's: B' = G A^T, A' = B^T G, scaled."""
     roles = shared()
-    latents, timestep, r_timestep, text = question()
-    roles("student", latents, timestep, r_timestep, text).square().mean().backward()
+    latents, timestep, r_timestep, told = question()
+    roles("student", latents, timestep, r_timestep, told).square().mean().backward()
     merged = apart(roles, "student")
-    merged(latents, timestep, r_timestep, text).square().mean().backward()
+    merged(latents, timestep, r_timestep, told).square().mean().backward()
     weights = dict(roles.student.named_parameters())
     layer = "transformer.blocks.1.attn1.to_v"
     whole = merged.get_submodule(layer).weight.grad
@@ -144,9 +145,9 @@ def test_the_merged_network_has_the_chain_rules_gradient() -> None:
 def test_requires_grad_is_set_once() -> None:
     roles = shared(trains_teacher=True)
     trained = {name for name, weight in roles.student.named_parameters() if weight.requires_grad}
-    latents, timestep, r_timestep, text = question()
+    latents, timestep, r_timestep, told = question()
     for role in ROLES:
-        roles(role, latents, timestep, r_timestep, text)
+        roles(role, latents, timestep, r_timestep, told)
         assert {name for name, weight in roles.student.named_parameters() if weight.requires_grad} == trained
     of_roles = [{name for name, _ in roles.parameters(role)} for role in ROLES]
     assert set.union(*of_roles) == trained
@@ -162,16 +163,16 @@ def test_a_critic_starts_as_its_teacher(kind: str) -> None:
     else:
         roles = SeparateRoles(network(), network(7), trains_teacher=True)
         shake(roles.parameters("teacher"), 3)
-    latents, timestep, _, text = question()
-    teacher = roles("teacher", latents, timestep, timestep, text)
-    assert not torch.allclose(roles("critic", latents, timestep, timestep, text), teacher, atol=1e-3)
+    latents, timestep, _, told = question()
+    teacher = roles("teacher", latents, timestep, timestep, told)
+    assert not torch.allclose(roles("critic", latents, timestep, timestep, told), teacher, atol=1e-3)
     roles.copy("teacher", "critic")
-    assert torch.equal(roles("critic", latents, timestep, timestep, text), teacher)
+    assert torch.equal(roles("critic", latents, timestep, timestep, told), teacher)
     if kind == "adapters":
         roles = shared()
         roles.copy("teacher", "critic")
-        base = network()(latents, timestep, timestep, text)
-        assert torch.equal(roles("critic", latents, timestep, timestep, text), base)
+        base = network()(latents, timestep, timestep, told)
+        assert torch.equal(roles("critic", latents, timestep, timestep, told), base)
 
 
 def test_a_teacher_stages_adapter_teaches(tmp_path: Path) -> None:
@@ -183,13 +184,13 @@ def test_a_teacher_stages_adapter_teaches(tmp_path: Path) -> None:
     add_lora(backbone, LORA)
     load_lora(backbone, tmp_path, adapter="teacher")
     roles = AdapterRoles(backbone, LORA)
-    latents, timestep, _, text = question()
-    expected = trained(latents, timestep, timestep, text)
+    latents, timestep, _, told = question()
+    expected = trained(latents, timestep, timestep, told)
     for role in ("teacher", "critic"):
-        torch.testing.assert_close(roles(role, latents, timestep, timestep, text), expected)
+        torch.testing.assert_close(roles(role, latents, timestep, timestep, told), expected)
     assert not roles.parameters("teacher")
     torch.testing.assert_close(
-        roles("student", latents, timestep, timestep, text), network()(latents, timestep, timestep, text)
+        roles("student", latents, timestep, timestep, told), network()(latents, timestep, timestep, told)
     )
 
 
@@ -225,15 +226,15 @@ def _rank(rank: int, rendezvous: str, checkpointing: bool, out: str) -> None:
             return roles(role, *asked)
 
     step = torch.nn.parallel.DistributedDataParallel(Step(), find_unused_parameters=True)
-    latents, timestep, r_timestep, text = question(batch=4)
+    latents, timestep, r_timestep, told = question(batch=4)
     mine = torch.arange(rank, 4, 2)
-    latents, timestep, r_timestep, text = latents[mine], timestep[mine], r_timestep[mine], text.select(mine)
-    answer = step("student", latents, timestep, r_timestep, text)
+    latents, timestep, r_timestep, told = latents[mine], timestep[mine], r_timestep[mine], told.select(mine)
+    answer = step("student", latents, timestep, r_timestep, told)
     with torch.no_grad():
-        roles("teacher", latents, timestep, timestep, text)
-        roles("critic", latents, timestep, timestep, text)
+        roles("teacher", latents, timestep, timestep, told)
+        roles("critic", latents, timestep, timestep, told)
     answer.square().mean().backward()
-    step("critic", latents, timestep, timestep, text).square().mean().backward()
+    step("critic", latents, timestep, timestep, told).square().mean().backward()
     if rank == 0:
         found = {name: weight.grad for role in ROLES for name, weight in roles.parameters(role)}
         torch.save(found, out)
@@ -247,9 +248,9 @@ def test_two_ranks_make_the_gradients_of_one(tmp_path: Path, checkpointing: bool
     torch.multiprocessing.spawn(_rank, (str(tmp_path / "meet"), checkpointing, str(out)), nprocs=2)
     found = torch.load(out, weights_only=True)
     roles = shared()
-    latents, timestep, r_timestep, text = question(batch=4)
-    roles("student", latents, timestep, r_timestep, text).square().mean().backward()
-    roles("critic", latents, timestep, timestep, text).square().mean().backward()
+    latents, timestep, r_timestep, told = question(batch=4)
+    roles("student", latents, timestep, r_timestep, told).square().mean().backward()
+    roles("critic", latents, timestep, timestep, told).square().mean().backward()
     expected = {name: weight.grad for role in ROLES for name, weight in roles.parameters(role)}
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from anyflow.backbone.causal import CausalBackbone
+from anyflow.backbone.conditions import Conditions
 from anyflow.backbone.load import new_backbone
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.backbone.stream import stream_video
@@ -45,15 +46,15 @@ def test_a_causal_network_streams_chunk_by_chunk(tiny_config, codec, captions, g
         seen.append((part.shape[1], len(asked)))  # two jumps a chunk, and a look back but for the first
     calls = 0 if given else 2
     assert seen == [(1, calls), (8, calls + 3), (8, calls + 6), (8, calls + 9)]
-    whole = codec.decode(backbone.sample(codec.encode_text(captions), noise, 2, 3.0, known))
+    whole = codec.decode(backbone.sample(Conditions(codec.encode_text(captions), known), noise, 2, 3.0))
     assert (torch.cat(parts, dim=1).int() - whole.int()).abs().max() <= 1
 
 
 def test_a_bidirectional_network_streams_in_one_part(tiny_config, codec, captions) -> None:
     backbone, noise = network(tiny_config, "bidirectional"), torch.randn(2, 3, 16, 4, 6)
     [video] = stream_video(backbone, codec, captions, noise, 2, 3.0)
-    text = codec.encode_text(captions)
-    [latents] = backbone.generate(text, noise, steps_of(2, 3.0))
+    told = Conditions(codec.encode_text(captions))
+    [latents] = backbone.generate(told, noise, steps_of(2, 3.0))
     assert torch.equal(video, codec.decode(latents)) and torch.equal(
-        latents.detach(), backbone.sample(text, noise, 2, 3.0)
+        latents.detach(), backbone.sample(told, noise, 2, 3.0)
     )

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from anyflow.backbone.conditions import Conditions, Text
 from anyflow.backbone.lora import merged_state
 from anyflow.backbone.parallelize import gather_state, is_sharded_module, leave_ranks
-from anyflow.backbone.protocol import FlowMapBackbone, Text
+from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.recipe import Recipe, load_recipe
 from anyflow.tracking.checkpoints import latest_checkpoint
 from anyflow.tracking.runs import RunFolder
@@ -131,7 +132,7 @@ def answer(backbone: FlowMapBackbone, weights: dict[str, torch.Tensor]) -> torch
                 tensor.zero_()
             elif ".lora_" not in name:
                 tensor.copy_(plain[name.replace(".base_layer.", ".")])
-        return backbone(latents, times, times * 0.3, text)
+        return backbone(latents, times, times * 0.3, Conditions(text))
 
 
 def saved(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from anyflow.backbone.conditions import Conditions, Text
 from anyflow.backbone.load import load_backbone
 from anyflow.backbone.parallelize import (
     ParallelSettings,
@@ -19,16 +20,15 @@ from anyflow.backbone.parallelize import (
     part_of,
     whole,
 )
-from anyflow.backbone.protocol import Text
 
 RANKS = 4
 
 
-def question(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Text]:
+def question(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Conditions]:
     generator = torch.Generator().manual_seed(rank)
     latents = torch.randn(1, 2, 16, 4, 4, generator=generator)
     text = Text(torch.randn(1, 5, 64, generator=generator), torch.tensor([3]), 8)
-    return latents, torch.tensor([900.0 - rank]), torch.tensor([300.0]), text
+    return latents, torch.tensor([900.0 - rank]), torch.tensor([300.0]), Conditions(text)
 
 
 def _rank(rank: int, port: int, model: Path, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""Chunks: every video is divided, layouts are what was drawn, lessons lay frames out in order."""
+"""Chunks: every video is divided, layouts are what was drawn, a pass lays frames out in order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anyflow.flowmap.chunks import ChunkLayout, Lesson, draw_layout, layout_of, partition_frames, teach
+from anyflow.flowmap.chunks import ChunkLayout, PathBatch, draw_layout, in_chunks, layout_of, partition_frames
 from anyflow.flowmap.sampling import follow, follow_chunks
 
 RELEASED = (1, 3, 3, 3, 3, 3, 3, 2)
@@ -64,19 +64,19 @@ def test_all_lengths_are_drawn_equally_often() -> None:
     assert [lengths.count(number) for number in range(1, 6)] == [100] * 5
 
 
-def lesson_of(loss_frames: Tensor | None = None, frames: int = 6) -> Lesson:
+def lesson_of(loss_frames: Tensor | None = None, frames: int = 6) -> PathBatch:
     clean = torch.arange(frames, dtype=torch.float32).reshape(1, frames, 1, 1, 1).expand(2, -1, 3, 2, 2)
-    return Lesson(clean, -clean - 1, torch.tensor([900.0, 500.0]), torch.tensor([100.0, 0.0]), loss_frames)
+    return PathBatch(clean, -clean - 1, torch.tensor([900.0, 500.0]), torch.tensor([100.0, 0.0]), loss_frames)
 
 
 def test_a_lesson_is_context_then_noisy_then_copies() -> None:
-    lesson = teach(layout_of((1, 2, 1), 2), lesson_of())
-    assert lesson.clean[0, :, 0, 0, 0].tolist() == [0, 1, 2, 3, 1, 2, 3]
-    assert lesson.noise[0, :, 0, 0, 0].tolist() == [-1, -2, -3, -4, -2, -3, -4]
-    assert lesson.timestep.tolist() == [[0, 900, 900, 900, 0, 0, 0], [0, 500, 500, 500, 0, 0, 0]]
-    assert lesson.r_timestep[0].tolist() == [0, 100, 100, 100, 0, 0, 0]
-    assert lesson.loss_frames is not None
-    assert lesson.loss_frames.tolist() == [[False, True, True, True, False, False, False]] * 2
+    on_path = in_chunks(layout_of((1, 2, 1), 2), lesson_of())
+    assert on_path.clean[0, :, 0, 0, 0].tolist() == [0, 1, 2, 3, 1, 2, 3]
+    assert on_path.noise[0, :, 0, 0, 0].tolist() == [-1, -2, -3, -4, -2, -3, -4]
+    assert on_path.timestep.tolist() == [[0, 900, 900, 900, 0, 0, 0], [0, 500, 500, 500, 0, 0, 0]]
+    assert on_path.r_timestep[0].tolist() == [0, 100, 100, 100, 0, 0, 0]
+    assert on_path.loss_frames is not None
+    assert on_path.loss_frames.tolist() == [[False, True, True, True, False, False, False]] * 2
 
 
 def test_given_frames_stay_given_in_a_lesson() -> None:
@@ -84,10 +84,10 @@ def test_given_frames_stay_given_in_a_lesson() -> None:
     mask[:, 0] = False
     given = lesson_of(mask)
     times = torch.full((2, 6), 700.0).masked_fill(~mask, 0)
-    lesson = teach(layout_of((1, 2), 3), Lesson(given.clean, given.noise, times, times, mask))
-    assert lesson.timestep[0].tolist() == [0, 700, 700, 0, 0, 0]
-    assert lesson.loss_frames is not None
-    assert lesson.loss_frames[0].tolist() == [False, True, True, False, False, False]
+    on_path = in_chunks(layout_of((1, 2), 3), PathBatch(given.clean, given.noise, times, times, mask))
+    assert on_path.timestep[0].tolist() == [0, 700, 700, 0, 0, 0]
+    assert on_path.loss_frames is not None
+    assert on_path.loss_frames[0].tolist() == [False, True, True, False, False, False]
 
 
 def test_chunks_follow_one_another_from_their_own_noise() -> None:

@@ -11,9 +11,9 @@ from diffusers import AnyFlowFARTransformer3DModel
 from torch import Tensor
 
 from anyflow.backbone.causal import CausalBackbone
-from anyflow.backbone.protocol import Text
+from anyflow.backbone.conditions import Conditions, Text
 from anyflow.backbone.segments import AttentionKind
-from anyflow.flowmap.chunks import Lesson, layout_of, teach
+from anyflow.flowmap.chunks import PathBatch, in_chunks, layout_of
 from anyflow.flowmap.intervals import draw_intervals
 from anyflow.flowmap.objective import FlowMapObjective, diffusion_statistics, flow_map_loss, rebalance
 from anyflow.flowmap.rollout import BackwardSimulation
@@ -23,7 +23,7 @@ from .reference import HERE, load_case, relative_error
 CASE, ROLLOUT, INPUTS = load_case("far_pretrain_compressed"), load_case("far_rollout"), load_case("inputs_far")
 STORED = json.loads((HERE / "far_rollout.json").read_text())["cases"]
 CLEAN = INPUTS["in/latents"].transpose(1, 2)
-TEXTS = Text(torch.cat([INPUTS["in/prompt_embeds"], INPUTS["in/negative_embedding"]]), None, 6)
+TOLD = Conditions(Text(torch.cat([INPUTS["in/prompt_embeds"], INPUTS["in/negative_embedding"]]), None, 6))
 CHUNKS = (1, 2, 2, 1)
 
 
@@ -48,24 +48,24 @@ def test_forward_step_after_compressed_context(attention: AttentionKind) -> None
     intervals = draw_intervals(torch.stack([CASE["draw/u1"], CASE["draw/u2"]], dim=1))
     layout = layout_of(CHUNKS, full_limit=3)
     noise = torch.cat([torch.zeros_like(CLEAN[:, :1]), CASE["draw/noise"]], dim=1)  # frame 0 is context
-    lesson = teach(layout, Lesson(CLEAN, noise, intervals.timestep, intervals.r_timestep))
+    on_path = in_chunks(layout, PathBatch(CLEAN, noise, intervals.timestep, intervals.r_timestep))
     trained = slice(layout.context_frames, layout.context_frames + layout.full_frames)
-    torch.testing.assert_close(lesson.timestep[:, trained], CASE["out/t"], rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(on_path.timestep[:, trained], CASE["out/t"], rtol=1e-6, atol=1e-4)
     answers: list[Tensor] = []
 
     def velocity(z: Tensor, t: Tensor, r: Tensor, rows: Tensor) -> Tensor:
-        answers.append(backbone(z, t, r, TEXTS.select(rows), layout=layout))
+        answers.append(backbone(z, t, r, TOLD.select(rows), layout=layout))
         return answers[-1]
 
     found = flow_map_loss(
         FlowMapObjective(),
         velocity,
-        lesson.clean,
-        lesson.noise,
-        lesson.timestep,
-        lesson.r_timestep,
+        on_path.clean,
+        on_path.noise,
+        on_path.timestep,
+        on_path.r_timestep,
         torch.arange(4),
-        lesson.loss_frames,
+        on_path.loss_frames,
     )
     assert torch.equal(found.is_diffusion, CASE["out/is_diffusion"])
     assert relative_error(answers[-1][:, trained].detach(), CASE["out/pred_cond"]) < 1e-4
@@ -91,12 +91,12 @@ def test_rollout(name: str, checkpointing: bool) -> None:
     plan = BackwardSimulation(*map(int, name.split("_")), 5.0)
     asked: list[list[float | bool]] = []
 
-    def ask(z: Tensor, t: Tensor, r: Tensor, text: Text, **view: object) -> Tensor:
+    def ask(z: Tensor, t: Tensor, r: Tensor, told: Conditions, **view: object) -> Tensor:
         asked.append([float(t[0]), float(r[0]), "record" in view])
-        return backbone(z, t, r, text, **view)
+        return backbone(z, t, r, told, **view)
 
     noise = ROLLOUT["in/init_noise"].transpose(1, 2)
-    parts = list(backbone.generate(TEXTS.select(torch.arange(2)), noise, plan.jumps, ask=ask))
+    parts = list(backbone.generate(TOLD.select(torch.arange(2)), noise, plan.jumps, ask=ask))
     assert [part.shape[1] for part in parts] == list(CHUNKS)
     samples = torch.cat(parts, dim=1).transpose(1, 2)
     assert relative_error(samples, ROLLOUT[f"out/rollout/{name}"]) < 1e-4
@@ -108,5 +108,5 @@ def test_rollout(name: str, checkpointing: bool) -> None:
 
 def test_sampler() -> None:
     noise = ROLLOUT["in/init_noise"].transpose(1, 2)
-    samples = golden_network().sample(TEXTS.select(torch.arange(2)), noise, 4, 5.0)
+    samples = golden_network().sample(TOLD.select(torch.arange(2)), noise, 4, 5.0)
     assert relative_error(samples.transpose(1, 2), ROLLOUT["out/sampler_full/4"]) < 1e-4

@@ -39,7 +39,7 @@ class Findings:
 
 
 def where() -> str:
-    """The innermost line of ours (``stages/flow.py:136 lesson``) or of Lightning's on the stack."""
+    """The innermost line of ours (``stages/batch.py:71 on_path``) or of Lightning's on the stack."""
     frame: FrameType | None = sys._getframe(1)
     line = 0
     while frame is not None:

@@ -93,14 +93,14 @@ STEP_WAITS = {
 }
 TEXT_WAITS = {"backbone/codec.py _embed": 10}  # two a new caption, of 4 clips and the negative prompt
 FLOW_WAITS = {**STEP_WAITS, **TEXT_WAITS}
-TEACHER_WAITS = {**FLOW_WAITS, "backbone/protocol.py select": 1}
-OBJECTIVE_WAITS = {"flowmap/objective.py flow_map_loss": 2, "backbone/protocol.py select": 3}
+TEACHER_WAITS = {**FLOW_WAITS, "backbone/conditions.py select": 1}
+OBJECTIVE_WAITS = {"flowmap/objective.py flow_map_loss": 2, "backbone/conditions.py select": 3}
 FORWARD_WAITS = {**FLOW_WAITS, **OBJECTIVE_WAITS}
-ROLLOUT_WAITS = {"backbone/protocol.py select": 6, "stages/onpolicy.py warn_of_drift": 1}
+ROLLOUT_WAITS = {"backbone/conditions.py select": 6, "stages/onpolicy.py watch": 1}
 ONPOLICY_WAITS = {**FORWARD_WAITS, **ROLLOUT_WAITS}
 DMD_WAITS = {**STEP_WAITS, **TEXT_WAITS, **ROLLOUT_WAITS, "flowmap/endpoint.py __call__": 4}
 CODEC_WAITS = {**STEP_WAITS, "stages/codec.py crop": 8}
-CAUSAL_WAITS = {"flowmap/objective.py flow_map_loss": 4, "backbone/protocol.py select": 4}
+CAUSAL_WAITS = {"flowmap/objective.py flow_map_loss": 4, "backbone/conditions.py select": 4}
 
 
 def allowed(case: str) -> dict[str, int]:
@@ -109,7 +109,7 @@ def allowed(case: str) -> dict[str, int]:
     is_onpolicy = "on-policy" in case or case.startswith("tail")
     found = kinds.get(case, ONPOLICY_WAITS if is_onpolicy else FORWARD_WAITS)
     if case.startswith("causal"):
-        found = {**found, **CAUSAL_WAITS} | ({"backbone/protocol.py select": 8} if is_onpolicy else {})
+        found = {**found, **CAUSAL_WAITS} | ({"backbone/conditions.py select": 8} if is_onpolicy else {})
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tiny_stage import NETWORK, batch, moved, onpolicy_stage, quiet, settings, turn, weights_of
+from tiny_stage import NETWORK, batch, moved, onpolicy_stage, prepared, quiet, settings, turn, weights_of
 
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.load import new_backbone
@@ -13,7 +13,7 @@ from anyflow.backbone.roles import SeparateRoles
 from anyflow.flowmap.objective import FlowMapObjective
 from anyflow.flowmap.rollout import RenoisingSimulation
 from anyflow.stages.baselines import ConsistencyStage, DmdStage
-from anyflow.stages.flow import Conditioning
+from anyflow.stages.batch import Conditioning
 from anyflow.stages.onpolicy import OnPolicySettings
 
 FOUR_STEPS = OnPolicySettings(budgets=(4,), forward_weight=0.0)
@@ -43,7 +43,7 @@ def test_consistency_moves_the_student_alone_and_knows_one_time(codec: Codec) ->
     stage = consistency_stage(codec)
     assert stage.roles.frozen is not None and "critic" not in stage.roles.others
     asked, taught = watch_times(stage.backbone), watch_times(stage.roles.frozen)
-    stage.position = 1
+    stage.update.position = 1
     loss = stage.training_step(batch(), 0)
     loss.backward()
     assert torch.isfinite(loss) and loss > 0
@@ -57,7 +57,7 @@ def test_consistency_moves_the_student_alone_and_knows_one_time(codec: Codec) ->
 def test_consistency_keeps_a_given_first_frame(codec: Codec) -> None:
     stage = consistency_stage(codec, conditioning=Conditioning(i2v_prob=1.0))
     asked = watch_times(stage.backbone)
-    stage.position = 1
+    stage.update.position = 1
     stage.training_step(batch(), 0)
     assert all(not t[:, 0].any() and t[:, 1].all() for t, _ in asked)
 
@@ -66,7 +66,7 @@ def test_a_causal_student_is_taught_in_chunks_by_a_causal_teacher(codec: Codec) 
     network = {**NETWORK, "chunk_partition": [1, 1], "full_chunk_limit": 2}
     stage = consistency_stage(codec, "causal", network)
     asked, taught = watch_times(stage.backbone), watch_times(stage.roles.frozen)
-    stage.position = 1
+    stage.update.position = 1
     stage.training_step(batch(), 0).backward()
     assert all(t.shape[1] == 4 and not t[:, 2:].any() for t, _ in [*asked, *taught]), "noisy frames and clean copies"
 
@@ -86,30 +86,30 @@ def test_dmd_takes_turns_on_samples_of_a_few_noised_steps(codec: Codec) -> None:
 
 def test_dmd_rollouts_are_of_the_drawn_step_and_the_same_for_the_same_position(codec: Codec) -> None:
     stage = onpolicy_stage(codec, DmdStage, settings=FOUR_STEPS)
-    stage.position = 1
-    data = stage.prepare(batch())
-    plan = stage.draw_plan()
+    stage.update.position = 1
+    data = prepared(stage, batch())
+    plan = stage.correction.rollouts.draw()
     assert isinstance(plan, RenoisingSimulation) and plan.num_steps == 4
     asked = watch_times(stage.roles.student)
-    samples = stage.simulate(data, RenoisingSimulation(4, 2, 5.0))
+    samples = stage.correction.rollouts.sample(data, RenoisingSimulation(4, 2, 5.0))
     assert len(asked) == 3
-    assert torch.equal(samples, stage.simulate(data, RenoisingSimulation(4, 2, 5.0)))
-    stage.position = 2
-    assert not torch.equal(samples, stage.simulate(data, RenoisingSimulation(4, 2, 5.0)))
+    assert torch.equal(samples, stage.correction.rollouts.sample(data, RenoisingSimulation(4, 2, 5.0)))
+    stage.update.position = 2
+    assert not torch.equal(samples, stage.correction.rollouts.sample(data, RenoisingSimulation(4, 2, 5.0)))
 
 
 def test_dmd_may_be_held_by_the_consistency_loss(codec: Codec) -> None:
     """rCM proper: without a pull of the distribution, what moves the student is the teacher's path."""
     stage = onpolicy_stage(codec, DmdStage, settings=OnPolicySettings(budgets=(4,), extra_guidance=0.0))
-    stage.position = 1
+    stage.update.position = 1
     asked = watch_times(stage.roles.frozen)
-    stage.generator_turn(stage.prepare(batch()))
+    stage.correction.generator_turn(prepared(stage, batch()), stage.manual_backward)
     assert len(asked) == 2, "once by the distribution matching, once by the consistency loss"
     assert any(weight.grad is not None and weight.grad.any() for _, weight in stage.roles.parameters("student"))
 
 
 def test_given_frames_come_back_from_a_noised_rollout(codec: Codec) -> None:
     stage = onpolicy_stage(codec, DmdStage, settings=FOUR_STEPS, conditioning=Conditioning(i2v_prob=1.0))
-    stage.position = 1
-    data = stage.prepare(batch())
-    assert torch.equal(stage.simulate(data, RenoisingSimulation(4, 3, 5.0))[:, 0], data.clean[:, 0])
+    stage.update.position = 1
+    data = prepared(stage, batch())
+    assert torch.equal(stage.correction.rollouts.sample(data, RenoisingSimulation(4, 3, 5.0))[:, 0], data.clean[:, 0])

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_stage import CAPTIONS, NETWORK, moved, quiet, settings, weights_of
+from tiny_stage import CAPTIONS, NETWORK, moved, prepared, quiet, settings, weights_of
 
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.load import new_backbone
 from anyflow.backbone.roles import SeparateRoles
-from anyflow.flowmap.chunks import Lesson, layout_of, teach
+from anyflow.flowmap.chunks import PathBatch, in_chunks, layout_of
 from anyflow.flowmap.intervals import keep_first_frame
 from anyflow.flowmap.objective import FlowMapObjective, flow_matching_loss, plain_flow_map_loss, rebalance
-from anyflow.stages.flow import Conditioning
-from anyflow.stages.forward import ForwardStage
+from anyflow.stages.batch import Conditioning
+from anyflow.stages.forward import ForwardStage, draw_times
 from anyflow.stages.onpolicy import OnPolicySettings, OnPolicyStage
 from anyflow.stages.optimizers import OptimizerSettings
 from anyflow.stages.teacher import TeacherStage
@@ -36,7 +36,7 @@ def causal_stage(kind: Any, codec: Codec, **conditioning: float) -> Any:
     torch.nn.init.normal_(backbone.transformer.proj_out.weight, std=0.1)
     extra = {"objective": FlowMapObjective()} if kind is ForwardStage else {}
     stage = quiet(kind(backbone, codec, **settings(conditioning=Conditioning(**{**NEVER, **conditioning}), **extra)))
-    stage.position = 5
+    stage.update.position = 5
     return stage
 
 
@@ -45,7 +45,7 @@ def test_a_step_depends_on_seed_and_position_alone(kind: Any, codec: Codec) -> N
     stage = causal_stage(kind, codec, bidirectional_prob=0.5, i2v_prob=0.5, text_drop=0.5)
     losses = []
     for position in (1, 2, 1):
-        stage.position = position
+        stage.update.position = position
         torch.manual_seed(len(losses))  # the global generator must not matter
         losses.append(float(stage.training_step(batch(), 0).detach()))
     assert losses[0] == losses[2] != losses[1]
@@ -55,19 +55,20 @@ def test_a_step_depends_on_seed_and_position_alone(kind: Any, codec: Codec) -> N
 def test_the_forward_stage_teaches_the_chunks_that_were_drawn(codec: Codec, long_context: float) -> None:
     stage = causal_stage(ForwardStage, codec, long_context=long_context)
     loss = stage.training_step(batch(), 0)
-    data, times = stage.prepare(batch()), stage.draw_times(4, stage.shares)
+    data = prepared(stage, batch())
+    times = draw_times(stage.update, data, stage.shares, stage.loss.objective.shift)
     layout = layout_of(CHUNKS if long_context else CHUNKS[:2], LIMIT)
-    assert stage.draw_layout(data) == layout
-    lesson = teach(layout, Lesson(data.clean, data.noise, times.timestep, times.r_timestep))
+    assert stage.batches.draw_layout(stage.backbone, data) == layout
+    on_path = in_chunks(layout, PathBatch(data.clean, data.noise, times.timestep, times.r_timestep))
     plain = plain_flow_map_loss(
-        stage.objective,
-        stage.velocity(data.text, layout=layout),
-        lesson.clean,
-        lesson.noise,
-        lesson.timestep,
-        lesson.r_timestep,
+        stage.loss.objective,
+        data.velocity(stage.backbone, layout),
+        on_path.clean,
+        on_path.noise,
+        on_path.timestep,
+        on_path.r_timestep,
         data.rows,
-        lesson.loss_frames,
+        on_path.loss_frames,
     )
     mean = plain.per_sample[times.is_diffusion].mean().detach()
     expected = rebalance(plain.per_sample, times.is_diffusion, mean).mean()
@@ -76,10 +77,10 @@ def test_the_forward_stage_teaches_the_chunks_that_were_drawn(codec: Codec, long
 
 def test_half_of_the_steps_have_longer_context(codec: Codec) -> None:
     stage = causal_stage(TeacherStage, codec, long_context=0.5)
-    data, longer = stage.prepare(batch()), 0
+    data, longer = prepared(stage, batch()), 0
     for position in range(200):
-        stage.position = position
-        longer += bool(stage.draw_layout(data).compressed)
+        stage.update.position = position
+        longer += bool(stage.batches.draw_layout(stage.backbone, data).compressed)
     assert 75 < longer < 125
 
 
@@ -88,37 +89,38 @@ def test_the_extra_step_is_flow_matching_of_all_frames_with_guidance_fused(codec
     with_step = causal_stage(ForwardStage, codec, bidirectional_prob=1.0)
     without = causal_stage(ForwardStage, codec)
     extra = with_step.training_step(batch(), 0) - without.training_step(batch(), 0)
-    data = without.prepare(batch())
-    t = without.draw_logit_normal("bidirectional timestep", 4, 5.0)
+    data = prepared(without, batch())
+    t = without.update.draw_logit_normal("bidirectional timestep", data.clean, 5.0)
     sigma = (t / 1000)[:, None, None, None, None]
     z, v = sigma * data.noise + (1 - sigma) * data.clean, data.noise - data.clean
-    velocity, rows = without.velocity(data.text), torch.arange(4)
+    velocity, rows = data.velocity(without.backbone), torch.arange(4)
     guided = (velocity(z, t, t, rows) + 2 * velocity(z, t, t, torch.full_like(rows, 4))) / 3
     torch.testing.assert_close(extra.float(), (guided - v).square().mean(), rtol=1e-5, atol=1e-6)
 
     teacher, plain = causal_stage(TeacherStage, codec, bidirectional_prob=1.0), causal_stage(TeacherStage, codec)
     extra = teacher.training_step(batch(), 0) - plain.training_step(batch(), 0)
-    t = plain.draw_logit_normal("bidirectional timestep", 4, 5.0)
-    expected = flow_matching_loss(plain.velocity(data.text), data.clean, data.noise, t, rows).mean()
+    t = plain.update.draw_logit_normal("bidirectional timestep", data.clean, 5.0)
+    expected = flow_matching_loss(data.velocity(plain.backbone), data.clean, data.noise, t, rows).mean()
     torch.testing.assert_close(extra, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_bidirectional_network_has_no_extra_step(codec: Codec) -> None:
     conditioning = Conditioning(bidirectional_prob=1.0)
     stage = TeacherStage(new_backbone(NETWORK, 0), codec, **settings(conditioning=conditioning))
-    assert not stage.keeps_bidirectional() and stage.draw_layout(stage.prepare(batch())) is None
+    assert not stage.batches.keeps_bidirectional(stage.backbone)
+    assert stage.batches.draw_layout(stage.backbone, prepared(stage, batch())) is None
 
 
 def test_a_given_first_frame_is_clean_and_without_loss(codec: Codec) -> None:
     stage = causal_stage(TeacherStage, codec, i2v_prob=1.0, long_context=0.0)
-    data = stage.prepare(batch())
+    data = prepared(stage, batch())
     t = torch.full((4,), 800.0)
-    layout = stage.draw_layout(data)
-    lesson = stage.lesson(data, t, t, layout)
-    assert lesson.timestep.tolist() == [[0, 800, 0, 0]] * 4  # noisy: frames 0 and 1; their clean copies
-    assert lesson.loss_frames.tolist() == [[False, True, False, False]] * 4
-    assert torch.equal(lesson.clean[:, 0], data.clean[:, 0])
-    whole = stage.lesson(data, t, t)
+    layout = stage.batches.draw_layout(stage.backbone, data)
+    on_path = data.on_path(t, t, layout)
+    assert on_path.timestep.tolist() == [[0, 800, 0, 0]] * 4  # noisy: frames 0 and 1; their clean copies
+    assert on_path.loss_frames.tolist() == [[False, True, False, False]] * 4
+    assert torch.equal(on_path.clean[:, 0], data.clean[:, 0])
+    whole = data.on_path(t, t)
     assert torch.equal(whole.timestep, keep_first_frame(t, t, 4)[0])
 
 
@@ -129,7 +131,7 @@ def test_every_weight_learns(kind: Any, codec: Codec) -> None:
     optimizer = stage.configure_optimizers()["optimizer"]
     losses = []
     for step in range(30):
-        stage.position = step % 3
+        stage.update.position = step % 3
         loss = stage.training_step(batch(), 0)
         optimizer.zero_grad()
         loss.backward()
@@ -155,7 +157,7 @@ def test_an_on_policy_step_rolls_out_chunk_by_chunk_against_a_bidirectional_teac
     student.register_forward_pre_hook(lambda _, inputs, view: asked.extend(view), with_kwargs=True)
     before = {role: weights_of(causal, role) for role in ("student", "critic")}
     for position in (1, 2):  # the student's turn, the critic's
-        causal.position = position
+        causal.update.position = position
         assert torch.isfinite(causal.training_step(batch(), 0))
     assert {"record", "window", "layout"} <= set(asked)
     assert all(moved(weights, weights_of(causal, role)) for role, weights in before.items())

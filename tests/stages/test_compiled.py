@@ -16,6 +16,7 @@ from tiny_stage import NETWORK, quiet, settings
 
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.compiled import compile_blocks, graph_count, pieces
+from anyflow.backbone.conditions import Conditions
 from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build_vae
 from anyflow.backbone.load import new_backbone
 from anyflow.backbone.lora import LoraSettings, add_lora
@@ -24,8 +25,8 @@ from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.backbone.roles import AdapterRoles, Roles, SeparateRoles
 from anyflow.flowmap.objective import FlowMapObjective
 from anyflow.stages.baselines import ConsistencyStage, DmdStage
+from anyflow.stages.batch import Conditioning
 from anyflow.stages.finetune import FinetuneTailStage, TailPlan
-from anyflow.stages.flow import Conditioning
 from anyflow.stages.forward import ForwardStage
 from anyflow.stages.onpolicy import OnPolicySettings, OnPolicyStage
 from anyflow.stages.optimizers import OptimizerSettings
@@ -65,7 +66,7 @@ class Case:
 
 
 ROLLOUT = OnPolicySettings(budgets=[2, 4], watch=False, critic=OptimizerSettings("adamw", lr=1e-3))
-TAIL = {"plan": TailPlan(4, 2, 2), "tail_optimizer": OptimizerSettings("adamw", lr=1e-3), "total_steps": None}
+TAIL = {"plan": TailPlan(4, 2, 2, OptimizerSettings("adamw", lr=1e-3))}
 
 CASES = {
     "teacher": Case(TeacherStage, 4),  # with and without gradient
@@ -116,19 +117,20 @@ def build(case: Case, codec: Codec, compiled: bool) -> Any:
     if case.kind is not TeacherStage:
         options |= {"objective": FlowMapObjective()}
     roles: Roles | None = None
-    onpolicy, tail = issubclass(case.kind, OnPolicyStage), case.kind is FinetuneTailStage
+    tail = case.kind is FinetuneTailStage
+    onpolicy = tail or case.kind in (OnPolicyStage, DmdStage)
     if case.lora:
         add_lora(backbone, LORA)
     if onpolicy or case.kind is ConsistencyStage:
         kind: dict[str, Any] = {"trains_teacher": tail, "has_critic": onpolicy}
         roles = AdapterRoles(backbone, LORA, **kind) if case.lora else SeparateRoles(backbone, network(case, 1), **kind)
     if onpolicy:
-        options |= {"settings": ROLLOUT, "recompute_jumps": True}
+        options |= {"settings": ROLLOUT} | ({} if case.kind is DmdStage else {"recompute_jumps": True})
     options |= case.options
     shake(backbone)
     for each in (roles.networks if roles is not None else [backbone]) if compiled else []:
         compile_blocks(each, "eager")
-    stage = case.kind(roles or backbone, codec, **{key: value for key, value in options.items() if value is not None})
+    stage = case.kind(roles or backbone, codec, **options)
     found = stage.configure_optimizers()
     stage.optimizers = lambda: found[0] if onpolicy else [found["optimizer"]]
     stage.lr_schedulers = lambda: found[1] if onpolicy else []
@@ -156,9 +158,9 @@ def run(case: Case, stage: Any, steps: int = STEPS) -> list[int]:
     made, frames = [], 4 if case.causal else 2
     while stage.step < steps:
         before = graph_count()
-        for _ in range(2 if isinstance(stage, OnPolicyStage) else 1):
-            stage.position += 1
-            loss = stage.training_step(batch(stage.position, frames), 0)
+        for _ in range(1 if stage.automatic_optimization else 2):
+            stage.update.position += 1
+            loss = stage.training_step(batch(stage.update.position, frames), 0)
             if stage.automatic_optimization:
                 loss.backward()
                 for optimizer in stage.optimizers():
@@ -167,9 +169,9 @@ def run(case: Case, stage: Any, steps: int = STEPS) -> list[int]:
                 stage.step += 1
         made.append(graph_count() - before)
     before = graph_count()
-    text = stage.codec.encode_text(list(SENTENCES[:3]))
+    conditions = Conditions(stage.codec.encode_text(list(SENTENCES[:3])))
     stage.eval()
-    stage.backbone.sample(text, torch.randn(3, frames, 16, 8, 8), 2, 5.0)
+    stage.backbone.sample(conditions, torch.randn(3, frames, 16, 8, 8), 2, 5.0)
     return [*made, graph_count() - before]
 
 

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from tiny_stage import batch, moved, onpolicy_stage, turn, weights_of
+from tiny_stage import batch, moved, onpolicy_stage, prepared, turn, weights_of
 
 from anyflow.backbone.codec import Codec
 from anyflow.flowmap.intervals import IntervalShares
 from anyflow.flowmap.objective import FlowMapObjective, flow_matching_loss
 from anyflow.stages.ema import EmaSettings
-from anyflow.stages.finetune import FinetuneTailStage, TailPlan
+from anyflow.stages.finetune import FinetuneTailStage, TailPlan, TeacherLoss
+from anyflow.stages.forward import draw_times
 from anyflow.stages.onpolicy import OnPolicySettings
 from anyflow.stages.optimizers import OptimizerSettings
 
-PLAN = TailPlan(forward_steps=2, teacher_steps=2, onpolicy_steps=2)
+PLAN = TailPlan(2, 2, 2, OptimizerSettings("adamw", lr=1e-3, betas=[0.0, 0.999]))
 
 
 def tail_stage(codec: Codec, **changes: Any) -> FinetuneTailStage:
     options: dict[str, Any] = {
-        "total_steps": None,  # the plan's
+        "total_steps": PLAN.total,
         "settings": OnPolicySettings(extra_guidance=0.0),
         "plan": PLAN,
-        "tail_optimizer": OptimizerSettings("adamw", lr=1e-3, betas=(0.0, 0.999)),
         **changes,
     }
     return onpolicy_stage(codec, FinetuneTailStage, trains_teacher=True, **options)
@@ -89,9 +90,10 @@ def test_a_run_cut_anywhere_goes_on(codec: Codec, cut: int) -> None:
 def test_the_teachers_loss_is_the_velocitys(codec: Codec) -> None:
     """With guidance off and weight one it is plain flow matching: the teacher asked at r = t."""
     stage = tail_stage(codec)
-    stage.objective = FlowMapObjective(guidance_scale=1.0, weight="uniform")
-    stage.position = 3
-    data = stage.prepare(batch())
-    timestep = stage.draw_times(4, IntervalShares(1.0, 0.0)).timestep
-    expected = flow_matching_loss(stage.velocity(data.text, "teacher"), data.clean, data.noise, timestep, data.rows)
-    torch.testing.assert_close(stage.teacher_loss(data).float(), expected.mean().float())
+    loss = TeacherLoss(stage.roles, stage.batches, FlowMapObjective(guidance_scale=1.0, weight="uniform"))
+    stage.update.position = 3
+    data = prepared(stage, batch())
+    timestep = draw_times(stage.update, data, IntervalShares(1.0, 0.0), 5.0).timestep
+    velocity = data.velocity(partial(stage.roles, "teacher"))
+    expected = flow_matching_loss(velocity, data.clean, data.noise, timestep, data.rows)
+    torch.testing.assert_close(loss(data).mean.float(), expected.mean().float())

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_stage import batch, moved, onpolicy_stage, turn, weights_of
+from tiny_stage import batch, moved, onpolicy_stage, prepared, turn, weights_of
 
 from anyflow.backbone.codec import Codec
-from anyflow.stages.flow import Conditioning
+from anyflow.stages.batch import Conditioning
 from anyflow.stages.onpolicy import OnPolicySettings
 
 
@@ -62,21 +62,21 @@ def test_a_perfect_student_without_co_training_is_left_alone(codec: Codec) -> No
     """Critic and teacher agree, guidance is off: nothing pulls. Co-training alone then moves the student."""
     alone = onpolicy_stage(codec, settings=OnPolicySettings(extra_guidance=0.0, forward_weight=0.0))
     before = weights_of(alone, "student")
-    alone.position = 1
-    alone.generator_turn(alone.prepare(batch()))
+    alone.update.position = 1
+    alone.correction.generator_turn(prepared(alone, batch()), alone.manual_backward)
     assert all(weight.grad is None or not weight.grad.any() for _, weight in alone.roles.parameters("student"))
     assert not moved(before, weights_of(alone, "student"))
     co_trained = onpolicy_stage(codec, settings=OnPolicySettings(extra_guidance=0.0))
-    co_trained.position = 1
-    co_trained.generator_turn(co_trained.prepare(batch()))
+    co_trained.update.position = 1
+    co_trained.correction.generator_turn(prepared(co_trained, batch()), co_trained.manual_backward)
     assert any(weight.grad is not None and weight.grad.any() for _, weight in co_trained.roles.parameters("student"))
 
 
 def test_given_frames_come_back_and_carry_nothing(codec: Codec) -> None:
     stage = onpolicy_stage(codec, conditioning=Conditioning(i2v_prob=1.0))
-    stage.position = 1
-    data = stage.prepare(batch())
-    assert torch.equal(stage.simulate(data, stage.draw_plan())[:, 0], data.clean[:, 0])
+    stage.update.position = 1
+    data = prepared(stage, batch())
+    assert torch.equal(stage.correction.rollouts.sample(data, stage.correction.rollouts.draw())[:, 0], data.clean[:, 0])
     turn(stage)
     turn(stage)
     assert stage.step == 1
@@ -92,9 +92,9 @@ def test_jumps_taken_again_give_the_gradient_of_jumps_kept(codec: Codec, i2v: fl
             recompute_jumps=recompute,
             conditioning=Conditioning(i2v_prob=i2v),
         )
-        stage.position = 3
-        assert len(stage.draw_plan().jumps) == 3
-        stage.generator_turn(stage.prepare(batch()))
+        stage.update.position = 3
+        assert len(stage.correction.rollouts.draw().jumps) == 3
+        stage.correction.generator_turn(prepared(stage, batch()), stage.manual_backward)
         gradients.append({name: weight.grad for name, weight in stage.roles.parameters("student")})
     kept, again = gradients
     size = torch.stack([gradient.norm() for gradient in kept.values()]).norm()

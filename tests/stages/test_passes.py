@@ -17,12 +17,13 @@ from anyflow.backbone.load import new_backbone
 from anyflow.backbone.roles import SeparateRoles
 from anyflow.flowmap.intervals import IntervalShares
 from anyflow.flowmap.objective import FlowMapObjective
-from anyflow.stages import base, baselines, forward, onpolicy
+from anyflow.stages import baselines, forward, onpolicy, update
+from anyflow.stages.base import Training
 from anyflow.stages.baselines import ConsistencyStage, DmdStage
+from anyflow.stages.batch import Conditioning
 from anyflow.stages.codec import CodecObjective, CodecStage
 from anyflow.stages.ema import EmaSettings
-from anyflow.stages.flow import Conditioning
-from anyflow.stages.forward import ForwardStage
+from anyflow.stages.forward import ForwardStage, draw_times
 from anyflow.stages.onpolicy import OnPolicySettings
 from anyflow.stages.optimizers import OptimizerSettings
 from anyflow.stages.teacher import TeacherStage
@@ -59,8 +60,8 @@ def _consistency(codec: Codec, passes: int) -> Any:
 
 def _codec(codec: Codec, passes: int) -> Any:
     objective = CodecObjective(crop_frames=5, crop_height=16, crop_width=16)
-    plain = {"optimizer": OptimizerSettings(), "ema": EmaSettings(0.0), "total_steps": 10, "seed": 0}
-    return quiet(CodecStage(build_vae(0).requires_grad_(True), objective, **plain, passes=passes))
+    training = Training(OptimizerSettings(), EmaSettings(0.0), total_steps=10, seed=0, passes=passes)
+    return quiet(CodecStage(build_vae(0).requires_grad_(True), objective, training))
 
 
 def _onpolicy(codec: Codec, passes: int) -> Any:
@@ -101,12 +102,12 @@ def gradient(stage: Any, batches: Sequence[dict[str, Any]]) -> list[torch.Tensor
         found.extend(weight.grad.clone() for weight in weights if weight.grad is not None)
         stage.zero_grad()
 
-    stage.update = collect
+    stage.move = collect
     for batch in batches:
         stage.on_train_batch_start(batch, 0)
         loss = stage.training_step(batch, 0)
         if stage.automatic_optimization:
-            (loss / stage.passes).backward()  # as Lightning does
+            (loss / stage.update.passes).backward()  # as Lightning does
     if stage.automatic_optimization:
         collect()
     return found
@@ -147,7 +148,7 @@ def ranks(count: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Cal
         assert all(result is not None for result in results)
         return results
 
-    for module in (base, baselines, forward, onpolicy):
+    for module in (update, baselines, forward, onpolicy):
         monkeypatch.setattr(module, "world", world)
     monkeypatch.setattr(forward, "sum_over_ranks", total)
     yield together
@@ -201,7 +202,8 @@ def test_a_step_without_diffusion_samples_is_weighed_by_the_last_that_had_some(c
     last, seen = None, set()
     for _ in range(8):
         stage.on_train_batch_start(clips([0]), 0)
-        is_diffusion = bool(stage.draw_times(1, stage.shares).is_diffusion)
+        data = stage.batches.prepare(clips([0]), torch.device("cpu"))
+        is_diffusion = bool(draw_times(stage.update, data, stage.shares, 5.0).is_diffusion)
         loss = float(stage.training_step(clips([0]), 0).detach())
         if is_diffusion:
             last = loss
@@ -220,11 +222,11 @@ def test_a_checkpoint_in_the_middle_of_an_update_is_of_its_beginning(codec: Code
         stage.training_step(batch, 0)
     whole: dict[str, Any] = {}
     stage.on_save_checkpoint(whole)
-    assert whole["anyflow"]["turn"] == 1 and stage.is_between_updates
+    assert whole["anyflow"]["turn"] == 1 and stage.update.is_complete
     for batch in batches[:2]:
         stage.on_train_batch_start(batch, 0)
         stage.training_step(batch, 0)
     cut: dict[str, Any] = {}
     stage.on_save_checkpoint(cut)
-    assert not stage.is_between_updates and stage.position == whole["anyflow"]["position"] + 1
+    assert not stage.update.is_complete and stage.update.position == whole["anyflow"]["position"] + 1
     assert str(cut["anyflow"]) == str(whole["anyflow"])

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny_stage import quiet, settings
 
 from anyflow.errors import UserError
 from anyflow.flowmap.intervals import IntervalShares
-from anyflow.flowmap.objective import FlowMapObjective
 from anyflow.recipe import Recipe, load_recipe
-from anyflow.stages import base
-from anyflow.stages.forward import ForwardStage
+from anyflow.stages import update as module
+from anyflow.stages.forward import draw_times
+from anyflow.stages.update import Update
 
 ROOT = Path(__file__).parents[2] / "recipes"
 STAGES = sorted(
@@ -42,17 +42,17 @@ def recipes_of(stage: str) -> list[Recipe]:
 def drawn(recipe: Recipe, steps: int, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """How many clips had r = t, r = 0 and any r, all ranks and passes of some steps together."""
     shares = IntervalShares(recipe.stage.diffusion_share, recipe.stage.consistency_share)
-    options: dict[str, Any] = {"objective": FlowMapObjective(), "shares": shares, "passes": recipe.hardware.accumulate}
-    stage = quiet(ForwardStage(torch.nn.Identity(), None, **settings(**options)))
+    update, latents = Update(0, recipe.hardware.accumulate), torch.empty(recipe.data.batch_size, 1, 1, 1, 1)
+    data: Any = SimpleNamespace(clean=latents)
     kinds, ranks = torch.zeros(3, dtype=torch.long), recipe.world_size
     for _ in range(steps):
         waiting = [False] * ranks  # for a jump: then no velocity may come, or its loss would weigh none before it
-        for _ in range(stage.passes):
-            stage.begin_pass()
+        for _ in range(update.passes):
+            update.begin_pass()
             moving = []
             for rank in range(ranks):
-                monkeypatch.setattr(base, "world", lambda rank=rank: (rank, ranks))
-                times = stage.draw_times(recipe.data.batch_size, shares)
+                monkeypatch.setattr(module, "world", lambda rank=rank: (rank, ranks))
+                times = draw_times(update, data, shares, 5.0)
                 is_diffusion, to_data = times.timestep == times.r_timestep, times.r_timestep == 0
                 assert int(is_diffusion.sum()) == times.num_diffusion
                 assert not (waiting[rank] and is_diffusion.any())
@@ -60,7 +60,7 @@ def drawn(recipe: Recipe, steps: int, monkeypatch: pytest.MonkeyPatch) -> torch.
                 waiting[rank] = moving[-1] > 0
                 kinds += torch.stack([is_diffusion, to_data, ~is_diffusion & ~to_data]).sum(dim=1)
             assert max(moving) - min(moving) <= 1, "a rank waits for another's finite differences"
-        assert stage.is_between_updates
+        assert update.is_complete
     return kinds
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny_stage import NETWORK, batch, quiet, settings, stage_of
+from tiny_stage import NETWORK, batch, prepared, quiet, settings, stage_of
 
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.embedded import build_vae
@@ -15,12 +14,14 @@ from anyflow.backbone.load import new_backbone
 from anyflow.errors import UserError
 from anyflow.flowmap.intervals import IntervalShares
 from anyflow.flowmap.objective import FlowMapObjective, plain_flow_map_loss, rebalance
+from anyflow.stages.base import Training
+from anyflow.stages.batch import Conditioning
 from anyflow.stages.codec import CodecObjective, CodecStage, motion_mask
 from anyflow.stages.ema import EmaSettings
-from anyflow.stages.flow import Conditioning
-from anyflow.stages.forward import ForwardStage
+from anyflow.stages.forward import ForwardStage, draw_times
 from anyflow.stages.optimizers import OptimizerSettings
 from anyflow.stages.teacher import TeacherStage
+from anyflow.stages.update import Update
 
 
 @pytest.mark.parametrize("kind", [TeacherStage, ForwardStage])
@@ -29,7 +30,7 @@ def test_a_step_depends_on_seed_and_position_alone(kind: Any, codec: Codec) -> N
     stage = stage_of(kind, codec, **extra)
     losses = []
     for position in (1, 2, 1):
-        stage.position = position
+        stage.update.position = position
         torch.manual_seed(position * 100 + len(losses))  # the global generator must not matter
         losses.append(float(stage.training_step(batch(), 0).detach()))
     assert losses[0] == losses[2] != losses[1]
@@ -38,13 +39,19 @@ def test_a_step_depends_on_seed_and_position_alone(kind: Any, codec: Codec) -> N
 def test_the_forward_stage_is_the_plain_objective_balanced(codec: Codec) -> None:
     objective = FlowMapObjective(guidance_scale=2.0)
     stage = stage_of(ForwardStage, codec, objective=objective, shares=IntervalShares(0.5, 0.25))
-    stage.position = 5
+    stage.update.position = 5
     loss = stage.training_step(batch(), 0)
 
-    data = stage.prepare(batch())
-    times = stage.draw_times(4, stage.shares)
+    data = prepared(stage, batch())
+    times = draw_times(stage.update, data, stage.shares, objective.shift)
     plain = plain_flow_map_loss(
-        objective, stage.velocity(data.text), data.clean, data.noise, times.timestep, times.r_timestep, data.rows
+        objective,
+        data.velocity(stage.backbone),
+        data.clean,
+        data.noise,
+        times.timestep,
+        times.r_timestep,
+        data.rows,
     )
     mean = plain.per_sample[times.is_diffusion].mean()
     expected = rebalance(plain.per_sample, times.is_diffusion, mean.detach()).mean()
@@ -54,19 +61,19 @@ def test_the_forward_stage_is_the_plain_objective_balanced(codec: Codec) -> None
 
 def test_dropped_texts_use_the_negative_prompt(codec: Codec) -> None:
     stage = stage_of(TeacherStage, codec, conditioning=Conditioning(negative_prompt="nothing", text_drop=1.0))
-    data = stage.prepare(batch())
+    data = prepared(stage, batch())
     assert data.rows.tolist() == [4, 4, 4, 4]
     negative = codec.encode_text(["nothing"])
     chosen = data.text.select(data.rows)
     torch.testing.assert_close(chosen.embeddings[0, : int(negative.lengths[0])], negative.embeddings[0, :-1])
     never = stage_of(TeacherStage, codec, conditioning=Conditioning(text_drop=0.0))
-    assert never.prepare(batch()).rows.tolist() == [0, 1, 2, 3]
+    assert prepared(never, batch()).rows.tolist() == [0, 1, 2, 3]
 
 
 def test_image_to_video_leaves_the_first_frame_without_loss(codec: Codec) -> None:
     stage = stage_of(TeacherStage, codec, conditioning=Conditioning(i2v_prob=1.0))
     one, other = batch(), batch()
-    stage.position = 1
+    stage.update.position = 1
     loss = stage.training_step(one, 0)
     gradient = torch.autograd.grad(loss, stage.backbone.transformer.proj_out.weight)[0]
     assert torch.isfinite(gradient).all()
@@ -85,7 +92,7 @@ def test_the_loss_falls(kind: Any, codec: Codec) -> None:
     optimizer = stage.configure_optimizers()["optimizer"]
     losses = []
     for step in range(40):
-        stage.position = step % 4  # the same four batches of noise and times over again
+        stage.update.position = step % 4  # the same four batches of noise and times over again
         loss = stage.training_step(batch(), 0)
         optimizer.zero_grad()
         loss.backward()
@@ -109,10 +116,7 @@ def test_the_codec_stage_crops_on_the_latent_grid_then_to_full_length() -> None:
         CodecStage(
             build_vae(0),
             objective,
-            optimizer=OptimizerSettings("muon", lr=1e-3),
-            ema=EmaSettings(0.0),
-            total_steps=10,
-            seed=0,
+            Training(OptimizerSettings("muon", lr=1e-3), EmaSettings(0.0), total_steps=10, seed=0),
         )
     )
     columns = torch.arange(48).div(24).sub(1).expand(2, 3, 9, 32, 48)
@@ -138,11 +142,11 @@ def test_motion_weighs_both_sides_of_a_change() -> None:
 
 
 def test_generators_differ_by_purpose_and_position() -> None:
-    stage: Any = SimpleNamespace(seed=0, position=1)
-    from anyflow.stages.base import Stage
+    update = Update(seed=0)
+    update.begin_pass()
 
     def draw(purpose: str, *position: int) -> float:
-        return float(torch.rand((), generator=Stage.generator(stage, purpose, *position)))
+        return float(torch.rand((), generator=update.generator(purpose, *position)))
 
     assert draw("noise", 0) == draw("noise", 0)
     assert len({draw("noise", 0), draw("noise", 1), draw("drop"), draw("drop", 0)}) == 4

@@ -15,26 +15,33 @@ from anyflow.cli.main import app
 from anyflow.errors import UserError
 from anyflow.memory.need import plan
 from anyflow.recipe import Recipe, load_recipe
+from anyflow.stages.base import Stage
+from anyflow.stages.batch import Batches
 from anyflow.stages.declaration import Declaration
 from anyflow.stages.declarations import STAGES
-from anyflow.stages.flow import FlowStage
 from anyflow.stages.parts import StageParts
 from anyflow.tracking.checkpoints import latest_checkpoint
 from anyflow.tracking.fingerprints import changed_facts, facts_of
 from anyflow.training.launch import train
 
 
-class ToyStage(FlowStage):
+class ToyStage(Stage):
     """The network's answer at the data shall be nothing."""
+
+    def __init__(self, parts: StageParts) -> None:
+        super().__init__(parts.backbone, parts.training, codec=parts.codec)
+        self.backbone = parts.backbone
+        self.batches = Batches(parts.codec, parts.conditioning, self.update)
 
     @classmethod
     def build(cls, parts: StageParts) -> ToyStage:
-        return cls(parts.backbone, parts.codec, **parts.conditioned)
+        return cls(parts)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        data = self.prepare(batch)
+        data = self.batches.prepare(batch, self.device)
         times = torch.zeros(len(data.clean), device=self.device)
-        loss = self.mean_of_update(self.velocity(data.text)(data.clean, times, times, data.rows).square().flatten(1))
+        answer = data.velocity(self.backbone)(data.clean, times, times, data.rows)
+        loss = self.update.mean(answer.square().flatten(1))
         self.report(loss=loss)
         return loss
 

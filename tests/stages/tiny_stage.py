@@ -11,8 +11,9 @@ from anyflow.backbone.codec import Codec
 from anyflow.backbone.load import new_backbone
 from anyflow.backbone.roles import SeparateRoles
 from anyflow.flowmap.objective import FlowMapObjective
+from anyflow.stages.base import Training
+from anyflow.stages.batch import Conditioning, FlowBatch
 from anyflow.stages.ema import EmaSettings
-from anyflow.stages.flow import Conditioning
 from anyflow.stages.onpolicy import OnPolicySettings, OnPolicyStage
 from anyflow.stages.optimizers import OptimizerSettings
 
@@ -31,14 +32,10 @@ NETWORK = {
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    plain = {
-        "conditioning": Conditioning(),
-        "optimizer": OptimizerSettings("adamw", lr=1e-2),
-        "ema": EmaSettings(0.0),
-        "total_steps": 10,
-        "seed": 0,
-    }
-    return {**plain, **changes}
+    """Arguments of a stage; those of its training are named as they are there."""
+    plain = {"optimizer": OptimizerSettings("adamw", lr=1e-2), "ema": EmaSettings(0.0), "total_steps": 10, "seed": 0}
+    training = {name: changes.pop(name) for name in (*plain, "passes") if name in changes}
+    return {"training": Training(**{**plain, **training}), "conditioning": Conditioning(), **changes}
 
 
 def quiet(stage: Any) -> Any:
@@ -79,6 +76,11 @@ def onpolicy_stage(codec: Codec, kind: Any = OnPolicyStage, trains_teacher: bool
     stage.lr_schedulers = lambda: schedules
     stage.manual_backward = lambda loss, **options: loss.backward(**options)
     return quiet(stage)
+
+
+def prepared(stage: Any, content: dict[str, Any]) -> FlowBatch:
+    """The batch that a stage's losses take."""
+    return stage.batches.prepare(content, torch.device("cpu"))
 
 
 def weights_of(stage: Any, role: Any) -> list[torch.Tensor]:

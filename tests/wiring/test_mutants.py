@@ -36,6 +36,7 @@ class Mutant:
 
 WIRING, PASSES = "tests/wiring/test_wiring.py", "tests/stages/test_passes.py"
 ONPOLICY, FORWARD, BASE = "stages/onpolicy.py", "stages/forward.py", "stages/base.py"
+UPDATE, BATCH = "stages/update.py", "stages/batch.py"
 EXPORTED = f"{WIRING}::test_the_exported_model_is_the_average"
 SPLIT = f"{PASSES}::test_a_split_step_is_the_step_in_one_pass"
 
@@ -43,7 +44,7 @@ MUTANTS = [
     Mutant(
         "the critic learns the data",
         ONPOLICY,
-        "            samples = self.simulate(data, self.draw_plan())",
+        "            samples = self.rollouts.sample(data, self.rollouts.draw())",
         "            samples = data.clean",
         f"{WIRING}::test_the_critic_learns_the_students_samples",
     ),
@@ -64,8 +65,8 @@ MUTANTS = [
     Mutant(
         "matching at unshifted times",
         ONPOLICY,
-        'matching_timestep(self.draw_own("matching", len(samples)), self.objective.shift)',
-        'matching_timestep(self.draw_own("matching", len(samples)), 1.0)',
+        'matching_timestep(update.draw_own("matching", samples), self.shift)',
+        'matching_timestep(update.draw_own("matching", samples), 1.0)',
         f"{WIRING}::test_matching_is_at_uniform_times_of_the_models_shift",
     ),
     Mutant(
@@ -78,41 +79,41 @@ MUTANTS = [
     Mutant(
         "intervals of a fixed shift",
         FORWARD,
-        "draw_intervals(uniforms, shares, self.objective.shift, step=self.position)",
-        "draw_intervals(uniforms, shares, step=self.position)",
+        "draw_intervals(uniforms, shares, shift, step=update.position)",
+        "draw_intervals(uniforms, shares, step=update.position)",
         f"{WIRING}::test_intervals_have_the_models_shift",
     ),
     Mutant(
-        "the movers' schedules stand still",
-        ONPOLICY,
+        "the groups' schedules stand still",
+        BASE,
         "        schedule.step()\n",
         "",
-        f"{WIRING}::test_every_movers_rate_follows_its_schedule",
+        f"{WIRING}::test_every_groups_rate_follows_its_schedule",
     ),
     Mutant(
         "rollouts of dropped texts",
-        ONPOLICY,
-        "        text = data.text.select(self.own_texts(data))",
-        "        text = data.text.select(data.rows)",
+        BATCH,
+        "Conditions(self.text.select(self.own_rows), first_frames)",
+        "Conditions(self.text.select(self.rows), first_frames)",
         f"{WIRING}::test_rollouts_are_of_the_samples_own_prompts",
     ),
     Mutant(
         "the critic's gradient grows with the passes",
         ONPOLICY,
-        "        self.manual_backward(loss / self.passes)\n        self.report(critic",
-        "        self.manual_backward(loss)\n        self.report(critic",
+        "        backward(loss / update.passes)",
+        "        backward(loss)",
         f"{SPLIT}[1x2-onpolicy]",
     ),
     Mutant(
         "the forward loss of a student's step grows with the passes",
         ONPOLICY,
-        "            self.manual_backward(forward / self.passes)",
-        "            self.manual_backward(forward)",
+        "            backward(forward / passes)",
+        "            backward(forward)",
         f"{SPLIT}[1x2-onpolicy]",
     ),
     Mutant(
         "an on-policy average that stands still",
-        ONPOLICY,
+        BASE,
         "            self.ema.update(self.step + 1)",
         "            pass",
         f"{WIRING}::test_the_students_average_moves_with_its_updates",
@@ -120,15 +121,15 @@ MUTANTS = [
     Mutant(
         "shares rounded alike at each step",
         FORWARD,
-        "self.objective.shift, step=self.position)",
-        "self.objective.shift)",
+        "shares, shift, step=update.position)",
+        "shares, shift)",
         "tests/stages/test_shipped_shares.py -k forward",
     ),
     Mutant(
         "shares by pass",
         FORWARD,
-        'uniforms = self.draw_all("intervals", self.place_of(batch_size)[1], 2)',
-        'uniforms = self.draw_all("intervals", batch_size, 2).repeat(self.place_of(batch_size)[1] // batch_size, 1)',
+        'uniforms = update.draw_all("intervals", update.place_of(count)[1], 2)',
+        'uniforms = update.draw_all("intervals", count, 2).repeat(update.place_of(count)[1] // count, 1)',
         f"{SPLIT}[1x2-forward]",
     ),
     Mutant(
@@ -140,29 +141,29 @@ MUTANTS = [
     ),
     Mutant(
         "a mean of means",
-        BASE,
+        UPDATE,
         "        return batch_size * world()[1] * self.passes / self.place_of(batch_size)[1]",
         "        return 1.0",
         f"{PASSES}::test_uneven_passes_weigh_their_clips",
     ),
     Mutant(
         "every update draws the same",
-        BASE,
+        UPDATE,
         "(self.seed, purpose, self.position, *position)",
         "(self.seed, purpose, 0, *position)",
         "tests/stages/test_stages.py::test_a_step_depends_on_seed_and_position_alone",
     ),
     Mutant(
         "every pass draws anew",
-        BASE,
+        UPDATE,
         "(self.seed, purpose, self.position, *position)",
-        "(self.seed, purpose, self.position, self._passes_begun, *position)",
+        "(self.seed, purpose, self.position, self._begun, *position)",
         f"{SPLIT}[1x2-teacher]",
     ),
     Mutant(
         "checkpoints count passes whose gradients are lost",
         BASE,
-        "self.counters() if self.is_between_updates else self._before_update",
+        "self.counters() if self.update.is_complete else self._before_update",
         "self.counters()",
         f"{PASSES}::test_a_checkpoint_in_the_middle_of_an_update_is_of_its_beginning",
     ),
@@ -175,15 +176,15 @@ MUTANTS = [
     ),
     Mutant(
         "texts are never dropped",
-        "stages/flow.py",
+        BATCH,
         "drop < self.conditioning.text_drop",
         "drop < 0",
         "tests/stages/test_stages.py::test_dropped_texts_use_the_negative_prompt",
     ),
     Mutant(
         "the first frame is never given",
-        "stages/flow.py",
-        "        if data.is_first_frame_given:",
+        BATCH,
+        "        if self.is_first_frame_given:",
         "        if False:",
         "tests/stages/test_stages.py::test_image_to_video_leaves_the_first_frame_without_loss",
     ),
@@ -197,8 +198,8 @@ MUTANTS = [
     Mutant(
         "the teacher's own guidance is left out",
         ONPOLICY,
-        '"settings": parts.options.onpolicy',
-        '"settings": type(parts.options.onpolicy)()',
+        "settings=parts.options.onpolicy,",
+        "settings=type(parts.options.onpolicy)(),",
         f"{WIRING}::test_options_of_the_recipe_reach_their_stage",
     ),
     Mutant(

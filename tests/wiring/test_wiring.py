@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from anyflow.errors import UserError
+from anyflow.flowmap.intervals import Intervals
 from anyflow.flowmap.matching import critic_loss
 from anyflow.flowmap.schedule import shift_sigma
 from anyflow.recipe import Recipe, load_recipe
-from anyflow.stages import onpolicy
-from anyflow.stages.forward import ForwardStage
+from anyflow.stages import forward, onpolicy
+from anyflow.stages.forward import ForwardStage, draw_times, flow_map
 from anyflow.tracking.checkpoints import latest_checkpoint
 from anyflow.training.assemble import assemble
 from anyflow.training.launch import train
@@ -78,10 +79,10 @@ def asked(roles: Any, role: str) -> Iterator[list[tuple[torch.Tensor, ...]]]:
     found: list[tuple[torch.Tensor, ...]] = []
     kind, call = type(roles), type(roles).__call__
 
-    def listen(self: Any, who: str, z: Any, t: Any, r: Any, text: Any, **view: Any) -> Any:
+    def listen(self: Any, who: str, z: Any, t: Any, r: Any, told: Any, **view: Any) -> Any:
         if who == role:
-            found.append((t, r, text.embeddings))
-        return call(self, who, z, t, r, text, **view)
+            found.append((t, r, told.text.embeddings))
+        return call(self, who, z, t, r, told, **view)
 
     kind.__call__ = listen
     try:
@@ -91,27 +92,37 @@ def asked(roles: Any, role: str) -> Iterator[list[tuple[torch.Tensor, ...]]]:
 
 
 @pytest.mark.parametrize("name", ["forward/tiny", "finetune/driving", "onpolicy/tiny"])
-def test_intervals_have_the_models_shift(name: str, small_model: Path) -> None:
+def test_intervals_have_the_models_shift(name: str, small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = built(name, small_model, "stage.diffusion_share=0", "stage.consistency_share=0")
-    stage.begin_pass()
-    uniforms = stage.draw_all("intervals", 4, 2)
+    seen: list[Intervals] = []
+
+    def listen(ask: Any, objective: Any, data: Any, intervals: Intervals, *rest: Any) -> Any:
+        seen.append(intervals)
+        return flow_map(ask, objective, data, intervals, *rest)
+
+    monkeypatch.setattr(forward, "flow_map", listen)
+    turn(stage)
+    uniforms = stage.update.draw_all("intervals", 4, 2)
     expected = 1000 * shift_sigma(uniforms.max(dim=1).values, SHIFT)
-    torch.testing.assert_close(stage.draw_times(4, stage.shares).timestep, expected)
-    assert stage.objective.shift == SHIFT
+    torch.testing.assert_close(seen[0].timestep, expected)
+    loss = stage.loss if stage.automatic_optimization else stage.correction.on_data
+    assert loss.objective.shift == SHIFT
 
 
 def test_the_teachers_times_have_the_models_shift(small_model: Path) -> None:
     shifted = built("teacher/tiny", small_model, "model.init=weights", "model.codec=")
-    assert shifted.shift == SHIFT
-    plain = torch.randn(1, generator=shifted.generator("timestep", 0)).sigmoid()
-    torch.testing.assert_close(shifted.draw_logit_normal("timestep", 1, SHIFT), 1000 * shift_sigma(plain, SHIFT))
+    assert shifted.loss.shift == SHIFT
+    plain = torch.randn(1, generator=shifted.update.generator("timestep", 0)).sigmoid()
+    torch.testing.assert_close(
+        shifted.update.draw_logit_normal("timestep", torch.zeros(1), SHIFT), 1000 * shift_sigma(plain, SHIFT)
+    )
 
 
 def test_matching_is_at_uniform_times_of_the_models_shift(small_model: Path) -> None:
     stage = built("onpolicy/tiny", small_model, "stage.onpolicy.forward_weight=0")
     with asked(stage.roles, "teacher") as questions:
         turn(stage)
-    expected = 1000 * shift_sigma(stage.draw_own("matching", 4), SHIFT)
+    expected = 1000 * shift_sigma(stage.update.draw_own("matching", torch.zeros(4)), SHIFT)
     assert questions
     for t, r, _ in questions:
         torch.testing.assert_close(t, expected.to(t))
@@ -130,9 +141,9 @@ def test_the_critic_learns_the_students_samples(small_model: Path, monkeypatch: 
 
     monkeypatch.setattr(onpolicy, "critic_loss", listen)
     turn(stage)
-    data = stage.prepare(clips())
+    data = stage.batches.prepare(clips(), torch.device("cpu"))
     with torch.no_grad():
-        expected = stage.simulate(data, stage.draw_plan())
+        expected = stage.correction.rollouts.sample(data, stage.correction.rollouts.draw())
     torch.testing.assert_close(seen[0], expected)
     assert float((seen[0] - data.clean).abs().mean()) > 0.1
 
@@ -150,7 +161,7 @@ def test_rollouts_are_of_the_samples_own_prompts(small_model: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["onpolicy/tiny", "finetune/driving"])
-def test_every_movers_rate_follows_its_schedule(name: str, small_model: Path) -> None:
+def test_every_groups_rate_follows_its_schedule(name: str, small_model: Path) -> None:
     lora = ("model.lora.enabled=true", "model.lora.rank=2", "stage.onpolicy.teacher=")
     tail = ("stage.steps=2", "stage.tail.teacher_steps=2", "stage.tail.steps=2", "stage.tail.optimizer.warmup_steps=4")
     more = tail if name.startswith("finetune") else ()
@@ -158,10 +169,10 @@ def test_every_movers_rate_follows_its_schedule(name: str, small_model: Path) ->
     stage = built(name, small_model, *lora, *warm, *more)
     for _ in range(8 if more else 2):
         turn(stage)
-    for mover, optimizer in zip(stage.movers.values(), stage.optimizers(), strict=True):
+    for group, optimizer in zip(stage.groups.values(), stage.optimizers(), strict=True):
         done = 2 if more else 1
         rate = optimizer.param_groups[0]["lr"]
-        assert rate == pytest.approx(mover.settings.lr * (done + 1) / 4), f"{mover.field} after {done} updates"
+        assert rate == pytest.approx(group.settings.lr * (done + 1) / 4), f"{group.field} after {done} updates"
 
 
 def test_the_students_average_moves_with_its_updates(small_model: Path) -> None:
@@ -190,24 +201,25 @@ def test_options_of_the_recipe_reach_their_stage(small_model: Path) -> None:
         *("optimizer.lr=0.011", "optimizer.betas=[0.5,0.6]", "optimizer.weight_decay=0.07", "optimizer.clip=0.8"),
         *("ema.decay=0.55", "ema.start_step=3", "run.seed=12", "stage.steps=17", "data.batch_size=2"),
     )
-    objective, conditioning, optimizer = forward.objective, forward.conditioning, forward.optimizer_settings
+    objective, conditioning = forward.loss.objective, forward.batches.conditioning
+    optimizer = forward.groups["student"].settings
     assert (objective.guidance_scale, objective.delta, objective.weight) == (1.7, 7, "gaussian")
     assert not objective.rebalance and (forward.shares.diffusion_share, forward.shares.consistency_share) == (0.3, 0.6)
     assert (conditioning.text_drop, conditioning.i2v_prob, conditioning.long_context) == (0.21, 0.22, 0.23)
     assert (conditioning.bidirectional_prob, conditioning.negative_prompt) == (0.24, "nothing")
     assert (optimizer.lr, optimizer.betas, optimizer.weight_decay, optimizer.clip) == (0.011, [0.5, 0.6], 0.07, 0.8)
     assert (forward.ema.settings.decay, forward.ema.settings.start_step) == (0.55, 3)
-    assert (forward.seed, forward.total_steps, forward.passes) == (12, 17, 2)
+    assert (forward.update.seed, forward.total_steps, forward.update.passes) == (12, 17, 2)
     onpolicy_stage = built(
         "onpolicy/tiny",
         small_model,
         *("stage.onpolicy.budgets=[3]", "stage.onpolicy.extra_guidance=2.5", "stage.onpolicy.forward_weight=0.4"),
         *("stage.onpolicy.critic_turns=3", "stage.onpolicy.critic.lr=0.013", "hardware.recompute_jumps=true"),
     )
-    found = onpolicy_stage.settings
+    found = onpolicy_stage.correction.settings
     assert (list(found.budgets), found.extra_guidance, found.forward_weight) == ([3], 2.5, 0.4)
-    assert (found.critic_turns, onpolicy_stage.movers["critic"].settings.lr) == (3, 0.013)
-    assert onpolicy_stage.recompute_jumps
+    assert (found.critic_turns, onpolicy_stage.groups["critic"].settings.lr) == (3, 0.013)
+    assert onpolicy_stage.correction.recompute_jumps
 
 
 def test_a_base_in_bfloat16_is_trained_under_float32_adapters(small_model: Path, tmp_path: Path) -> None:
@@ -215,25 +227,25 @@ def test_a_base_in_bfloat16_is_trained_under_float32_adapters(small_model: Path,
     lora = ("model.lora.enabled=true", "model.lora.rank=2", "stage.steps=2", "hardware.precision=bf16-true")
     recipe = recipe_of("finetune/driving", small_model, *lora, "optimizer.lr=1e-2")
     seen: list[torch.dtype] = []
-    draw = ForwardStage.draw_times
+    step = ForwardStage.training_step
 
     def listen(self: Any, *arguments: Any) -> Any:
-        times = draw(self, *arguments)
         weights = dict(self.backbone.named_parameters())
         base = {weight.dtype for name, weight in weights.items() if ".base_layer.weight" in name and "blocks." in name}
         assert base == {torch.bfloat16}
         assert {weight.dtype for weight in weights.values() if weight.requires_grad} == {torch.float32}
         assert {shadow.dtype for shadow in self.ema.shadows} == {torch.float32}
-        uniforms = self.draw_all("intervals", 4, 2)
+        uniforms = self.update.draw_all("intervals", 4, 2)
         assert torch.unique(uniforms * 2**12 % 1).numel() > 1, "finer than bfloat16"
-        seen.append(times.timestep.dtype)
-        return times
+        data = self.batches.prepare(arguments[0], self.device)
+        seen.append(draw_times(self.update, data, self.shares, SHIFT).timestep.dtype)
+        return step(self, *arguments)
 
-    ForwardStage.draw_times = listen  # type: ignore[method-assign]
+    ForwardStage.training_step = listen  # type: ignore[method-assign]
     try:
         assert train(recipe, out=tmp_path / "run") == 0
     finally:
-        ForwardStage.draw_times = draw  # type: ignore[method-assign]
+        ForwardStage.training_step = step  # type: ignore[method-assign]
     assert seen == [torch.float32] * 2
     path = latest_checkpoint(tmp_path / "run/checkpoints")
     assert path is not None

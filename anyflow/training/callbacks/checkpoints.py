@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from anyflow.stages.base import gather, world
+from anyflow.stages.update import gather, world
 from anyflow.system.files import PARTIAL, naming, sync_tree, write_atomically
 from anyflow.tracking.checkpoints import POINTER, STATE_FILE, finished, replaced
 from anyflow.training.callbacks.background import Writer
@@ -45,7 +45,7 @@ class Checkpoints(Callback):
         self._begin_update(stage)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, stage: Any, *_: Any) -> None:
-        if not stage.is_between_updates:
+        if not stage.update.is_complete:
             return
         self._begin_update(stage)
         if stage.turn == 0 and stage.step % self.every_steps == 0:
@@ -53,7 +53,7 @@ class Checkpoints(Callback):
 
     def _begin_update(self, stage: Any) -> None:
         """Remember the random state if a checkpoint may be asked for before the update is complete."""
-        if stage.passes > 1:
+        if stage.update.passes > 1:
             self._own_random = _random_state()
 
     def on_train_end(self, trainer: lightning.Trainer, stage: Any) -> None:
@@ -83,7 +83,7 @@ class Checkpoints(Callback):
             trainer.strategy.barrier()
 
     def on_load_checkpoint(self, trainer: lightning.Trainer, stage: Any, checkpoint: dict[str, Any]) -> None:
-        count_passes(checkpoint, stage.passes, stage.automatic_optimization)
+        count_passes(checkpoint, stage.update.passes, stage.automatic_optimization)
 
     def _publish(self, partial: Path, final: Path) -> None:
         """Give a complete checkpoint its name."""

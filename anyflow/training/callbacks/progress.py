@@ -52,7 +52,7 @@ class TrainingProgress(Callback):
     def on_train_batch_end(self, trainer: lightning.Trainer, stage: Any, outputs: Any, batch: Any, *_: Any) -> None:
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         if loss is not None:  # averaged where it is: a number would make the host wait for the device at every batch
-            passes = stage.passes if stage.automatic_optimization else 1  # Lightning has divided by them
+            passes = stage.update.passes if stage.automatic_optimization else 1  # Lightning has divided by them
             new = loss.detach().double() * passes
             self._loss = new if self._loss is None else torch.where(self._loss.isnan(), new, self._loss.lerp(new, 0.05))
         if self._clips < 0:

@@ -41,7 +41,7 @@ class Sampling(Callback):
             # else whoever listens saves this step and ends the run
 
     def _measure(self, stage: Any) -> None:
-        is_whole = stage.is_between_updates and stage.turn == 0 and 0 < stage.step < self.total_steps
+        is_whole = stage.update.is_complete and stage.turn == 0 and 0 < stage.step < self.total_steps
         if not is_whole or stage.step % self.every_steps:  # on all ranks: sampling from sharded weights takes all
             return
         stage.eval()

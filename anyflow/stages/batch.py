@@ -1,0 +1,115 @@
+"""Clips and captions become a batch of latents, noise and conditions, which every loss on the network takes."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyflow.backbone.codec import Codec
+from anyflow.backbone.conditions import Conditions, Text
+from anyflow.backbone.protocol import Ask, FlowMapBackbone
+from anyflow.backbone.roles import bind
+from anyflow.flowmap.chunks import ChunkLayout, PathBatch, in_chunks
+from anyflow.flowmap.intervals import keep_first_frame
+from anyflow.flowmap.objective import Velocity
+from anyflow.stages.options import ConditioningOptions
+from anyflow.stages.update import Update
+
+
+@dataclass(frozen=True)
+class Conditioning(ConditioningOptions):
+    """What the network is told, and how often it is not.
+
+    Attributes:
+        negative_prompt: The text that stands for "no text": of dropped samples and of the unconditional pass.
+    """
+
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True)
+class FlowBatch:
+    """One rank's batch, ready for the objective.
+
+    Attributes:
+        clean: Normalised latents ``[B, F, C, H, W]``, float32.
+        noise: Standard normal, as ``clean``.
+        text: ``B + 1`` texts: the samples' own, then the negative prompt.
+        rows: ``[B]`` which text each sample is trained with: its own, or ``B`` where it was dropped.
+        is_first_frame_given: Whether this update trains image-to-video.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    text: Text
+    rows: Tensor
+    is_first_frame_given: bool
+
+    @property
+    def own_rows(self) -> Tensor:
+        """``[B]``: every sample under its own prompt."""
+        return torch.arange(len(self.clean), device=self.clean.device)
+
+    @property
+    def conditions(self) -> Conditions:
+        """What a rollout is made under: each sample's own prompt, nothing dropped, and its first frame if given."""
+        first_frames = self.clean[:, :1] if self.is_first_frame_given else None
+        return Conditions(self.text.select(self.own_rows), first_frames)
+
+    def velocity(self, ask: Ask, layout: ChunkLayout | None = None) -> Velocity:
+        """The seam ``u(z, t, r, rows)`` of a network or role under this batch's conditions.
+
+        ``layout`` is that of a pass over chunks, if any.
+        """
+        view = {} if layout is None else {"layout": layout}
+        return bind(ask, lambda rows: Conditions(self.text.select(rows)), **view)
+
+    def on_path(self, timestep: Tensor, r_timestep: Tensor, layout: ChunkLayout | None = None) -> PathBatch:
+        """The batch at times ``[B]`` as the network is taught it: a first frame given or not, in chunks or not."""
+        on_path = PathBatch(self.clean, self.noise, timestep, r_timestep)
+        if self.is_first_frame_given:
+            times = keep_first_frame(timestep, r_timestep, self.clean.shape[1])
+            on_path = PathBatch(self.clean, self.noise, *times)
+        return on_path if layout is None else in_chunks(layout, on_path)
+
+
+class Batches:
+    """Makes the batches of an update.
+
+    Attributes:
+        codec: Pixels to latents, prompts to embeddings; frozen.
+        conditioning: What samples are told.
+        update: The update under way.
+    """
+
+    def __init__(self, codec: Codec, conditioning: Conditioning, update: Update) -> None:
+        self.codec = codec
+        self.conditioning = conditioning
+        self.update = update
+
+    def prepare(self, batch: dict[str, Any], device: torch.device) -> FlowBatch:
+        """Encode what is not yet encoded, and draw noise and dropped texts."""
+        update, captions = self.update, [*batch["caption"], self.conditioning.negative_prompt]
+        is_ready = "latents" in batch and self.codec.remembers(captions)
+        with nullcontext() if is_ready else self.codec.lent(device):
+            clean = batch["latents"] if "latents" in batch else self.codec.encode_video(batch["frames"])
+            text = self.codec.encode_text(captions).to(device)
+        clean = clean.to(device, torch.float32)
+        count = len(clean)
+        drop = update.draw_all("drop", update.place_of(count)[1])[update.own_samples(count)]
+        rows = torch.arange(count).masked_fill(drop < self.conditioning.text_drop, count)
+        is_given = update.chance("i2v") < self.conditioning.i2v_prob
+        return FlowBatch(clean, update.draw_noise("noise", clean), text, rows.to(device), is_given)
+
+    def draw_layout(self, network: FlowMapBackbone, data: FlowBatch) -> ChunkLayout | None:
+        """Which chunks of the clips this update trains, equal on all ranks; None: all frames at once."""
+        uniforms = self.update.draw_all("chunks", 2)
+        return network.draw_layout(data.clean.shape[1], uniforms, self.conditioning.long_context)
+
+    def keeps_bidirectional(self, network: FlowMapBackbone) -> bool:
+        """Whether this update also trains a causal network with all frames at once; equal on all ranks."""
+        return network.is_causal and self.update.chance("bidirectional") < self.conditioning.bidirectional_prob
