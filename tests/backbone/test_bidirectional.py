@@ -49,7 +49,7 @@ def test_folded_padding_equals_padding(stock, make_text, length) -> None:
     told, full = make_text([length])
     latents = torch.randn(1, F, C, H, W)
     backbone = BidirectionalBackbone(stock)
-    as_given = backbone(latents, T[:1], R[:1], Text(full, None, 512))
+    as_given = backbone(latents, T[:1], R[:1], Conditions(Text(full, None, 512)))
     folded = backbone(latents, T[:1], R[:1], told)
     torch.testing.assert_close(folded, as_given, atol=1e-5, rtol=1e-5)
     assert told.text.embeddings.shape[1] <= length + 1

@@ -52,11 +52,11 @@ def test_roles_switch_in_the_middle(checkpointing: bool) -> None:
     assert found.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-7)
-    latents, timestep, r_timestep, told = question()
+    latents, timestep, r_timestep, conditions = question()
     with torch.no_grad():
         for role in ROLES:
-            answer = roles(role, latents, timestep, r_timestep, told)
-            torch.testing.assert_close(answer, apart(roles, role)(latents, timestep, r_timestep, told))
+            answer = roles(role, latents, timestep, r_timestep, conditions)
+            torch.testing.assert_close(answer, apart(roles, role)(latents, timestep, r_timestep, conditions))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -64,11 +64,11 @@ def test_a_block_is_the_stock_block(dtype: torch.dtype) -> None:
     """Catches a missing gate, norm, residual or cast in the two functions that stand for the block's own forward."""
     plain = network().to(dtype)
     twin = compile_here(network().to(dtype))
-    latents, timestep, _, told = question()
+    latents, timestep, _, conditions = question()
     for times in (timestep, timestep[:, None].repeat(1, 3)):
         ends = times * 0.5
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            expected, found = (net(latents, times, ends, told) for net in (plain, twin))
+            expected, found = (net(latents, times, ends, conditions) for net in (plain, twin))
         assert torch.equal(found, expected)
     assert twin.state_dict().keys() == plain.state_dict().keys()
 
@@ -160,17 +160,17 @@ def test_a_mode_that_turns_compiling_off_is_told(capsys: pytest.CaptureFixture[s
 def test_a_forward_mode_derivative_goes_uncompiled_and_the_rest_does_not(capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a crash of stage.derivative=jvp, and compiling that is off for good after it."""
     plain, twin = network(), compile_here(network())
-    latents, timestep, r_timestep, told = question()
+    latents, timestep, r_timestep, conditions = question()
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         found, expected = (
-            torch.func.jvp(lambda z, n=net: n(z, timestep, r_timestep, told), (latents,), (latents,))[1]
+            torch.func.jvp(lambda z, n=net: n(z, timestep, r_timestep, conditions), (latents,), (latents,))[1]
             for net in (twin, plain)
         )
     torch.testing.assert_close(found, expected)
     [sentence] = told(capsys)
     assert "jvp" in sentence
     before = graph_count()
-    twin(latents, timestep, r_timestep, told)
+    twin(latents, timestep, r_timestep, conditions)
     assert graph_count() == before + 2 and not told(capsys)
 
 
@@ -194,7 +194,7 @@ def test_an_unknown_layer_is_told_and_kept(capsys: pytest.CaptureFixture[str]) -
 def test_a_pipeline_still_runs_compiled_blocks() -> None:
     """Catches a block that knows this project's arguments alone: a pipeline calls it with its own."""
     plain, twin = network().transformer, compile_here(network()).transformer
-    latents, timestep, _, told = question()
+    latents, timestep, _, conditions = question()
     times = timestep[:, None].repeat(1, 3)
-    found, expected = (net(latents, times, times, told.text.embeddings).sample for net in (twin, plain))
+    found, expected = (net(latents, times, times, conditions.text.embeddings).sample for net in (twin, plain))
     assert torch.equal(found, expected)

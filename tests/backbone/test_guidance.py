@@ -123,7 +123,7 @@ def test_given_frames_stay_as_given_to_both_questions(stock, far, make_text, arc
     network = BidirectionalBackbone(stock) if architecture == "bidirectional" else CausalBackbone(far)
     watched, (told, _), (negative, _) = Watched(network), make_text([3, 7]), make_text([5])
     first, noise = torch.randn(2, 1, 16, 8, 12), torch.randn(2, 3, 16, 8, 12)
-    guided = Guided(watched, SCALE, negative)
+    guided = Guided(watched, SCALE, negative.text)
     video = network.sample(told._replace(first_frames=first), noise, 2, 3.0, take_velocity, ask=guided)
     assert torch.equal(video[:, :1], first)
     seen = [z for z, *_, view in watched.asked if "record" in view or architecture == "bidirectional"]
