@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,7 +78,7 @@ def test_a_signal_while_sampling_ends_it_at_the_next_network_call() -> None:
 class Stage(nn.Module):
     """As much of a stage as sampling asks."""
 
-    step, turn, is_between_updates = 4, 0, True
+    step, turn, update = 4, 0, SimpleNamespace(is_complete=True)
 
 
 def test_a_stopped_curve_is_measured_when_the_run_goes_on() -> None:

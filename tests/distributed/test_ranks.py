@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from anyflow.errors import EXIT_PREEMPTED, UserError
-from anyflow.stages import base
+from anyflow.stages import update
 from anyflow.system.ranks import _Rank, _report, needs_watcher, watch
 from anyflow.tracking.checkpoints import latest_checkpoint
 from anyflow.training.callbacks.sharded import is_sharded_checkpoint, read_checkpoint
@@ -234,12 +234,10 @@ def test_the_report_names_the_rank_and_repeats_its_last_words(tmp_path: Path) ->
     [([False, True], "it began on rank 1 of 2"), ([True, True], "on all ranks"), ([False, False], "finite")],
 )
 def test_a_loss_that_is_no_number_names_its_rank(bad: list[bool], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "world", lambda: (0, 2))
-    monkeypatch.setattr(base, "gather", lambda value: bad)
-    stage: Any = base.Stage.__new__(base.Stage)
+    monkeypatch.setattr(update, "world", lambda: (0, 2))
+    monkeypatch.setattr(update, "gather", lambda value: bad)
     torch.nn.Module.__init__(stage)
-    stage._has_bad_loss = False
-    assert words in stage._where_it_began()
+    assert words in update.Update(0).where_it_began()
 
 
 @pytest.mark.slow
