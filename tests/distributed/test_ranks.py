@@ -236,7 +236,6 @@ def test_the_report_names_the_rank_and_repeats_its_last_words(tmp_path: Path) ->
 def test_a_loss_that_is_no_number_names_its_rank(bad: list[bool], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update, "world", lambda: (0, 2))
     monkeypatch.setattr(update, "gather", lambda value: bad)
-    torch.nn.Module.__init__(stage)
     assert words in update.Update(0).where_it_began()
 
 
