@@ -11,9 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anyflow.errors import UserError
-from anyflow.recipe import Recipe, check_files, describe, list_recipes, load_recipe, merge_recipe, save_recipe, to_dict
+from anyflow.recipe import (
+    ModelRecipe,
+    Recipe,
+    check_files,
+    check_recipe,
+    describe,
+    list_recipes,
+    load_recipe,
+    save_recipe,
+    to_dict,
+)
 from anyflow.recipe.check import fit_batch, is_hub_id, lagging_average
-from anyflow.recipe.fields import all_fields, flatten, value_of
+from anyflow.recipe.fields import all_fields, flatten
 from anyflow.stages.declarations import STAGES
 
 
@@ -102,6 +112,23 @@ def test_the_work_needs_no_project_folder(tmp_path: Path, monkeypatch: pytest.Mo
     assert load().stage.name == "finetune"
 
 
+def test_a_text_stands_as_it_was_typed(tmp_path: Path) -> None:
+    """YAML would make a number of 010, a yes of on, and a mapping of a colon: a field of text takes none of them."""
+    typed = {
+        "run.name": "010",
+        "model.negative_prompt": "blur: low, [still]",
+        "data.heldout": "on",
+        "data.split": '"a b"',
+    }
+    recipe = load(*(f"{key}={text}" for key, text in typed.items()), "optimizer.lr=1e-4", "data.card=2024")
+    assert (recipe.run.name, recipe.model.negative_prompt) == ("010", "blur: low, [still]")
+    assert (recipe.data.heldout, recipe.data.split, recipe.data.card) == ("on", "a b", ["2024"])
+    assert recipe.optimizer.lr == 1e-4
+    recipe = load("run.name=1e5", "data.split=2024-01-02", "data.heldout=null")
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(str(tmp_path)) == recipe
+
+
 def test_one_card_or_several() -> None:
     assert load("data.card=games").data.card == ["games"]
     assert load("data.card=[games,driving]").data.card == ["games", "driving"]
@@ -111,16 +138,12 @@ def test_one_card_or_several() -> None:
 @given(total=st.integers(1, 64), ranks=st.integers(1, 16), limit=st.integers(1, 16))
 @settings(max_examples=100, deadline=None)
 def test_the_global_batch_is_met_exactly_or_refused(total: int, ranks: int, limit: int) -> None:
-    layer = {
-        "model": {"weights": "a/b"},
-        "data": {"global_batch": total, "batch_size": limit},
-        "hardware": {"devices": ranks},
-    }
+    words = [f"data.global_batch={total}", f"data.batch_size={limit}", f"hardware.devices={ranks}"]
     if total % ranks:
         with pytest.raises(UserError, match="does not divide"):
-            merge_recipe([("test", layer)])
+            load(*words)
         return
-    recipe = merge_recipe([("test", layer)])
+    recipe = load(*words)
     assert recipe.global_batch == total
     assert recipe.data.batch_size <= limit
     assert fit_batch(recipe) == recipe  # fitting twice changes nothing
@@ -171,7 +194,8 @@ MISTAKES = [
     ("hardware.devices=16", "does not divide over 16 ranks: give data.global_batch=16"),
     ("stage.name=codec", "trains a small VAE from nothing"),
     ("data.fps=[1,", "is not understood"),
-    ("model.weights=${nowhere}", "model.weights"),
+    ("optimizer.lr=${nowhere}", "optimizer.lr='${nowhere}' (command line) is not of the right type: give a number"),
+    ("stage.rebalance=1", "stage.rebalance=1 (command line) is not of the right type: give true or false"),
 ]
 
 
@@ -235,6 +259,9 @@ FILES = [
         "stage (",
     ),
     ("stage: {steps: 3}\nstage: {steps: 4}", "is no valid YAML"),
+    ("stage: {steps: !!int x}", "is no valid YAML"),
+    ("run: {name: 010}", "mine.yaml) is not of the right type: give a text in quotes"),
+    ("sampling: {encoders: [1]}", "give a list such as [...]"),
 ]
 
 
@@ -257,6 +284,7 @@ def test_missing_files_are_named_before_anything_is_loaded(tmp_path: Path, monke
         (["data.card=mien"], "did you mean mine?"),
         (["data.card=mine", "model.weights=data/models/nothing"], "model.weights='data/models/nothing' does not exist"),
         (["data.card=mine", "model.weights=data/nothing"], "does not exist"),
+        (["data.card=mine", "model.weights=${nowhere}"], "model.weights='${nowhere}' does not exist"),
         (["data.card=mine", "model.weights=a/b", "model.codec=./c"], "model.codec='./c' does not exist"),
     ):
         with pytest.raises(UserError) as caught:
@@ -271,10 +299,7 @@ def test_hub_ids() -> None:
 
 def test_limits_hold_for_the_defaults() -> None:
     """No default lies outside its own range."""
-    recipe = merge_recipe([("test", {"model": {"weights": "a/b"}})])
-    assert all(
-        value_of(recipe, key) == info.default for key, info in all_fields().items() if key[:4] not in ("mode", "run.")
-    )
+    check_recipe(Recipe(model=ModelRecipe(weights="a/b")))
 
 
 @pytest.mark.parametrize(

@@ -127,17 +127,17 @@ def test_a_written_card_reads_back(card: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"licnece": "MIT"}, "unknown key 'licnece'; did you mean 'licence'"),
-        ({"colour": 1}, "unknown key 'colour'; known keys: name"),
+        ({"licnece": "MIT"}, "unknown key 'licnece': did you mean 'licence'"),
+        ({"colour": 1}, "unknown key 'colour': known keys: name"),
         ({"path": "x"}, "unknown key 'path'"),
         ({"fps": ...}, "missing key 'fps'"),
-        ({"fps": "eight"}, "fps='eight' has the wrong type; give a number"),
+        ({"fps": "eight"}, "fps='eight' is not of the right type: give a number"),
         ({"fps": 0}, "fps=0 must be more than 0"),
-        ({"frames": 17.5}, "frames=17.5 has the wrong type; give a whole number"),
-        ({"frames": True}, "frames=True has the wrong type"),
+        ({"frames": 17.5}, "frames=17.5 is not of the right type: give a whole number"),
+        ({"frames": True}, "frames=True is not of the right type: give a whole number"),
         ({"splits": ["a"]}, "splits=.*give keys, each with a folder's path"),
         ({"splits": {}}, "splits is empty"),
-        ({"caption": 3}, "caption=3 has the wrong type; give a text or null"),
+        ({"caption": 3}, "caption=3 is not of the right type: give a text or null in quotes: '3'"),
         ({"splits": {"train": "nowhere"}}, "splits.train names .*nowhere.*no shards"),
     ],
 )
