@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from anyflow.backbone.codec import Codec
-from anyflow.backbone.guidance import UNGUIDED, Guidance
 from anyflow.backbone.protocol import FlowMapBackbone
-from anyflow.flowmap.sampling import Take, steps_of, take_jump
+from anyflow.flowmap.sampling import steps_of
 
 
 @torch.no_grad()
@@ -22,8 +22,7 @@ def stream_video(
     num_steps: int,
     shift: float,
     first_frames: Tensor | None = None,
-    take: Take = take_jump,
-    guidance: Guidance = UNGUIDED,
+    **way: Any,
 ) -> Iterator[Tensor]:
     """Yield frames uint8 ``[B, f, H, W, 3]``; joined they are the video.
 
@@ -39,13 +38,11 @@ def stream_video(
         num_steps: of the sampler, for every chunk.
         shift: of its schedule.
         first_frames: given latents ``[B, k, C, H, W]`` (``codec.encode_video`` of given frames); they are shown too.
-        take: how the network takes a jump.
-        guidance: of a network that has none in its weights.
+        way: ``take`` and ``ask`` of :meth:`FlowMapBackbone.generate`, of a network that is no flow map or is guided.
     """
     text = codec.encode_text(captions)
     num_given = 0 if first_frames is None else first_frames.shape[1]
-    way = {"first_frames": first_frames, "take": take, **guidance.way(backbone, codec)}
-    parts = backbone.generate(text, noise, steps_of(num_steps, shift), **way)
+    parts = backbone.generate(text, noise, steps_of(num_steps, shift), first_frames=first_frames, **way)
     if len(backbone.chunks_of(noise.shape[1], num_given)) == 1:
         yield from (codec.decode(part) for part in parts)
     else:

@@ -68,7 +68,7 @@ def work_together(
     at_once: int,
     on_done: Callable[[Sequence[Task]], None],
 ) -> None:
-    """Do tasks, each after those that it needs, ``at_once`` of them at a time; ``on_done`` is told what is left.
+    """Do tasks, each after those that it needs, ``at_once`` of them at a time; ``on_done`` is given what is left.
 
     Raises:
         Stopped, KeyboardInterrupt: A signal; the trainings have saved and ended.
