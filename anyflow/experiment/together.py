@@ -138,7 +138,4 @@ def _settle(environment: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks decides what an interruption means
     import torch
 
-    from anyflow.system.console import quiet_libraries
-
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    quiet_libraries()
