@@ -112,5 +112,5 @@ def make_model(folder: Path, architecture: str, **changes: object) -> Path:
         torch.manual_seed(1)
         torch.nn.init.normal_(network.transformer.proj_out.weight, std=0.1)
     card = ModelCard("small", size=(17, 64, 96), fps=8.0)
-    export_pipeline(folder, network.transformer, codec, 3.0, card, codec_dtype=None, dtype=torch.float32)
+    export_pipeline(folder, network.transformer, codec, 3.0, card, dtype=torch.float32)
     return folder

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from anyflow.backbone import codec as codec_module
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.embedded import build_vae
+from anyflow.cli.main import app
 from anyflow.errors import EXIT_PREEMPTED, UserError
 from anyflow.memory import codec as plan_codec
 from anyflow.memory import need as planning
@@ -28,7 +30,6 @@ from anyflow.memory.simulate import _networks, simulate
 from anyflow.recipe import Recipe, list_recipes, load_recipe
 from experiments.bench.compare import peak_bytes
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
 FULL = ("model.lora.enabled=false", "ema.decay=0")
 SIZE = (5, 16, 16, 24)
 NETWORK = {
@@ -348,9 +349,9 @@ def test_no_gpu_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     planning.warn_in_background(load_recipe("forward/wan2.1-t2v-14b"))
 
 
-def test_the_command(anyflow: Run) -> None:
-    done = anyflow("plan", "finetune/driving", "--json")
-    assert done.returncode == 0, done.stderr
+def test_the_command() -> None:
+    done = CliRunner().invoke(app, ["plan", "finetune/driving", "--json"])
+    assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["fits"]
 
 
@@ -370,9 +371,9 @@ def test_the_table_in_readme_is_what_the_command_prints(project: Path) -> None:
         assert list(map(float, now)) == pytest.approx(list(map(float, told)), abs=1.0), f"{row}, {found}"
 
 
-def test_all_are_planned_only_as_they_are(anyflow: Run) -> None:
-    done = anyflow("plan", "--hardware", "8gpu")
-    assert done.returncode == 2 and "name one to change it" in done.stderr
+def test_all_are_planned_only_as_they_are() -> None:
+    done = CliRunner().invoke(app, ["plan", "--hardware", "8gpu"])
+    assert isinstance(done.exception, UserError) and "name one to change it" in str(done.exception)
 
 
 def test_the_commands_of_the_page_hold(project: Path) -> None:

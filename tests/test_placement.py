@@ -13,20 +13,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from anyflow.backbone import codec as codec_module
 from anyflow.backbone import parallelize, protocol, roles
 from anyflow.backbone.codec import Codec
-from anyflow.backbone.guidance import UNGUIDED
 from anyflow.backbone.load import load_backbone
 from anyflow.backbone.roles import SeparateRoles
-from anyflow.cli.sample import _sample_all
+from anyflow.cli.main import app
+from anyflow.cli.sample import sample_prompts
+from anyflow.data.decode import ClipShape
 from anyflow.errors import UserError
 from anyflow.evaluation import heldout as curves
 from anyflow.evaluation import models
 from anyflow.evaluation.curve import Curve
 from anyflow.evaluation.kept_samples import KeptSamples
+from anyflow.evaluation.loaded import LoadedModel
 from anyflow.evaluation.measurement import Judges
+from anyflow.evaluation.options import WayOptions
 from anyflow.recipe import Recipe, load_recipe, save_recipe
 from anyflow.system import ranks
 from anyflow.tracking.runs import RunFolder
@@ -219,12 +223,9 @@ def test_the_autoencoder_of_a_sampled_model_is_float32(small_model: Path) -> Non
 
 
 def test_an_unknown_precision_is_refused() -> None:
-    from anyflow.cli.common import check_precision
-
-    check_precision("")
-    check_precision("bfloat16")
-    with pytest.raises(UserError, match="--precision 'fp8' is not known: give float32 or bfloat16"):
-        check_precision("fp8")
+    done = CliRunner().invoke(app, ["sample", "A car.", "--precision", "fp8"])
+    assert isinstance(done.exception, UserError)
+    assert "--precision 'fp8' is not known: give float32 or bfloat16" in str(done.exception)
 
 
 # Portions -------------------------------------------------------------------------------------------------------------
@@ -300,14 +301,14 @@ def test_a_curve_of_large_clips_is_sampled_clip_by_clip(
 
 
 def test_prompts_of_a_command_are_sampled_in_portions(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    codec, backbone, shift = models.load_model(str(small_model))
+    loaded = LoadedModel.of(str(small_model), WayOptions(sampler="renoise"), ClipShape(5, 32, 32))
     rows: list[int] = []
-    backbone.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
-    prompts, shape = ["one", "two", "three"], codec.latent_shape(5, 32, 32)
-    _, together = _sample_all(codec, backbone, prompts, shape, [1], shift, ("renoise", UNGUIDED), 0, None)
+    loaded.backbone.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    prompts = ["one", "two", "three"]
+    _, together = sample_prompts(loaded, prompts, [1], 0)
     assert rows == [3]
     monkeypatch.setattr(protocol, "TOKENS_AT_ONCE", 1)
-    _, alone = _sample_all(codec, backbone, prompts, shape, [1], shift, ("renoise", UNGUIDED), 0, None)
+    _, alone = sample_prompts(loaded, prompts, [1], 0)
     assert rows == [3, 1, 1, 1] and alone[1].shape == together[1].shape
     assert (alone[1].int() - together[1].int()).abs().max() <= 1
 

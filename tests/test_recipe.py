@@ -11,9 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anyflow.errors import UserError
-from anyflow.recipe import Recipe, check_files, describe, list_recipes, load_recipe, merge_recipe, save_recipe, to_dict
+from anyflow.recipe import (
+    ModelRecipe,
+    Recipe,
+    check_files,
+    check_recipe,
+    describe,
+    list_recipes,
+    load_recipe,
+    save_recipe,
+    to_dict,
+)
 from anyflow.recipe.check import fit_batch, is_hub_id, lagging_average
-from anyflow.recipe.fields import all_fields, flatten, value_of
+from anyflow.recipe.fields import all_fields, flatten
 from anyflow.stages.declarations import STAGES
 
 
@@ -102,6 +112,36 @@ def test_the_work_needs_no_project_folder(tmp_path: Path, monkeypatch: pytest.Mo
     assert load().stage.name == "finetune"
 
 
+def test_a_text_stands_as_it_was_typed(tmp_path: Path) -> None:
+    """YAML would make a number of 010, a yes of on, and a mapping of a colon: a field of text takes none of them."""
+    typed = {
+        "run.name": "010",
+        "model.negative_prompt": "blur: low, [still]",
+        "data.heldout": "on",
+        "data.split": '"a b"',
+    }
+    recipe = load(*(f"{key}={text}" for key, text in typed.items()), "optimizer.lr=1e-4", "data.card=2024")
+    assert (recipe.run.name, recipe.model.negative_prompt) == ("010", "blur: low, [still]")
+    assert (recipe.data.heldout, recipe.data.split, recipe.data.card) == ("on", "a b", ["2024"])
+    assert recipe.optimizer.lr == 1e-4
+    recipe = load("run.name=1e5", "data.split=2024-01-02", "data.heldout=null")
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(str(tmp_path)) == recipe
+
+
+def test_fields_may_refer_to_fields_and_to_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OmegaConf's interpolations, in files and overrides; they reach defaults too, and a saved recipe has values."""
+    monkeypatch.setenv("FOOTAGE", "driving")
+    path = tmp_path / "mine.yaml"
+    path.write_text("stage: {name: forward, steps: 120}\nrun: {name: 'of-${stage.steps}'}\n")
+    recipe = load_recipe(str(path), overrides=["data.card=${oc.env:FOOTAGE}", "optimizer.warmup_steps=${stage.steps}"])
+    assert recipe.run.name == "of-120" and recipe.data.card == ["driving"] and recipe.optimizer.warmup_steps == 120
+    recipe = load("data.height=${data.width}")
+    assert recipe.data.height == recipe.data.width
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert "${" not in (tmp_path / "recipe.yaml").read_text()
+
+
 def test_one_card_or_several() -> None:
     assert load("data.card=games").data.card == ["games"]
     assert load("data.card=[games,driving]").data.card == ["games", "driving"]
@@ -111,16 +151,12 @@ def test_one_card_or_several() -> None:
 @given(total=st.integers(1, 64), ranks=st.integers(1, 16), limit=st.integers(1, 16))
 @settings(max_examples=100, deadline=None)
 def test_the_global_batch_is_met_exactly_or_refused(total: int, ranks: int, limit: int) -> None:
-    layer = {
-        "model": {"weights": "a/b"},
-        "data": {"global_batch": total, "batch_size": limit},
-        "hardware": {"devices": ranks},
-    }
+    words = [f"data.global_batch={total}", f"data.batch_size={limit}", f"hardware.devices={ranks}"]
     if total % ranks:
         with pytest.raises(UserError, match="does not divide"):
-            merge_recipe([("test", layer)])
+            load(*words)
         return
-    recipe = merge_recipe([("test", layer)])
+    recipe = load(*words)
     assert recipe.global_batch == total
     assert recipe.data.batch_size <= limit
     assert fit_batch(recipe) == recipe  # fitting twice changes nothing
@@ -171,7 +207,10 @@ MISTAKES = [
     ("hardware.devices=16", "does not divide over 16 ranks: give data.global_batch=16"),
     ("stage.name=codec", "trains a small VAE from nothing"),
     ("data.fps=[1,", "is not understood"),
-    ("model.weights=${nowhere}", "model.weights"),
+    ("optimizer.lr=${nowhere}", "optimizer.lr='${nowhere}' (command line) refers to nothing"),
+    ("model.weights=${oc.env:NO_SUCH_VARIABLE}", "NO_SUCH_VARIABLE"),
+    ("stage.steps=${model.name}", "stage.steps='tiny' (command line) is not of the right type: give a whole number"),
+    ("stage.rebalance=1", "stage.rebalance=1 (command line) is not of the right type: give true or false"),
 ]
 
 
@@ -235,6 +274,9 @@ FILES = [
         "stage (",
     ),
     ("stage: {steps: 3}\nstage: {steps: 4}", "is no valid YAML"),
+    ("stage: {steps: !!int x}", "is no valid YAML"),
+    ("run: {name: 010}", "mine.yaml) is not of the right type: give a text in quotes"),
+    ("sampling: {encoders: [1]}", "give a list such as [...]"),
 ]
 
 
@@ -271,10 +313,7 @@ def test_hub_ids() -> None:
 
 def test_limits_hold_for_the_defaults() -> None:
     """No default lies outside its own range."""
-    recipe = merge_recipe([("test", {"model": {"weights": "a/b"}})])
-    assert all(
-        value_of(recipe, key) == info.default for key, info in all_fields().items() if key[:4] not in ("mode", "run.")
-    )
+    check_recipe(Recipe(model=ModelRecipe(weights="a/b")))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,6 @@ from torch import Tensor
 from anyflow.backbone import far_pipeline
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.full import FULL_FILE, full_names
-from anyflow.backbone.guidance import Guidance
 from anyflow.backbone.load import GUIDANCE_KEYS, SAMPLER_KEY
 from anyflow.backbone.lora import (
     ADAPTER,
@@ -40,7 +39,6 @@ from anyflow.backbone.lora import (
 from anyflow.backbone.model_card import ModelCard
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.errors import UserError
-from anyflow.flowmap.sampling import SamplerKind
 from anyflow.system.files import partial_folder, write_atomically
 
 _WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
@@ -54,10 +52,7 @@ def export_pipeline(
     card: ModelCard,
     *,
     weights: Mapping[str, Tensor] | None = None,
-    sampler: SamplerKind = "flowmap",
-    guidance: Guidance | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    codec_dtype: torch.dtype | None = None,
     single_file: bool = False,
 ) -> Path:
     """Write a complete pipeline folder: all of it, or (when interrupted) none of it.
@@ -65,15 +60,12 @@ def export_pipeline(
     Args:
         folder: where to; an earlier export there is replaced.
         transformer: the diffusers module; an adapter on it is merged into what is written, and stays on the module.
-        codec: autoencoder, tokenizer and text encoder to go with it.
+        codec: autoencoder, tokenizer and text encoder to go with it, as they are: linked or copied from the folder that
+            they came from, if there is one.
         shift: of the sampler's schedule: the one trained with.
-        card: what the README says.
+        card: what the README says; its way of sampling is written down with the scheduler.
         weights: the transformer's state dict to write instead of its own: gathered from all ranks, or averaged.
-        sampler: how the model is sampled; other than a flow map's it is written down with the scheduler.
-        guidance: of samples, written down there too if the weights have none; None: they have.
         dtype: precision of the transformer's weights.
-        codec_dtype: precision of the autoencoder and text encoder. None: as they were, linked or copied from the folder
-            that they came from.
         single_file: all of the transformer's weights in one file, instead of several of at most 10 GB with an index.
 
     Returns:
@@ -90,14 +82,13 @@ def export_pipeline(
     with _replacing(target) as place:
         merged = merged_state(transformer, weights=weights)
         _write_transformer(place / "transformer", transformer, merged, dtype, single_file)
-        _write_scheduler(place / "scheduler", shift, sampler, guidance)
-        _write_codec(place, codec, codec_dtype)
+        _write_scheduler(place / "scheduler", shift, card)
+        _write_codec(place, codec)
         is_causal = isinstance(transformer, AnyFlowFARTransformer3DModel)
         _write_index(place, codec, type(transformer).__name__, "AnyFlowFARPipeline" if is_causal else "AnyFlowPipeline")
         if is_causal:
             shutil.copyfile(far_pipeline.__file__, place / "pipeline.py")
-        told = replace(card, causal=is_causal, sampler=sampler, guidance=guidance.told if guidance else "")
-        (place / "README.md").write_text(told.render(), encoding="utf-8")
+        (place / "README.md").write_text(replace(card, causal=is_causal).render(), encoding="utf-8")
     return target
 
 
@@ -178,28 +169,28 @@ def _write_transformer(
     _save_weights(place, state, dtype, single_file)
 
 
-def _write_scheduler(place: Path, shift: float, sampler: SamplerKind, guidance: Guidance | None) -> None:
+def _write_scheduler(place: Path, shift: float, card: ModelCard) -> None:
     FlowMapEulerDiscreteScheduler(shift=shift).save_pretrained(place)
-    more: dict[str, Any] = {} if sampler == "flowmap" else {SAMPLER_KEY: sampler}
-    if guidance is not None:
-        more |= dict(zip(GUIDANCE_KEYS, (guidance.scale, guidance.negative), strict=True))
+    more: dict[str, Any] = {} if card.sampler == "flowmap" else {SAMPLER_KEY: card.sampler}
+    if card.guidance is not None:
+        more |= dict(zip(GUIDANCE_KEYS, (card.guidance.scale, card.guidance.negative), strict=True))
     if more:
         file = place / "scheduler_config.json"
         _write_json(file, {**json.loads(file.read_text(encoding="utf-8")), **more})
 
 
-def _write_codec(place: Path, codec: Codec, dtype: torch.dtype | None) -> None:
+def _write_codec(place: Path, codec: Codec) -> None:
     source = codec.source
     parts = ("vae", "text_encoder", "tokenizer")
-    if dtype is None and source is not None and all((source / part).is_dir() for part in parts):
+    if source is not None and all((source / part).is_dir() for part in parts):
         for part in parts:
             _link_or_copy(source / part, place / part)
         return
     codec.tokenizer.save_pretrained(place / "tokenizer")
     codec.vae.save_config(place / "vae")
-    _save_weights(place / "vae", codec.vae.state_dict(), dtype or codec.dtype)
+    _save_weights(place / "vae", codec.vae.state_dict(), codec.dtype)
     encoder: Any = codec.text_encoder
-    state = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in encoder.state_dict().items()}
+    state = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
     encoder.save_pretrained(place / "text_encoder", state_dict=state)
 
 

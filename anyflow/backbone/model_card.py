@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from anyflow.backbone.full import FULL_FILE
+from anyflow.backbone.guidance import Guidance
+from anyflow.flowmap.sampling import SamplerKind
 from anyflow.system.tables import markdown_table
 
 
@@ -32,10 +34,10 @@ class ModelCard:
     """What it cannot do."""
     causal: bool = False
     """Whether it makes a video chunk by chunk; the export knows."""
-    sampler: str = "flowmap"
-    """How it is sampled; the export knows."""
-    guidance: str = ""
-    """How its samples are guided, in words, if the weights have no guidance; the export knows."""
+    sampler: SamplerKind = "flowmap"
+    """How it is sampled."""
+    guidance: Guidance | None = None
+    """Of its samples, if the weights have none."""
     full: tuple[str, ...] = ()
     """Modules trained in full beside an adapter, whose weights lie in a file of their own; the export knows."""
 
@@ -66,8 +68,8 @@ class ModelCard:
         if self.sampler != "flowmap" and not lora:
             command = 'anyflow sample "..." --model path/to/this/folder --steps 4'
             told = [_OTHER_SAMPLERS[self.sampler], f"Trained on clips of {size}, fps={self.fps:g}."]
-            if self.guidance:
-                told.insert(1, f"It has no guidance in its weights, and is sampled with {self.guidance}.")
+            if self.guidance is not None and self.guidance.told:
+                told.insert(1, f"It has no guidance in its weights, and is sampled with {self.guidance.told}.")
             return "\n\n".join([f"```sh\n{command}\n```", *told])
         place = self.base_model if lora else "."
         kind = "DiffusionPipeline" if self.causal else "AnyFlowPipeline"

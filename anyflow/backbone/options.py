@@ -1,4 +1,3 @@
-# ruff: noqa: RUF009  (every default goes through option)
 """The options of a network: fields of a recipe's model and hardware, and of what takes them."""
 
 from __future__ import annotations

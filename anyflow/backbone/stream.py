@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.conditions import Conditions
-from anyflow.backbone.guidance import UNGUIDED, Guidance
 from anyflow.backbone.protocol import FlowMapBackbone
-from anyflow.flowmap.sampling import Take, steps_of, take_jump
+from anyflow.flowmap.sampling import steps_of
 
 
 @torch.no_grad()
@@ -23,8 +23,7 @@ def stream_video(
     num_steps: int,
     shift: float,
     first_frames: Tensor | None = None,
-    take: Take = take_jump,
-    guidance: Guidance = UNGUIDED,
+    **way: Any,
 ) -> Iterator[Tensor]:
     """Yield frames uint8 ``[B, f, H, W, 3]``; joined they are the video.
 
@@ -40,11 +39,9 @@ def stream_video(
         num_steps: of the sampler, for every chunk.
         shift: of its schedule.
         first_frames: given latents ``[B, k, C, H, W]`` (``codec.encode_video`` of given frames); they are shown too.
-        take: how the network takes a jump.
-        guidance: of a network that has none in its weights.
+        way: ``take`` and ``ask`` of :meth:`FlowMapBackbone.generate`, of a network that is no flow map or is guided.
     """
     conditions = Conditions(codec.encode_text(captions), first_frames)
-    way = {"take": take, **guidance.way(backbone, codec)}
     parts = backbone.generate(conditions, noise, steps_of(num_steps, shift), **way)
     if len(backbone.chunks_of(noise.shape[1], conditions.num_given)) == 1:
         yield from (codec.decode(part) for part in parts)

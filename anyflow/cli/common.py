@@ -17,37 +17,7 @@ from anyflow.system.files import partial_folder, require_place
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document for machines, and nothing else, on stdout.")
 ]
-
-
-GuidanceScale = Annotated[
-    float | None,
-    typer.Option(
-        "--guidance",
-        help="Guidance of a network that has none in its weights (a teacher, plain Wan): two calls a step; 1 is none; "
-        "else as the model says.",
-        min=1,
-    ),
-]
-Negative = Annotated[
-    str | None, typer.Option("--negative", help="The negative prompt that guidance leads away from; else the model's.")
-]
-PRECISIONS = ("float32", "bfloat16")
-
-Precision = Annotated[
-    str,
-    typer.Option(help=f"Of the network, {' or '.join(PRECISIONS)}; else on a GPU that of the model's recipe."),
-]
-"""What the network computes in; the autoencoder, the times and the samples' state are float32 in either."""
-
-SAMPLERS = ("flowmap", "euler", "renoise")
-"""How jumps can be taken: see :class:`anyflow.flowmap.sampling.SamplerKind`."""
-
-Sampler = Annotated[
-    str | None, typer.Option(help=f"How jumps are taken, {' | '.join(SAMPLERS)}; else as the model says.")
-]
 Model = Annotated[str, typer.Option(help="A model folder, a run's folder, or a hub id.")]
-NoiseSeed = Annotated[int, typer.Option(help="Seed of the noise.", min=0)]
-BatchSize = Annotated[int, typer.Option(help="Clips a pass, at most: of large ones fewer fit.", min=1)]
 Card = Annotated[str, typer.Argument(metavar="CARD", help="A dataset card: a name in data/, a file, or its folder.")]
 LOCAL_DATABASE = "sqlite:///runs/mlflow.db"
 
@@ -57,21 +27,29 @@ def print_json(document: Any) -> None:
     typer.echo(json.dumps(document, indent=2, default=str, ensure_ascii=False))
 
 
-def parse_steps(text: str) -> list[int]:
-    """``1,4,16`` as numbers, ascending and once each.
+def parse_numbers(text: str, option: str, low: int = 0, high: int | None = None, *, example: str) -> tuple[int, ...]:
+    """``1,4,16`` as numbers, in that order and once each.
+
+    Args:
+        text: as given.
+        option: what it was given by.
+        low: the least of them.
+        high: the largest, if there is one.
+        example: how it could be written.
 
     Raises:
-        UserError: one of them is no whole number from 1 to 1000.
+        UserError: there is none, or one of them is not a whole number within the range.
     """
     try:
-        steps = sorted({int(part) for part in text.split(",") if part.strip()})
+        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
     except ValueError:
-        steps = []
-    if not steps or steps[0] < 1 or steps[-1] > 1000:
+        numbers = ()
+    if not numbers or min(numbers) < low or (high is not None and max(numbers) > high):
+        most = "up" if high is None else f"to {high}"
         raise UserError(
-            f"--steps {text!r} is no list of whole numbers from 1 to 1000: write for example --steps 1,4,16"
+            f"{option} {text!r} is no list of whole numbers from {low} {most}: write for example {option} {example}"
         )
-    return steps
+    return numbers
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
@@ -91,41 +69,6 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 def parse_names(text: str) -> tuple[str, ...]:
     """``train, heldout`` as names, without the empty ones."""
     return tuple(filter(None, (name.strip() for name in text.split(","))))
-
-
-def parse_seeds(text: str) -> list[int]:
-    """``0,1,2`` as numbers, in that order and once each.
-
-    Raises:
-        UserError: one of them is no whole number from 0 up.
-    """
-    try:
-        seeds = list(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
-    except ValueError:
-        seeds = []
-    if not seeds or min(seeds) < 0:
-        raise UserError(f"--seeds {text!r} is no list of whole numbers from 0 up: write for example --seeds 0,1,2")
-    return seeds
-
-
-def check_sampler(sampler: str | None) -> None:
-    """Refuse a way of sampling that is not known; None leaves it to the model.
-
-    Raises:
-        UserError: it is not known.
-    """
-    if sampler is not None and sampler not in SAMPLERS:
-        raise UserError(f"--sampler {sampler!r} is not known: give one of {', '.join(SAMPLERS)}, or leave it out")
-
-
-def check_precision(precision: str) -> None:
-    """Refuse a precision that is not known; empty leaves it to model and device.
-
-    Raises:
-        UserError: it is not known.
-    """
-    if precision and precision not in PRECISIONS:
-        raise UserError(f"--precision {precision!r} is not known: give {' or '.join(PRECISIONS)}, or leave it out")
 
 
 def fresh_folder(out: Path | None, default: str = "", option: str = "--out") -> Path:

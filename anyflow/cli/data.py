@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,24 +10,20 @@ import typer
 from anyflow.cli.common import Card, Json, print_json
 from anyflow.cli.data_encode import encode
 from anyflow.cli.data_import import import_footage
+from anyflow.cli.options import with_options
 from anyflow.errors import UserError
 from anyflow.evaluation.models import check_model
+from anyflow.simulators.options import RenderOptions
 from anyflow.system.files import require_place
 
 app = typer.Typer(help="Render, import, show, check and encode footage.", rich_markup_mode=None, no_args_is_help=True)
 
 
 @app.command("make")
+@with_options
 def make(
     domain: Annotated[str, typer.Argument(metavar="DOMAIN", help="driving, robotics or games.")],
-    clips: Annotated[int, typer.Option(help="Training clips.")] = 1000,
-    heldout: Annotated[int, typer.Option(help="Held-out clips, of other scenes.")] = 64,
-    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
-    look: Annotated[
-        str | None,
-        typer.Option(help="Driving: city, country. Robotics: middle, side. Games: high, low. First by default."),
-    ] = None,
-    workers: Annotated[int, typer.Option(help="Simulators at a time.")] = 2,
+    options: RenderOptions,
     out: Annotated[Path | None, typer.Option(help="A new folder; without it data/shards/DOMAIN.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -41,11 +36,13 @@ def make(
       anyflow data make driving --clips 360 --look country --out data/shards/driving-country
     """
     from anyflow.simulators.make import make_dataset
+    from anyflow.system.console import progress_line
 
     require_place(out or Path("data/shards"), "--out" if out else "the folder for shards,")
-    card = make_dataset(domain, clips, heldout, seed, out, workers, _print_progress, look)
+    with progress_line("rendering") as on_progress:
+        card = make_dataset(domain, options, out, on_progress)
     if as_json:
-        print_json({"card": card, "clips": clips, "heldout": heldout, "seed": seed})
+        print_json({"card": card, "clips": options.clips, "heldout": options.heldout, "seed": options.seed})
     else:
         typer.echo(f"{card}   (see it by: anyflow data show {card.parent}; train on it by: data.card={card})")
 
@@ -122,7 +119,7 @@ def check(
     workers: Annotated[int, typer.Option(help="Processes; 0: this one.", min=0)] = 2,
     as_json: Json = False,
 ) -> None:
-    """Read a whole data set and tell every problem: shards against their index, clips against the card, every frame.
+    """Read a whole data set and report every problem: shards against their index, clips against the card, every frame.
 
     \b
     Examples:
@@ -130,8 +127,10 @@ def check(
       anyflow data check data/shards/driving/card.yaml --fast --json
     """
     from anyflow.data.check import check_card
+    from anyflow.system.console import progress_line
 
-    problems = check_card(card, decode=not fast, workers=workers, progress=_print_progress)
+    with progress_line("checking") as on_progress:
+        problems = check_card(card, decode=not fast, workers=workers, on_progress=on_progress)
     if as_json:
         print_json({"card": card, "problems": problems})
     else:
@@ -149,7 +148,7 @@ def probe(
     model: Annotated[str, typer.Option(help="Model whose clip shape is used.")] = "data/models/tiny",
     as_json: Json = False,
 ) -> None:
-    """Train the probe that judges generated clips of a data set by its own labels (once), and tell how good it is.
+    """Train the probe that judges generated clips of a data set by its own labels (once), and report how good it is.
 
     \b
     Examples:
@@ -171,10 +170,3 @@ def probe(
         print_json({"card": card, "domain": made.domain, "accuracy": made.accuracy, "labels": made.labels})
     else:
         typer.echo("\n".join(made.notes()))
-
-
-def _print_progress(split: str, done: int, total: int) -> None:
-    """One line on stderr that counts up on a terminal, and the last count alone elsewhere."""
-    if sys.stderr.isatty() or done == total:
-        end = "\n" if done == total else ""
-        print(f"\r{split}: {done} of {total} clips", end=end, file=sys.stderr, flush=True)

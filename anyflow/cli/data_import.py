@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +17,9 @@ if TYPE_CHECKING:
     from anyflow.data.importing.run import Progress
 
 QUIET_SECONDS = 30.0
+"""Between two lines of progress where output is not a terminal."""
 NAMED = 20
+"""Unusable recordings that are listed, at most."""
 
 
 @with_options
@@ -40,44 +40,20 @@ def import_footage(
       anyflow data import my-videos --to my-data --domain games --caption "{title}. {caption}" --licence "own footage"
     """
     from anyflow.data.importing.run import import_dataset
+    from anyflow.system.console import progress_line
 
     require_place(to, "--to")
-    report = import_dataset(source, to, options, _Printer())
+    with progress_line("importing", plain_every=QUIET_SECONDS) as on_progress:
+
+        def shown(done: Progress) -> None:
+            on_progress(done.recordings, done.of, f"{done.clips} clips, {done.clips_per_second:.1f} clips/s")
+
+        report = import_dataset(source, to, options, shown)
     if as_json:
         print_json({"card": report.card, **report.to_dict()})
         return
     for line in _lines(report):
         typer.echo(line)
-
-
-class _Printer:
-    """One line on stderr that counts up on a terminal; elsewhere a line now and then."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def __call__(self, progress: Progress) -> None:
-        terminal, done = sys.stderr.isatty(), progress.recordings == progress.of
-        if not (terminal or done or time.monotonic() - self._last > QUIET_SECONDS):
-            return
-        self._last = time.monotonic()
-        left = "" if progress.seconds_left is None or done else f", {_duration(progress.seconds_left)} left"
-        line = (
-            f"{progress.recordings} of {progress.of} recordings, {progress.clips} clips, "
-            f"{progress.clips_per_second:.1f} clips/s{left}"
-        )
-        print(
-            f"\r{line:<78}" if terminal else line,
-            end="" if terminal and not done else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _lines(report: ImportReport) -> list[str]:

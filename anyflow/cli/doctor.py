@@ -24,9 +24,9 @@ def doctor(
 ) -> None:
     """Doctor: examine this machine, its first GPU or its CPU, and print a line of JSON an item.
 
-    The machine; attention by every backend; a training step's time and memory beside what anyflow plan says; the
-    autoencoder; where a training runs in each of its phases; what torch.compile makes of the stages; whether a killed
-    run goes on bitwise; what bfloat16 leaves of the finite difference; several GPUs' connection. Nothing is downloaded.
+    The machine; attention by every backend; a training step's time and memory, beside what anyflow plan says; the
+    autoencoder; the device of every phase of a training. Then what torch.compile makes of the stages, whether a killed
+    run resumes bitwise, what bfloat16 leaves of the finite difference, how GPUs are connected. It downloads nothing.
 
     \b
     Examples:
@@ -43,7 +43,7 @@ def doctor(
     items = [] if only.strip() == "machine" else items_named(only)
     if out is not None:
         if out.is_dir() or not out.absolute().parent.is_dir():
-            raise UserError(f"--out {out} is no file that can be written: name one in a folder that is there")
+            raise UserError(f"--out {out} cannot be written: name a file in a folder that exists")
         require_place(out.absolute().parent, "--out in")
     written = Written(out)
     try:

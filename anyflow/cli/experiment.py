@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anyflow.cli.common import Json, print_json
-from anyflow.errors import UserError
+from anyflow.cli.common import Json, parse_names, parse_numbers, print_json
 
 if TYPE_CHECKING:
     from anyflow.experiment.pieces import Piece
@@ -58,7 +57,8 @@ def experiment(
     from anyflow.experiment.tasks import select, tasks_of
 
     every = pieces_of(found)
-    chosen = select(found, every, _words(only), _numbers(seeds))
+    numbers = parse_numbers(seeds, "--seeds", example="0,1") if seeds else ()
+    chosen = select(found, every, parse_names(only), numbers)
     if not report:
         from anyflow.experiment.ready import check_ready
 
@@ -141,14 +141,3 @@ def _jobs_document(found: Experiment, jobs: list[Task]) -> dict[str, Any]:
         for job in jobs
     ]
     return {"experiment": found.name, "question": found.question, "jobs": rows}
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(word) for word in _words(text)]
-    except ValueError:
-        raise UserError(f"--seeds {text!r} is no list of whole numbers: write for example --seeds 0,1") from None

@@ -69,7 +69,7 @@ def _export_run(run: Path, target: Path, lora: bool, precision: str, single_file
     from anyflow.recipe import load_recipe
     from anyflow.system.console import quiet_libraries
     from anyflow.tracking.runs import RunFolder
-    from anyflow.training.finish import guidance_of, model_card
+    from anyflow.training.finish import model_card
 
     recipe = load_recipe(str(run / "recipe.yaml"))
     if lora and not recipe.model.lora.enabled:
@@ -88,13 +88,8 @@ def _export_run(run: Path, target: Path, lora: bool, precision: str, single_file
         if lora:
             export_lora(target, backbone, card)
         else:
-            options: dict[str, Any] = {
-                "dtype": _dtype(precision),
-                "sampler": recipe.sampler,
-                "guidance": guidance_of(recipe) if recipe.sampler == "euler" else None,
-                "single_file": single_file,
-            }
-            export_pipeline(target, backbone.transformer, codec, recipe.model.shift, card, **options)
+            form: dict[str, Any] = {"dtype": _dtype(precision), "single_file": single_file}
+            export_pipeline(target, backbone.transformer, codec, recipe.model.shift, card, **form)
 
 
 def _restored(recipe: Recipe, checkpoint: Path) -> tuple[Any, Any, Any]:
@@ -124,17 +119,18 @@ def _export_model(source: str, target: Path, precision: str, single_file: bool) 
     dtype = _dtype(precision)
     codec, backbone = Codec.from_folder(source), load_backbone(source, dtype=dtype)
     frames, height, width, fps = trained_shape(source) or (81, 480, 832, 16.0)
+    sampler, guidance = way_of(source)
     card = ModelCard(
         title=target.name,
         base_model=source,
         summary=f"The weights of {source}, written by anyflow.",
         size=(frames, height, width),
         fps=fps or 8.0,
+        sampler=sampler,
+        guidance=None if has_guidance(source) else guidance,
     )
-    sampler, guidance = way_of(source)
-    options: dict[str, Any] = {"dtype": dtype, "sampler": sampler, "single_file": single_file}
-    options["guidance"] = None if has_guidance(source) else guidance
-    export_pipeline(target, backbone.transformer, codec, shift_of(source), card, **options)
+    form: dict[str, Any] = {"dtype": dtype, "single_file": single_file}
+    export_pipeline(target, backbone.transformer, codec, shift_of(source), card, **form)
 
 
 def _dtype(precision: str) -> Any:

@@ -3,52 +3,67 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anyflow.cli.common import (
-    GuidanceScale,
-    Json,
-    Model,
-    Negative,
-    NoiseSeed,
-    Precision,
-    Sampler,
-    check_precision,
-    check_sampler,
-    fresh_folder,
-    parse_steps,
-    print_json,
-    whole_folder,
-)
+from anyflow.cli.common import Json, Model, fresh_folder, print_json, whole_folder
+from anyflow.cli.options import with_options
 from anyflow.errors import UserError
 from anyflow.evaluation.models import check_model
+from anyflow.evaluation.options import WayOptions
+from anyflow.system.option import option
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from anyflow.backbone.guidance import Guidance
-    from anyflow.data.decode import ClipShape
+    from anyflow.evaluation.loaded import LoadedModel
 
 
+@dataclass(frozen=True)
+class SampleOptions:
+    """What is sampled of the prompts."""
+
+    steps: tuple[int, ...] = option((1, 4, 16), "Step counts, each from the same noise.", low=1, high=1000)
+    seed: int = option(0, "Seed of the noise.", low=0)
+    frames: int | None = option(None, "Frames (4n+1); else as trained.", low=1)
+    height: int | None = option(None, "Pixel rows (multiple of 16); else as trained.", low=16)
+    width: int | None = option(None, "Pixel columns (multiple of 16); else as trained.", low=16)
+    image: Path | None = option(None, "A picture to start from (image-to-video).")
+    video: Path | None = option(None, "A clip to go on from (video-to-video).")
+    given: int = option(5, "With --video: how many of its frames (4n+1) are taken.", low=1)
+    fps: float | None = option(None, "Frames a second of the mp4; else as trained.", low=0.1)
+
+    @property
+    def num_given(self) -> int:
+        """Pixel frames that are given: 1 with an image, ``given`` with a video, else 0."""
+        return self.given if self.video is not None else 1 if self.image is not None else 0
+
+    def check(self) -> None:
+        """That a clip can begin as it is asked to.
+
+        Raises:
+            UserError: it cannot.
+        """
+        if self.image is not None and self.video is not None:
+            raise UserError("--image and --video are both given: a clip has one beginning, give one of them")
+        for name, path in (("--image", self.image), ("--video", self.video)):
+            if path is not None and not path.is_file():
+                raise UserError(f"{name} {path}: there is no such file")
+        if self.given % 4 != 1:
+            fitting = self.given - (self.given - 1) % 4
+            raise UserError(f"--given {self.given} is not 4n+1, as the VAE needs: give {fitting}")
+
+
+@with_options
 def sample(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What the clips show, one text a prompt.")],
+    options: SampleOptions,
+    way: WayOptions,
     model: Model = "data/models/tiny",
-    steps: Annotated[str, typer.Option(help="Step counts, each from the same noise.")] = "1,4,16",
-    seed: NoiseSeed = 0,
-    sampler: Sampler = None,
-    guidance: GuidanceScale = None,
-    negative: Negative = None,
-    frames: Annotated[int | None, typer.Option(help="Frames (4n+1); else as trained.", min=1)] = None,
-    height: Annotated[int | None, typer.Option(help="Pixel rows (multiple of 16); else as trained.", min=16)] = None,
-    width: Annotated[int | None, typer.Option(help="Pixel columns (multiple of 16); else as trained.", min=16)] = None,
-    image: Annotated[Path | None, typer.Option(help="A picture to start from (image-to-video).")] = None,
-    video: Annotated[Path | None, typer.Option(help="A clip to go on from (video-to-video).")] = None,
-    given: Annotated[int, typer.Option(help="With --video: how many of its frames (4n+1) are taken.", min=1)] = 5,
-    fps: Annotated[float | None, typer.Option(help="Frames a second of the mp4; else as trained.", min=0.1)] = None,
-    precision: Precision = "",
     out: Annotated[Path | None, typer.Option(help="A new folder; without it one under runs/samples.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -63,86 +78,42 @@ def sample(
       anyflow sample "..." --model runs/wan-teacher --steps 50 --guidance 5 --negative "blurred, still"
       anyflow sample "..." --model nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers --steps 4 --out samples --json
     """
-    counts = parse_steps(steps)
     if not all(prompt.strip() for prompt in prompts):
         raise UserError("PROMPT is empty: say what the clip shows")
     folder = fresh_folder(out, "runs/samples/sample")
     check_model(model)
-    check_sampler(sampler)
-    check_precision(precision)
-    given = _check_given(image, video, given)
-    from anyflow.evaluation.models import load_model, native_shape, way_of
-
-    shape = native_shape(model, frames=frames, height=height, width=width, fps=fps)
-    pixels = given_pixels(image or video, given, shape)
-    way = way_of(model, sampler, guidance, negative)
-    codec, backbone, shift = load_model(model, precision)
-    latent_shape = codec.latent_shape(shape.frames, shape.height, shape.width)
-    first_frames = None if pixels is None else codec.encode_video(pixels)
-    seconds, clips = _sample_all(codec, backbone, prompts, latent_shape, counts, shift, way, seed, first_frames)
-    num_given = 0 if first_frames is None else first_frames.shape[1]
-    calls = {count: way[1].calls * backbone.calls_of(count, latent_shape[0], num_given) for count in counts}
+    options.check()
+    loaded, given = _load(model, options, way)
+    seconds, clips = sample_prompts(loaded, prompts, sorted(options.steps), options.seed, given)
     with whole_folder(folder) as partial:
-        names = _write(partial, prompts, clips, shape.fps or 8.0, given)
-    files = {kind: [folder / name for name in found] for kind, found in names.items()}
+        names = _write(partial, prompts, clips, loaded.shape.fps or 8.0, options.num_given)
+    num_given = 0 if given is None else given.shape[1]
+    found = {
+        "nfe": {count: loaded.calls(count, num_given) for count in clips},
+        "seconds": seconds,
+        "files": {kind: [folder / name for name in written] for kind, written in names.items()},
+    }
     if as_json:
-        told = {"model": model, "prompts": prompts, "seed": seed, "guidance": way[1].scale, "nfe": calls}
-        print_json({**told, "seconds": seconds, "files": files})
-        return
-    for count in counts:
-        typer.echo(
-            f"{count:>4} steps  {calls[count]:>4} calls  {seconds[count]:6.1f} s  "
-            f"{', '.join(map(str, files[str(count)]))}"
-        )
-    if way[1].told:
-        typer.echo(way[1].told)
-    typer.echo(f"side by side: {' and '.join(map(str, files['all']))}")
+        asked = {"model": model, "prompts": prompts, "seed": options.seed, "guidance": loaded.guidance.scale}
+        print_json({**asked, **found})
+    else:
+        _show(found, loaded.guidance.told)
 
 
-def _check_given(image: Path | None, video: Path | None, given: int) -> int:
-    """How many pixel frames are given: 1 with an image, ``--given`` with a video, else 0."""
-    if image is not None and video is not None:
-        raise UserError("--image and --video are both given: a clip has one beginning, give one of them")
-    for name, path in (("--image", image), ("--video", video)):
-        if path is not None and not path.is_file():
-            raise UserError(f"{name} {path}: there is no such file")
-    if given % 4 != 1:
-        raise UserError(f"--given {given} is not 4n+1, as the VAE needs: give {given - (given - 1) % 4}")
-    return given if video is not None else 1 if image is not None else 0
+def _load(model: str, options: SampleOptions, way: WayOptions) -> tuple[LoadedModel, Tensor | None]:
+    """The model, and the latents ``[1, k, C, H, W]`` that its clips begin with."""
+    from anyflow.evaluation.loaded import LoadedModel, given_pixels
+    from anyflow.evaluation.models import native_shape
+
+    shape = native_shape(model, frames=options.frames, height=options.height, width=options.width, fps=options.fps)
+    beginning = options.image or options.video
+    pixels = None if beginning is None else given_pixels(beginning, options.num_given, shape)
+    loaded = LoadedModel.of(model, way, shape)
+    return loaded, None if pixels is None else loaded.given_latents(pixels)
 
 
-def given_pixels(path: Path | None, given: int, shape: ClipShape) -> Tensor | None:
-    """The given frames uint8 ``[1, F, H, W, 3]``, scaled and cropped to the clip's size; None without any."""
-    import dataclasses
-
-    import torch
-
-    from anyflow.data.decode import DecodeError, decode_clip
-
-    if path is None:
-        return None
-    if given >= shape.frames:
-        raise UserError(
-            f"--given {given} leaves nothing to sample of {shape.frames} frames: give less, or more --frames"
-        )
-    fps = shape.fps if given > 1 else None
-    try:
-        frames = decode_clip(path.read_bytes(), dataclasses.replace(shape, frames=given, fps=fps))
-    except DecodeError as error:
-        raise UserError(f"{path}: {error}") from error
-    return torch.from_numpy(frames)[None]
-
-
-def _sample_all(
-    codec: Any,
-    backbone: Any,
-    prompts: list[str],
-    shape: tuple[int, ...],
-    counts: list[int],
-    shift: float,
-    way: tuple[Any, Guidance],
-    seed: int,
-    first_frames: Tensor | None,
+def sample_prompts(
+    loaded: LoadedModel, prompts: Sequence[str], counts: Sequence[int], seed: int, given: Tensor | None = None
 ) -> tuple[dict[int, float], dict[int, Any]]:
     """Seconds and clips (uint8 ``[n, F, H, W, 3]``) by step count; each prompt has its own noise, the same at all.
 
@@ -150,23 +121,19 @@ def _sample_all(
     """
     import torch
 
-    from anyflow.backbone.stream import stream_video
-    from anyflow.evaluation.measure import prompt_noise, take_of
     from anyflow.system.console import progress_line
 
-    at_once = backbone.clips_at_once(shape)
+    at_once = loaded.clips_at_once
     groups = [prompts[first : first + at_once] for first in range(0, len(prompts), at_once)]
-    chunks = len(backbone.chunks_of(shape[0], 0 if first_frames is None else first_frames.shape[1]))
+    chunks = len(loaded.backbone.chunks_of(loaded.latent_shape[0], 0 if given is None else given.shape[1]))
     seconds, clips = {}, {}
     done, total = 0, len(counts) * len(groups) * chunks
     with progress_line("sampling") as on_progress:
         for count in counts:
             start, videos = time.perf_counter(), []
             for group in groups:
-                noise = prompt_noise(shape, group, seed).to(codec.device)
-                known = None if first_frames is None else first_frames.expand(len(group), -1, -1, -1, -1)
-                take, parts = take_of(way[0], group, seed), []
-                for part in stream_video(backbone, codec, group, noise, count, shift, known, take, way[1]):
+                known, parts = None if given is None else given.expand(len(group), -1, -1, -1, -1), []
+                for part in loaded.parts(group, group, count, seed, known):
                     parts.append(part.cpu())
                     done += 1
                     on_progress(done, total, f"steps: {count}, chunk {len(parts)}")
@@ -176,7 +143,17 @@ def _sample_all(
     return seconds, clips
 
 
-def _write(folder: Path, prompts: list[str], clips: dict[int, Any], fps: float, given: int) -> dict[str, list[str]]:
+def _show(found: Mapping[str, Any], guidance: str) -> None:
+    files = found["files"]
+    for count, seconds in found["seconds"].items():
+        names = ", ".join(map(str, files[str(count)]))
+        typer.echo(f"{count:>4} steps  {found['nfe'][count]:>4} calls  {seconds:6.1f} s  {names}")
+    if guidance:
+        typer.echo(guidance)
+    typer.echo(f"side by side: {' and '.join(map(str, files['all']))}")
+
+
+def _write(folder: Path, prompts: Sequence[str], clips: dict[int, Any], fps: float, given: int) -> dict[str, list[str]]:
     """One mp4 a prompt and step count, and ``all`` of them in one picture and one film; the names of the files."""
     from anyflow.evaluation.report.picture import Grid, Prompt, save_mp4, save_png, strips, write_mp4
 

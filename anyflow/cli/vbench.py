@@ -3,55 +3,75 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anyflow.cli.common import (
-    BatchSize,
-    GuidanceScale,
-    Json,
-    Model,
-    Negative,
-    NoiseSeed,
-    Precision,
-    Sampler,
-    check_precision,
-    check_sampler,
-    parse_names,
-    parse_steps,
-    print_json,
-)
+from anyflow.cli.common import Json, Model, print_json
+from anyflow.cli.options import with_options
 from anyflow.errors import UserError
 from anyflow.evaluation.models import check_model
+from anyflow.evaluation.options import WayOptions
 from anyflow.system.files import require_place, write_atomically
+from anyflow.system.option import option
 
 if TYPE_CHECKING:
-    from anyflow.data.decode import ClipShape
+    from torch import Tensor
+
+    from anyflow.evaluation.loaded import LoadedModel
     from anyflow.evaluation.vbench import Asked
 
 
+@dataclass(frozen=True)
+class VBenchOptions:
+    """Which videos are made, and whether they are scored."""
+
+    steps: tuple[int, ...] = option((4, 32), "Step counts, each a folder of its own.", low=1, high=1000)
+    info: Path | None = option(None, "VBench's prompt list (full_info.json); else the installed package's.")
+    images: Path | None = option(None, "VBench-I2V instead: the folder of its cropped images, data/crop/RATIO.")
+    dimensions: tuple[str, ...] = option((), "Dimensions, separated by commas; else all.")
+    samples: int = option(5, "Videos a prompt; the benchmark's number is 5.", low=1, high=5)
+    seed: int = option(0, "Seed of the noise.", low=0)
+    batch_size: int = option(4, "Clips a pass, at most: of large ones fewer fit.", low=1)
+    score: bool = option(False, "Let the installed vbench package score the videos.")
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it is the benchmark of image-to-video."""
+        return self.images is not None
+
+    @property
+    def prompt_list(self) -> Path:
+        """The benchmark's list of prompts: the given one, or that of the installed package.
+
+        Raises:
+            UserError: none is given, and none is installed.
+        """
+        from anyflow.evaluation.vbench import installed_prompts
+
+        place = self.info or (None if self.is_image else installed_prompts())
+        if place is None:
+            needed = "vbench2_i2v_full_info.json of VBench-I2V" if self.is_image else "VBench_full_info.json"
+            raise UserError(f"--info is empty and the list is not installed: give {needed} (it comes with VBench)")
+        return place
+
+    @property
+    def chosen(self) -> list[str]:
+        """The dimensions that are asked for."""
+        from anyflow.evaluation.vbench import dimensions_of
+
+        return list(self.dimensions or dimensions_of(image=self.is_image))
+
+
+@with_options
 def vbench(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder of the videos and scores; what is there already is kept.")],
-    steps: Annotated[str, typer.Option(help="Step counts, each a folder of its own.")] = "4,32",
-    info: Annotated[
-        Path | None, typer.Option(help="VBench's prompt list (full_info.json); else the installed package's.")
-    ] = None,
-    images: Annotated[
-        Path | None, typer.Option(help="VBench-I2V instead: the folder of its cropped images, data/crop/RATIO.")
-    ] = None,
-    dimensions: Annotated[str, typer.Option(help="Dimensions, separated by commas; else all.")] = "",
-    samples: Annotated[int, typer.Option(help="Videos a prompt; the benchmark's number is 5.", min=1, max=5)] = 5,
-    seed: NoiseSeed = 0,
-    sampler: Sampler = None,
-    guidance: GuidanceScale = None,
-    negative: Negative = None,
-    batch_size: BatchSize = 4,
-    precision: Precision = "",
-    score: Annotated[bool, typer.Option("--score", help="Let the installed vbench package score the videos.")] = False,
+    options: VBenchOptions,
+    way: WayOptions,
     as_json: Json = False,
 ) -> None:
     """Write the videos that VBench or VBench-I2V scores, in its own layout, and merge its scores by step count.
@@ -66,91 +86,77 @@ def vbench(
       anyflow vbench --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --steps 50 --out vbench/wan
       anyflow vbench --model data/models/tiny --dimensions motion_smoothness --samples 1 --out vbench/tiny
     """
-    counts = parse_steps(steps)
     check_model(model)
-    check_sampler(sampler)
-    check_precision(precision)
     require_place(out, "--out")
-    from anyflow.evaluation.vbench import dimensions_of, read_prompts
+    from anyflow.evaluation.models import way_of
+    from anyflow.evaluation.vbench import read_prompts
 
-    place = _prompt_list(info, images)
-    chosen = list(parse_names(dimensions)) or list(dimensions_of(image=images is not None))
-    prompts = read_prompts(place, chosen, image=images is not None)
-    _check_images(images, prompts)
-    from anyflow.evaluation.models import usual_precision, way_of
-
-    way = way_of(model, sampler, guidance, negative)
-    settings: dict[str, Any] = {"samples": samples, "seed": seed, "sampler": sampler, "images": images}
-    settings |= {"batch_size": batch_size, "way": way, "precision": precision or usual_precision(model)}
-    _settle(out, model, settings)
-    folders = _sample_all(model, prompts, counts, out, settings)
-    told: dict[str, Any] = {"model": model, "guidance": way[1].scale, "nfe": _calls(out, counts)}
+    prompts = read_prompts(options.prompt_list, options.chosen, image=options.is_image)
+    _check_images(options.images, prompts)
+    guidance = way_of(model, way.sampler, way.guidance, way.negative)[1]
+    _settle(out, model, options, way, guidance.told)
+    folders = {count: out / f"steps-{count:02d}" / "videos" for count in sorted(options.steps)}
+    _sample_missing(model, way, options, prompts, out, folders)
+    nfe = _read(out / "settings.json").get("nfe", {})
+    found: dict[str, Any] = {
+        "model": model,
+        "guidance": guidance.scale,
+        "nfe": {str(count): nfe[str(count)] for count in folders if str(count) in nfe},
+    }
     scores: dict[str, Any] = {}
-    if score:
-        scores = _scored(folders, place, chosen, out, images)
-        _write_json(out / "vbench.json", {**told, "seed": seed, "samples": samples, "scores": scores})
+    if options.score:
+        scores = {str(count): _scores_of(folder, options) for count, folder in folders.items()}
+        written = {**found, "seed": options.seed, "samples": options.samples, "scores": scores}
+        _write(out / "vbench.json", written)
     if as_json:
-        print_json({**told, "prompts": len(prompts), "videos": folders, "scores": scores})
-        return
+        print_json({**found, "prompts": len(prompts), "videos": folders, "scores": scores})
+    else:
+        _show(folders, found["nfe"], scores, guidance.told)
+
+
+def _show(folders: Mapping[int, Path], nfe: Mapping[str, int], scores: Mapping[str, Any], guidance: str) -> None:
     for count, folder in folders.items():
         line = ", ".join(f"{name} {100 * value:.2f}" for name, value in scores.get(str(count), {}).items())
-        typer.echo(f"{count:>4} steps  {told['nfe'].get(str(count), '?'):>4} calls  {line or folder}")
-    if way[1].told:
-        typer.echo(way[1].told)
-    if not score:
+        typer.echo(f"{count:>4} steps  {nfe.get(str(count), '?'):>4} calls  {line or folder}")
+    if guidance:
+        typer.echo(guidance)
+    if not scores:
         typer.echo(f"score: anyflow vbench ... --score, or: vbench evaluate --videos_path {folder} --dimension ...")
 
 
-def _prompt_list(info: Path | None, images: Path | None) -> Path:
-    """The benchmark's list of prompts: the given one, or that of the installed package."""
-    from anyflow.evaluation.vbench import installed_prompts
+def _scores_of(videos: Path, options: VBenchOptions) -> dict[str, float]:
+    """The scores of one step count's videos, with the totals."""
+    import torch
 
-    place = info or (installed_prompts() if images is None else None)
-    if place is None:
-        needed = "vbench2_i2v_full_info.json of VBench-I2V" if images is not None else "VBench_full_info.json"
-        raise UserError(f"--info is empty and the list is not installed: give {needed} (it comes with VBench)")
-    return place
-
-
-def _scored(
-    folders: dict[int, Path], place: Path, dimensions: Sequence[str], out: Path, images: Path | None
-) -> dict[str, Any]:
-    """The scores of each step count's videos, with the totals."""
     from anyflow.evaluation.vbench import run_vbench, totals
 
-    scores = {}
-    for count, folder in folders.items():
-        resolution, results = None if images is None else images.name, out / f"steps-{count:02d}"
-        found = run_vbench(folder, place, dimensions, results, resolution=resolution, device=_device())
-        scores[str(count)] = {**found, **totals(found, image=images is not None)}
-    return scores
+    found = run_vbench(
+        videos,
+        options.prompt_list,
+        options.chosen,
+        videos.parent,
+        resolution=None if options.images is None else options.images.name,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    return {**found, **totals(found, image=options.is_image)}
 
 
-def _settle(out: Path, model: str, settings: dict[str, Any]) -> None:
+def _settle(out: Path, model: str, options: VBenchOptions, way: WayOptions, guidance: str) -> None:
     """Note what the folder's videos are of: they are kept, so another model's must not come among them."""
+    from anyflow.evaluation.models import usual_precision
     from anyflow.tracking.fingerprints import model_fingerprint
 
-    told = ("seed", "sampler", "images", "precision")
-    now = {"model": model_fingerprint(model), **{key: str(settings[key]) for key in told}}
-    now |= {"guidance": settings["way"][1].told}
+    precision = way.precision or usual_precision(model)
+    told = {"seed": options.seed, "sampler": way.sampler, "images": options.images, "precision": precision}
+    now = {"model": model_fingerprint(model), **{key: str(value) for key, value in told.items()}, "guidance": guidance}
     path = out / "settings.json"
-    was = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else now
+    was = _read(path) if path.is_file() else now
     was.setdefault("guidance", "")  # of a folder from before there was any
     changed = [key for key, value in now.items() if was.get(key, value) != value]
     if changed:
         raise UserError(f"--out {out} holds videos of another {' and '.join(changed)}: name another folder")
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(path, {**was, **now})
-
-
-def _calls(out: Path, counts: Sequence[int], found: dict[str, int] | None = None) -> dict[str, int]:
-    """Network calls of a video by step count, of those that were ever sampled here; ``found`` is noted for later."""
-    path = out / "settings.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    known: dict[str, int] = {**settings.get("nfe", {}), **(found or {})}
-    if found:
-        _write_json(path, {**settings, "nfe": known})
-    return {str(count): known[str(count)] for count in counts if str(count) in known}
+    _write(path, {**was, **now})
 
 
 def _check_images(images: Path | None, prompts: Sequence[Asked]) -> None:
@@ -162,83 +168,72 @@ def _check_images(images: Path | None, prompts: Sequence[Asked]) -> None:
         )
 
 
-def _sample_all(
-    model: str, prompts: Sequence[Asked], counts: Sequence[int], out: Path, settings: dict[str, Any]
-) -> dict[int, Path]:
-    """Every video that is not there yet; the folders by step count."""
-    from anyflow.evaluation.models import load_model, native_shape
-    from anyflow.evaluation.report.picture import write_mp4
+@dataclass(frozen=True)
+class _Due:
+    """A video that is still to be made."""
+
+    asked: Asked
+    index: int
+    path: Path
+
+
+def _sample_missing(
+    model: str, way: WayOptions, options: VBenchOptions, prompts: Sequence[Asked], out: Path, folders: dict[int, Path]
+) -> None:
+    """Make every video that is not there yet, into the folder of its step count."""
     from anyflow.evaluation.vbench import video_name
+
+    due: dict[int, list[_Due]] = {}
+    for count, folder in folders.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        every = [(asked, index) for asked in prompts for index in range(options.samples)]
+        places = [_Due(asked, index, folder / video_name(asked.prompt, index)) for asked, index in every]
+        due[count] = [video for video in places if not video.path.is_file()]
+    write_atomically(out / "prompts.txt", "".join(f"{asked.prompt}\n" for asked in prompts))
+    if not any(due.values()):
+        return
+    from anyflow.evaluation.loaded import LoadedModel
+    from anyflow.evaluation.models import native_shape
+    from anyflow.evaluation.report.picture import write_mp4
     from anyflow.system.console import progress_line
 
-    folders = {count: out / f"steps-{count:02d}" / "videos" for count in counts}
-    wanted = [(asked, index) for asked in prompts for index in range(settings["samples"])]
-    due = [
-        (count, asked, index)
-        for count in counts
-        for asked, index in wanted
-        if not (folders[count] / video_name(asked.prompt, index)).is_file()
-    ]
-    for folder in folders.values():
-        folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "prompts.txt", "".join(f"{asked.prompt}\n" for asked in prompts))
-    if not due:
-        return folders
-    shape = native_shape(model)
-    codec, backbone, shift = load_model(model, settings["precision"])
-    latents = codec.latent_shape(shape.frames, shape.height, shape.width)
-    given, per_call = int(settings["images"] is not None), settings["way"][1].calls
-    _calls(out, counts, {str(count): per_call * backbone.calls_of(count, latents[0], given) for count in counts})
-    size, partial = min(settings["batch_size"], backbone.clips_at_once(latents)), out / ".partial.mp4"
-    done = 0
+    loaded = LoadedModel.of(model, way, native_shape(model))
+    settings = _read(out / "settings.json")
+    calls = {str(count): loaded.calls(count, int(options.is_image)) for count in folders}
+    _write(out / "settings.json", {**settings, "nfe": {**settings.get("nfe", {}), **calls}})
+    partial, done, total = out / ".partial.mp4", 0, sum(map(len, due.values()))
     with progress_line("sampling for vbench") as on_progress:
-        for count in counts:
-            of_count = [(asked, index) for steps, asked, index in due if steps == count]
-            for start in range(0, len(of_count), size):
-                part = of_count[start : start + size]
-                clips = _sample(codec, backbone, shape, part, count, shift, settings)
-                for (asked, index), clip in zip(part, clips, strict=True):
-                    write_mp4(partial, list(clip), shape.fps or 8.0)
-                    partial.replace(folders[count] / video_name(asked.prompt, index))
-                done += len(part)
-                on_progress(done, len(due), f"{count} steps")
-    return folders
+        for count, part, clips in _sampled(loaded, options, due):
+            for video, clip in zip(part, clips, strict=True):
+                write_mp4(partial, list(clip.numpy()), loaded.shape.fps or 8.0)
+                partial.replace(video.path)
+            done += len(part)
+            on_progress(done, total, f"{count} steps")
 
 
-def _sample(
-    codec: Any,
-    backbone: Any,
-    shape: ClipShape,
-    part: Sequence[tuple[Asked, int]],
-    num_steps: int,
-    shift: float,
-    settings: dict[str, Any],
-) -> Any:
-    """Clips uint8 ``[n, F, H, W, 3]``; each video's noise follows seed, prompt and number alone."""
+def _sampled(
+    loaded: LoadedModel, options: VBenchOptions, due: Mapping[int, Sequence[_Due]]
+) -> Iterator[tuple[int, Sequence[_Due], Tensor]]:
+    """Step count, videos and their clips uint8 ``[n, F, H, W, 3]``; noise follows seed, prompt and number alone."""
     import torch
 
-    from anyflow.backbone.conditions import Conditions
-    from anyflow.cli.sample import given_pixels
-    from anyflow.evaluation.measure import prompt_noise, take_of
+    from anyflow.evaluation.loaded import given_pixels
 
-    keys, first_frames = [f"{asked.prompt}-{index}" for asked, index in part], None
-    latent_shape = codec.latent_shape(shape.frames, shape.height, shape.width)
-    noise = prompt_noise(latent_shape, keys, settings["seed"]).to(codec.device)
-    if settings["images"] is not None:
-        frames = [given_pixels(settings["images"] / asked.image, 1, shape) for asked, _ in part]
-        first_frames = codec.encode_video(torch.cat([frame for frame in frames if frame is not None]).to(codec.device))
-    kind, guidance = settings["way"]
-    conditions = Conditions(codec.encode_text([asked.prompt for asked, _ in part]), first_frames)
-    take = take_of(kind, keys, settings["seed"])
-    guided = guidance.way(backbone, codec)
-    return codec.decode(backbone.sample(conditions, noise, num_steps, shift, take, **guided)).cpu().numpy()
+    size = min(options.batch_size, loaded.clips_at_once)
+    for count, videos in due.items():
+        for start in range(0, len(videos), size):
+            part, given = videos[start : start + size], None
+            if options.images is not None:
+                images = [given_pixels(options.images / str(video.asked.image), 1, loaded.shape) for video in part]
+                given = loaded.given_latents(torch.cat(images))
+            keys = [f"{video.asked.prompt}-{video.index}" for video in part]
+            frames = loaded.parts([video.asked.prompt for video in part], keys, count, options.seed, given)
+            yield count, part, torch.cat([frame.cpu() for frame in frames], dim=1)
 
 
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _write_json(path: Path, document: Any) -> None:
+def _write(path: Path, document: Any) -> None:
     write_atomically(path, json.dumps(document, indent=1) + "\n")

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import math
 import os
-import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from anyflow.data import remote
 from anyflow.data.find import find_card
 from anyflow.data.shards import INDEX_NAME, Sample, Shard, check_folder, load_index
-from anyflow.errors import UserError, first_line
+from anyflow.errors import UserError
 from anyflow.system.files import write_atomically
+from anyflow.system.typed import build, read_yaml, to_yaml
 
 CARD_NAME = "card.yaml"
 """The card's name inside a rendered or imported data set's own folder."""
@@ -85,15 +82,7 @@ def load_card(card: str | Path, require_shards: bool = True) -> DatasetCard:
         UserError: no such card; a key that is misspelt, missing or of the wrong type; a split without shards.
     """
     path = fetch_card(card) if isinstance(card, str) and remote.is_url(card) else find_card(str(card), "data set ")
-    try:
-        document = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"card {str(path)!r} is not YAML: {first_line(error)}") from error
-    if not isinstance(document, dict):
-        raise UserError(f"card {str(path)!r}: expected keys and values such as `name: driving`")
-    values = _check_fields(document, path)
-    values["splits"] = {split: _place(path.parent, folder) for split, folder in values["splits"].items()}
-    loaded = DatasetCard(**values, path=path)
+    loaded = _checked(build(DatasetCard, read_yaml(path, "card"), f"card {str(path)!r}: ", path=path))
     if require_shards:
         for split, folder in loaded.splits.items():
             if remote.url_of(folder) is None and not (folder / INDEX_NAME).is_file():
@@ -131,7 +120,7 @@ def write_card(card: DatasetCard, path: Path) -> None:
     document = {f.name: getattr(card, f.name) for f in dataclasses.fields(card) if f.name != "path"}
     document = {name: dict(value) if isinstance(value, Mapping) else value for name, value in document.items()}
     document["splits"] = {split: _relative(folder, path.parent) for split, folder in card.splits.items()}
-    write_atomically(path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110))
+    write_atomically(path, to_yaml(document))
 
 
 def check_shards(card: DatasetCard | str | Path) -> list[str]:
@@ -157,7 +146,7 @@ def check_shards(card: DatasetCard | str | Path) -> list[str]:
     return problems
 
 
-def iterate(card: DatasetCard, split: str) -> typing.Iterator[tuple[Path, Shard, Sample]]:
+def iterate(card: DatasetCard, split: str) -> Iterator[tuple[Path, Shard, Sample]]:
     """The samples of a split: (folder, shard, sample).
 
     Raises:
@@ -170,64 +159,18 @@ def iterate(card: DatasetCard, split: str) -> typing.Iterator[tuple[Path, Shard,
         yield folder, shard, sample
 
 
-def _check_fields(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The YAML's values, each of its field's type."""
-    fields = {f.name: f for f in dataclasses.fields(DatasetCard) if f.name != "path"}
-    for key in document:
-        if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(fields)}"
-            raise UserError(f"card {str(path)!r}: unknown key {key!r}; {hint}")
-    required = [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
-    missing = [name for name in required if name not in document]
-    if missing:
-        raise UserError(f"card {str(path)!r}: missing key {missing[0]!r}; a card needs {', '.join(required)}")
-    hints = typing.get_type_hints(DatasetCard)
-    for key, value in document.items():
-        if not _matches(value, hints[key]):
-            raise UserError(f"card {str(path)!r}: {key}={value!r} has the wrong type; give {_describe(hints[key])}")
-        if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
-            raise UserError(f"card {str(path)!r}: {key}={value!r} must be more than 0")
-    if document.get("replace_captions") and not document.get("caption"):
-        raise UserError(f"card {str(path)!r}: replace_captions is true, but there is no caption to put in their place")
-    if not document["splits"]:
-        raise UserError(f"card {str(path)!r}: splits is empty; name at least one, such as `train: shards/train`")
-    return dict(document)
-
-
-def _matches(value: Any, hint: Any) -> bool:
-    """Whether a YAML value fits a field's type; a path is a text, a whole number is a float as well."""
-    origin = typing.get_origin(hint)
-    if hint is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_matches(value, option) for option in typing.get_args(hint))
-    if origin is Mapping:
-        _, of = typing.get_args(hint)
-        return isinstance(value, dict) and all(isinstance(k, str) and _matches(v, of) for k, v in value.items())
-    if origin is list:
-        return isinstance(value, list) and all(_matches(v, typing.get_args(hint)[0]) for v in value)
-    if hint is Path:
-        return isinstance(value, str) and bool(value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _describe(hint: Any) -> str:
-    """A type in a user's words."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(option) for option in typing.get_args(hint))
-    if origin is Mapping:
-        of = typing.get_args(hint)[1]
-        return "keys with values" if of is Any else f"keys, each with {_describe(of)}"
-    if origin is list:
-        return f"a list, each item {_describe(typing.get_args(hint)[0])}"
-    words = {str: "a text", int: "a whole number", float: "a number", Path: "a folder's path", type(None): "null"}
-    return words[hint]
+def _checked(card: DatasetCard) -> DatasetCard:
+    """A card as its file has it with its splits in their places, unless something in it contradicts itself."""
+    where = f"card {str(card.path)!r}: "
+    for key in ("frames", "height", "width", "fps"):
+        if not 0 < getattr(card, key) < math.inf:
+            raise UserError(f"{where}{key}={getattr(card, key):g} must be more than 0")
+    if card.replace_captions and not card.caption:
+        raise UserError(f"{where}replace_captions is true, but there is no caption to put in their place")
+    if not card.splits:
+        raise UserError(f"{where}splits is empty; name at least one, such as `train: shards/train`")
+    splits = {split: _place(card.path.parent, str(folder)) for split, folder in card.splits.items()}
+    return dataclasses.replace(card, splits=splits)
 
 
 def _relative(folder: Path, base: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -12,13 +12,14 @@ from anyflow.data.decode import ClipShape, DecodeError, decode_clip
 from anyflow.data.reader import ShardReader
 from anyflow.data.shards import Sample, load_index
 from anyflow.errors import UserError
+from anyflow.system.console import OnProgress
 from anyflow.system.pool import batches, run_jobs
 
 CLIPS_PER_JOB = 50
 
 
 def check_card(
-    card: str | Path, *, decode: bool = True, workers: int = 0, progress: Callable[[str, int, int], None] | None = None
+    card: str | Path, *, decode: bool = True, workers: int = 0, on_progress: OnProgress | None = None
 ) -> list[str]:
     """Verify the shards against their index, and every clip against the card.
 
@@ -26,7 +27,7 @@ def check_card(
         card: name or path.
         decode: decode every frame as well, which finds what no hash can: clips that were bad before they were written.
         workers: processes that decode; 0 decodes in this one.
-        progress: called with (split, clips done, clips in all).
+        on_progress: called with (clips done, clips in all, split).
 
     Returns:
         One sentence a problem, all of them; an empty list if all is well.
@@ -37,15 +38,15 @@ def check_card(
         try:
             count = load_index(folder).count
         except UserError:
-            continue  # told already
+            continue  # reported already
         job = partial(_check_clips, str(card), split, decode)
         runs = batches(count, CLIPS_PER_JOB)
         for run, found in zip(
             runs, run_jobs(job, runs, workers) if len(runs) > workers > 0 else map(job, runs), strict=True
         ):
             problems += found
-            if progress is not None:
-                progress(split, run.stop, count)
+            if on_progress is not None:
+                on_progress(run.stop, count, split)
     return problems
 
 

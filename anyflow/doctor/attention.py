@@ -44,7 +44,7 @@ BACKWARD = 2.5
 """Products of the backward pass for each of the forward's, the scores worked out anew included."""
 
 SLOWER = 1.2
-"""How many times as long as the fastest the project's way may take before it is told."""
+"""How many times as long as the fastest the project's way may take before it is reported."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Operators(TorchDispatchMode):
 
     @property
     def backend(self) -> str:
-        """By the last one: math is no operator of its own."""
+        """By the last one: math has no operator of its own."""
         known = (name for name in BACKENDS if self.seen and f"{name}_attention" in self.seen[-1])
         return next(known, "math")
 

@@ -117,7 +117,7 @@ def _version(package: str) -> str | None:
 
 
 def driver() -> str | None:
-    """The version of NVIDIA's driver as nvidia-smi tells it; None if it sees no GPU."""
+    """The version of NVIDIA's driver from nvidia-smi; None if it sees no GPU."""
     asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(asked, capture_output=True, text=True, timeout=20)

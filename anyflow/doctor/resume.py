@@ -1,4 +1,4 @@
-"""A tiny run that is killed and goes on, against one that was left alone: are their weights bitwise equal?
+"""A tiny run that is killed and resumed, against one that was left alone: are their weights bitwise equal?
 
 The two begin at once. One is killed (SIGKILL) when its first checkpoint is there, and started again with ``--resume
 auto``. Where their weights differ, the checkpoints before the kill tell whether two runs that nobody stops differ too.
@@ -60,7 +60,7 @@ def examine(found: Findings, here: Here, folder: Path) -> None:
 
 
 def judge(found: Findings, here: Here, figures: dict[str, float | None]) -> None:
-    """On a CPU, or where GPUs are told to be exact, nothing may differ; on a GPU it tells what holds."""
+    """On a CPU, or with deterministic kernels, nothing may differ; on other GPUs the line says what holds."""
     before, after = figures["largest_difference_before"], figures["largest_difference"]
     if after == 0:
         return

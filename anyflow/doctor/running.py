@@ -1,4 +1,4 @@
-"""The children: one an item, with a limit of time; whatever becomes of one, the others run and its line tells."""
+"""The children: one an item, with a limit of time; whatever becomes of one, its line says so and the others run."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class InventedData(lightning.LightningDataModule):
     """Batches of random latents, as encoded clips come."""
 
     stream = None
-    """Nothing to tell of clips that could not be read."""
+    """Nothing to report about unreadable clips."""
 
     def __init__(self, recipe: Recipe, latents: tuple[int, int, int, int]) -> None:
         super().__init__()

@@ -142,7 +142,7 @@ class Curve:
         seeds: all seeds of the noise; empty: ``seed`` alone.
         sampler: how jumps were taken: ``flowmap``, ``euler`` or ``renoise``.
         guidance_scale: of the samples; 1: the network was asked once a step.
-        notes: what is to be said beside the figures: how far a probe can be trusted.
+        notes: what stands beside the figures: how far a probe can be trusted.
     """
 
     label: str
@@ -183,7 +183,7 @@ class Curve:
         """Build a curve from ``to_json``'s dictionary (or the parsed file)."""
         plain = {name: value for name, value in content.items() if name != "version"}
         plain["size"] = tuple(plain["size"])
-        plain.setdefault("left_out", plain.get("given_frames", 0))  # curves of before it was told
+        plain.setdefault("left_out", plain.get("given_frames", 0))  # curves from before it was recorded
         plain |= {name: tuple(plain.get(name, ())) for name in ("seeds", "notes")}
         plain["rows"] = tuple(CurveRow.from_json(row) for row in plain["rows"])
         plain["real"], plain["codec"] = Marks.from_json(plain["real"]), Marks.from_json(plain["codec"])

@@ -93,7 +93,7 @@ class Judge:
         return replace(self(real, latents, real), path_error=self._path_floor(real))
 
     def of_codec(self, decoded: Tensor, latents: Tensor, real: Tensor) -> Marks:
-        """The marks of the prompts' own clips after the codec; their paths are those asked for: no error is told."""
+        """The marks of the prompts' own clips after the codec; their paths are those asked for and have no error."""
         return replace(self(decoded, latents, real), path_error=None)
 
     def asked(self, real: Tensor) -> tuple[Reading | None, ...]:

@@ -1,8 +1,8 @@
 """Measuring the any-step curve: the same prompts from the same noise at every number of steps.
 
-What makes two rows of a curve, or two curves, comparable is that everything but the number of steps (or the model) is
-the same: the prompts, the initial noise of each prompt (from the seed and the prompt's key alone, so neither the batch
-size nor the selection changes it), the real clips, the projections.
+Two rows of a curve, or two curves, compare because everything but the number of steps (or the model) is the same: the
+prompts, their initial noise, the real clips, the projections. The noise of a prompt follows the seed and the prompt's
+key alone, so neither the batch size nor the selection changes it.
 
 Shapes: latents ``[B, F, C, H, W]`` float32 normalised; clips uint8 ``[B, F, H, W, 3]``; timestep = 1000 * sigma.
 """
@@ -32,7 +32,7 @@ OnProgress = Callable[[int, int, str], None]
 """``(done, total, what)``: called after each batch, in network calls."""
 
 CODEC_CALLS = 4
-"""Network calls that decoding (or encoding) a batch takes about as long as: it tells how much time is left."""
+"""Network calls that decoding (or encoding) a batch takes about as long as; the estimate of the time left needs it."""
 
 
 def prompt_noise(shape: Sequence[int], keys: Sequence[str], seed: int) -> Tensor:

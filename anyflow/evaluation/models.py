@@ -76,9 +76,9 @@ def shift_of(model: str) -> float:
 def way_of(
     model: str, sampler: str | None = None, scale: float | None = None, negative: str | None = None
 ) -> tuple[SamplerKind, Guidance]:
-    """How a model is sampled: as the user says, else by itself; what is odd is told on stderr.
+    """How a model is sampled: as the user says, else as usual; what is odd is reported on stderr.
 
-    By itself a network is guided if its weights have no guidance (:func:`has_guidance`): as its export says, else as
+    Usually a network is guided if its weights have no guidance (:func:`has_guidance`): as its export says, else as
     its recipe does (:attr:`~anyflow.recipe.Recipe.teacher_guidance`); plain Wan that no recipe knows, as recipes do
     where they say nothing.
 
@@ -171,7 +171,7 @@ def trained_shape(model: str) -> Shape | None:
 
 
 def recipe_of(model: str) -> Recipe | None:
-    """The recipe that tells how a model is trained, if there is one.
+    """The recipe that a model is trained by, if there is one.
 
     It lies beside the weights (a run), or a model file of the recipes names these weights (a published model): then
     with the hardware that this file asks for.

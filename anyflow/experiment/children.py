@@ -16,9 +16,9 @@ from anyflow.experiment.pieces import Piece
 from anyflow.system.processes import Process, Processes
 
 SHOW_EVERY = 20.0
-"""Seconds between two lines about a training that goes on."""
+"""Seconds between two lines about a running training."""
 PROGRESS = re.compile(r" left$|^(encoding|sampling) .*\d+/\d+")
-"""Lines of a training's output that tell where it is."""
+"""Lines of a training's output that show its progress."""
 
 
 class Stopped(Exception):
@@ -41,7 +41,7 @@ class Children:
         """Run or resume a training; returns why it failed, or nothing.
 
         Raises:
-            Stopped: It was told to stop; so far it is saved.
+            Stopped: It was asked to stop; what it has done is saved.
         """
         words = ["train", *piece.words, "--out", str(piece.run.path), "--resume", "auto"]
         piece.run.path.parent.mkdir(parents=True, exist_ok=True)

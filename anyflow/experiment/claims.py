@@ -93,7 +93,7 @@ def _within(worse: Estimate | None, factor: float, metric: Figure, where: str) -
 
 
 def _changed(change: Estimate, unit: str) -> str:
-    """``12 % lower [5, 18]``: a change, told by its size."""
+    """``12 % lower [5, 18]``: a change by its size."""
     sign = 1 if change.mean >= 0 else -1
     ends = sorted(sign * end for end in (change.low, change.high) if end is not None)
     interval = f" [{ends[0]:.3g}, {ends[1]:.3g}]" if ends else ""

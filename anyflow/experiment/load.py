@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
-import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from anyflow.data.find import find_card
-from anyflow.errors import UserError, first_line
+from anyflow.errors import UserError
 from anyflow.evaluation.figures import FIGURES, figure_of
 from anyflow.experiment.schema import Claim, Experiment
 from anyflow.recipe.check import check_range
-from anyflow.recipe.fields import FieldInfo
-from anyflow.recipe.load import read_yaml
+from anyflow.recipe.fields import walk
+from anyflow.system.typed import build, read_yaml
 
 FOLDER = Path("experiments")
 _PROJECT = Path(__file__).resolve().parents[2]
@@ -43,9 +41,9 @@ def load_experiment(name: str) -> Experiment:
             other.
     """
     path = _find(name)
-    experiment = dataclasses.replace(_typed(path), file=str(path))
-    for where, info, value in _values("", experiment):
-        check_range(dataclasses.replace(info, key=where), value, str(path))
+    experiment = build(Experiment, read_yaml(path, resolve=True), f"{path}: ", file=str(path))
+    for info in walk(experiment):
+        check_range(info, info.default, str(path))
     _check_whole(experiment, path)
     for arm in experiment.arms:
         _check_arm(experiment, arm, path)
@@ -107,58 +105,6 @@ def _find(name: str) -> Path:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known) or 'none'}"
     raise UserError(f"there is no experiment {name!r}: {hint}")
-
-
-def _typed(path: Path) -> Experiment:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    tree = read_yaml(path)
-    _check_keys("", tree, Experiment, path)
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Experiment), tree))  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {error.full_key or 'a key'} is not of the right type ({first_line(error)})") from None
-
-
-def _check_keys(prefix: str, tree: Any, kind: Any, path: Path) -> None:
-    """That every key of a mapping is a field of its dataclass."""
-    if not isinstance(tree, dict) or not dataclasses.is_dataclass(kind):
-        return
-    hints = typing.get_type_hints(kind)
-    for key, value in tree.items():
-        if key not in hints:
-            close = difflib.get_close_matches(str(key), list(hints), n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(hints)}"
-            raise UserError(f"{path}: unknown key {prefix + str(key)!r}: {hint}")
-        where, inner = f"{prefix}{key}", typing.get_args(hints[key])
-        if isinstance(value, list) and inner:
-            for index, item in enumerate(value):
-                _check_keys(f"{where}[{index}].", item, inner[0], path)
-        elif isinstance(value, dict) and inner:
-            for name, item in value.items():
-                _check_keys(f"{where}.{name}.", item, inner[1], path)
-        else:
-            _check_keys(f"{where}.", value, hints[key], path)
-
-
-def _values(prefix: str, value: Any) -> Iterator[tuple[str, FieldInfo, Any]]:
-    """``(dotted key, field, value)`` of everything that has a range."""
-    hints = typing.get_type_hints(type(value))
-    for item in dataclasses.fields(value):
-        where, found = f"{prefix}{item.name}", getattr(value, item.name)
-        if dataclasses.is_dataclass(found):
-            yield from _values(f"{where}.", found)
-        elif isinstance(found, dict):
-            for name, inner in found.items():
-                yield from _values(f"{where}.{name}.", inner)
-        elif isinstance(found, list) and found and dataclasses.is_dataclass(found[0]):
-            for index, inner in enumerate(found):
-                yield from _values(f"{where}[{index}].", inner)
-        else:
-            limits = {name: limit for name, limit in item.metadata.items() if name != "help"}
-            default = [] if isinstance(found, list) else item.default
-            yield where, FieldInfo(where, hints[item.name], item.metadata.get("help", ""), limits, default), found
 
 
 def _check_whole(experiment: Experiment, path: Path) -> None:

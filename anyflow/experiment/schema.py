@@ -1,4 +1,3 @@
-# ruff: noqa: RUF009  (every default goes through option, which makes a fresh list or mapping each time)
 """The schema of an experiment's file: every key, its type, its default, its meaning and its range.
 
 In ``recipe``, ``overrides`` and ``folder`` the text ``{card}`` stands for a data set of ``cards``: an arm that has it

@@ -68,7 +68,7 @@ def work_together(
     at_once: int,
     on_done: Callable[[Sequence[Task]], None],
 ) -> None:
-    """Do tasks, each after those that it needs, ``at_once`` of them at a time; ``on_done`` is told what is left.
+    """Do tasks, each after those that it needs, ``at_once`` of them at a time; ``on_done`` is given what is left.
 
     Raises:
         Stopped, KeyboardInterrupt: A signal; the trainings have saved and ended.
@@ -138,7 +138,4 @@ def _settle(environment: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks decides what an interruption means
     import torch
 
-    from anyflow.system.console import quiet_libraries
-
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    quiet_libraries()

@@ -1,7 +1,7 @@
 """What one training step asks of its networks, at its heaviest: each turn of a stage, in the order of the stages.
 
-At its heaviest every sample moves (the finite difference is asked for), no text is dropped (so is the guided pass), a
-rollout takes all three jumps, and a causal network trains its longest layout and all frames at once in the same step.
+At its heaviest every sample moves and no text is dropped, so the finite difference and the guided pass are both needed.
+A rollout takes all three jumps. A causal network trains its longest layout and all frames at once in the same step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Everything about a recipe that can be wrong before weights or data are opened, each told in one sentence."""
+"""Everything about a recipe that can be wrong before weights or data are opened, each reported in one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe, told field by field."""
+"""A recipe, described field by field."""
 
 from __future__ import annotations
 

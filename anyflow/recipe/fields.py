@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from anyflow.recipe import schema
+from anyflow.system.typed import in_words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,29 +37,31 @@ class FieldInfo:
         """What to give, in words: used by error sentences."""
         if "choices" in self.limits:
             return f"one of {', '.join(self.limits['choices'])}"
-        nouns = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-        element = typing.get_args(self.type)[0] if typing.get_origin(self.type) is list else None
-        if element is not None:
-            return f"a list such as [{', '.join(str(v) for v in self.default) or '...'}]"
-        return nouns.get(self.type, "a mapping of keys to values")
+        if typing.get_origin(self.type) is list:
+            return f"a list such as [{', '.join(map(str, self.default)) or '...'}]"
+        return in_words(self.type)
 
 
 @cache
 def all_fields() -> dict[str, FieldInfo]:
     """Every settable field by its dotted key, in the schema's order."""
-    return {info.key: info for group, cls in schema.GROUPS.items() for info in _walk(group, cls())}
+    return {info.key: info for group, cls in schema.GROUPS.items() for info in walk(cls(), f"{group}.")}
 
 
-def _walk(prefix: str, default: Any) -> Iterator[FieldInfo]:
-    """The fields of a group, whose defaults are those of ``default``: a group used twice may differ in them."""
-    hints = typing.get_type_hints(type(default))
-    for item in dataclasses.fields(default):
-        key, value = f"{prefix}.{item.name}", getattr(default, item.name)
-        if dataclasses.is_dataclass(value):
-            yield from _walk(key, value)
-            continue
-        limits = {name: limit for name, limit in item.metadata.items() if name != "help"}
-        yield FieldInfo(key, hints[item.name], item.metadata["help"], limits, value)
+def walk(value: Any, prefix: str = "") -> Iterator[FieldInfo]:
+    """The fields of a dataclass and of all dataclasses within; the default of each is what it has here."""
+    hints = typing.get_type_hints(type(value))
+    for item in dataclasses.fields(value):
+        key, found = f"{prefix}{item.name}", getattr(value, item.name)
+        if dataclasses.is_dataclass(found):
+            yield from walk(found, f"{key}.")
+        elif any(map(dataclasses.is_dataclass, typing.get_args(hints[item.name]))):
+            parts = found.items() if isinstance(found, dict) else enumerate(found)
+            for name, inner in parts:
+                yield from walk(inner, f"{key}.{name}." if isinstance(found, dict) else f"{key}[{name}].")
+        else:
+            limits = {name: limit for name, limit in item.metadata.items() if name != "help"}
+            yield FieldInfo(key, hints[item.name], item.metadata["help"], limits, found)
 
 
 def group_keys() -> set[str]:

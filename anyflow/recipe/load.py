@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from anyflow.errors import UserError, first_line
+from anyflow.errors import UserError
 from anyflow.recipe.check import check_recipe, fit_batch, fit_strategy
-from anyflow.recipe.fields import all_fields, flatten, group_keys
-from anyflow.recipe.schema import GROUPS, Recipe
+from anyflow.recipe.fields import FieldInfo, all_fields, flatten, group_keys
+from anyflow.recipe.schema import GROUPS, ModelRecipe, Recipe
 from anyflow.stages.declarations import STAGES
 from anyflow.system.files import write_atomically
+from anyflow.system.typed import fit, misfit, parse_yaml, read_yaml, resolved, to_yaml
 
 COMMAND_LINE = "command line"
 DERIVED = "derived"
@@ -71,20 +72,12 @@ def load_recipe(
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the recipe, whole or not at all, with every field: ``load_recipe(path)`` gives the same one on its own."""
-    from omegaconf import OmegaConf
-
-    tree = {"complete": True, **to_dict(recipe)}
-    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(tree)))
+    write_atomically(path, to_yaml({"complete": True, **to_dict(recipe)}))
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as nested plain values, without ``sources``."""
     return {group: dataclasses.asdict(getattr(recipe, group)) for group in GROUPS}
-
-
-def merge_recipe(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Recipe:
-    """A checked recipe from ``(source, nested mapping)`` layers, later ones winning: for scripts and tests."""
-    return _finish(_merge(layers))
 
 
 def _finish(recipe: Recipe) -> Recipe:
@@ -104,80 +97,68 @@ def _finish(recipe: Recipe) -> Recipe:
 
 
 def _merge(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Recipe:
-    """Merge and convert to the schema's types; ``sources`` keeps the last layer that set each field."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    merged: dict[str, dict[str, Any]] = {}
+    """Merge, each value of its field's type; ``sources`` keeps the last layer that set each field."""
+    values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for source, tree in layers:
-        flat = {key: _as_list(key, value) for key, value in flatten(tree)}
-        _check_keys(flat, source)
-        for key, value in flat.items():
-            base = _field_of(key)
-            sources[base] = source
-            _assign(merged, key, value)
-    for key in NAMES_THE_MODEL:
-        _fill_in_model(merged, key)
-    parts = {}
-    for group, cls in GROUPS.items():
-        try:
-            typed = OmegaConf.merge(OmegaConf.structured(cls), merged.get(group, {}))
-            parts[group] = OmegaConf.to_object(typed)
-        except OmegaConfBaseException as error:
-            raise _type_error(group, error, merged, sources) from None
-    return Recipe(**parts, sources=sources)  # type: ignore[arg-type]
+        for key, value in flatten(tree):
+            field = _field_of(key, source)
+            sources[field] = source
+            if key == field:
+                values[field] = value
+            else:  # of a network's dimensions
+                values[field] = {**values.get(field, {}), key.removeprefix(f"{field}."): value}
+    try:
+        values = resolved(values, to_dict(Recipe()))
+    except KeyError as error:
+        key, reason = error.args
+        raise UserError(f"{key}={values[key]!r} ({sources[key]}) refers to nothing ({reason}): name a field") from None
+    values = {key: _typed(all_fields()[key], value, sources[key]) for key, value in values.items()}
+    model = values.get("model.name", ModelRecipe().name)
+    for key in NAMES_THE_MODEL:  # so that one stage file serves several models
+        if key in values:
+            values[key] = values[key].replace("{model}", model)
+    return Recipe(**{group: _group(cls(), f"{group}.", values) for group, cls in GROUPS.items()}, sources=sources)
 
 
-def _fill_in_model(merged: dict[str, dict[str, Any]], key: str) -> None:
-    """``{model}`` in a text is the model's name, so that one stage file serves several models."""
-    *parents, last = key.split(".")
-    tree: Any = merged
-    for name in parents:
-        tree = tree.get(name) if isinstance(tree, dict) else None
-    if isinstance(tree, dict) and isinstance(tree.get(last), str):
-        tree[last] = tree[last].replace("{model}", str(merged.get("model", {}).get("name", "tiny")))
+def _typed(info: FieldInfo, value: Any, source: str) -> Any:
+    """A value of its field's type; ``data.card: driving`` means ``[driving]``, and nothing is the empty list."""
+    if isinstance(info.default, list) and isinstance(value, str | int | float):
+        value = [] if value == "" else [value]
+    try:
+        return fit(value, info.type)
+    except TypeError:
+        raise UserError(f"{info.key}={value!r} ({source}) {misfit(value, info.type, info.wants)}") from None
 
 
-def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for name in parents:
-        child = tree.setdefault(name, {})
-        if not isinstance(child, dict):
-            child = tree[name] = {}
-        tree = child
-    tree[last] = value
+def _group(group: Any, prefix: str, values: Mapping[str, Any]) -> Any:
+    """A group of fields, and the groups in it, with the values that were given."""
+    changes = {}
+    for item in dataclasses.fields(group):
+        key, own = f"{prefix}{item.name}", getattr(group, item.name)
+        if dataclasses.is_dataclass(own):
+            changes[item.name] = _group(own, f"{key}.", values)
+        elif key in values:
+            changes[item.name] = values[key]
+    return dataclasses.replace(group, **changes)
 
 
-def _as_list(key: str, value: Any) -> Any:
-    """``data.card: driving`` means ``[driving]``: a list field takes one value, and nothing for the empty list."""
-    info = all_fields().get(key)
-    single = info is not None and isinstance(info.default, list) and isinstance(value, str | int | float)
-    if not single:
-        return value
-    return [] if value == "" else [value]
+def _field_of(key: str, source: str) -> str:
+    """The schema's field that a key belongs to: ``model.network.num_layers`` belongs to ``model.network``.
 
-
-def _field_of(key: str) -> str:
-    """The schema's field that a key belongs to: ``model.network.num_layers`` belongs to ``model.network``."""
+    Raises:
+        UserError: there is none.
+    """
     fields = all_fields()
-    while key and key not in fields:
-        key = key.rpartition(".")[0]
-    return key
-
-
-def _check_keys(keys: Iterable[str], source: str) -> None:
-    fields, groups = all_fields(), group_keys()
-    for key in keys:
-        owner = _field_of(key)
-        if key in fields or (owner and fields[owner].is_open):
-            continue
-        if key in groups:
-            names = ", ".join(
-                sorted({name[len(key) + 1 :].split(".")[0] for name in fields if name.startswith(f"{key}.")})
-            )
-            raise UserError(f"{key} ({source}) is a group, not a value: set one of its fields ({names})")
-        raise UserError(f"unknown key {key!r} ({source}){_suggest(key, list(fields))}")
+    owner = next(
+        (name for name in fields if key == name or (fields[name].is_open and key.startswith(f"{name}."))), None
+    )
+    if owner is not None:
+        return owner
+    if key in group_keys():
+        names = ", ".join(sorted({name[len(key) + 1 :].split(".")[0] for name in fields if name.startswith(f"{key}.")}))
+        raise UserError(f"{key} ({source}) is a group, not a value: set one of its fields ({names})")
+    raise UserError(f"unknown key {key!r} ({source}){_suggest(key, list(fields))}")
 
 
 def _suggest(key: str, known: list[str]) -> str:
@@ -189,19 +170,6 @@ def _suggest(key: str, known: list[str]) -> str:
     if not close or last in by_name:
         close = [by_name[name] for name in difflib.get_close_matches(last, list(by_name), n=1, cutoff=0.7)] or close
     return f": did you mean {close[0]!r}?" if close else ": 'anyflow recipes show' lists the keys"
-
-
-def _type_error(group: str, error: Any, merged: Mapping[str, Any], sources: Mapping[str, str]) -> UserError:
-    key = f"{group}.{error.full_key or ''}".partition("[")[0].rstrip(".")
-    info = all_fields().get(_field_of(key))
-    if info is None:
-        return UserError(f"{key} does not fit: {first_line(error)}")
-    value: Any = merged
-    for name in info.key.split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return UserError(
-        f"{info.key}={value!r} ({sources.get(info.key, 'default')}) is not of the right type: give {info.wants}"
-    )
 
 
 def _defaults(tree: Any, path: Path, parts: Sequence[str]) -> dict[str, str]:
@@ -255,51 +223,17 @@ def _short_name(path: Path) -> str:
     return f"{parent}/{path.stem}" if parent in STAGES else path.stem
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from a file, without the keys that have no value.
-
-    Raises:
-        UserError: it cannot be read, is no YAML, or holds something else.
-    """
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is no valid YAML ({reason}): mend the file") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check the path and its permissions") from None
-    if not isinstance(tree, dict):
-        raise UserError(
-            f"{path} holds {type(tree).__name__}, not keys with values: write lines such as 'stage: {{steps: 200}}'"
-        )
-    return {str(key): value for key, value in tree.items() if value is not None}
-
-
 def _parse_override(text: str) -> dict[str, Any]:
-    """``optimizer.lr=1e-4`` as a nested mapping; the value is read as YAML."""
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
+    """``optimizer.lr=1e-4`` by its key; the value is read as YAML, a text's as it stands unless it has quotes."""
+    key, equals, written = (part.strip() for part in text.partition("="))
+    if not equals or not key:
         raise UserError(f"override {text!r} has no value: write it as dotted.key=value, for example stage.steps=100")
-    if not value.strip():
-        return _nest(key.strip(), "")
+    takes = all_fields()[key].type if key in all_fields() else None
     try:
-        tree = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(
-            f"override {text!r} is not understood ({' '.join(str(error).split())}): quote its value"
-        ) from None
-    return {str(key): value for key, value in tree.items()} if isinstance(tree, dict) else {}
-
-
-def _nest(key: str, value: Any) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    _assign(tree, key, value)
-    return tree
+        value = parse_yaml(written)
+    except ValueError as error:
+        if takes is not str:
+            raise UserError(f"override {text!r} is not understood ({error}): quote its value") from None
+        value = None
+    is_text = takes is str or (takes == list[str] and not isinstance(value, list))
+    return {key: written if value is None or (is_text and not isinstance(value, str)) else value}

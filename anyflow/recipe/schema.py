@@ -1,4 +1,3 @@
-# ruff: noqa: RUF009  (every default goes through _option, which makes a fresh list or mapping each time)
 """The schema of a recipe: every field that a person can set, its type, its default, its meaning and its range.
 
 A recipe is model x stage x hardware: three short YAML files whose keys are the fields below, merged in that order,

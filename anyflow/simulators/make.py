@@ -2,82 +2,50 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from anyflow.data.card import CARD_NAME, DatasetCard, check_shards, write_card
 from anyflow.data.clip import SPLITS, Clip
 from anyflow.data.shards import CLIPS_PER_SHARD, write_shards
 from anyflow.errors import UserError
+from anyflow.simulators.options import RenderOptions
 from anyflow.simulators.simulated import FRAMES, HEIGHT, WIDTH, choose_look, package_versions, simulator
-
-Progress = Callable[[str, int, int], None]
-"""Called after every clip with (split, clips done, clips in all)."""
+from anyflow.system.console import OnProgress
+from anyflow.system.files import partial_folder
 
 
 def make_dataset(
-    domain: str,
-    clips: int,
-    heldout: int,
-    seed: int = 0,
-    out: Path | None = None,
-    workers: int = 2,
-    progress: Progress | None = None,
-    look: str | None = None,
+    domain: str, options: RenderOptions, out: Path | None = None, on_progress: OnProgress | None = None
 ) -> Path:
-    """Render ``clips`` training and ``heldout`` held-out clips of a simulated domain.
-
-    The folder is built beside its place and renamed at the end, so a broken run leaves nothing that looks finished.
+    """Render the training and held-out clips of a simulated domain, all of them or none.
 
     Args:
+        domain: whose.
+        options: how many, from which seed, by which look.
         out: the data set's folder; ``data/shards/DOMAIN`` by default, which is where the card ``DOMAIN-full`` looks.
-        look: how the world is seen, one of the source's ``LOOKS``; the first by default.
+        on_progress: called after every clip with (clips done, clips in all, split).
 
     Returns:
         The new card's path, ``OUT/card.yaml``.
 
     Raises:
-        UserError: an unknown domain, a number below 1, an unknown look, a folder in use, a missing simulator.
+        UserError: an unknown domain or look, a folder in use, a missing simulator.
     """
     source = simulator(domain)
-    for field, value in (("clips", clips), ("heldout", heldout), ("workers", workers)):
-        if value < 1:
-            raise UserError(f"{field} {value}: give at least 1")
-    if seed < 0:
-        raise UserError(f"seed {seed}: give 0 or more")
     folder = Path("data/shards") / domain if out is None else out
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {str(folder)!r} is in use: give another folder, or remove it first")
-    choose_look(domain, source.LOOKS, look)
+    choose_look(domain, source.LOOKS, options.look)
     packages = package_versions(*source.PACKAGES)  # before hours of rendering, not after
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
-        for split, count in zip(SPLITS, (clips, heldout), strict=True):
-            rendered = source.render(count, split, seed, workers, look)
-            counted = _report(rendered, split, count, progress) if progress else rendered
+    with partial_folder(folder) as building:
+        for split, count in zip(SPLITS, (options.clips, options.heldout), strict=True):
+            rendered = source.render(count, split, options.seed, options.workers, options.look)
+            counted = _counted(rendered, split, count, on_progress) if on_progress else rendered
             write_shards(counted, building / split, f"{domain}-{split}", CLIPS_PER_SHARD)
-        arguments = f"{domain} --clips {clips} --heldout {heldout} --seed {seed}" + (f" --look {look}" if look else "")
-        card = DatasetCard(
-            name=folder.name,
-            domain=domain,
-            description=source.DESCRIPTION,
-            splits={split: building / split for split in SPLITS},
-            frames=FRAMES,
-            height=HEIGHT,
-            width=WIDTH,
-            fps=source.FPS,
-            licence=source.LICENCE,
-            controls=source.CONTROLS,
-            attributes=source.ATTRIBUTES,
-            provenance={
-                "command": f"anyflow data make {arguments}",
-                "seed": seed,
-                "packages": packages,
-            },
-        )
+        provenance = {"command": options.command(domain), "seed": options.seed, "packages": packages}
+        card = _card(folder.name, domain, source, building, provenance)
         write_card(card, building / CARD_NAME)
         problems = check_shards(card)
         if problems:
@@ -85,12 +53,27 @@ def make_dataset(
         if folder.exists():
             folder.rmdir()  # empty, as checked above
         building.rename(folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return folder / CARD_NAME
 
 
-def _report(clips: Iterable[Clip], split: str, total: int, progress: Progress) -> Iterator[Clip]:
+def _card(name: str, domain: str, source: Any, folder: Path, provenance: dict[str, Any]) -> DatasetCard:
+    return DatasetCard(
+        name=name,
+        domain=domain,
+        description=source.DESCRIPTION,
+        splits={split: folder / split for split in SPLITS},
+        frames=FRAMES,
+        height=HEIGHT,
+        width=WIDTH,
+        fps=source.FPS,
+        licence=source.LICENCE,
+        controls=source.CONTROLS,
+        attributes=source.ATTRIBUTES,
+        provenance=provenance,
+    )
+
+
+def _counted(clips: Iterable[Clip], split: str, total: int, on_progress: OnProgress) -> Iterator[Clip]:
     for done, clip in enumerate(clips, start=1):
         yield clip
-        progress(split, done, total)
+        on_progress(done, total, split)

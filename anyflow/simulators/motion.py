@@ -70,7 +70,7 @@ FINGER_JUMP = 0.25
 """The furthest the finger moves between two frames, of the height."""
 
 FINGER_STILL = 4 / 64
-"""A way shorter than this share of the height is no motion, as in the captions."""
+"""A path shorter than this share of the height does not count as motion, as in the captions."""
 
 FINGER_SEEN_SHARE = 0.7
 """How many frames must show the finger: a door may hide it for a moment."""

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF009  (every default goes through _option, which makes a fresh list or mapping each time)
 """The options of the stages, which are a recipe's groups: what is trained, on which objective, how weights move."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What stands on the user's screen: progress of long work, and nothing of what libraries chatter."""
+"""What the user sees on the screen: progress of long work, and none of the libraries' chatter."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ OnProgress = Callable[..., None]
 
 @contextmanager
 def progress_line(title: str, plain_every: float = 20.0) -> Iterator[OnProgress]:
-    """One line that shows how far work is and how long it takes; where output is no terminal, a line now and then."""
+    """One line with the progress of long work and the time left; a line now and then where output is not a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

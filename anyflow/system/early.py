@@ -21,7 +21,7 @@ def _leave(number: int, frame: Any) -> None:
     told = b"\nanyflow: stopped by SIGTERM before it began; run the same command again (train: with --resume auto)\n"
     if os.environ.get("RANK", "0") == "0":
         os.write(2, told)
-    os._exit(EXIT_PREEMPTED)  # not sys.exit: an import in progress would tell of an error
+    os._exit(EXIT_PREEMPTED)  # not sys.exit: an import in progress would report an error
 
 
 if sys.argv[1:2] and sys.argv[1] in RESUMABLE and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:

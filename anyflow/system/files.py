@@ -58,7 +58,7 @@ def replacing(path: Path) -> Iterator[Path]:
             sync(partial)
             partial.replace(path)
     except BaseException:
-        with suppress(OSError):  # a full disk or a read-only one was the failure, and is told
+        with suppress(OSError):  # a full or read-only disk was the failure, and is reported
             partial.unlink(missing_ok=True)
         raise
 
@@ -119,7 +119,7 @@ def _remove_unless_held(folder: Path) -> None:
 def _try_to_lock(file: IO[str]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # somebody holds it, or the file system knows no locks
+    except OSError:  # somebody holds it, or the file system has no locks
         return False
     return True
 

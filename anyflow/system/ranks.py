@@ -4,8 +4,8 @@
 torchrun's variables. A rank that is under torchrun already trains at once. Over several nodes the same command is
 started once on each node; ``MASTER_ADDR`` names the first and ``NODE_RANK`` (or SLURM) counts them.
 
-Without a watcher a dead rank leaves the others waiting in a collective for half an hour, and each then tells a story of
-its own. Here the first failure is the report, and the others are ended.
+Without a watcher a dead rank leaves the others waiting in a collective for half an hour, and each then reports an error
+of its own. Here the first failure is the report, and the others are ended.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def end_with_watcher() -> None:
 
 
 def leave_place(run: Path) -> None:
-    """Tell the watcher, if there is one, where the run is: a rank that is killed cannot note its end."""
+    """Leave the watcher, if there is one, the run's place: a rank that is killed cannot note its end."""
     place = os.environ.get(REPORT)
     if place is not None:
         (Path(place).parent / PLACE).write_text(str(run.resolve()), encoding="utf-8")

@@ -32,7 +32,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Within the block a checkpoint is read: what is wrong with its files is told, and which older one is whole.
+    """Within the block a checkpoint is read: what is wrong with its files is reported, and which older one is whole.
 
     Raises:
         UserError: a file is cut off, or was changed.

@@ -3,7 +3,7 @@
 A side is a run's folder, a run id of MLflow, the folder of ``anyflow evaluate``, or an arm of an experiment, its seeds
 together: ``runs/experiments/NAME/ARM``, or ``experiments/results/NAME/measured/ARM`` from the committed results. A
 figure is marked as the better one only where its interval is clear of all others: the spread over seeds, the half width
-that a curve's row tells itself (``interval``), or the score interval of a share.
+in a curve's row (``interval``), or the score interval of a share.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ def _metrics(row: Mapping[str, Any]) -> list[str]:
 
 
 def _own(row: Mapping[str, Any], metric: str, clips: int) -> Estimate:
-    """A single curve's figure, with the interval that it tells, or a share's."""
+    """A single curve's figure, with its own interval, or a share's."""
     value, half = float(row[metric]), (row.get("interval") or {}).get(metric)
     if half is not None and half == half:
         return Estimate(value, value - half, value + half, clips)

@@ -1,6 +1,6 @@
 """What a run records, local first: a line in its own folder, then MLflow, which may be locked, full, deleted or broken.
 
-MLflow gets what it lacks when it can be had. It costs a training a second at most, is complained of once, and asked
+MLflow gets what it lacks when it can be had. It costs a training a second at most, is complained about once, and asked
 again now and then; a run that goes on sends what was left, or all of it to a database that was made anew.
 """
 
@@ -52,7 +52,7 @@ class RunLogger(Logger):
         self._connect = connect
         self._connected: tuple[Any, str] | None = None
         self._file: tuple[int, int] | None = None  # the database that was connected to
-        known = self.run.status  # of a run that goes on: MLflow has all figures, or those before a place
+        known = self.run.status  # of a resumed run: MLflow has all figures, or those before a position
         self._sent = known.get(UNSENT, _end_line(run.figures) if known.get("mlflow_run_id") else 0)
         self._tasks: list[Task] = []
         self._has_complained = False
@@ -116,14 +116,14 @@ class RunLogger(Logger):
             )
 
     def _complain(self, sentence: str) -> None:
-        """Tell it, once a run."""
+        """Print it, once a run."""
         if not self._has_complained:
             self._has_complained = True
             print(sentence, file=sys.stderr)
 
     def _mlflow(self) -> tuple[Any, str]:
         for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is told here, once
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is reported here, once
         check_database(self.database)
         if self._connected is None:
             client, run_id, is_new = self._connect()

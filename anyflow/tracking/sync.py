@@ -88,7 +88,7 @@ def sync(
 
 
 class _patience:
-    """Within the block MLflow's requests time out and are tried again as told."""
+    """Within the block MLflow's requests time out and are tried again as given."""
 
     def __init__(self, timeout: float, retries: int) -> None:
         self.wanted = {
@@ -231,7 +231,7 @@ def _point(metric: Any) -> tuple[int, int, str]:
 
 
 def _reason(error: BaseException) -> str:
-    """The short cause of a long story."""
+    """The cause of a long error in a few words."""
     text = str(error)
     for mark, words in (("timed out", "it does not answer in time"), ("refused", "nothing listens there")):
         if mark in text:

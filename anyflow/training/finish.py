@@ -1,4 +1,4 @@
-"""The ends of a run: what is measured before and after, what is exported, and what the user is told."""
+"""The ends of a run: what is measured before and after, what is exported, and what the user reads."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ from anyflow.evaluation.kept_samples import KeptSamples
 from anyflow.evaluation.measurement import Measurement
 from anyflow.evaluation.reconstruction import measure_domains
 from anyflow.evaluation.report.folder import write_report
-from anyflow.recipe import Recipe
+from anyflow.recipe import Recipe, to_dict
 from anyflow.system.console import program, progress_line
 from anyflow.system.signals import Listener
+from anyflow.system.typed import to_yaml
 from anyflow.tracking.mlflow import log_artifacts, log_curve
 from anyflow.tracking.run_log import RunLogger, recorded_id
 from anyflow.tracking.runs import RunFolder
@@ -160,16 +161,7 @@ def finish_flow(recipe: Recipe, run: RunFolder, parts: Parts, logger: RunLogger 
         return
     with averaged(parts) if weights is None else nullcontext():
         card = model_card(recipe, figures)
-        export_pipeline(
-            run.model,
-            parts.backbone.transformer,
-            parts.codec,
-            recipe.model.shift,
-            card,
-            weights=weights,
-            sampler=recipe.sampler,
-            guidance=guidance_of(recipe) if recipe.sampler == "euler" else None,
-        )
+        export_pipeline(run.model, parts.backbone.transformer, parts.codec, recipe.model.shift, card, weights=weights)
         if recipe.model.lora.enabled:
             export_lora(run.path / "lora", parts.backbone, card, weights=weights)
     if after is not None:
@@ -197,14 +189,8 @@ def finish_codec(recipe: Recipe, run: RunFolder, parts: Parts, logger: RunLogger
             print(f"{name}: {mark['psnr']:.1f} dB, moving pixels {mark['psnr_moving']:.1f} dB ({mark['clips']} clips)")
         if logger is not None:
             logger.log_metrics({f"{name}/{key}": value for name, mark in marks.items() for key, value in mark.items()})
-        export_pipeline(
-            run.model,
-            parts.backbone.transformer,
-            parts.codec,
-            recipe.model.shift,
-            model_card(recipe, marks),
-            codec_dtype=torch.bfloat16,
-        )
+        trained = Codec(vae, parts.codec.tokenizer, parts.codec.text_encoder).to(torch.bfloat16)  # of no folder
+        export_pipeline(run.model, parts.backbone.transformer, trained, recipe.model.shift, model_card(recipe, marks))
 
 
 @torch.no_grad()
@@ -223,20 +209,18 @@ def averaged(parts: Parts) -> Any:
 
 def model_card(recipe: Recipe, figures: Any) -> ModelCard:
     """The README of the exported model."""
-    import yaml
-
-    from anyflow.recipe import to_dict
-
     cards = {name: load_card(name) for name in recipe.data.card}
     return ModelCard(
         title=recipe.run.name,
         base_model=recipe.model.weights,
         summary=f"Trained with anyflow, stage `{recipe.stage.name}`, {recipe.total_steps} steps.",
         data={name: f"{card.licence}. {card.description}" for name, card in cards.items()},
-        recipe=yaml.safe_dump(to_dict(recipe), sort_keys=False),
+        recipe=to_yaml(to_dict(recipe)),
         figures=figures,
         size=(recipe.data.frames, recipe.data.height, recipe.data.width),
         fps=recipe.data.fps or 8.0,
+        sampler=recipe.sampler,
+        guidance=guidance_of(recipe) if recipe.sampler == "euler" else None,
     )
 
 

@@ -63,7 +63,7 @@ def train(
     out: Path | None = None,
     on_open: Callable[[RunFolder], None] | None = None,
 ) -> int:
-    """Run a recipe to its end; returns the process's exit code. ``on_open`` is told the run's folder.
+    """Run a recipe to its end; returns the process's exit code. ``on_open`` is given the run's folder.
 
     ``accept_changes`` lets a run go on with another recipe than it was started with.
 
@@ -216,7 +216,7 @@ def fit(
 
 
 def _strategy(recipe: Recipe, manual: bool, writer: Writer) -> dict[str, Any]:
-    """How Lightning is told of ranks, precision and checkpoints; the ranks have met before it comes."""
+    """Lightning's settings of ranks, precision and checkpoints; the ranks have met before it starts."""
     hardware, ranks = recipe.hardware, recipe.world_size
     if ranks > 1 and hardware.strategy == "fsdp":  # precision is the policy's, see parallelize.py
         return {
@@ -272,7 +272,7 @@ def _stopped(run: RunFolder, received: signal.Signals) -> int:
 
 
 def _refuse_another_recipe(run: RunFolder, recipe: Recipe, accept: bool) -> bool:
-    """A run goes on with its own recipe: another one would mix two experiments in one set of weights.
+    """A run resumes with its own recipe: another one would mix two experiments in one set of weights.
 
     Returns:
         Whether it is another one, and accepted.

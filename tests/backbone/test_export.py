@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -104,7 +105,8 @@ def test_adapters_load_on_top_and_equal_the_merged_export(backbone, codec, capti
 
 
 def test_precision_is_chosen_for_each_part(backbone, codec, captions, noise, tmp_path) -> None:
-    folder = export_pipeline(tmp_path / "model", backbone.transformer, codec, SHIFT, CARD, codec_dtype=torch.float16)
+    half = Codec(copy.deepcopy(codec.vae).half(), codec.tokenizer, copy.deepcopy(codec.text_encoder).half())
+    folder = export_pipeline(tmp_path / "model", backbone.transformer, half, SHIFT, CARD)
     for part, file, dtype in (
         ("transformer", WEIGHTS_NAME, torch.bfloat16),
         ("vae", WEIGHTS_NAME, torch.float16),

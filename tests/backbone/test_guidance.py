@@ -140,10 +140,10 @@ def test_scale_one_is_todays_sampler_to_the_bit(stock, codec, captions) -> None:
     noise = torch.randn(2, 2, 16, 4, 6)
     plain = network.sample(Conditions(codec.encode_text(captions)), noise, 3, 3.0)
     assert UNGUIDED.way(network, codec) == {} and (UNGUIDED.calls, UNGUIDED.told) == (1, "")
-    [video] = stream_video(network, codec, captions, noise, 3, 3.0, guidance=Guidance(1.0, "blurred"))
+    [video] = stream_video(network, codec, captions, noise, 3, 3.0, **Guidance(1.0, "blurred").way(network, codec))
     assert torch.equal(video, codec.decode(plain)) and calls == [2] * 6
     calls.clear()
-    [guided] = stream_video(network, codec, captions, noise, 3, 3.0, guidance=Guidance(4.0, "blurred"))
+    [guided] = stream_video(network, codec, captions, noise, 3, 3.0, **Guidance(4.0, "blurred").way(network, codec))
     assert calls == [4] * 3 and not torch.equal(guided, video)
     by_hand = network.sample(
         Conditions(codec.encode_text(captions)), noise, 3, 3.0, ask=Guided(network, 4.0, codec.encode_text(["blurred"]))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import on_ranks
 from torch import Tensor
 
 from anyflow.backbone.conditions import Conditions, Text
@@ -245,7 +246,7 @@ def _rank(rank: int, rendezvous: str, checkpointing: bool, out: str) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_two_ranks_make_the_gradients_of_one(tmp_path: Path, checkpointing: bool) -> None:
     out = tmp_path / "gradients.pt"
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "meet"), checkpointing, str(out)), nprocs=2)
+    on_ranks(_rank, (str(tmp_path / "meet"), checkpointing, str(out)))
     found = torch.load(out, weights_only=True)
     roles = shared()
     latents, timestep, r_timestep, told = question(batch=4)

@@ -1,14 +1,18 @@
-"""The real command line in a process of its own."""
+"""The real command line, in a process of its own or in this one."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from typing import Any
+
+from forked import Forked
+from typer.testing import CliRunner
 
 
 def command(*words: str) -> list[str]:
-    """The real command line, as a user's shell would start it."""
+    """As a user's shell would start it, imports and all."""
     return [sys.executable, "-m", "anyflow", *words]
 
 
@@ -17,6 +21,28 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-def run(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run ``anyflow words...`` to its end."""
-    return subprocess.run(command(*words), capture_output=True, text=True, timeout=timeout, env=environment())
+def start(*words: str, program: str = "", own_group: bool = False) -> Forked:
+    """Start ``anyflow words...``, or a program that is given the words."""
+    return Forked(words, environment(), program, own_group)
+
+
+def run(*words: str, program: str = "", timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run ``anyflow words...``, or a program that is given the words, to its end."""
+    process = start(*words, program=program)
+    written, said = (stream.decode() for stream in process.communicate(timeout))
+    assert process.returncode is not None
+    return subprocess.CompletedProcess(words, process.returncode, written, said)
+
+
+def here(*words: str) -> Any:
+    """Run ``anyflow words...`` in this process: what it said, or its error raised."""
+    done = CliRunner().invoke(_app(), list(words))
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done
+
+
+def _app() -> Any:
+    from anyflow.cli.main import app
+
+    return app

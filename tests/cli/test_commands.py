@@ -76,8 +76,8 @@ def test_sample_goes_on_from_a_picture_or_a_clip(
     parts: list[torch.Tensor] = []
     original = stream.stream_video
 
-    def spy(*arguments: Any) -> Any:
-        for part in original(*arguments):
+    def spy(*arguments: Any, **way: Any) -> Any:
+        for part in original(*arguments, **way):
             parts.append(part)
             yield part
 
@@ -152,8 +152,8 @@ def test_a_model_remembers_how_it_is_sampled(small_model: Path, tmp_path: Path) 
     recipe = load_recipe("dmd/tiny", overrides=[f"model.weights={small_model}", "data.precompute=false"])
     assert (recipe.sampler, read_sampler(small_model)) == ("renoise", "flowmap")
     parts = assemble(replace(recipe, data=replace(recipe.data, card=["driving"], batch_size=1)))
-    card = ModelCard("small", size=(17, 64, 96), fps=8.0)
-    made = export_pipeline(tmp_path / "made", parts.backbone.transformer, parts.codec, 3.0, card, sampler="renoise")
+    card = ModelCard("small", size=(17, 64, 96), fps=8.0, sampler="renoise")
+    made = export_pipeline(tmp_path / "made", parts.backbone.transformer, parts.codec, 3.0, card)
     call("export", str(made), "--to", str(tmp_path / "again"))
     for folder in (made, tmp_path / "again"):
         assert read_sampler(folder) == "renoise" and trained_shape(str(folder)) == (17, 64, 96, 8.0)

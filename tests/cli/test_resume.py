@@ -6,16 +6,15 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from shell import command, environment, run
+from shell import command, environment, here, run, start
 
-from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
 from anyflow.tracking.checkpoints import latest_checkpoint
 from anyflow.tracking.runs import RunFolder
 
@@ -59,8 +58,7 @@ def uninterrupted(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def start_and_stop(words: list[str], out: Path, number: signal.Signals, group: bool = False) -> int:
     """Start a run, wait for its first checkpoint, send it (or all its processes) a signal; returns its exit code."""
-    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command(*words), **piped, env=environment(), start_new_session=group)  # type: ignore[call-overload]
+    process = start(*words, own_group=group)
     deadline = time.monotonic() + 200
     while latest_checkpoint(out / "checkpoints") is None:
         assert process.poll() is None, process.communicate()[1].decode()
@@ -71,6 +69,7 @@ def start_and_stop(words: list[str], out: Path, number: signal.Signals, group: b
     else:
         process.send_signal(number)
     process.communicate(timeout=120)
+    assert process.returncode is not None
     return process.returncode
 
 
@@ -153,8 +152,8 @@ def test_a_run_killed_while_a_checkpoint_is_written_behind_has_the_one_before(
     out = tmp_path / "cut"
     words = training(small_model, out, "checkpoint.background=true")
     script = KILLED_WHILE_WRITING.format(half=half)
-    killed = subprocess.run([sys.executable, "-c", script, *words], env=environment(), capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    killed = run(*words, program=script)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     newest = latest_checkpoint(out / "checkpoints")
     assert newest is not None and newest.parent.name == "step_00000002"
     assert torch.load(newest, weights_only=True)["anyflow"]["step"] == 2
@@ -206,7 +205,7 @@ def test_a_run_stopped_between_student_and_critic_goes_on_bitwise(
     assert finished.returncode == 0, finished.stderr
     if number == signal.SIGKILL:
         script = KILLED_BEFORE_THE_CRITIC.format(step=STEPS - 2)
-        killed = subprocess.run([sys.executable, "-c", script, *words(small_model, out)], env=environment())
+        killed = run(*words(small_model, out), program=script)
         assert killed.returncode == -signal.SIGKILL
         newest = latest_checkpoint(out / "checkpoints")
         assert newest is not None and newest.parent.name == f"step_{STEPS - 2:08d}_turn_1"
@@ -254,7 +253,7 @@ def test_a_run_stopped_while_it_samples_goes_on_with_the_curve(
     words = training(small_model, out, "sampling.every_steps=3", "sampling.steps=[1,2,4]")
     words = ["sampling.prompts=2" if word == "sampling.prompts=0" else word for word in words]
     script = STOPPED_WHILE_SAMPLING.format(label=label)
-    stopped = subprocess.run([sys.executable, "-c", script, *words], env=environment(), capture_output=True, text=True)
+    stopped = run(*words, program=script)
     assert stopped.returncode == EXIT_PREEMPTED, stopped.stderr
     assert RunFolder(out).status["state"] == "preempted" and "Traceback" not in stopped.stderr
     curves = out / "curves"
@@ -327,27 +326,24 @@ make_deterministic()
 print(torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
 print(torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark, os.environ["CUBLAS_WORKSPACE_CONFIG"])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    done = run(program=code)
     assert done.stdout.split() == ["True", "False", "True", "False", ":4096:8"], done.stderr
 
 
 def test_a_finished_run_has_nothing_to_resume(small_model: Path, uninterrupted: Path) -> None:
-    again = run(*training(small_model, uninterrupted, "--resume", "auto"))
-    assert again.returncode == 0
+    again = here(*training(small_model, uninterrupted, "--resume", "auto"))
+    assert again.exit_code == 0
     assert "finished already" in again.stdout
 
 
 def test_a_used_folder_is_refused(small_model: Path, uninterrupted: Path) -> None:
-    refused = run(*training(small_model, uninterrupted))
-    assert refused.returncode == 2
-    assert "--resume auto" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    with pytest.raises(UserError, match="--resume auto"):
+        here(*training(small_model, uninterrupted))
 
 
 def test_another_recipe_does_not_go_on_with_a_run(small_model: Path, uninterrupted: Path) -> None:
-    refused = run(*training(small_model, uninterrupted, "optimizer.lr=0.5", "--resume", str(uninterrupted)))
-    assert refused.returncode == 2
-    assert "optimizer.lr was" in refused.stderr and "0.5" in refused.stderr and "--accept-changes" in refused.stderr
+    with pytest.raises(UserError, match=r"optimizer\.lr was .*0\.5.*--accept-changes"):
+        here(*training(small_model, uninterrupted, "optimizer.lr=0.5", "--resume", str(uninterrupted)))
 
 
 def test_a_changed_recipe_that_is_accepted_goes_on(small_model: Path, uninterrupted: Path, tmp_path: Path) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from shell import environment, run
+from shell import run
 from test_resume import training
 
 from anyflow.errors import EXIT_PREEMPTED
@@ -36,11 +34,14 @@ main()
 ACCUMULATED = (
     "data.global_batch=4",
     "data.batch_size=1",
+    "data.frames=5",
+    "data.height=32",
+    "data.width=32",
     "stage.steps=3",
     "checkpoint.every_steps=1",
     "ema.start_step=0",
 )
-"""Three steps of four passes."""
+"""Three steps of four passes, of small clips."""
 LORA = ("model.lora.enabled=true", "model.lora.rank=4")
 SPLIT: dict[str, tuple[str, ...]] = {
     "finetune/driving": (),
@@ -81,8 +82,8 @@ def test_a_run_stopped_between_the_passes_of_a_step_goes_on_bitwise(
     finished = run(*words(whole))
     assert finished.returncode == 0, finished.stderr
     script = STOPPED_IN_A_PASS.format(passes=passes, number=int(signal.SIGTERM))
-    stopped = subprocess.run([sys.executable, "-c", script, *words(out)], env=environment(), capture_output=True)
-    assert stopped.returncode == EXIT_PREEMPTED, stopped.stderr.decode()
+    stopped = run(*words(out), program=script)
+    assert stopped.returncode == EXIT_PREEMPTED, stopped.stderr
     before = {path: path.stat().st_ino for path in (out / "checkpoints").glob("*/state.ckpt")}
     assert bool(before) == (passes >= 4), "there is one as soon as an update is done"
     finished = run(*words(out, "checkpoint.keep=9", "--accept-changes", "--resume", "auto"))
@@ -107,8 +108,8 @@ def test_a_run_goes_on_with_its_steps_in_other_passes(small_model: Path, tmp_pat
     finished = run(*words(whole))
     assert finished.returncode == 0, finished.stderr
     script = STOPPED_IN_A_PASS.format(passes=6, number=int(signal.SIGTERM))
-    stopped = subprocess.run([sys.executable, "-c", script, *words(out)], env=environment(), capture_output=True)
-    assert stopped.returncode == EXIT_PREEMPTED, stopped.stderr.decode()
+    stopped = run(*words(out), program=script)
+    assert stopped.returncode == EXIT_PREEMPTED, stopped.stderr
     begun = torch.load(latest_checkpoint(out / "checkpoints"), weights_only=True)
     finished = run(*words(out, "data.batch_size=4", "--resume", "auto"))
     assert finished.returncode == 0, finished.stderr

@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from anyflow.cli.data import app as data
 from anyflow.data.card import check_shards, load_card, write_card
 from anyflow.data.clip import Clip, encode_mp4
 from anyflow.data.contact_sheet import contact_sheet
@@ -17,6 +19,7 @@ from anyflow.data.describe import describe_card
 from anyflow.data.shards import load_index, read_clip, write_shards
 from anyflow.errors import UserError
 from anyflow.simulators import make
+from anyflow.simulators.options import RenderOptions
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 DOMAINS = ("driving", "games", "robotics")
@@ -127,17 +130,17 @@ def test_a_written_card_reads_back(card: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"licnece": "MIT"}, "unknown key 'licnece'; did you mean 'licence'"),
-        ({"colour": 1}, "unknown key 'colour'; known keys: name"),
+        ({"licnece": "MIT"}, "unknown key 'licnece': did you mean 'licence'"),
+        ({"colour": 1}, "unknown key 'colour': known keys: name"),
         ({"path": "x"}, "unknown key 'path'"),
         ({"fps": ...}, "missing key 'fps'"),
-        ({"fps": "eight"}, "fps='eight' has the wrong type; give a number"),
+        ({"fps": "eight"}, "fps='eight' is not of the right type: give a number"),
         ({"fps": 0}, "fps=0 must be more than 0"),
-        ({"frames": 17.5}, "frames=17.5 has the wrong type; give a whole number"),
-        ({"frames": True}, "frames=True has the wrong type"),
+        ({"frames": 17.5}, "frames=17.5 is not of the right type: give a whole number"),
+        ({"frames": True}, "frames=True is not of the right type: give a whole number"),
         ({"splits": ["a"]}, "splits=.*give keys, each with a folder's path"),
         ({"splits": {}}, "splits is empty"),
-        ({"caption": 3}, "caption=3 has the wrong type; give a text or null"),
+        ({"caption": 3}, "caption=3 is not of the right type: give a text or null in quotes: '3'"),
         ({"splits": {"train": "nowhere"}}, "splits.train names .*nowhere.*no shards"),
     ],
 )
@@ -255,47 +258,46 @@ class ToySource:
 
 def test_make_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(make, "simulator", lambda domain: ToySource())
-    seen: list[tuple[str, int, int]] = []
-    path = make.make_dataset("toy", 3, 2, 0, tmp_path / "new" / "set", 1, lambda *done: seen.append(done))
+    seen: list[tuple[int, int, str]] = []
+    path = make.make_dataset("toy", RenderOptions(3, 2), tmp_path / "new" / "set", lambda *done: seen.append(done))
     loaded = load_card(path)
     assert path == tmp_path / "new" / "set" / "card.yaml"
     assert {split: load_index(folder).count for split, folder in loaded.splits.items()} == {"train": 3, "heldout": 2}
     assert check_shards(loaded) == []
-    assert seen == [("train", 1, 3), ("train", 2, 3), ("train", 3, 3), ("heldout", 1, 2), ("heldout", 2, 2)]
+    assert seen == [(1, 3, "train"), (2, 3, "train"), (3, 3, "train"), (1, 2, "heldout"), (2, 2, "heldout")]
     assert loaded.provenance["command"] == "anyflow data make toy --clips 3 --heldout 2 --seed 0"
     assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["set"]
 
 
 def test_make_in_another_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(make, "simulator", lambda domain: ToySource())
-    path = make.make_dataset("toy", 1, 1, 0, tmp_path / "set", 1, look="painted")
+    path = make.make_dataset("toy", RenderOptions(1, 1, look="painted"), tmp_path / "set")
     assert load_card(path).provenance["command"].endswith("--seed 0 --look painted")
     with pytest.raises(UserError, match="look 'striped' is not one of toy's: choose one of plain, painted"):
-        make.make_dataset("toy", 1, 1, 0, tmp_path / "other", 1, look="striped")
+        make.make_dataset("toy", RenderOptions(1, 1, look="striped"), tmp_path / "other")
 
 
 def test_make_refuses_a_used_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(make, "simulator", lambda domain: ToySource())
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(UserError, match="is in use"):
-        make.make_dataset("toy", 1, 1, 0, tmp_path, 1)
+        make.make_dataset("toy", RenderOptions(1, 1), tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
 
 def test_make_leaves_nothing_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(make, "simulator", lambda domain: ToySource(breaks=True))
     with pytest.raises(UserError, match="died"):
-        make.make_dataset("toy", 1, 1, 0, tmp_path / "set", 1)
+        make.make_dataset("toy", RenderOptions(1, 1), tmp_path / "set")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("field", "value"), [("clips", 0), ("heldout", -1), ("workers", 0), ("seed", -1)])
 def test_make_refuses_numbers(tmp_path: Path, field: str, value: int) -> None:
-    arguments = {"clips": 1, "heldout": 1, "seed": 0, "workers": 1, field: value}
-    with pytest.raises(UserError, match=f"{field} {value}"):
-        make.make_dataset("driving", **arguments, out=tmp_path / "set")
+    done = CliRunner().invoke(data, ["make", "driving", f"--{field}", str(value), "--out", str(tmp_path / "set")])
+    assert done.exit_code == 2 and f"--{field}" in done.output and not (tmp_path / "set").exists()
 
 
 def test_make_of_an_unknown_domain(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'cooking' has no simulator: choose one of driving, robotics, games"):
-        make.make_dataset("cooking", 1, 1, 0, tmp_path / "set")
+        make.make_dataset("cooking", RenderOptions(1, 1), tmp_path / "set")

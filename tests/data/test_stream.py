@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import on_ranks
 from tiny_shards import CLIPS, FRAMES, HEIGHT, WIDTH, MakeShards, clip_parts
 
 from anyflow.data.decode import ClipShape, DecodeError
@@ -270,7 +271,7 @@ def _train_rank(rank: int, folder: Path, rendezvous: Path, result: Path) -> None
 def test_ranks_share_their_record_and_stop_together(make_shards: MakeShards, tmp_path: Path) -> None:
     """A rank that stopped alone would leave the others waiting for its gradients."""
     folder = make_shards({3: bad_parts("no caption"), 9: bad_parts("cannot be decoded")})
-    torch.multiprocessing.spawn(_train_rank, (folder, tmp_path / "rendezvous", tmp_path), nprocs=2)
+    on_ranks(_train_rank, (folder, tmp_path / "rendezvous", tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["state"] == second["state"], "the checkpoint of any rank holds for all"
     assert first["position"] == second["position"] == 64

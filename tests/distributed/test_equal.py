@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import on_ranks
 
 from anyflow.backbone.conditions import Conditions, Text
 from anyflow.backbone.lora import merged_state
@@ -109,7 +110,7 @@ def _rank(rank: int, ranks: int, port: int, models: Models, out: Path, cases: Se
 def on_two_ranks(models: Models, out: Path, cases: Sequence[str]) -> Path:
     """The cases, one after the other, in the same two processes."""
     port = 29500 + os.getpid() % 1000
-    torch.multiprocessing.spawn(_rank, (2, port, models, out, cases), nprocs=2)
+    on_ranks(_rank, (2, port, models, out, cases))
     return out
 
 

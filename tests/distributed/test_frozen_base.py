@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from forked import on_ranks
 from torch import Tensor
 
 from anyflow.backbone.bidirectional import FLOAT32_PARTS
@@ -190,7 +191,7 @@ def _cut(whole_run: Path, cut: Path, step: int) -> None:
 def on_two_ranks(models: Models, out: Path, cases: Sequence[str]) -> Path:
     """The cases, one after the other, in the same two processes."""
     port = 31500 + os.getpid() % 1000
-    torch.multiprocessing.spawn(_rank, (port, models, out, cases), nprocs=2)
+    on_ranks(_rank, (port, models, out, cases))
     return out
 
 

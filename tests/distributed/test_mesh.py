@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import on_ranks
 from torch.distributed.tensor import DTensor
 
 from anyflow.backbone.conditions import Conditions, Text
@@ -55,7 +56,7 @@ def _rank(rank: int, port: int, model: Path, out: Path) -> None:
 def test_weights_are_cut_within_a_node(small_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.pt"
     port = 30500 + os.getpid() % 1000
-    torch.multiprocessing.spawn(_rank, (port, small_model, out), nprocs=RANKS)
+    on_ranks(_rank, (port, small_model, out), RANKS)
     found = torch.load(out, weights_only=True)
     alone = load_backbone(small_model)
     for rank in range(RANKS):

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from anyflow.cli.main import app
 from anyflow.errors import EXIT_PREEMPTED, UserError
 from anyflow.stages import update
 from anyflow.system.ranks import _Rank, _report, needs_watcher, watch
@@ -120,7 +122,9 @@ def test_one_process_exports_what_two_ranks_saved(
     from anyflow.backbone.lora import LoraSettings, add_lora
 
     out, target = killed[0], tmp_path / "exported"
-    finish(["export", str(out), "--to", str(target), "--single-file", "--precision", "float32"])
+    words = ["export", str(out), "--to", str(target), "--single-file", "--precision", "float32"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
     assert len(list((target / "transformer").glob("*.safetensors"))) == 1
     path = latest_checkpoint(out / "checkpoints")
     assert path is not None and is_sharded_checkpoint(path)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import on_ranks
 
 from anyflow.backbone import parallelize
 from anyflow.backbone.parallelize import join_ranks, leave_ranks, own_rows
@@ -71,7 +72,7 @@ def _rank(rank: int, port: int, model: Path, out: Path) -> None:
 
 def test_two_ranks_measure_what_one_process_measures(small_model: Path, tmp_path: Path) -> None:
     port = 31500 + os.getpid() % 1000
-    torch.multiprocessing.spawn(_rank, (port, small_model, tmp_path / "two"), nprocs=2)
+    on_ranks(_rank, (port, small_model, tmp_path / "two"))
     assert measured(small_model, tmp_path / "one", 1) == STEPS * PROMPTS
     assert measured(small_model, tmp_path / "one" / "guided", 1, *GUIDED) == STEPS * PROMPTS * 2
     for part, nfe in ((".", STEPS), ("guided", 2 * STEPS)):
@@ -116,7 +117,7 @@ def _stopped_rank(rank: int, port: int, model: Path, out: Path) -> None:
 def test_a_signal_to_one_rank_stops_sampling_on_both(small_model: Path, tmp_path: Path) -> None:
     """A rank that stopped by itself would leave the other one in a collective until that times out."""
     port = 32500 + os.getpid() % 1000
-    torch.multiprocessing.spawn(_stopped_rank, (port, small_model, tmp_path), nprocs=2)
+    on_ranks(_stopped_rank, (port, small_model, tmp_path))
 
 
 def test_a_single_held_out_clip_gives_no_curve_and_stops_nothing(

@@ -212,15 +212,11 @@ def test_a_curve_that_fails_leaves_the_others(
 
 def test_a_place_keeps_its_process_and_tells_of_its_death() -> None:
     place = together.Place({"OMP_NUM_THREADS": "1", "SAID": "yes"}, threading.Lock())
-    place.run(check_environment, "SAID", "yes")
+    place.run(exec, 'import os; assert os.environ["SAID"] == "yes"')
     with pytest.raises(UserError, match="fewer --jobs"):
         place.run(os._exit, 1)
-    place.run(check_environment, "SAID", "yes")
+    place.run(exec, 'import os; assert os.environ["SAID"] == "yes"')
     place.close()
-
-
-def check_environment(name: str, value: str) -> None:
-    assert os.environ[name] == value
 
 
 def test_each_prompt_may_be_sampled_from_several_noises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF009  (every default goes through option)
 """What can be asked of an import: each option of ``anyflow data import`` is a field here."""
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ SIDE = 224
 """Pixels of a side that the network was trained on; whole frames are stretched to it."""
 
 PER_CLIP = 8
-"""Frames of a clip that are looked at, spread evenly: neighbours tell a network of pictures little more."""
+"""Frames of a clip that are looked at, spread evenly: neighbours add little to a network of pictures."""
 
 MEAN, SPREAD = 127.0, 128.0
 """Brings bytes to what the network was trained on."""

@@ -1,4 +1,4 @@
-"""A run that goes on with another recipe: a checkpoint's learning rates and decays give way to the recipe's.
+"""A run that resumes with another recipe: a checkpoint's learning rates and decays give way to the recipe's.
 
 An optimiser's checkpoint holds its settings beside its averages, and a schedule's its base rates. Taken up as they are,
 they would undo the changes that were asked for.

@@ -65,7 +65,7 @@ class Checkpoints(Callback):
 
         All ranks must come here together.
         """
-        self.writer.wait()  # for the one before: one copy in memory, and what went wrong with it is told
+        self.writer.wait()  # for the one before: one copy in memory, and what went wrong with it is reported
         if self._saved == (stage.step, stage.turn):
             return
         self._saved = (stage.step, stage.turn)

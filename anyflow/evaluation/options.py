@@ -1,0 +1,32 @@
+"""What can be asked of sampling by a command: each option of several commands is a field here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from anyflow.system.option import option
+
+SAMPLERS = ("flowmap", "euler", "renoise")
+"""How jumps can be taken: see :class:`anyflow.flowmap.sampling.SamplerKind`."""
+
+PRECISIONS = ("float32", "bfloat16")
+"""What the network computes in; the autoencoder, the times and the samples' state are float32 in either."""
+
+
+@dataclass(frozen=True)
+class WayOptions:
+    """How a model is sampled; what is left out is the model's own."""
+
+    sampler: str | None = option(
+        None, f"How jumps are taken, {' | '.join(SAMPLERS)}; else as the model says.", choices=SAMPLERS
+    )
+    guidance: float | None = option(
+        None,
+        "Guidance of a network that has none in its weights (a teacher, plain Wan): two calls a step; 1 is none; "
+        "else as the model says.",
+        low=1,
+    )
+    negative: str | None = option(None, "The negative prompt that guidance leads away from; else the model's.")
+    precision: str = option(
+        "", f"Of the network, {' or '.join(PRECISIONS)}; else on a GPU that of the model's recipe.", choices=PRECISIONS
+    )
