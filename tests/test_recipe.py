@@ -162,6 +162,16 @@ def test_the_global_batch_is_met_exactly_or_refused(total: int, ranks: int, limi
     assert fit_batch(recipe) == recipe  # fitting twice changes nothing
 
 
+@pytest.mark.parametrize("field", ["optimizer.name", "stage.onpolicy.critic.name"])
+def test_muon_keeps_weights_whole_whichever_optimiser_it_is(field: str) -> None:
+    """A hardware file's fsdp gives way; asked for on the command line, it is refused."""
+    on_eight = {"name": "onpolicy/wan2.1-t2v-1.3b", "hardware": "8gpu"}
+    assert load(**on_eight).hardware.strategy == "fsdp"
+    assert load(f"{field}=muon", **on_eight).hardware.strategy == "ddp"
+    with pytest.raises(UserError, match=f"{field}=muon needs them whole"):
+        load(f"{field}=muon", "hardware.strategy=fsdp", **on_eight)
+
+
 MISTAKES = [
     ("optimizer.lrr=1", "unknown key 'optimizer.lrr' (command line): did you mean 'optimizer.lr'?"),
     ("lr=1", "did you mean 'optimizer.lr'?"),

@@ -77,7 +77,8 @@ class Conditions(NamedTuple):
 
     def select(self, rows: Tensor) -> Conditions:
         """Those of the given rows (int64 ``[n]``)."""
-        return Conditions(self.text.select(rows), None if self.first_frames is None else self.first_frames[rows])
+        given = self.first_frames
+        return self._replace(text=self.text.select(rows), first_frames=None if given is None else given[rows])
 
     def with_negative(self, negative: Text) -> Conditions:
         """The batch twice: as it is, then with the negative prompt (one row) in place of each sample's own."""
@@ -85,4 +86,4 @@ class Conditions(NamedTuple):
         unprompted = negative.to(self.text.embeddings.device, self.text.embeddings.dtype).select(rows)
         given = self.first_frames
         both = Text.concatenate([self.text, unprompted])
-        return Conditions(both, None if given is None else torch.cat([given, given]))
+        return self._replace(text=both, first_frames=None if given is None else torch.cat([given, given]))

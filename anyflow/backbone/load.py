@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from anyflow.backbone.files import read_json, read_weights, resolve_folder
 from anyflow.backbone.full import stored_name
 from anyflow.backbone.guidance import Guidance
 from anyflow.errors import UserError
-from anyflow.flowmap.sampling import SamplerKind
+from anyflow.flowmap.samplers import SAMPLERS, SamplerKind
 
 ARCHITECTURES: dict[str, tuple[type[BidirectionalBackbone], type[nn.Module]]] = {
     "bidirectional": (BidirectionalBackbone, AnyFlowTransformer3DModel),
@@ -194,7 +194,7 @@ def read_shift(path: str | Path) -> float:
 
 
 def read_sampler(path: str | Path) -> SamplerKind:
-    """How a model must be sampled: as its export says (see :class:`anyflow.flowmap.sampling.SamplerKind`).
+    """How a model must be sampled: as its export says (see :data:`anyflow.flowmap.samplers.SAMPLERS`).
 
     A folder that does not say holds a flow map, or a plain Wan transformer, whose only velocity is the instantaneous
     one.
@@ -207,8 +207,8 @@ def read_sampler(path: str | Path) -> SamplerKind:
     named = read_json(place).get(SAMPLER_KEY) if place.exists() else None
     if named is None:
         return "euler" if is_wan(path) else "flowmap"
-    if named not in get_args(SamplerKind):
-        raise UserError(f"{place} asks for the sampler {named!r}: known are {', '.join(get_args(SamplerKind))}.")
+    if named not in SAMPLERS:
+        raise UserError(f"{place} asks for the sampler {named!r}: known are {', '.join(SAMPLERS)}.")
     return named
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from anyflow.backbone.full import FULL_FILE
 from anyflow.backbone.guidance import Guidance
-from anyflow.flowmap.sampling import SamplerKind
+from anyflow.flowmap.samplers import SAMPLERS, SamplerKind
 from anyflow.system.tables import markdown_table
 
 
@@ -65,9 +65,9 @@ class ModelCard:
 
     def _usage(self, lora: bool) -> str:
         size = "num_frames={}, height={}, width={}".format(*self.size)
-        if self.sampler != "flowmap" and not lora:
+        if SAMPLERS[self.sampler].usage and not lora:
             command = 'anyflow sample "..." --model path/to/this/folder --steps 4'
-            told = [_OTHER_SAMPLERS[self.sampler], f"Trained on clips of {size}, fps={self.fps:g}."]
+            told = [SAMPLERS[self.sampler].usage, f"Trained on clips of {size}, fps={self.fps:g}."]
             if self.guidance is not None and self.guidance.told:
                 told.insert(1, f"It has no guidance in its weights, and is sampled with {self.guidance.told}.")
             return "\n\n".join([f"```sh\n{command}\n```", *told])
@@ -96,17 +96,6 @@ class ModelCard:
             hints.append(_CAUSAL_HINT)
         return "\n".join(["```python", *code, "```", "", "\n\n".join(hints)])
 
-
-_OTHER_SAMPLERS = {
-    "euler": (
-        "This network knows velocities, not jumps: it takes many small steps (`anyflow_sampler: euler` in "
-        "`scheduler/scheduler_config.json`), and no few-step sampler serves it."
-    ),
-    "renoise": (
-        "This network jumps to the data and is noised again for a further step (`anyflow_sampler: renoise` in "
-        "`scheduler/scheduler_config.json`): `anyflow` does so by itself, diffusers' `AnyFlowPipeline` does not."
-    ),
-}
 
 _LORA_HINT = (
     "The base must be an any-step pipeline. A plain Wan checkpoint is none: `anyflow export RUN --to FOLDER` merges "

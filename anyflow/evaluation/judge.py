@@ -24,6 +24,7 @@ from anyflow.evaluation.distance import (
     temporal_consistency,
 )
 from anyflow.evaluation.measurement import Measurement
+from anyflow.flowmap.samplers import SAMPLERS
 from anyflow.simulators.motion import MotionScore, Reading, asked_motion, mean_path_error, motion_accuracy
 
 
@@ -52,7 +53,7 @@ class Judge:
         asked: Measurement,
     ) -> None:
         self.items, self.reference = items, reference
-        self.has_previews = asked.sampler != "renoise"
+        self.has_previews = not SAMPLERS[asked.sampler].draws
         self.given, self.given_frames = asked.given_frames, pixel_frames(asked.given_frames)
         self.left_out = max(asked.given_frames, asked.left_out)
         self.latents = reference_latents[:, self.left_out :]

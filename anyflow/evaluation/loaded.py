@@ -19,7 +19,7 @@ from anyflow.errors import UserError
 from anyflow.evaluation import models
 from anyflow.evaluation.measure import prompt_noise, take_of
 from anyflow.evaluation.options import WayOptions
-from anyflow.flowmap.sampling import SamplerKind
+from anyflow.flowmap.samplers import SamplerKind
 
 
 @dataclass(frozen=True)

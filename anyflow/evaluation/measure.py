@@ -26,7 +26,8 @@ from anyflow.evaluation.judge import Judge
 from anyflow.evaluation.kept_samples import KeptSamples
 from anyflow.evaluation.measurement import Measurement, SampledModel, Sampler
 from anyflow.flowmap.endpoint import Renoise
-from anyflow.flowmap.sampling import SamplerKind, Take, take_jump, take_velocity
+from anyflow.flowmap.samplers import SamplerKind
+from anyflow.flowmap.sampling import Take, take_jump, take_velocity
 
 OnProgress = Callable[[int, int, str], None]
 """``(done, total, what)``: called after each batch, in network calls."""
@@ -50,8 +51,9 @@ def prompt_noise(shape: Sequence[int], keys: Sequence[str], seed: int) -> Tensor
 
 def take_of(kind: SamplerKind, keys: Sequence[str], seed: int) -> Take:
     """How a model takes the jumps of one sampling; re-noising draws, like the first noise, from seed and key alone."""
-    if kind != "renoise":
-        return take_velocity if kind == "euler" else take_jump
+    plain: dict[SamplerKind, Take] = {"flowmap": take_jump, "euler": take_velocity}
+    if kind in plain:
+        return plain[kind]
     generators = [_generator(seed, f"{key}\nfresh") for key in keys]
 
     def draw(like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anyflow.backbone.guidance import UNGUIDED, Guidance
 from anyflow.evaluation.curve import STEPS, HeldOut
-from anyflow.flowmap.sampling import SamplerKind
+from anyflow.flowmap.samplers import SamplerKind
 
 Sampler = Callable[..., Tensor]
 """``(captions, noise, num_steps, shift, first_frames)`` to clean latents: a model's own sampler, text encoder included.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anyflow.errors import UserError
+from anyflow.flowmap.samplers import SAMPLERS, SamplerKind
 from anyflow.recipe import Recipe, is_hub_id, list_recipes, load_recipe
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from anyflow.backbone.guidance import Guidance
     from anyflow.backbone.protocol import FlowMapBackbone
     from anyflow.data.decode import ClipShape
-    from anyflow.flowmap.sampling import SamplerKind
 
 
 MODEL = ("model_index.json", "model", "transformer")
@@ -114,7 +114,7 @@ def has_guidance(model: str) -> bool:
     """Whether guidance is in a model's weights: in those of all but plain flow matching (a teacher, plain Wan)."""
     from anyflow.backbone.load import read_sampler
 
-    return read_sampler(model) != "euler"
+    return SAMPLERS[read_sampler(model)].fuses_guidance
 
 
 def usual_precision(model: str) -> str:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from anyflow.flowmap.samplers import SAMPLERS
 from anyflow.system.option import option
-
-SAMPLERS = ("flowmap", "euler", "renoise")
-"""How jumps can be taken: see :class:`anyflow.flowmap.sampling.SamplerKind`."""
 
 PRECISIONS = ("float32", "bfloat16")
 """What the network computes in; the autoencoder, the times and the samples' state are float32 in either."""
@@ -18,7 +16,7 @@ class WayOptions:
     """How a model is sampled; what is left out is the model's own."""
 
     sampler: str | None = option(
-        None, f"How jumps are taken, {' | '.join(SAMPLERS)}; else as the model says.", choices=SAMPLERS
+        None, f"How jumps are taken, {' | '.join(SAMPLERS)}; else as the model says.", choices=tuple(SAMPLERS)
     )
     guidance: float | None = option(
         None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,10 +24,6 @@ After = Callable[[Tensor, Sequence[int]], BoundVelocity]
 
 Take = Callable[[BoundVelocity, Tensor, Tensor, Tensor], Tensor]
 """``take(velocity, latents, timestep, r_timestep)``: how a jump is taken: :func:`take_jump`, a tape's, another way."""
-
-SamplerKind = Literal["flowmap", "euler", "renoise"]
-"""What a network must be asked: the mean velocity of a jump (:func:`take_jump`); the velocity where a jump begins, of
-plain flow matching (:func:`take_velocity`); or the way to the data (:class:`~anyflow.flowmap.endpoint.Renoise`)."""
 
 
 @torch.no_grad()

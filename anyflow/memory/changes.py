@@ -58,7 +58,7 @@ def _of_all(recipe: Recipe, phase: str) -> Iterator[tuple[str, Recipe, str]]:
         lora = dataclasses.replace(recipe.model.lora, enabled=True)
         words = "one base for all roles" if recipe.has_teacher else "adapters instead of all weights"
         yield f"model.lora.enabled=true ({words})", _with(recipe, "model", lora=lora), "less capacity"
-    if hardware.strategy == "fsdp" or (recipe.world_size == 1 and recipe.optimizer.name != "muon"):
+    if hardware.strategy == "fsdp" or (recipe.world_size == 1 and not recipe.whole_weights):
         for count in (2, 4, 8):
             more = recipe.world_size * count
             if more <= 64:
@@ -82,7 +82,7 @@ def with_gpus(recipe: Recipe, gpus: int) -> Recipe:
     hardware, data = recipe.hardware, recipe.data
     share = max(1, data.global_batch // gpus) if data.global_batch else data.batch_size * hardware.accumulate
     batch = max(size for size in range(1, min(share, data.batch_size) + 1) if share % size == 0)
-    fsdp = "fsdp" if gpus > 1 and recipe.optimizer.name != "muon" else "auto"
+    fsdp = "fsdp" if gpus > 1 and not recipe.whole_weights else "auto"
     changed = dataclasses.replace(
         hardware,
         devices=min(gpus, 8),

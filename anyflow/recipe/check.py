@@ -226,7 +226,7 @@ def _check_guidance(recipe: Recipe) -> None:
     scale, source = recipe.sampling.guidance_scale, recipe.sources.get("sampling.guidance_scale")
     if 0 < scale < 1:
         raise UserError(f"sampling.guidance_scale={scale} is below 1: give 1 for none, more, or 0 for the stage's")
-    if scale > 1 and source == "command line" and recipe.sampler != "euler":
+    if scale > 1 and source == "command line" and recipe.fuses_guidance:
         raise UserError(
             f"sampling.guidance_scale={scale} is for weights without guidance, and stage {recipe.stage.name} trains "
             "guidance into them: leave it out, and set stage.guidance_scale"
@@ -261,14 +261,13 @@ def fit_strategy(recipe: Recipe) -> Recipe:
         UserError: the command line or the stage file asks for ``fsdp`` itself.
     """
     hardware = recipe.hardware
-    is_muon = recipe.optimizer.name == "muon"
-    whole = "optimizer.name=muon" if is_muon else f"stage.name={recipe.stage.name}"
-    if hardware.strategy != "fsdp" or not (is_muon or recipe.declared.trains_codec):
+    whole = f"stage.name={recipe.stage.name}" if recipe.declared.trains_codec else recipe.whole_weights
+    if hardware.strategy != "fsdp" or not whole:
         return recipe
     if Path(recipe.sources.get("hardware.strategy", "")).parent.name != "hardware":
         raise UserError(
             f"hardware.strategy=fsdp spreads weights over ranks and {whole} needs them whole: "
-            "set hardware.strategy=ddp, or optimizer.name=adamw"
+            f"set hardware.strategy=ddp, or {recipe.whole_weights.partition('=')[0] or 'optimizer.name'}=adamw"
         )
     return dataclasses.replace(recipe, hardware=dataclasses.replace(hardware, strategy="ddp"))
 

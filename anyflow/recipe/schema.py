@@ -9,11 +9,12 @@ both ranges and the rules between fields.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from anyflow.backbone.options import LoraOptions, ParallelOptions
+from anyflow.flowmap.samplers import SAMPLERS, SamplerKind
 from anyflow.stages.declaration import Declaration
-from anyflow.stages.options import EmaSettings, OptimizerSettings, StageOptions
+from anyflow.stages.options import WHOLE_WEIGHTS, EmaSettings, OptimizerSettings, StageOptions
 from anyflow.system.option import option as _option
 
 
@@ -235,9 +236,14 @@ class Recipe:
         return self.declared.has_teacher
 
     @property
-    def sampler(self) -> Literal["flowmap", "euler", "renoise"]:
-        """How what the stage trains is sampled: see :class:`anyflow.flowmap.sampling.SamplerKind`."""
+    def sampler(self) -> SamplerKind:
+        """How what the stage trains is sampled: see :data:`anyflow.flowmap.samplers.SAMPLERS`."""
         return self.declared.sampler
+
+    @property
+    def fuses_guidance(self) -> bool:
+        """Whether what the stage trains has guidance in its weights."""
+        return SAMPLERS[self.sampler].fuses_guidance
 
     @property
     def teacher_guidance(self) -> float:
@@ -247,7 +253,15 @@ class Recipe:
     @property
     def sampled_guidance(self) -> float:
         """The scale that what the stage trains is sampled at: 1 unless it is plain flow matching."""
-        return self.teacher_guidance if self.sampler == "euler" else 1.0
+        return 1.0 if self.fuses_guidance else self.teacher_guidance
+
+    @property
+    def whole_weights(self) -> str:
+        """The field of an optimiser that needs each weight whole on every rank, with its value; empty: none does."""
+        used = {"optimizer.name": self.optimizer}
+        used |= {"stage.onpolicy.critic.name": self.stage.onpolicy.critic} if self.has_critic else {}
+        used |= {"stage.tail.optimizer.name": self.stage.tail.optimizer} if self.has_tail else {}
+        return next((f"{key}={item.name}" for key, item in used.items() if item.name in WHOLE_WEIGHTS), "")
 
     @property
     def world_size(self) -> int:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
+from anyflow.flowmap.samplers import SamplerKind
+
 Turn = Literal["codec", "flow_matching", "flow_map", "consistency", "generator", "critic"] | Callable[[Any], None]
 """What a role's part of a step asks of the networks at its heaviest: a method of
 :class:`anyflow.memory.turns.HeaviestStep`, or a function of one."""
@@ -28,7 +30,7 @@ class Declaration:
         help: One line.
         module: The LightningModule, ``package.module:Class``, or the class itself; its ``build`` makes one.
         turns: Roles that take turns in a step, and the heaviest that each does; empty: there is nothing to plan.
-        sampler: How what it trains is sampled: see :class:`anyflow.flowmap.sampling.SamplerKind`.
+        sampler: How what it trains is sampled: see :data:`anyflow.flowmap.samplers.SAMPLERS`.
         teacher: Whether a second network teaches: one that was trained before, or one that this stage trains.
         has_critic: Whether a critic is trained beside the student.
         trains_codec: Whether it trains the codec, and no network.
@@ -43,7 +45,7 @@ class Declaration:
     help: str
     module: str | type
     turns: dict[Role, Turn]
-    sampler: Literal["flowmap", "euler", "renoise"] = "flowmap"
+    sampler: SamplerKind = "flowmap"
     teacher: Literal["none", "given", "trained"] = "none"
     has_critic: bool = False
     trains_codec: bool = False

@@ -23,6 +23,10 @@ class CodecObjective:
     motion_weight: float = _option(4.0, "how much more a moving pixel counts, at most", low=1)
 
 
+WHOLE_WEIGHTS = frozenset({"muon"})
+"""Optimisers that need each weight whole on every rank: they cannot move weights spread by fsdp."""
+
+
 @dataclass(frozen=True)
 class OptimizerSettings:
     """How the weights move."""

@@ -220,7 +220,7 @@ def model_card(recipe: Recipe, figures: Any) -> ModelCard:
         size=(recipe.data.frames, recipe.data.height, recipe.data.width),
         fps=recipe.data.fps or 8.0,
         sampler=recipe.sampler,
-        guidance=guidance_of(recipe) if recipe.sampler == "euler" else None,
+        guidance=None if recipe.fuses_guidance else guidance_of(recipe),
     )
 
 
