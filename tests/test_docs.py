@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -163,3 +164,13 @@ def test_the_linter_of_sentences_sees_prose_alone(tmp_path: Path) -> None:
     module = tmp_path / "module.py"
     module.write_text('"""Short. Very short."""\n\nX = "no docstring here"\n')
     assert [sentence.words for sentence in prose.sentences([module])] == [1, 2]
+
+
+def test_the_picture_of_the_rooms_is_the_linters(project: Path) -> None:
+    """CONTRIBUTING shows the layers that import-linter enforces, in its order."""
+    settings = tomllib.loads((project / "pyproject.toml").read_text())
+    [layers] = [rule["layers"] for rule in settings["tool"]["importlinter"]["contracts"] if rule["type"] == "layers"]
+    picture = (project / "CONTRIBUTING.md").read_text().split("```\n")[1].split()
+    assert [line for line in " ".join(picture).replace(" | ", "|").split()] == [
+        layer.replace(" | ", "|") for layer in layers if layer != "__main__"
+    ]
