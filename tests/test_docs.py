@@ -171,6 +171,6 @@ def test_the_picture_of_the_rooms_is_the_linters(project: Path) -> None:
     settings = tomllib.loads((project / "pyproject.toml").read_text())
     [layers] = [rule["layers"] for rule in settings["tool"]["importlinter"]["contracts"] if rule["type"] == "layers"]
     picture = (project / "CONTRIBUTING.md").read_text().split("```\n")[1].split()
-    assert [line for line in " ".join(picture).replace(" | ", "|").split()] == [
+    assert " ".join(picture).replace(" | ", "|").split() == [
         layer.replace(" | ", "|") for layer in layers if layer != "__main__"
     ]
