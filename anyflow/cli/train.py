@@ -69,11 +69,16 @@ def train(
 
 
 def _check_cards(recipe: Recipe) -> None:
-    """That cards and shards are there and the cards make sense, before weights are loaded."""
+    """That cards and shards are there and the cards make sense, before weights are loaded; tars are indexed here."""
     from anyflow.data.card import load_card
+    from anyflow.data.reader import find_split
+    from anyflow.data.tars import is_tars
 
     for card in recipe.data.card:
-        load_card(card)
+        loaded = load_card(card)
+        if is_tars(card) and os.environ.get("RANK", "0") == "0":
+            print(loaded.description, file=sys.stderr)
+        find_split(card, recipe.data.split, index=not recipe.data.streaming, shapes=len(recipe.data.shapes) > 1)
 
 
 def _train(recipe: Recipe, how: dict[str, Any], on_open: Callable[[RunFolder], None] | None = None) -> int:

@@ -16,7 +16,10 @@ import yaml
 
 from anyflow.data import remote
 from anyflow.data.find import find_card
+from anyflow.data.members import Members, parse_members
 from anyflow.data.shards import INDEX_NAME, Sample, Shard, check_folder, load_index
+from anyflow.data.tar_index import check_tars, ready
+from anyflow.data.tars import TarSet, divide, expand, is_tars, short_name, stand_in, told_division
 from anyflow.errors import UserError, first_line
 from anyflow.system.files import write_atomically
 
@@ -44,14 +47,16 @@ class DatasetCard:
         domain: "driving", "robotics", "games", ...
         description: one or two sentences for people and model cards.
         splits: each split's folder of shards; in the YAML relative to the card's own folder, or an address. A folder
-            elsewhere (s3://..., https://...) is stood for by one in the cache; see :mod:`anyflow.data.remote`.
-        frames, height, width, fps: what every clip has.
+            elsewhere (s3://..., https://...) is stood for by one in the cache; see :mod:`anyflow.data.remote`. So are
+            somebody else's tars, which the YAML names by a pattern or a list; see :mod:`anyflow.data.tars`.
+        frames, height, width, fps: what every clip has; None where tars have clips of any kind.
         caption: stands in for a clip's missing caption; None means that such a clip is refused.
         replace_captions: it stands in for every clip's own caption too.
         negative_prompt: what guidance steers away from.
         controls: control -> what it holds, in words. attributes: label -> its values, or what it holds.
         licence: of the footage.
         provenance: how the footage came to be: versions, seed, command.
+        members: of somebody else's tars, what their members hold (:class:`anyflow.data.members.Members`).
         path: the card's file.
     """
 
@@ -59,17 +64,18 @@ class DatasetCard:
     domain: str
     description: str
     splits: Mapping[str, Path]
-    frames: int
-    height: int
-    width: int
-    fps: float
-    licence: str
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: float | None = None
+    licence: str = ""
     caption: str | None = None
     replace_captions: bool = False
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
     controls: Mapping[str, str] = field(default_factory=dict)
     attributes: Mapping[str, str | list[str]] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    members: Mapping[str, Any] = field(default_factory=dict)
     path: Path = field(default=Path(), compare=False)
 
     @property
@@ -84,7 +90,15 @@ def load_card(card: str | Path, require_shards: bool = True) -> DatasetCard:
     Raises:
         UserError: no such card; a key that is misspelt, missing or of the wrong type; a split without shards.
     """
-    path = fetch_card(card) if isinstance(card, str) and remote.is_url(card) else find_card(str(card), "data set ")
+    if is_tars(card):
+        return card_of_tars(str(card))
+    if isinstance(card, str) and remote.is_url(card):
+        try:
+            path = fetch_card(card)
+        except NoCard as error:
+            return _card_of_folder(card, error)
+    else:
+        path = find_card(str(card), "data set ")
     try:
         document = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -92,11 +106,15 @@ def load_card(card: str | Path, require_shards: bool = True) -> DatasetCard:
     if not isinstance(document, dict):
         raise UserError(f"card {str(path)!r}: expected keys and values such as `name: driving`")
     values = _check_fields(document, path)
-    values["splits"] = {split: _place(path.parent, folder) for split, folder in values["splits"].items()}
+    members = parse_members(values.get("members", {}), f"card {str(path)!r}")
+    values["splits"] = {
+        split: _place(path.parent, place, f"{values['name']}-{split}", members)
+        for split, place in values["splits"].items()
+    }
     loaded = DatasetCard(**values, path=path)
     if require_shards:
         for split, folder in loaded.splits.items():
-            if remote.url_of(folder) is None and not (folder / INDEX_NAME).is_file():
+            if not (remote.url_of(folder) or remote.stands_for_tars(folder) or (folder / INDEX_NAME).is_file()):
                 command = loaded.provenance.get("command", "correct the path")
                 raise UserError(
                     f"card {str(path)!r}: splits.{split} names {str(folder)!r}, which holds no shards "
@@ -105,24 +123,53 @@ def load_card(card: str | Path, require_shards: bool = True) -> DatasetCard:
     return loaded
 
 
+def card_of_tars(place: str) -> DatasetCard:
+    """A card for tars that come without one: a path, a pattern, several with ``::`` between, or a folder.
+
+    Raises:
+        UserError: they cannot be found.
+    """
+    name = short_name(place)
+    sets = divide(name, expand(place))
+    description = f"WebDataset tars, read where they lie: {place}. {told_division(sets)}."
+    splits = {split: stand_in(tars) for split, tars in sets.items()}
+    return DatasetCard(name, "video", description, splits, licence="not stated")
+
+
+def _card_of_folder(url: str, no_card: UserError) -> DatasetCard:
+    """A card for the tars of a folder elsewhere that has no card; the first error if it has no tars either."""
+    if url.endswith((".yaml", ".yml")):
+        raise no_card
+    try:
+        return card_of_tars(url)
+    except UserError as error:
+        raise UserError(f"{no_card}; nor are there tars ({error})") from error
+
+
+class NoCard(UserError):
+    """There is no card at an address."""
+
+
 def fetch_card(url: str) -> Path:
     """The copy of a card that lies elsewhere, given by its own address or by that of its folder.
 
     Raises:
-        UserError: there is none, or it cannot be fetched.
+        NoCard: there is none. UserError: it cannot be fetched.
     """
     base, _, name = url.rpartition("/") if url.endswith((".yaml", ".yml")) else (url, "", CARD_NAME)
     try:
         return remote.fetch_small(remote.mirror(base), name)
     except FileNotFoundError as error:
-        raise UserError(f"there is no {remote.join(base, name)}: check the address of the card") from error
+        raise NoCard(f"there is no {remote.join(base, name)}: check the address of the card") from error
 
 
-def _place(home: Path, folder: str) -> Path:
-    """A split's folder: an address of its own, beside the card elsewhere, or beside the card here."""
+def _place(home: Path, folder: str | list[str], name: str, members: Members) -> Path:
+    """A split's folder: an address of its own, beside the card elsewhere, or beside the card here; or its tars'."""
+    base = remote.url_of(home)
+    if isinstance(folder, list) or is_tars(folder) or (base is None and is_tars(home / folder)):
+        return stand_in(TarSet(name, tuple(expand(folder, base or home)), members))
     if remote.is_url(folder):
         return remote.mirror(folder)
-    base = remote.url_of(home)
     return home / folder if base is None else remote.mirror(remote.join(base, folder))
 
 
@@ -131,6 +178,8 @@ def write_card(card: DatasetCard, path: Path) -> None:
     document = {f.name: getattr(card, f.name) for f in dataclasses.fields(card) if f.name != "path"}
     document = {name: dict(value) if isinstance(value, Mapping) else value for name, value in document.items()}
     document["splits"] = {split: _relative(folder, path.parent) for split, folder in card.splits.items()}
+    if not card.members:
+        del document["members"]
     write_atomically(path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110))
 
 
@@ -144,14 +193,15 @@ def check_shards(card: DatasetCard | str | Path) -> list[str]:
     problems: list[str] = []
     home: dict[str, str] = {}
     for split, folder in loaded.splits.items():
-        found = check_folder(folder)
+        ready(folder)
+        found = check_tars(folder) if remote.stands_for_tars(folder) else check_folder(folder)
         problems += [f"{split}: {problem}" for problem in found]
         if not remote.fetch_small(folder, INDEX_NAME).is_file() or any(
             "not a shard index" in problem for problem in found
         ):
             continue
-        for _, sample in load_index(folder):
-            other = home.setdefault(sample.key, split)
+        for shard, sample in load_index(folder):
+            other = home.setdefault(f"{shard.place}:{sample.key}", split)
             if other != split:
                 problems.append(f"{split}: clip {sample.key!r} is in {other} as well")
     return problems
@@ -166,6 +216,7 @@ def iterate(card: DatasetCard, split: str) -> typing.Iterator[tuple[Path, Shard,
     if split not in card.splits:
         raise UserError(f"card {card.name!r} has no split {split!r}: choose one of {', '.join(card.splits)}")
     folder = card.splits[split]
+    ready(folder)
     for shard, sample in load_index(folder):
         yield folder, shard, sample
 
@@ -178,12 +229,15 @@ def _check_fields(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
             close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(fields)}"
             raise UserError(f"card {str(path)!r}: unknown key {key!r}; {hint}")
-    required = [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    of_clips = [] if _names_tars(document) else ["frames", "height", "width", "fps"]
+    required = ["name", "domain", "description", "splits", *of_clips, "licence"]
     missing = [name for name in required if name not in document]
     if missing:
         raise UserError(f"card {str(path)!r}: missing key {missing[0]!r}; a card needs {', '.join(required)}")
     hints = typing.get_type_hints(DatasetCard)
     for key, value in document.items():
+        if key == "splits" and isinstance(value, dict):
+            value = {split: place[0] if isinstance(place, list) and place else place for split, place in value.items()}
         if not _matches(value, hints[key]):
             raise UserError(f"card {str(path)!r}: {key}={value!r} has the wrong type; give {_describe(hints[key])}")
         if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
@@ -193,6 +247,13 @@ def _check_fields(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if not document["splits"]:
         raise UserError(f"card {str(path)!r}: splits is empty; name at least one, such as `train: shards/train`")
     return dict(document)
+
+
+def _names_tars(document: Mapping[str, Any]) -> bool:
+    """Whether a card is of somebody else's tars: it says what their members hold, or names some."""
+    splits = document.get("splits")
+    places = splits.values() if isinstance(splits, dict) else ()
+    return "members" in document or any(isinstance(p, list) or (isinstance(p, str) and is_tars(p)) for p in places)
 
 
 def _matches(value: Any, hint: Any) -> bool:

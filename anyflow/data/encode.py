@@ -120,7 +120,7 @@ class Encoding:
         prompts: Sequence[str] = (),
         error_budget: float = 0.01,
     ) -> None:
-        footage = find_split(card, split)
+        footage = find_split(card, split, shapes=len(shapes) > 1)
         self.title = f"{card} {split}"
         self.codec, self.shapes, self.prompts, self.error_budget = codec, tuple(shapes), tuple(prompts), error_budget
         self.reader = ShardReader([footage.folder], [footage.caption])
@@ -298,7 +298,7 @@ class Encoding:
             self.done += 1
             try:
                 description = self.reader.describe(shard, sample)
-                frames = decode_clip(self.reader.read(shard, sample, "mp4"), self.shapes[chosen])
+                frames = decode_clip(self.reader.video(shard, sample), self.shapes[chosen])
             except DecodeError as error:
                 self.skipped.append(Skip(self.reader.shards[shard][1].name, sample.key, str(error)))
                 enforce_budget(self.skipped, self.done, len(self.places), self.error_budget, self.report)

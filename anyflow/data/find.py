@@ -5,12 +5,18 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from anyflow.data.tars import is_tars
 from anyflow.errors import UserError
 
 
 def find_card(name: str, where: str = "data.card=") -> Path:
-    """The file of a dataset card: a file, its folder, or a name in ``data/``; else a UserError that tells ``where``."""
+    """The file of a dataset card: a file, its folder, or a name in ``data/``; else a UserError that tells ``where``.
+
+    Tars that come without a card stand for themselves.
+    """
     given = Path(name)
+    if is_tars(name):
+        return given
     roots = (Path("data"), Path(__file__).resolve().parents[2] / "data")
     for path in (given, given / "card.yaml", *(root / f"{name}.yaml" for root in roots)):
         if path.is_file():
