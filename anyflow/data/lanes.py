@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count, islice, repeat
 from lzma import LZMAError
 from pathlib import Path
@@ -194,7 +194,7 @@ class Lane:
         return next(self._samples)
 
     def _endless(self) -> Iterator[tuple[int, StreamedTar, Mapping[str, Any]]]:
-        from webdataset import DataPipeline
+        from webdataset import DataPipeline, SimpleShardList
 
         while True:
             start = self.state
@@ -202,13 +202,10 @@ class Lane:
             tars = self.order.of_lane(epoch, self.number)
             gone = self._gone(start, len(tars))
 
-            def feed(tars: Iterator[StreamedTar], gone: set[int] = gone, counts: list[int] = counts) -> Iterator[Any]:
-                return self._feed(tars, gone, counts)
-
-            def shuffle(source: Iterator[Any], epoch: int = epoch) -> Iterator[Any]:
-                return self.order.shuffled(source, epoch, self.number)
-
-            picks = iter(DataPipeline(tars, feed, shuffle))
+            shards = SimpleShardList([tar.address for tar in tars])
+            feed = partial(self._feed, tars, gone, counts)
+            shuffle = partial(self.order.shuffled, epoch=epoch, lane=self.number)
+            picks = iter(DataPipeline(shards, feed, shuffle))
             for _ in islice(picks, start.taken):
                 pass  # given before: only numbers went through the buffer
             taken = start.taken
@@ -232,11 +229,11 @@ class Lane:
         source: Iterator[int] = iter(range(sum(state.counts))) if finite else count()
         return set(islice(self.order.shuffled(source, state.epoch, self.number), state.taken))
 
-    def _feed(self, tars: Iterator[StreamedTar], gone: set[int], counts: list[int]) -> Iterator[Any]:
+    def _feed(self, tars: list[StreamedTar], gone: set[int], counts: list[int], shards: Iterator[Any]) -> Iterator[Any]:
         """The clips of the lane's tars; None for those that it gave before. ``counts`` is added to."""
         before = tuple(counts)
         place = 0
-        for number, tar in enumerate(tars):
+        for number, (tar, _) in enumerate(zip(tars, shards, strict=True)):
             known = before[number] if number < len(before) else None
             if known is not None and all(one in gone for one in range(place, place + known)):
                 yield from repeat(None, known)

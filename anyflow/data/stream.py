@@ -329,7 +329,16 @@ class _Loader(DataLoader[Batch]):
         self.stream = stream
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        return map(self.stream.check, super().__iter__())
+        return _checked(self.stream, super().__iter__())
+
+
+def _checked(stream: ClipStream, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Whole batches; the workers end with the first that is not, for at exit nobody would end them."""
+    try:
+        yield from map(stream.check, batches)
+    finally:
+        if hasattr(batches, "_shutdown_workers"):
+            batches._shutdown_workers()
 
 
 def enforce_budget(
