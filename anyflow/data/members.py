@@ -165,10 +165,10 @@ def parse_members(document: Any, where: str) -> Members:
         choices = {"missing_controls": MISSING, "key_ends_at": DOTS}.get(key)
         if choices and value not in choices:
             raise UserError(f"{where}: members.{key}={value!r}: give {' or '.join(map(repr, choices))}")
-        if key == "controls" and not _is_texts(list(value.items() if isinstance(value, dict) else [value]), pairs=True):
+        if key == "controls" and not (isinstance(value, dict) and _is_texts([*value, *value.values()])):
             raise UserError(f"{where}: members.controls={value!r}: give names with members, such as `actions: npy`")
         if key in ("video", "caption"):
-            values[key] = tuple([value] if isinstance(value, str) else value or ())
+            values[key] = tuple(value) if isinstance(value, list | tuple) else (value,)
             if not values[key] or not _is_texts(values[key]):
                 raise UserError(
                     f"{where}: members.{key}={value!r}: give an extension, such as `mp4`, or a list of them"
@@ -178,9 +178,8 @@ def parse_members(document: Any, where: str) -> Members:
     return Members(**values)
 
 
-def _is_texts(values: Any, pairs: bool = False) -> bool:
-    texts = [text for pair in values for text in (pair if isinstance(pair, tuple) else [None])] if pairs else values
-    return all(isinstance(text, str) and text.strip(" .:") for text in texts)
+def _is_texts(values: Any) -> bool:
+    return all(isinstance(text, str) and text.strip(" .:") for text in values)
 
 
 def _lowered(place: str) -> str:

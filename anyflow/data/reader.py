@@ -172,7 +172,7 @@ class ShardReader:
             raise DecodeError(self._damaged[shard])
         path, entry = self.shards[shard]
         try:
-            local = remote.fetch_shard(path.parent, path.name, entry.bytes, entry.sha256, entry.made_from)
+            local = remote.fetch_shard(path.parent, path.name, entry.bytes, entry.sha256, entry.version)
         except remote.Damaged as error:
             self._damaged[shard] = str(error)
             raise DecodeError(str(error)) from error

@@ -157,10 +157,10 @@ def fetch_small(folder: Path, name: str) -> Path:
     return path
 
 
-def fetch_shard(folder: Path, name: str, size: int, sha256: str, made_from: str = "") -> Path | None:
+def fetch_shard(folder: Path, name: str, size: int, sha256: str, version: str = "") -> Path | None:
     """A shard's file, fetched and verified if the folder is elsewhere; None if it is too large for the cache.
 
-    One without ``sha256`` is verified by its size; its copy is kept under ``made_from``, which tells versions apart.
+    One without ``sha256`` is verified by its size; its copy is kept under its ``version``.
 
     Raises:
         Damaged: what is there differs from the index, also when fetched again.
@@ -169,7 +169,7 @@ def fetch_shard(folder: Path, name: str, size: int, sha256: str, made_from: str 
     url = url_of(folder)
     if url is None:
         return folder / name
-    path = folder / (name if sha256 else f"{made_from[:12]}-{name}")
+    path = folder / (name if sha256 else f"{version}-{name}")
     if _touch(path, size):
         return path
     if size > cache_limit():
@@ -223,7 +223,7 @@ def ask(address: str, method: str, **named: Any) -> Any:
             return _within(files, method, place, **named)
         except FileNotFoundError as error:
             if error.__cause__ is not None and not isinstance(error.__cause__, FileNotFoundError):
-                raise OSError(str(error.__cause__)) from error  # fsspec's way of telling that a web server failed
+                raise error.__cause__ from None  # fsspec's way of telling that a web server failed
             raise
 
     return _persist(call, address)

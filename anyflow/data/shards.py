@@ -62,6 +62,7 @@ class Shard:
             they are the same samples but for rounding. Empty: the samples are what they are.
         place: path or address of somebody else's tar; ``sha256`` is then empty and ``made_from`` of its headers.
             Empty: it lies beside its index.
+        version: of such a tar, by what its server or disk says of it: copies of other versions are not taken for it.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Shard:
     samples: tuple[Sample, ...]
     made_from: str = ""
     place: str = ""
+    version: str = ""
 
     @property
     def content(self) -> str:
@@ -259,7 +261,7 @@ def shard_to_dict(shard: Shard) -> dict[str, Any]:
         "bytes": shard.bytes,
         "sha256": shard.sha256,
         **({"made_from": shard.made_from} if shard.made_from else {}),
-        **({"place": shard.place} if shard.place else {}),
+        **({"place": shard.place, "version": shard.version} if shard.place else {}),
         "samples": [_sample_to_dict(sample) for sample in shard.samples],
     }
 
@@ -295,7 +297,8 @@ def shard_from_dict(entry: Mapping[str, Any]) -> Shard:
         for offset, length in sample.parts.values():
             if offset < 0 or not 0 <= length <= MAX_MEMBER or offset + length > size:
                 raise ValueError(f"sample {sample.key!r} lies outside of {name!r}")
-    return Shard(str(name), size, str(entry["sha256"]), samples, str(entry.get("made_from", "")), place)
+    made_from, version = str(entry.get("made_from", "")), str(entry.get("version", ""))
+    return Shard(str(name), size, str(entry["sha256"]), samples, made_from, place, version)
 
 
 def write_tar(batch: Iterable[tuple[str, Mapping[str, bytes]]], path: Path) -> Shard:

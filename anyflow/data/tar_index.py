@@ -15,7 +15,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 from anyflow.data import remote
 from anyflow.data.decode import DecodeError
 from anyflow.data.order import digest
-from anyflow.data.places import open_at, stamp_of
+from anyflow.data.places import list_folder, open_at, stamp_of
 from anyflow.data.safety import PICKLES, is_safe_name
 from anyflow.data.shapes import Noted, note_file
 from anyflow.data.shards import INDEX_NAME, INDEX_VERSION, MAX_MEMBER, Sample, Shard, load_index, shard_to_dict
@@ -38,6 +38,8 @@ from anyflow.system.pool import run_jobs
 HEADERS_VERSION = 1
 THREADS = 32
 """Tars elsewhere that are read at a time: waiting for answers takes nearly all of it."""
+MANY = 50
+"""Tars of a bucket's folder that are looked for by a list of it, not one by one."""
 WORKERS = 8
 FEW = 16
 """Tars of this machine that are read in this process: fewer than it takes to start others."""
@@ -138,14 +140,22 @@ def _keep(path: Path, document: Any) -> None:
     own.replace(path)
 
 
-def make_shard(name: str, address: str, headers: Headers, tarset: TarSet) -> tuple[Shard, list[LeftOut], Counter[str]]:
-    """A tar as a shard: its clips, what is left out, and how often each extension is not used."""
+def make_shard(
+    tar: tuple[str, str, str], headers: Headers, tarset: TarSet
+) -> tuple[Shard, list[LeftOut], Counter[str]]:
+    """A tar as a shard: its clips, what is left out, and how often each extension is not used.
+
+    Args:
+        tar: its own name, its address, its version. headers: what it holds. tarset: what it is part of.
+    """
+    name, address, version = tar
     members = tarset.members
     stem = name.removesuffix(".tar")
     left_out = [(name, member, reason) for member, reason in headers.left_out]
     if headers.problem:
         left_out.append((name, WHOLE_TAR, headers.problem))
     samples: dict[str, dict[str, tuple[int, int]]] = {}
+    last = None
     unused: Counter[str] = Counter()
     for member, offset, size in headers.members:
         split = members.split(member)
@@ -153,6 +163,7 @@ def make_shard(name: str, address: str, headers: Headers, tarset: TarSet) -> tup
             unused["(none)"] += 1
             continue
         key, extension = split
+        last = key
         parts = samples.setdefault(key, {})
         if extension in parts:
             left_out.append((name, key, f"its {extension} member is there twice: the first is taken"))
@@ -161,6 +172,8 @@ def make_shard(name: str, address: str, headers: Headers, tarset: TarSet) -> tup
         else:
             unused[extension] += 1
             parts.setdefault(extension, (offset, size))
+    if headers.problem and last is not None:
+        del samples[last]  # its further members may be what is lost
     kept = []
     for key, parts in samples.items():
         try:
@@ -172,7 +185,7 @@ def make_shard(name: str, address: str, headers: Headers, tarset: TarSet) -> tup
     chosen = {"": slice(None), "train": slice(0, len(kept) - held), "heldout": slice(len(kept) - held, None)}[
         tarset.part
     ]
-    return Shard(name, headers.bytes, "", tuple(kept[chosen]), headers.identity, address), left_out, unused
+    return Shard(name, headers.bytes, "", tuple(kept[chosen]), headers.identity, address, version), left_out, unused
 
 
 _ready: set[tuple[int, Path, bool]] = set()
@@ -240,6 +253,11 @@ def _stamps(tarset: TarSet) -> list[tuple[int, str]]:
         except OSError as error:
             return -1, error.strerror or first_line(error)
 
+    folders = Counter(address.rpartition("/")[0] for address in tarset.tars if remote.is_url(address))
+    for folder, number in folders.items():
+        if number > MANY and not folder.startswith("http"):
+            with suppress(OSError):
+                list_folder(folder, "*")  # one answer, which is kept, has the stamps of all
     with ThreadPoolExecutor(THREADS) as pool:
         stamps = list(pool.map(stamp, tarset.tars))
     if all(size < 0 for size, _ in stamps):
@@ -276,7 +294,7 @@ def _make_index(tarset: TarSet, stamps: Sequence[tuple[int, str]], shapes: bool)
             if stamp[0] < 0:
                 left_out.append((name, WHOLE_TAR, f"it is not there ({stamp[1]})"))
             else:
-                shard, without, more = make_shard(name, address, next(coming), tarset)
+                shard, without, more = make_shard((name, address, digest(str(stamp))[:12]), next(coming), tarset)
                 shards += [shard] if shard.samples else []
                 left_out += without
                 unused += more
@@ -312,7 +330,7 @@ def _with_shapes(tarset: TarSet, shards: Sequence[Shard]) -> list[Shard]:
 
 
 def _note_shard(tarset: TarSet, shard: Shard) -> Shard:
-    facts = [shard.place, shard.made_from, tarset.members.to_dict(), tarset.part]
+    facts = [shard.place, shard.version, shard.made_from, tarset.members.to_dict(), tarset.part]
     name = digest(json.dumps(facts))
     kept = remote.cache_root() / "tar-shapes" / name[:2] / f"{name}.json"
     try:

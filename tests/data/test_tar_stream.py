@@ -333,7 +333,7 @@ def test_our_own_shards_can_be_streamed(shards: Path) -> None:
 
 def test_a_single_tar_that_is_divided_cannot_be_streamed(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "one.tar", sample("a"))
-    with pytest.raises(UserError, match="leave data.streaming out"):
+    with pytest.raises(UserError, match=r"leave data\.streaming out"):
         module_of(str(tar))
     assert set(load_card(str(tar)).splits) == {"train", "heldout"}
 
