@@ -15,11 +15,11 @@ from typing import Any
 import yaml
 
 from anyflow.data import remote
-from anyflow.data.find import find_card
+from anyflow.data.find import find_card, is_tars
 from anyflow.data.members import Members, parse_members
 from anyflow.data.shards import INDEX_NAME, Sample, Shard, check_folder, load_index
 from anyflow.data.tar_index import check_tars, ready
-from anyflow.data.tars import TarSet, divide, expand, is_tars, short_name, stand_in, told_division
+from anyflow.data.tars import TarSet, divide, expand, short_name, stand_in, told_division
 from anyflow.errors import UserError, first_line
 from anyflow.system.files import write_atomically
 

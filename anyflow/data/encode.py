@@ -31,6 +31,7 @@ from anyflow.data.shards import (
     Sample,
     Shard,
     ShardIndex,
+    dotless,
     shard_from_dict,
     shard_to_dict,
     write_tar,
@@ -306,7 +307,7 @@ class Encoding:
             latents = self.codec.encode_video(torch.from_numpy(frames)[None])[0].half().cpu()
             latent_shapes[chosen] = tuple(latents.shape)  # type: ignore[assignment]
             text = json.dumps(description, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-            yield sample.key, {"safetensors": _save("latents", latents), "json": text.encode()}
+            yield dotless(sample.key), {"safetensors": _save("latents", latents), "json": text.encode()}
             if progress is not None:
                 progress(self.done, len(self.places))
 

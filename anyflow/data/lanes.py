@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from itertools import count, islice, repeat
 from lzma import LZMAError
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,6 +79,19 @@ def tars_of(splits: Sequence[Split]) -> tuple[StreamedTar, ...]:
     return tuple(found)
 
 
+def check_lanes(tars: int, ranks: int, workers: int) -> None:
+    """Refuse fewer tars than there are workers of all ranks.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if tars < ranks * workers:
+        raise UserError(
+            f"data.streaming=true gives each worker tars of its own, and {ranks} ranks with {workers} workers are more "
+            f"than {tars} tars: lower data.num_workers, or leave data.streaming out"
+        )
+
+
 @dataclass(frozen=True)
 class LaneState:
     """A lane's place.
@@ -128,11 +140,7 @@ class LaneOrder:
     batches_per_epoch: int = 1
 
     def __post_init__(self) -> None:
-        if len(self.tars) < self.ranks * self.workers:
-            raise UserError(
-                f"data.streaming=true gives each worker tars of its own, and {self.ranks} ranks with {self.workers} "
-                f"workers are more than {len(self.tars)} tars: lower data.num_workers, or leave data.streaming out"
-            )
+        check_lanes(len(self.tars), self.ranks, self.workers)
 
     @cached_property
     def identity(self) -> OrderIdentity:
@@ -256,13 +264,15 @@ class Lane:
         from webdataset.tariterators import group_by_keys, tar_file_iterator
 
         seen: set[str] = set()
+        wanted: dict[str, bool] = {}
 
         def is_wanted(name: str) -> bool:
-            split = tar.members.split(name)
-            wanted = split is not None and tar.members.wants(split[1]) and Path(name).suffix.lower() not in PICKLES
-            if not wanted:
-                self.unused.add(split[1] if split else "(none)")
-            return wanted
+            _, extension = tar.members.split(name) or ("", "(none)")
+            if extension not in wanted:
+                is_pickle = f".{extension}".endswith(PICKLES)
+                wanted[extension] = tar.members.wants(extension) and not is_pickle
+                self.unused |= set() if wanted[extension] else {extension}
+            return wanted[extension]
 
         def note_twice(error: Exception) -> bool:
             self.skipped.append(Skip(tar.name, str(error.args[0])[:200], "a member is there twice: the first is taken"))

@@ -17,13 +17,14 @@ import numpy as np
 from anyflow.data import remote
 from anyflow.data.card import CARD_NAME, CaptionOverride, load_card
 from anyflow.data.decode import ClipShape, DecodeError
+from anyflow.data.find import is_tars
 from anyflow.data.members import Members
 from anyflow.data.order import ShardIdentity
 from anyflow.data.safety import clean_caption
 from anyflow.data.shapes import Noted, frames_needed
 from anyflow.data.shards import INDEX_NAME, Sample, Shard, load_index
 from anyflow.data.tar_index import ready
-from anyflow.data.tars import is_tars, load_set
+from anyflow.data.tars import load_set
 from anyflow.errors import UserError, first_line
 from anyflow.system.files import file_sha256
 

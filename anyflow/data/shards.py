@@ -319,6 +319,12 @@ def write_tar(batch: Iterable[tuple[str, Mapping[str, bytes]]], path: Path) -> S
     return shard
 
 
+def dotless(key: str) -> str:
+    """A key that a tar of ours can hold: those of somebody else's clips may have dots, and ours end at the first."""
+    folder, slash, base = key.rpartition("/")
+    return folder + slash + base.replace(".", "%2E")
+
+
 def _compare_members(path: Path, shard: Shard) -> list[str]:
     """What a tar's own members say against its index, in sentences."""
     try:

@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from anyflow.data import remote
+from anyflow.data.find import BETWEEN, SUFFIXES
 from anyflow.data.members import Members, parse_members
 from anyflow.data.places import list_folder
 from anyflow.errors import UserError, first_line
@@ -23,9 +24,6 @@ from anyflow.system.files import write_atomically
 from anyflow.system.locks import locked
 
 LOCK = ".lock"
-SUFFIXES = (".tar", ".tar.gz", ".tgz")
-BETWEEN = "::"
-"""Stands between the tars of a list, as in WebDataset's own addresses."""
 MOST = 10**6
 """Tars of a set: a pattern that gives more is a slip of the hand."""
 HELD_OUT = ("test", "val", "valid", "validation", "eval", "heldout")
@@ -58,24 +56,6 @@ class TarSet:
         while all(len(path) > shared + 1 and path[shared] == paths[0][shared] for path in paths):
             shared += 1
         return tuple("/".join(path[shared:]) for path in paths)
-
-
-def is_tars(card: str | Path) -> bool:
-    """Whether ``data.card=`` names tars and not a card: by its ending, or as a folder here that holds some."""
-    text = str(card)
-    if any(part.rstrip("/}").endswith(SUFFIXES) for part in text.split(BETWEEN)):
-        return True
-    folder = Path(text)
-    if remote.is_url(text) or not folder.is_dir() or _holds_ours(folder):
-        return False
-    return any(True for pattern in ("*.tar", "*/*.tar") for _ in folder.glob(pattern))
-
-
-def _holds_ours(folder: Path) -> bool:
-    """Whether a folder is a data set of our own: a card, or shards with their index."""
-    return (folder / "card.yaml").is_file() or any(
-        True for pattern in ("", "*/") for _ in folder.glob(f"{pattern}index.json")
-    )
 
 
 def expand(card: str | Sequence[str], home: str | Path = "") -> list[str]:

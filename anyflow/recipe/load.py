@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from anyflow.data.tars import BETWEEN, SUFFIXES, is_tars
+from anyflow.data.find import BETWEEN, SUFFIXES, is_tars
 from anyflow.errors import UserError, first_line
 from anyflow.recipe.check import check_recipe, fit_batch, fit_strategy
 from anyflow.recipe.fields import all_fields, flatten, group_keys

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -342,3 +346,32 @@ def test_unused_members_are_told_once(tmp_path: Path, capsys: pytest.CaptureFixt
     write_tar(tmp_path / "set/000.tar", [*sample("a"), ("a.cls", b"1"), ("a.depth.npz", b"1"), ("README", b"x")])
     train(module_of(card_of(tmp_path / "set"), steps=4), 4)
     assert capsys.readouterr().err == "members that are not used: .(none), .cls, .depth.npz\n"
+
+
+def test_a_compressed_tar_is_streamed(tmp_path: Path) -> None:
+    write_tar(tmp_path / "plain.tar", [*sample("a", 1), *sample("b", 2)])
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/0.tar.gz").write_bytes(gzip.compress((tmp_path / "plain.tar").read_bytes()))
+    batch = train(module_of(card_of(tmp_path / "set", splits={"train": f"{tmp_path}/set/0.tar.gz"})), 1)[0]
+    assert sorted(batch["key"]) == ["0.tar.gz/a", "0.tar.gz/b"]
+
+
+FAULT = """
+from torch.utils.data import DataLoader
+from anyflow.data.stream import BatchDataset, ClipStream
+
+class Broken(BatchDataset):
+    world_size = rank = 1
+    def __getitem__(self, index):
+        raise ZeroDivisionError("a fault of ours")
+
+batches = iter(ClipStream(Broken(), 5).loader(num_workers=2))
+next(batches)
+"""
+
+
+def test_a_fault_in_a_worker_ends_the_process(project: Path) -> None:
+    """Workers let one SIGTERM pass, which is all that they get when Python ends: it would wait for them for ever."""
+    environment = {**os.environ, "PYTHONPATH": str(project)}
+    done = subprocess.run([sys.executable, "-c", FAULT], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 1 and "a fault of ours" in done.stderr
