@@ -31,6 +31,7 @@ from anyflow.data.shards import (
     Sample,
     Shard,
     ShardIndex,
+    dotless,
     shard_from_dict,
     shard_to_dict,
     write_tar,
@@ -120,7 +121,7 @@ class Encoding:
         prompts: Sequence[str] = (),
         error_budget: float = 0.01,
     ) -> None:
-        footage = find_split(card, split)
+        footage = find_split(card, split, shapes=len(shapes) > 1)
         self.title = f"{card} {split}"
         self.codec, self.shapes, self.prompts, self.error_budget = codec, tuple(shapes), tuple(prompts), error_budget
         self.reader = ShardReader([footage.folder], [footage.caption])
@@ -298,7 +299,7 @@ class Encoding:
             self.done += 1
             try:
                 description = self.reader.describe(shard, sample)
-                frames = decode_clip(self.reader.read(shard, sample, "mp4"), self.shapes[chosen])
+                frames = decode_clip(self.reader.video(shard, sample), self.shapes[chosen])
             except DecodeError as error:
                 self.skipped.append(Skip(self.reader.shards[shard][1].name, sample.key, str(error)))
                 enforce_budget(self.skipped, self.done, len(self.places), self.error_budget, self.report)
@@ -306,7 +307,7 @@ class Encoding:
             latents = self.codec.encode_video(torch.from_numpy(frames)[None])[0].half().cpu()
             latent_shapes[chosen] = tuple(latents.shape)  # type: ignore[assignment]
             text = json.dumps(description, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-            yield sample.key, {"safetensors": _save("latents", latents), "json": text.encode()}
+            yield dotless(sample.key), {"safetensors": _save("latents", latents), "json": text.encode()}
             if progress is not None:
                 progress(self.done, len(self.places))
 

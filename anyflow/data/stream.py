@@ -80,6 +80,10 @@ class BatchDataset(Dataset[Batch]):
     def adopt(self, saved: OrderIdentity) -> None:
         """Take over what a checkpoint's order may set; nothing, in general."""
 
+    def told(self) -> str:
+        """How much there is, in words."""
+        return f"{self.order.num_samples} clips, {self.order.batches_per_epoch * self.split_in} batches an epoch"
+
 
 class ClipDataset(BatchDataset):
     """Map-style data set over global batch numbers: item ``n`` is this rank's part of global batch ``n``.
@@ -146,8 +150,7 @@ class ClipDataset(BatchDataset):
                 return self.load(own_epoch, shard, sample, out)
             except DecodeError as error:
                 bad[shard, number] = Skip(self.reader.shards[shard][1].name, sample.key, str(error))
-        named = _name_offenders(list(bad.values()))
-        raise UserError(f"{len(bad)} clips in a row cannot be used: {named}; repair the shards.")
+        raise none_usable(list(bad.values()))
 
     def load(self, epoch: int, shard: int, sample: Sample, out: np.ndarray) -> dict[str, Any]:
         """Read one sample into ``out``; return its description with its key.
@@ -160,7 +163,7 @@ class ClipDataset(BatchDataset):
             load_latents(self.reader.read(shard, sample, "safetensors"), out)
         else:
             seed = sample_seed(self.order.seed, epoch, sample.key)
-            decode_clip(self.reader.read(shard, sample, "mp4"), self.shape, seed, out)
+            decode_clip(self.reader.video(shard, sample), self.shape, seed, out)
         return {**metadata, "key": sample.key}
 
 
@@ -273,11 +276,19 @@ class ClipStream:
         """Share the skipped clips among ranks, together; every rank then has the same record in the same order."""
         if self.dataset.world_size == 1 or not torch.distributed.is_initialized():
             return
-        parts: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, [asdict(skip) for skip in self.skipped.values()])
+        parts = gathered([asdict(skip) for skip in self.skipped.values()], self.dataset.world_size)
         self.skipped = {}
         for part in parts:
             self._record(part)
+
+
+def gathered(part: Any, world_size: int) -> list[Any]:
+    """What every rank gives, together; by one alone its own."""
+    if world_size == 1 or not torch.distributed.is_initialized():
+        return [part]
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, part)
+    return parts
 
 
 def _leave_stopping_to_the_trainer(worker: int) -> None:
@@ -318,7 +329,16 @@ class _Loader(DataLoader[Batch]):
         self.stream = stream
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        return map(self.stream.check, super().__iter__())
+        return _checked(self.stream, super().__iter__())
+
+
+def _checked(stream: ClipStream, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Whole batches; the workers end with the first that is not, for at exit nobody would end them."""
+    try:
+        yield from map(stream.check, batches)
+    finally:
+        if hasattr(batches, "_shutdown_workers"):
+            batches._shutdown_workers()
 
 
 def enforce_budget(
@@ -344,6 +364,11 @@ def enforce_budget(
             f"{len(skipped)} of {total} clips cannot be used, more than error_budget {error_budget:g} allows: "
             f"{_name_offenders(skipped)}{everywhere}; repair the shards or raise error_budget."
         )
+
+
+def none_usable(bad: Sequence[Skip]) -> UserError:
+    """What to raise where no clip can take the place of bad ones."""
+    return UserError(f"{len(bad)} clips in a row cannot be used: {_name_offenders(bad)}; repair the shards.")
 
 
 def write_skipped(path: Path, skipped: Iterable[Skip]) -> None:

@@ -154,6 +154,7 @@ def _check_geometry(recipe: Recipe) -> None:
         raise UserError(
             f"data.weights has {len(data.weights)} values for {len(data.card)} cards: give one for each of data.card"
         )
+    _check_streaming(recipe)
     check_frames("data.frames", data.frames)
     latent_frames = (data.frames - 1) // 4 + 1
     if recipe.sampling.given_frames >= latent_frames:
@@ -171,6 +172,16 @@ def _check_geometry(recipe: Recipe) -> None:
             raise UserError(
                 f"{where}data.height={height} and data.width={width} are too small for a causal network: it makes "
                 "tokens of 4 x 4 latents: give at least 32 pixels a side"
+            )
+
+
+def _check_streaming(recipe: Recipe) -> None:
+    """What needs to know every clip beforehand cannot be had of tars that are read as they come."""
+    data = recipe.data
+    for field, given in (("precompute", data.precompute), ("buckets", data.buckets), ("weights", data.weights)):
+        if data.streaming and given:
+            raise UserError(
+                f"data.{field}={given} needs an index of the clips, and data.streaming=true makes none: leave out one"
             )
 
 
