@@ -1,19 +1,23 @@
-"""``anyflow data encode``: latents and prompt embeddings beforehand, on every GPU."""
+"""``anyflow data encode``: latents and prompt embeddings beforehand, on every GPU of a machine or a cluster."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from anyflow.cli.common import Card, Json, parse_names, parse_size, print_json
+from anyflow.cli.options import with_options
+from anyflow.errors import UserError
 from anyflow.evaluation.models import check_model
 from anyflow.recipe import load_recipe, parse_shape
+from anyflow.system.engine_options import EngineOptions, engine_of
 from anyflow.system.files import require_place
-from anyflow.system.ranks import end_with_watcher, needs_watcher, watch
 
 
+@with_options
 def encode(
     card: Card,
     model: Annotated[
@@ -29,6 +33,8 @@ def encode(
         str, typer.Option(help="hardware.precision of the training to come; without it that of the model's recipe.")
     ] = "",
     out: Annotated[Path | None, typer.Option(help="Where the cache is made; without it beside the card.")] = None,
+    *,
+    engine: EngineOptions,
     as_json: Json = False,
 ) -> None:
     """Encode clips and captions once, on all GPUs: training with data.precompute=true then needs no VAE and no text
@@ -39,7 +45,14 @@ def encode(
       anyflow data encode driving
       anyflow data encode driving --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --splits train,heldout
       anyflow data encode driving --frames 17 --size 96x64 --buckets 9x64x96 --devices 2
+      anyflow data encode /shared/drives/card.yaml --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --engine ray
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "data encode starts its own processes, one a GPU: start it once, without torchrun; on several machines by "
+            "--engine ray"
+        )
+    engine.check()
     check_model(model)
     if out is not None:
         require_place(out, "--out")
@@ -47,15 +60,7 @@ def encode(
         load_recipe("finetune/driving", overrides=[f"hardware.precision={precision}"])  # or its sentence
     width, height = parse_size(size) or (None, None)
     further = [parse_shape(text.strip(), "--buckets") for text in filter(None, buckets.split(","))]
-    if devices > 1 and needs_watcher(devices):
-        raise typer.Exit(watch(devices, 1))
-    from anyflow.training.encoding import devices_here
-
-    _, count = devices_here()
-    if not devices and needs_watcher(count):
-        raise typer.Exit(watch(count, 1))
-    end_with_watcher()
-    folders = _encode(card, model, splits, (frames, height, width, fps), further, precision, devices or count, out)
+    folders = _encode(card, model, splits, (frames, height, width, fps), further, precision, devices, out, engine)
     if as_json:
         print_json({"card": card, "model": model, "caches": folders})
     else:
@@ -72,32 +77,33 @@ def _encode(
     precision: str,
     devices: int,
     out: Path | None,
+    chosen: EngineOptions,
 ) -> dict[str, Path]:
-    """Split -> its cache; called on every rank."""
-    from anyflow.backbone.codec import Codec, codec_dtypes
-    from anyflow.backbone.parallelize import leave_ranks
+    """Split -> its cache."""
+    from anyflow.backbone.codec import codec_dtypes
     from anyflow.data.decode import ClipShape
-    from anyflow.data.encode import Encoding
     from anyflow.evaluation.models import native_shape, recipe_of
     from anyflow.system.console import quiet_libraries
-    from anyflow.training.encoding import devices_here, encode_on_ranks
+    from anyflow.training.encoding import EncodingJob, devices_here, encode
 
     quiet_libraries()
     frames, height, width, fps = wanted
     own = native_shape(model, frames=frames, height=height, width=width, fps=fps)
     recipe = recipe_of(model)
-    accelerator, _ = devices_here()
-    usual = recipe.hardware.precision if recipe else "bf16-mixed" if accelerator == "gpu" else "32-true"
+    kind, count = devices_here()
+    if kind == "gpu" and devices > count:
+        raise UserError(f"--devices {devices}: this machine has {count} GPU{'s' * (count > 1)}: ask for fewer")
+    processes = devices or count
+    engine = engine_of(chosen, processes if processes > 1 else 0, gpus=kind == "gpu")
+    usual = recipe.hardware.precision if recipe else "bf16-mixed" if engine.has_gpus() else "32-true"
     # training refuses what was made in another precision than its own
-    dtype, text_dtype = codec_dtypes(precision or usual)
-    codec = Codec.from_folder(model, dtype=dtype, text_dtype=text_dtype, stored=True)
-    shapes = [own, *(ClipShape(*shape, own.fps) for shape in buckets)]
+    dtypes = codec_dtypes(precision or usual)
+    shapes = (own, *(ClipShape(*shape, own.fps) for shape in buckets))
+    prompts = (recipe.model.negative_prompt if recipe else "",)
+    if not parse_names(splits):
+        raise UserError(f"--splits {splits!r} names none: give for example --splits train,heldout")
+    jobs = {split: EncodingJob(card, split, model, *dtypes, shapes, out, prompts) for split in parse_names(splits)}
+    codec = next(iter(jobs.values())).codec()
     for shape in shapes:
         codec.check_video_shape(shape.frames, shape.height, shape.width)
-    folders = {}
-    for split in parse_names(splits):
-        encoding = Encoding(card, split, codec, shapes, out, prompts=[recipe.model.negative_prompt if recipe else ""])
-        encode_on_ranks(encoding, codec, accelerator, devices)
-        folders[split] = encoding.folder
-    leave_ranks()
-    return folders
+    return {split: encode(job, engine) for split, job in jobs.items()}

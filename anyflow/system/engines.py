@@ -68,6 +68,11 @@ class WorkerLost(Exception):
 class Engine(Protocol):
     """Does work."""
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this process does the work itself."""
+        ...
+
     def workers(self, gpu: bool = False) -> int:
         """Tasks that are done at a time, now."""
         ...

@@ -37,6 +37,11 @@ class LocalEngine:
         if self.processes < 0:
             raise UserError(f"workers {self.processes}: give at least 0")
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this process does the work itself."""
+        return self.processes == 0
+
     def workers(self, gpu: bool = False) -> int:
         """Tasks that are done at a time."""
         return max(self.processes, 1)

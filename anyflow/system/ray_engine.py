@@ -37,7 +37,7 @@ PATIENCE = 2.0
 MARKER = ".seen-"
 """How a file begins that workers must find in the folder that they write in: only one disk has it."""
 
-TOLD_AFTER = 15.0
+TOLD_AFTER = 60.0
 """Seconds without any worker after which the user is told what is waited for."""
 
 MAX_FAILED_STARTS = 3
@@ -66,6 +66,11 @@ class RayEngine:
 
     def __init__(self, address: str) -> None:
         _connect(address)
+
+    @property
+    def is_here(self) -> bool:
+        """This process only hands the work out."""
+        return False
 
     def workers(self, gpu: bool = False) -> int:
         """Tasks that are done at a time, if nobody else uses the cluster."""
@@ -223,9 +228,7 @@ class _Actors:
             self._starting[worker.problem.remote(self._seen, _versions())] = worker
         if time.monotonic() - self._since > TOLD_AFTER:
             self._since = float("inf")
-            print(
-                "waiting for the cluster: all its workers are gone or in use (ray status)", file=sys.stderr, flush=True
-            )
+            print("waiting: no worker of the cluster is free yet, or they are gone (ray status)", file=sys.stderr)
 
 
 def _connect(address: str) -> None:
