@@ -26,8 +26,10 @@ from anyflow.cli.common import (
     print_json,
     whole_folder,
 )
+from anyflow.cli.options import with_options
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
 from anyflow.evaluation.models import check_model
+from anyflow.system.engine_options import EngineOptions, engine_of
 from anyflow.system.ranks import end_with_watcher, needs_watcher, watch
 from anyflow.system.signals import Terminated, sigterm_raises
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from anyflow.evaluation.heldout import Prompts
     from anyflow.evaluation.kept_samples import KeptSamples
     from anyflow.evaluation.measurement import Measurement
+    from anyflow.system.engines import Engine
 
 SAMPLES = Path("runs/evaluations/.samples")
 """Where what is sampled lies until all of it is measured."""
@@ -44,6 +47,7 @@ SAMPLES = Path("runs/evaluations/.samples")
 AGAIN = "what was sampled is kept, and the same command goes on with it"
 
 
+@with_options
 def evaluate(
     model: Model,
     data: Annotated[str, typer.Option(help="A dataset card: a name in data/, or a path.")],
@@ -72,6 +76,8 @@ def evaluate(
         int | None, typer.Option(help="GPUs that prompts are dealt out to; else all of the machine.", min=1)
     ] = None,
     precision: Precision = "",
+    *,
+    engine: EngineOptions,
     out: Annotated[Path | None, typer.Option(help="A new folder; without it one under runs/evaluations.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -85,6 +91,7 @@ def evaluate(
       anyflow evaluate --model data/models/tiny --data driving --given-frames 1
       anyflow evaluate --model data/models/tiny --data robotics --probe --encoder efficientnet-lite
       anyflow evaluate --model runs/tiny-forward --data games --steps 1,4,16 --out curves/games --json
+      anyflow evaluate --model runs/wan-forward --data /shared/drives/card.yaml --prompts 256 --engine ray
       anyflow evaluate --model runs/tiny-forward-001 --against runs/tiny-teacher-001 --data games --guidance 2
     \b
     --guidance is of networks that have none in their weights; of two models it guides such a one alone.
@@ -97,7 +104,8 @@ def evaluate(
     judges = list(dict.fromkeys([*(["probe"] * probe), *(encoder or [])]))
     _check_clips(model, against, data, split, prompts)
     _check_shapes(model, against, given_frames, judges, split)
-    if needs_watcher(count := _devices(devices, prompts)):
+    engine.check()
+    if not engine.is_ray and needs_watcher(count := _devices(devices, prompts)):
         raise typer.Exit(watch(count, 1, AGAIN))
     end_with_watcher()
     from anyflow.evaluation.heldout import Prompts
@@ -112,7 +120,8 @@ def evaluate(
     ways = _ways(models, sampler, guidance, negative)
     kept = KeptSamples(SAMPLES)
     with _goes_on():
-        before, after = _measured(models, ways, precision, judges, clips, asked, kept)
+        cluster = engine_of(engine, 0) if engine.is_ray else None
+        before, after = _measured(models, ways, precision, judges, clips, asked, kept, cluster)
     if after is not None:
         with whole_folder(folder) as partial:
             title, about = f"{model}, held-out prompts of {data}", _about(model, data, split)
@@ -199,6 +208,7 @@ def _measured(
     prompts: Prompts,
     asked: Measurement,
     kept: KeptSamples,
+    cluster: Engine | None,
 ) -> tuple[CurveResult | None, CurveResult | None]:
     """The curves before (if there is one to compare with) and after; None for both on all ranks but the first."""
     from anyflow.backbone.parallelize import join_ranks, leave_ranks, rank_and_size
@@ -213,8 +223,8 @@ def _measured(
     model, *others = models
     before = None
     for against in others:
-        before = _curve(against, "before", ways[against], precision, prompts, asked, kept)
-    after = _curve(model, "after" if others else "model", ways[model], precision, prompts, asked, kept)
+        before = _curve(against, "before", ways[against], precision, prompts, asked, kept, cluster)
+    after = _curve(model, "after" if others else "model", ways[model], precision, prompts, asked, kept, cluster)
     leave_ranks()
     try:
         check_comparable(before.curve if before else None, after.curve)
@@ -246,26 +256,31 @@ def _curve(
     prompts: Prompts,
     asked: Measurement,
     kept: KeptSamples,
+    cluster: Engine | None,
 ) -> CurveResult:
     """A model's curve."""
+    from anyflow.evaluation.handed_out import curve_by_engine
     from anyflow.evaluation.heldout import curve_of
     from anyflow.evaluation.models import load_model
     from anyflow.system.console import progress_line
     from anyflow.tracking.fingerprints import model_fingerprint
     from anyflow.tracking.mlflow import code_version
 
+    asked = replace(asked, label=label, sampler=way[0], guidance=way[1])
+    made_by = f"{model_fingerprint(model)}, {prompts.shape}, {sorted(code_version().items())}"
+    if cluster is not None:
+        with progress_line(f"sampling {label}") as show:
+            return curve_by_engine(cluster, model, precision, prompts, asked, kept, made_by, show)
     codec, backbone, shift = load_model(model, precision)
     computed = f"on {codec.device.type} in {str(backbone.dtype).removeprefix('torch.')}"
-    made_by = f"{model_fingerprint(model)} {computed}, {prompts.shape}, {sorted(code_version().items())}"
-    asked = replace(asked, label=label, shift=shift, sampler=way[0], guidance=way[1])
     with progress_line(f"sampling {label}") as on_progress:
         return curve_of(
             backbone,
             codec,
             prompts,
-            asked,
+            replace(asked, shift=shift),
             device=codec.device,
-            kept=kept.of(made_by),
+            kept=kept.of(f"{made_by} {computed}"),
             divide=True,
             on_progress=on_progress,
         )

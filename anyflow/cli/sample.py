@@ -23,8 +23,10 @@ from anyflow.cli.common import (
     print_json,
     whole_folder,
 )
+from anyflow.cli.options import with_options
 from anyflow.errors import UserError
 from anyflow.evaluation.models import check_model
+from anyflow.system.engine_options import EngineOptions, engine_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from anyflow.data.decode import ClipShape
 
 
+@with_options
 def sample(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What the clips show, one text a prompt.")],
     model: Model = "data/models/tiny",
@@ -49,6 +52,8 @@ def sample(
     given: Annotated[int, typer.Option(help="With --video: how many of its frames (4n+1) are taken.", min=1)] = 5,
     fps: Annotated[float | None, typer.Option(help="Frames a second of the mp4; else as trained.", min=0.1)] = None,
     precision: Precision = "",
+    *,
+    engine: EngineOptions,
     out: Annotated[Path | None, typer.Option(help="A new folder; without it one under runs/samples.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -70,18 +75,29 @@ def sample(
     check_model(model)
     check_sampler(sampler)
     check_precision(precision)
+    engine.check()
     given = _check_given(image, video, given)
     from anyflow.evaluation.models import load_model, native_shape, way_of
 
     shape = native_shape(model, frames=frames, height=height, width=width, fps=fps)
     pixels = given_pixels(image or video, given, shape)
     way = way_of(model, sampler, guidance, negative)
-    codec, backbone, shift = load_model(model, precision)
-    latent_shape = codec.latent_shape(shape.frames, shape.height, shape.width)
-    first_frames = None if pixels is None else codec.encode_video(pixels)
-    seconds, clips = _sample_all(codec, backbone, prompts, latent_shape, counts, shift, way, seed, first_frames)
-    num_given = 0 if first_frames is None else first_frames.shape[1]
-    calls = {count: way[1].calls * backbone.calls_of(count, latent_shape[0], num_given) for count in counts}
+    if engine.is_ray:
+        from anyflow.evaluation.handed_out import sample_by_engine
+        from anyflow.system.console import progress_line
+
+        cluster = engine_of(engine, 0)
+        with progress_line("sampling") as show:
+            seconds, clips, calls = sample_by_engine(
+                cluster, model, precision, prompts, counts, seed, shape, way, pixels, show
+            )
+    else:
+        codec, backbone, shift = load_model(model, precision)
+        latent_shape = codec.latent_shape(shape.frames, shape.height, shape.width)
+        first_frames = None if pixels is None else codec.encode_video(pixels)
+        seconds, clips = _sample_all(codec, backbone, prompts, latent_shape, counts, shift, way, seed, first_frames)
+        num_given = 0 if first_frames is None else first_frames.shape[1]
+        calls = {count: way[1].calls * backbone.calls_of(count, latent_shape[0], num_given) for count in counts}
     with whole_folder(folder) as partial:
         names = _write(partial, prompts, clips, shape.fps or 8.0, given)
     files = {kind: [folder / name for name in found] for kind, found in names.items()}

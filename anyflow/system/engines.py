@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +89,10 @@ class Engine(Protocol):
         """
         ...
 
+    def staff(self, work: Work, most: int) -> Staff:
+        """Workers for several lists of tasks, ``most`` of them at the most; who asks for them closes them."""
+        ...
+
 
 class Staff(Protocol):
     """The workers of an engine; each does one task at a time."""
@@ -106,28 +110,44 @@ class Staff(Protocol):
         ...
 
 
+def map_by(staff: Staff, tasks: Iterable[Any]) -> Results:
+    """The end of every task, as they come, by workers that are closed then."""
+    with closing(staff):
+        yield from hand_out(staff, tasks)
+
+
 def hand_out(staff: Staff, tasks: Iterable[Any]) -> Results:
     """The end of every task, as they come; a task whose worker was lost is done again."""
     again: deque[tuple[int, Any]] = deque()
     fresh, pending, losses = enumerate(tasks), dict[Hashable, tuple[int, Any]](), Counter[int]()
-    with closing(staff):
-        while True:
-            while (item := again.popleft() if again else next(fresh, None)) is not None:
-                handle = staff.start(item[1])
-                if handle is None:
-                    again.appendleft(item)
-                    break
-                pending[handle] = item
-            if not pending and not again:
-                return
-            for handle, value, error in staff.finished():
-                number, task = pending.pop(handle)
-                losses[number] += isinstance(error, WorkerLost)
-                if not isinstance(error, WorkerLost) or losses[number] == MAX_LOSSES:
-                    yield Done(number, value, error)
-                    continue
-                print("a worker is gone, killed or with its machine: its task is done again", file=sys.stderr)
-                again.append((number, task))
+    while True:
+        while (item := again.popleft() if again else next(fresh, None)) is not None:
+            handle = staff.start(item[1])
+            if handle is None:
+                again.appendleft(item)
+                break
+            pending[handle] = item
+        if not pending and not again:
+            return
+        for handle, value, error in staff.finished():
+            number, task = pending.pop(handle)
+            losses[number] += isinstance(error, WorkerLost)
+            if not isinstance(error, WorkerLost) or losses[number] == MAX_LOSSES:
+                yield Done(number, value, error)
+                continue
+            print("a worker is gone, killed or with its machine: its task is done again", file=sys.stderr)
+            again.append((number, task))
+
+
+def in_order(results: Iterable[tuple[int, Any]]) -> Iterator[Any]:
+    """Numbered values in the order of their numbers, from 0 on; those that come early wait."""
+    early: dict[int, Any] = {}
+    following = 0
+    for number, value in results:
+        early[number] = value
+        while following in early:
+            yield early.pop(following)
+            following += 1
 
 
 def values(done: Results, name: Callable[[int], str], remedy: str) -> Generator[tuple[int, Any], None, None]:

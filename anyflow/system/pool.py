@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -13,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from anyflow.errors import UserError
-from anyflow.system.engines import Done, Engine, Results, Work, WorkerLost, hand_out, values
+from anyflow.system.engines import Done, Engine, Results, Staff, Work, WorkerLost, in_order, map_by, values
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -52,9 +53,11 @@ class LocalEngine:
 
     def map_unordered(self, work: Work, tasks: Iterable[Any]) -> Results:
         """The end of every task, as they come; few tasks are in flight, so memory stays small."""
-        if self.processes:
-            return hand_out(_Processes(work, self.processes, self.gpus and work.gpu), tasks)
-        return _here(work, tasks)
+        return map_by(self.staff(work), tasks) if self.processes else _here(work, tasks)
+
+    def staff(self, work: Work, most: int = sys.maxsize) -> Staff:
+        """Workers for several lists of tasks."""
+        return _Processes(work, min(self.workers(), most), self.gpus and work.gpu)
 
 
 def run_jobs(
@@ -74,13 +77,7 @@ def run_jobs(
     if workers < 1:
         raise UserError(f"workers {workers}: give at least 1")
     done = (engine or LocalEngine(workers)).map_unordered(Work(function, fresh=fresh), jobs)
-    early: dict[int, Result] = {}
-    following = 0
-    for number, value in values(done, "number {}".format, FEWER):
-        early[number] = value
-        while following in early:
-            yield early.pop(following)
-            following += 1
+    yield from in_order(values(done, "number {}".format, FEWER))
 
 
 def batches(count: int, size: int) -> list[range]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.errors import UserError, first_line
-from anyflow.system.engines import Results, Work, WorkerLost, hand_out
+from anyflow.system.engines import Results, Staff, Work, WorkerLost, map_by
 from anyflow.system.pool import Hand
 
 SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE")
@@ -90,7 +90,11 @@ class RayEngine:
         Raises:
             UserError: workers cannot start, or do not see what this process sees.
         """
-        return hand_out(_Actors(self, work, len(tasks)), tasks)
+        return map_by(self.staff(work, len(tasks)), tasks)
+
+    def staff(self, work: Work, most: int) -> Staff:
+        """Workers for several lists of tasks."""
+        return _Actors(self, work, most)
 
 
 class _Worker:
