@@ -1,6 +1,6 @@
-"""A model on an engine's workers: curves and samples whose batches any of them makes, each the same as one process does.
+"""A model on an engine's workers: any of them makes a batch of a curve or a sample, the same as one process makes it.
 
-Nothing of the network is loaded in the process that asks. What is made comes back to it, and is judged and written there.
+The process that asks loads nothing of the network. What is made comes back to it, and is judged and written there.
 """
 
 from __future__ import annotations
@@ -193,7 +193,8 @@ def curve_by_engine(
     """
     items, reference, note = prompts.dealt()
     asked = replace(asked, shift=shift_of(model))
-    with closing(_staff(engine, model, precision)) as staff:
+    most = len(items) * len(asked.steps) * len(asked.seeds)
+    with closing(_staff(engine, model, precision, most)) as staff:
         facts, _ = _ask(staff, Asking(prompts.shape, tuple(asked.steps), asked.given_frames))
         own = kept.of(f"{made_by} {facts.computed}")
         asked = fitted(asked, facts.fitting, note)
@@ -228,7 +229,7 @@ def sample_by_engine(
     Raises:
         UserError: the model cannot make such clips, or no worker can do it.
     """
-    with closing(_staff(engine, model, precision)) as staff:
+    with closing(_staff(engine, model, precision, len(prompts) * len(steps))) as staff:
         facts, latents = _ask(staff, Asking(shape, tuple(steps), given=given))
         groups = [tuple(prompts[at : at + facts.fitting]) for at in range(0, len(prompts), facts.fitting)]
         shift, tasks = shift_of(model), []
@@ -244,16 +245,13 @@ def sample_by_engine(
     for place, count in enumerate(sorted(steps, reverse=True)):
         own = [made[place * len(groups) + number] for number in range(len(groups))]
         clips[count], seconds[count] = torch.cat([part for part, _ in own]), sum(took for _, took in own)
-    return (
-        seconds,
-        {count: clips[count] for count in steps},
-        {count: way[1].calls * facts.calls[count] for count in steps},
-    )
+    calls = {count: way[1].calls * facts.calls[count] for count in steps}
+    return {count: seconds[count] for count in steps}, {count: clips[count] for count in steps}, calls
 
 
-def _staff(engine: Engine, model: str, precision: str) -> Staff:
+def _staff(engine: Engine, model: str, precision: str, most: int) -> Staff:
     sees = (Path(model),) if Path(model).is_dir() else ()
-    return engine.staff(Work(_do, _Loading(model, precision), gpu=True, sees=sees), engine.workers(gpu=True))
+    return engine.staff(Work(_do, _Loading(model, precision), gpu=True, sees=sees), most)
 
 
 def _ask(staff: Staff, task: Asking) -> tuple[Facts, Tensor | None]:
