@@ -241,15 +241,15 @@ def _connect(address: str) -> None:
     Raises:
         UserError: there is none, it refuses this process's token, or it asks for none.
     """
+    how = "start one (docs/cluster.md), or give --address HOST:PORT of its head, from a machine of the cluster"
+    if address != "auto":
+        _require_door(address, how)
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)  # read when Ray is imported
     import ray
 
     if ray.is_initialized():
         return
-    how = "start one (docs/cluster.md), or give --address HOST:PORT of its head, from a machine of the cluster"
-    if address != "auto":
-        _require_door(address, how)
     listening = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address, log_to_driver=False, configure_logging=False)
