@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from anyflow.errors import UserError
-from anyflow.system.engines import Done, Engine, Results, Staff, Work, WorkerLost, in_order, map_by, values
+from anyflow.system.engines import Done, Results, Staff, Work, WorkerLost, in_order, map_by, values
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -65,9 +65,8 @@ def run_jobs(
     jobs: Sequence[Item],
     workers: int,
     fresh: bool = False,
-    engine: Engine | None = None,
 ) -> Iterator[Result]:
-    """Results in the order of the jobs, from ``workers`` processes or another engine.
+    """Results in the order of the jobs, from ``workers`` processes.
 
     ``fresh`` gives each job a process of its own, for simulators that cannot be opened twice.
 
@@ -76,7 +75,7 @@ def run_jobs(
     """
     if workers < 1:
         raise UserError(f"workers {workers}: give at least 1")
-    done = (engine or LocalEngine(workers)).map_unordered(Work(function, fresh=fresh), jobs)
+    done = LocalEngine(workers).map_unordered(Work(function, fresh=fresh), jobs)
     yield from in_order(values(done, "number {}".format, FEWER))
 
 
