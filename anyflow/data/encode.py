@@ -1,14 +1,15 @@
-"""``anyflow data encode``: footage and captions to a cache of latents and embeddings, in jobs that ranks share.
+"""``anyflow data encode``: footage and captions to a cache of latents and embeddings, in jobs for any engine's workers.
 
 Every clip is encoded by itself, from its beginning, and every distinct caption once: what is written depends on nothing
 else. A job is one shard; a note beside it says that it is whole. Broken off, encoding goes on after the whole shards,
-with any number of ranks.
+with any number of workers.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,11 +39,14 @@ from anyflow.data.shards import (
 )
 from anyflow.data.stream import Skip, enforce_budget
 from anyflow.errors import UserError
-from anyflow.system.files import write_atomically
+from anyflow.system.files import placing, write_atomically
 from anyflow.system.locks import locked
+from anyflow.system.pool import batches
 
 CLIPS_PER_SHARD = 256
 """Clips, or captions, that one shard is made from: what is lost when encoding is broken off."""
+PIXELS_PER_SHARD, LEAST_CLIPS = 2**30, 16
+"""Large clips make smaller shards: 33 of 81 x 480 x 832, which keep a GPU busy for minutes rather than half an hour."""
 TIMED_TEXTS = 4
 
 log = logging.getLogger(__name__)
@@ -67,16 +71,28 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class CachePart:
-    """One shard: ``kind`` "latents" or "texts", its number, and the clips or captions that it is made from."""
+    """One shard: ``kind`` "latents" or "texts", its number, and the clips or captions that it is made from.
+
+    A worker need not know all captions: ``texts`` are those of a shard of texts.
+    """
 
     kind: str
     number: int
     items: range
+    texts: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """``latents-000003``."""
         return f"{self.kind}-{self.number:06d}"
+
+
+@dataclass(frozen=True)
+class TimedTexts:
+    """Some captions, of how many."""
+
+    texts: tuple[str, ...]
+    of: int
 
 
 @dataclass(frozen=True)
@@ -161,13 +177,22 @@ class Encoding:
                 continue  # told when its turn to be encoded comes
         return list(texts)
 
+    @property
+    def timed_texts(self) -> TimedTexts:
+        """What an estimate needs of the captions."""
+        return TimedTexts(tuple(self.texts[-TIMED_TEXTS:]), len(self.texts))
+
     @cached_property
     def jobs(self) -> list[CachePart]:
         """All shards to write."""
+        largest = max(shape.frames * shape.height * shape.width for shape in self.shapes)
+        clips = min(CLIPS_PER_SHARD, max(LEAST_CLIPS, PIXELS_PER_SHARD // largest))
         return [
-            CachePart(kind, number, range(start, min(start + CLIPS_PER_SHARD, total)))
-            for kind, total in (("texts", len(self.texts)), ("latents", len(self.places)))
-            for number, start in enumerate(range(0, total, CLIPS_PER_SHARD))
+            *(
+                CachePart("texts", number, items, tuple(self.texts[items.start : items.stop]))
+                for number, items in enumerate(batches(len(self.texts), CLIPS_PER_SHARD))
+            ),
+            *(CachePart("latents", *numbered) for numbered in enumerate(batches(len(self.places), clips))),
         ]
 
     def open_jobs(self) -> list[CachePart]:
@@ -187,26 +212,45 @@ class Encoding:
         with _told(self.folder):
             (self.partial / TEXTS).mkdir(parents=True, exist_ok=True)
 
-    def run(self, job: CachePart, progress: Callable[[int, int], None] | None = None) -> None:
+    @contextmanager
+    def held(self) -> Iterator[bool]:
+        """Within the block no other process encodes the same; whether there is anything to do."""
+        with _told(self.folder):
+            self.lock.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self.lock):
+            yield not self.is_whole()
+        self.lock.unlink(missing_ok=True)
+
+    def run(self, job: CachePart, progress: Callable[[int, int], None] | None = None) -> list[Skip]:
         """Write one shard, unless it is there; ``progress`` is called with (clips done by this process, of all).
+
+        Returns:
+            The clips that could not be encoded.
 
         Raises:
             UserError: too many clips are bad, or the folder cannot be written.
         """
         tar = self._home(job) / f"{job.name}.tar"
-        if self._done(job) is not None:
+        if (known := self._done(job)) is not None:
             self.done += len(job.items) if job.kind == "latents" else 0
-            return
+            return [Skip(**skip) for skip in known["skipped"]]
         before = len(self.skipped)
         latent_shapes: dict[int, LatentShape] = {}
         with _told(self.folder):
-            if job.kind == "texts":
-                shard = write_tar(self._embedded(job.items), tar)
-            else:
-                shard = write_tar(self._encoded(job.items, latent_shapes, progress), tar)
-            skipped = [asdict(skip) for skip in self.skipped[before:]]
-            note = {"shard": shard_to_dict(shard), "skipped": skipped, "latent_shapes": list(latent_shapes.items())}
-            write_atomically(tar.with_suffix(".done"), json.dumps(note).encode())
+            with placing(tar) as place:  # a worker that was believed lost may still be at it
+                if job.kind == "texts":
+                    shard = write_tar(self._embedded(job.texts), place)
+                else:
+                    shard = write_tar(self._encoded(job.items, latent_shapes, progress), place)
+            note = {
+                "items": [job.items.start, job.items.stop],
+                "shard": shard_to_dict(shard),
+                "skipped": [asdict(skip) for skip in self.skipped[before:]],
+                "latent_shapes": list(latent_shapes.items()),
+            }
+            with placing(tar.with_suffix(".done")) as place:
+                place.write_text(json.dumps(note))
+        return self.skipped[before:]
 
     def finish(self) -> None:
         """Put the shards together as the cache; it appears whole or not at all.
@@ -240,6 +284,8 @@ class Encoding:
             cache.save(self.partial)
             for note_path in self.partial.rglob("*.done"):
                 note_path.unlink()
+            for leftover in self.partial.rglob(".*"):  # of killed workers
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             self.partial.rename(self.folder)
         for skip in skipped:
             log.warning("not encoded: %s", skip)
@@ -250,25 +296,25 @@ class Encoding:
 
     def all(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Everything in this process; of several processes one does it and the others wait for it."""
-        with _told(self.folder):
-            self.lock.parent.mkdir(parents=True, exist_ok=True)
-            with locked(self.lock):
-                if not self.is_whole():
-                    self.begin()
-                    for job in self.jobs:
-                        self.run(job, progress)
-                    self.finish()
-            self.lock.unlink(missing_ok=True)
+        with self.held() as is_open:
+            if is_open:
+                self.begin()
+                for job in self.jobs:
+                    self.run(job, progress)
+                self.finish()
 
-    def estimate(self) -> EncodingCost:
+    def estimate(self, timed: TimedTexts | None = None) -> EncodingCost:
         """Encode the first usable clip twice, once to warm up, and a few captions, and multiply.
+
+        Args:
+            timed: the captions, where this process need not read all of them.
 
         Raises:
             UserError: none of the first clips can be used.
         """
         text_seconds, text_bytes = 0.0, 0
-        timed = self.texts[-TIMED_TEXTS:]
-        for text in timed:
+        timed = timed or self.timed_texts
+        for text in timed.texts:
             started = time.perf_counter()
             text_bytes += len(_save("text", self.codec.embed(text))) + 4 * TAR_BLOCK
             text_seconds += time.perf_counter() - started
@@ -280,11 +326,11 @@ class Encoding:
                 size = sum(map(len, parts.values())) + 3 * TAR_BLOCK
                 # A clip of another shape costs by its tokens.
                 clips = sum(tokens(self.shapes[other]) for _, _, other in self.places) / tokens(self.shapes[chosen])
-                texts = len(self.texts) / max(len(timed), 1)
+                texts = timed.of / max(len(timed.texts), 1)
                 self.skipped, self.done = [], 0
                 return EncodingCost(
                     len(self.places),
-                    len(self.texts),
+                    timed.of,
                     round(clips * size + texts * text_bytes),
                     clips * seconds + texts * text_seconds,
                 )
@@ -311,9 +357,9 @@ class Encoding:
             if progress is not None:
                 progress(self.done, len(self.places))
 
-    def _embedded(self, numbers: range) -> Iterator[tuple[str, dict[str, bytes]]]:
+    def _embedded(self, texts: Sequence[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
         """(key, members) of some captions."""
-        for text in (self.texts[number] for number in numbers):
+        for text in texts:
             embedding = _save("text", self.codec.embed(text))
             yield text_key(text), {"safetensors": embedding, "json": json.dumps({"caption": text}).encode()}
 
@@ -326,7 +372,8 @@ class Encoding:
             note = json.loads((self._home(job) / f"{job.name}.done").read_text())
             shard = shard_from_dict(note["shard"])
             whole = not shard.samples or (self._home(job) / shard.name).stat().st_size == shard.bytes
-            return note if whole and {"skipped", "latent_shapes"} <= note.keys() else None
+            same = note["items"] == [job.items.start, job.items.stop]
+            return note if same and whole and {"skipped", "latent_shapes"} <= note.keys() else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 

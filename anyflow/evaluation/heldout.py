@@ -143,12 +143,14 @@ def curve_of(
         model = replace(model, sampler=_divided(model.sampler), codec=_DividedCodec(codec))
     shape = prompts.shape
     fitting = backbone.clips_at_once(codec.latent_shape(shape.frames, shape.height, shape.width))
-    asked = replace(
-        asked,
-        batch_size=clips_a_pass(fitting, ranks, asked.batch_size),
-        judges=replace(asked.judges, notes=[*asked.judges.notes, *note]),
-    )
+    asked = fitted(asked, fitting, note, ranks)
     return measure_curve(model, items, reference, asked, kept=kept, on_progress=on_progress)
+
+
+def fitted(asked: Measurement, fitting: int, note: Sequence[str] = (), ranks: int = 1) -> Measurement:
+    """What is asked, in passes of as many clips as fit on each of so many ranks, with what else is to be said."""
+    judges = replace(asked.judges, notes=[*asked.judges.notes, *note])
+    return replace(asked, batch_size=clips_a_pass(fitting, ranks, asked.batch_size), judges=judges)
 
 
 def check_held_out(cards: Sequence[str], split: str, prompts: int, where: str = "prompts") -> None:

@@ -13,7 +13,7 @@ from anyflow.errors import UserError
 from anyflow.system.files import require_place
 
 FIGURES = ("step", "onpolicy", "stream", "loader", "latents", "tars", "start")
-ON_DEMAND = ("memory", "import")
+ON_DEMAND = ("memory", "import", "engines")
 """Measured only when they are asked for: minutes, or footage of the user's."""
 
 
@@ -33,7 +33,8 @@ def bench(
 ) -> None:
     """Measure training steps, streaming, the data and the start, each beside a plainer way of work or its limit.
 
-    memory: a decoding worker over 10 epochs. import: importing a folder of footage beside bare decoding.
+    memory: a decoding worker over 10 epochs. import: importing a folder of footage beside bare decoding. engines: an
+    import and an encoding by this process, its pool and Ray workers (needs: pip install -e '.[cluster]').
 
     \b
     Examples:
@@ -43,6 +44,7 @@ def bench(
       python -m experiments.bench --only loader --data games --json
       python -m experiments.bench --only memory --out runs/bench
       python -m experiments.bench --only import --footage my-drives
+      python -m experiments.bench --only engines
     """
     wanted = [name.strip() for name in only.split(",")]
     for name in wanted:
@@ -85,6 +87,10 @@ def _measure(name: str, data: str, recipe: str, batch_size: int, footage: Path |
         from experiments.bench.worker_memory import memory_benchmark
 
         return memory_benchmark(data, out)
+    if name == "engines":
+        from experiments.bench.engines import engines_benchmark
+
+        return engines_benchmark(data)
     if name == "import" and footage is not None:
         from experiments.bench.footage import import_benchmark, usual_options
 
@@ -143,6 +149,10 @@ def _told(name: str, result: dict[str, Any]) -> list[str]:
         return [f"start: {result['total']:.1f} s from the command to the end of the first training step", *parts]
     if name == "stream":
         return _told_stream(result)
+    if name == "engines":
+        from experiments.bench.engines import told
+
+        return told(result)
     if name == "onpolicy":
         return _told_onpolicy(result["step"], result["weights"])
     return [line for terms, figures in result.items() for line in _told_step(terms, figures)]

@@ -11,7 +11,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,8 +28,9 @@ from anyflow.data.importing.jobs import PARSE_ERRORS, ShardJob, ShardResult, loa
 from anyflow.data.importing.options import ImportOptions
 from anyflow.data.importing.recording import Found, Recording, Unusable
 from anyflow.errors import UserError, first_line
+from anyflow.system.engines import Engine, Work, values
 from anyflow.system.locks import locked
-from anyflow.system.pool import run_jobs
+from anyflow.system.pool import LocalEngine
 
 CLIPS_PER_JOB = 100
 PROBED = 8
@@ -49,7 +50,11 @@ class Progress:
 
 
 def import_dataset(
-    source: Path, out: Path, options: ImportOptions, progress: Callable[[Progress], None] | None = None
+    source: Path,
+    out: Path,
+    options: ImportOptions,
+    progress: Callable[[Progress], None] | None = None,
+    engine: Engine | None = None,
 ) -> ImportReport:
     """Import a folder; go on where an earlier call was broken off.
 
@@ -57,6 +62,7 @@ def import_dataset(
         source: the data set's folder.
         out: the new data set's folder.
         progress: called after every job.
+        engine: who works; without it ``options.workers`` processes of this machine.
 
     Raises:
         UserError: the folder is in no known format, ``out`` is in use, nothing usable is found, or more recordings
@@ -82,7 +88,8 @@ def import_dataset(
     try:
         with locked(work / "lock", patience=0):
             try:
-                return _import(source, folder, name, out, work, options, captions, progress)
+                does = engine or LocalEngine(options.workers)
+                return _import(source, folder, name, out, work, options, captions, progress, does)
             finally:
                 if work.is_dir() and not any(path.name != "lock" for path in work.iterdir()):
                     shutil.rmtree(work)  # nothing is done yet, so nothing is left
@@ -99,6 +106,7 @@ def _import(
     options: ImportOptions,
     captions: Captions,
     progress: Callable[[Progress], None] | None,
+    engine: Engine,
 ) -> ImportReport:
     """The import itself, in a working folder of this process's own."""
     module = source_of(format)
@@ -114,7 +122,7 @@ def _import(
     cutting, facts = _cutting(recordings, options)
     imported = Import(source, format, out, work, cutting, options, dict(module.CONTROLS), total)
     jobs = list(_jobs(imported, folder, split_groups(recordings, options), facts))
-    results = _run(jobs, unusable, options, total, progress)
+    results = _run(jobs, unusable, options, total, progress, engine)
     return assemble(imported, jobs, results, unusable)
 
 
@@ -248,11 +256,12 @@ def _run(
     options: ImportOptions,
     total: int,
     progress: Callable[[Progress], None] | None,
+    engine: Engine,
 ) -> list[ShardResult]:
     """Every job's result, in order; those of a broken import are taken over.
 
     Raises:
-        UserError: the budget is spent, or a worker died.
+        UserError: the budget is spent, or jobs kill their workers.
     """
     known = [load_result(job.work, job.digest) for job in jobs]
     done = sum(len(job.recordings) for job, result in zip(jobs, known, strict=True) if result)
@@ -262,10 +271,12 @@ def _run(
     of = sum(len(job.recordings) for job in jobs)
     started, made, read = time.monotonic(), 0, 0
     enforce(bad, total, options.error_budget, jobs[0].work)
-    try:
-        todo = [job for _, job in open_jobs]
-        finished = run_jobs(run_job, todo, options.workers) if options.workers and todo else map(run_job, todo)
-        for (place, job), result in zip(open_jobs, finished, strict=True):
+    work = Work(run_job, sees=(jobs[0].folder,), writes=jobs[0].work)
+    done_again = "lower --workers or --size, and start it again with the same words to go on"
+    ends = engine.map_unordered(work, [job for _, job in open_jobs])
+    with closing(values(ends, lambda number: open_jobs[number][1].recordings[0].name, done_again)) as results:
+        for number, result in results:
+            place, job = open_jobs[number]
             known[place] = result
             bad += result.unusable
             made, read = made + _count(result), read + len(job.recordings)
@@ -274,11 +285,6 @@ def _run(
             if progress is not None:
                 progress(Progress(done + read, of, clips + made, made / seconds, left))
             enforce(bad, total, options.error_budget, job.work)
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker of the import died, perhaps for want of memory: lower --workers or --size, and start it again "
-            "with the same words to go on"
-        ) from error
     return [result for result in known if result is not None]
 
 
