@@ -82,6 +82,7 @@ def _export_run(run: Path, target: Path, lora: bool, precision: str, single_file
     from anyflow.backbone.export import export_lora, export_pipeline
     from anyflow.recipe import load_recipe
     from anyflow.system.console import quiet_libraries
+    from anyflow.tracking.checkpoints import require_whole
     from anyflow.tracking.runs import RunFolder
     from anyflow.training.finish import guidance_of, model_card
 
@@ -95,6 +96,7 @@ def _export_run(run: Path, target: Path, lora: bool, precision: str, single_file
     checkpoint = RunFolder(run).checkpoint
     if checkpoint is None:
         raise UserError(f"{run} has neither a finished model nor a checkpoint: train it first")
+    require_whole(checkpoint.parent.parent)
     quiet_libraries()
     codec, backbone, stage = _restored(recipe, checkpoint)
     card = model_card(recipe, {})

@@ -258,7 +258,7 @@ def describe_parts(recipe: Recipe, parts: Parts) -> Iterator[str]:
         yield f"latents     {[len(batch['caption']), *parts.codec.latent_shape(*batch['frames'].shape[1:4])]}"
     if parts.data.stream is not None:
         dataset = parts.data.stream.dataset
-        batches = dataset.order.batches_per_epoch * dataset.split_in
+        batches = dataset.pass_after(dataset.order.batches_per_epoch)
         yield f"data        {dataset.order.num_samples} clips, {batches} batches an epoch"
     yield from (f"bucket      {line}" for line in parts.data.shares)
     if isinstance(parts.stage, ForwardStage):

@@ -252,7 +252,7 @@ def test_torchrun_starts_the_ranks_too(small_model: Path, tmp_path: Path) -> Non
         "--nproc-per-node",
         "2",
         "-m",
-        "anyflow.cli.main",
+        "anyflow",
     ]
     done = subprocess.run(
         [*words, *training(small_model, tmp_path / "run")], capture_output=True, text=True, timeout=300
