@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from anyflow.errors import UserError
-from anyflow.system.locks import claim_numbered, give_up_claim, locked
+from anyflow.system.claims import claim_numbered, give_up_claim
+from anyflow.system.locks import locked
 from anyflow.tracking.runs import RunFolder, open_run, taken_run
 
 
@@ -108,7 +109,8 @@ def test_a_disk_without_locks_lets_go_on_and_says_so(
     monkeypatch.setattr(fcntl, "flock", refuse)
     with taken_run(tmp_path, "a", out=None, resume=None) as one, taken_run(tmp_path, "a", out=None, resume=None) as two:
         assert [one.name, two.name] == ["a-001", "a-002"]
-    assert "is on a disk without locks: nothing keeps a second process out" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert told.count("its disk knows no file locks") == 2 and "start no other one in" in told
 
 
 def test_a_lock_whose_file_was_removed_is_taken_anew(tmp_path: Path) -> None:
@@ -139,7 +141,7 @@ def test_results_that_start_together_have_numbers_of_their_own(tmp_path: Path) -
         return path.exists()
 
     script = (
-        "import sys, pathlib; from anyflow.system.locks import claim_numbered; "
+        "import sys, pathlib; from anyflow.system.claims import claim_numbered; "
         f"print(claim_numbered(pathlib.Path({str(first)!r}), pathlib.Path.exists).name, flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

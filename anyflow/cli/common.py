@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from anyflow.errors import UserError
+from anyflow.system.claims import claim_numbered, give_up_claim
 from anyflow.system.files import partial_folder, require_place
-from anyflow.system.locks import claim_numbered, give_up_claim
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document for machines, and nothing else, on stdout.")

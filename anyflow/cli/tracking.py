@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from anyflow.cli.common import LOCAL_DATABASE, Json, print_json
-from anyflow.errors import UserError
+from anyflow.system.addresses import check_store
 from anyflow.system.processes import begin, end
 from anyflow.system.signals import sigterm_raises
 
@@ -32,9 +31,7 @@ def mlflow(
       anyflow mlflow --serve --port 5001
       anyflow mlflow --last 3 --json
     """
-    database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-    if database is not None and not database.is_file():
-        raise UserError(f"--uri {uri}: there is no such database: train something first, or name another one")
+    uri = check_store(uri, "--uri")
     if serve:
         typer.echo(f"serving {uri} at http://127.0.0.1:{port} (Ctrl-C ends it)", err=True)
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]

@@ -2,110 +2,92 @@
 
 from __future__ import annotations
 
-import atexit
 import errno
 import fcntl
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import TextIO
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""What a disk without locks answers: some network file systems."""
+from anyflow.errors import UserError
+
+MOST_ATTEMPTS = 1000
+"""Files that are locked and then found removed, in a row: beyond that the disk itself cannot tell files apart."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What a disk answers that knows no locks: some network disks, or as they are mounted."""
+
+
+class NoLocks(UserError):
+    """A disk that has no locks, and the remedy; who can do without goes on, and says so."""
 
 
 @contextmanager
-def locked(path: Path, patience: float | None = None) -> Iterator[TextIO]:
+def locked(path: Path, patience: float | None = None, *, passing: bool = False) -> Iterator[TextIO]:
     """Hold the lock of ``path``, a file that is made if need be; a child process that is given the file holds it too.
-
-    On a disk without locks nothing is held, and that is told.
 
     Args:
         path: the file.
         patience: seconds to wait for another holder; None: as long as it takes.
+        passing: whether the file goes with the lock. Who waited for it then holds a new one.
 
     Raises:
-        BlockingIOError: another process still holds it.
+        BlockingIOError: another process still holds it. NoLocks: the disk has no locks.
     """
     deadline = None if patience is None else time.monotonic() + patience
-    while (file := _held(path, deadline)) is None:
-        pass
-    with file:
-        yield file
+    for attempt in count():
+        with path.open("w") as file:
+            _lock(file, path, deadline)
+            # Its holder may have removed it meanwhile: whoever comes now locks another file.
+            if not _is_at(path, file) and attempt < MOST_ATTEMPTS:
+                continue
+            try:
+                yield file
+            finally:
+                if passing and _is_at(path, file):
+                    path.unlink(missing_ok=True)
+            return
 
 
-def _held(path: Path, deadline: float | None) -> TextIO | None:
-    """The file with its lock; None if it was removed meanwhile, as whoever held it before may have done."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack, suppress(FileNotFoundError):
-        file = stack.enter_context(path.open("w"))
-        _take(file, path, deadline)
-        own, there = os.fstat(file.fileno()), path.stat()
-        if (own.st_dev, own.st_ino) == (there.st_dev, there.st_ino):
-            stack.pop_all()
-            return file
-    return None
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make a folder and hold it, in one act: no other process has it meanwhile. It may be gone afterwards.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    with ExitStack() as stack:
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # its holder has just removed it
+                stack.enter_context(locked(folder / "lock", patience=0))
+                break
+        yield
 
 
-def _take(file: TextIO, path: Path, deadline: float | None) -> None:
+def _lock(file: TextIO, path: Path, deadline: float | None) -> None:
+    """Wait for the lock, until the deadline."""
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | (0 if deadline is None else fcntl.LOCK_NB))
         except BlockingIOError:
-            if deadline is None or time.monotonic() >= deadline:
+            if deadline is not None and time.monotonic() >= deadline:
                 raise
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            print(f"{path.parent} is on a disk without locks: nothing keeps a second process out", file=sys.stderr)
-            return None
+            raise NoLocks(
+                f"{path}: its disk knows no file locks, which keep two processes apart ({error.strerror}): mount it "
+                "with locks (Lustre: -o flock; NFS: with its lock service), or write to another disk"
+            ) from error
         time.sleep(0.2)
 
 
-_claims: dict[Path, TextIO] = {}
-
-
-def claim_numbered(first: Path, is_used: Callable[[Path], bool]) -> Path:
-    """The first of ``NAME``, ``NAME-2``, ``NAME-3`` ... that is free and no other process was given; nothing is made.
-
-    The claim ends with this process, or by :func:`give_up_claim`.
-
-    Args:
-        first: the path without a number.
-        is_used: whether something is there already.
-    """
-    for number in count(1):
-        path = first if number == 1 else first.with_name(f"{first.name}-{number}")
-        if not is_used(path) and path not in _claims and _claim(path):
-            if not is_used(path):
-                return path
-            give_up_claim(path)
-    raise AssertionError("numbers do not end")
-
-
-def give_up_claim(path: Path) -> None:
-    """End the claim on a path, if this process has one."""
-    if (file := _claims.pop(path, None)) is not None:
-        _mark(path).unlink(missing_ok=True)
-        file.close()
-
-
-def _claim(path: Path) -> bool:
-    _mark(path).parent.mkdir(parents=True, exist_ok=True)
-    file = _mark(path).open("w")
+def _is_at(path: Path, file: TextIO) -> bool:
+    """Whether an open file is the one that a path leads to."""
     try:
-        _take(file, _mark(path), time.monotonic())
-    except BlockingIOError:
-        file.close()
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
         return False
-    _claims[path] = file
-    atexit.register(give_up_claim, path)
-    return True
-
-
-def _mark(path: Path) -> Path:
-    return path.with_name(f".{path.name}.claim")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from anyflow.errors import UserError, first_line
 from anyflow.recipe import Recipe, load_recipe, to_dict
 from anyflow.recipe.fields import flatten
 from anyflow.system.files import write_atomically
-from anyflow.system.locks import locked
+from anyflow.system.locks import NoLocks, locked
 from anyflow.tracking.checkpoints import clear_leftovers, latest_checkpoint
 
 FREE_ON_RESUME = (
@@ -109,7 +110,7 @@ class RunFolder:
     def give_back(self) -> None:
         """Remove the folder if nothing was begun in it, and nobody is about to."""
         if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= {".lock"}:
-            with suppress(BlockingIOError), locked(self.path / ".lock", 0.0):
+            with suppress(BlockingIOError, FileNotFoundError, NoLocks), locked(self.path / ".lock", 0.0):
                 shutil.rmtree(self.path, ignore_errors=True)
 
     @contextmanager
@@ -126,6 +127,8 @@ class RunFolder:
         with ExitStack() as stack:
             try:
                 stack.enter_context(locked(self.path / ".lock", patience))
+            except NoLocks as error:
+                print(f"{error}. The run goes on: start no other one in {self.path}", file=sys.stderr)
             except BlockingIOError as error:
                 raise UserError(
                     f"{self.path} is being trained by another process: stop that one first, or start a new run"
