@@ -205,6 +205,20 @@ def test_export_writes_an_adapter_for_comfyui(small_model: Path, tmp_path: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "run"], "nothing half-written is left"
 
 
+def test_a_training_starts_from_an_adapter_of_another_tool(small_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    name, file = "lora_unet_blocks_1_self_attn_q", tmp_path / "style.safetensors"
+    halves = {f"{name}.lora_down.weight": torch.randn(4, 192), f"{name}.lora_up.weight": torch.randn(192, 4)}
+    save_file({**halves, f"{name}.alpha": torch.tensor(2.0)}, file)
+    options = ["data.card=driving", "data.precompute=false", "data.num_workers=0", f"model.weights={small_model}"]
+    options += ["model.lora.enabled=true", f"model.lora.start={file}", "optimizer.name=adamw", "--dry-run"]
+    assert f"{2 * 4 * 192:,} trained" in call("train", "finetune/driving", *options)
+    save_file({**halves, f"{name}.lora_down.weight": torch.randn(4, 5120)}, file)
+    with pytest.raises(UserError, match=r"does not fit this network: blocks\.1\.attn1\.to_q has 5120 inputs"):
+        call("train", "finetune/driving", *options)
+
+
 def test_data_show_and_check(tmp_path: Path) -> None:
     sheet = tmp_path / "sheet.png"
     shown = json.loads(call("data", "show", "driving", "--count", "2", "--sheet", str(sheet), "--json"))
