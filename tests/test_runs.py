@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from anyflow.errors import UserError
-from anyflow.system.claims import claim_numbered, give_up_claim
+from anyflow.system.claims import CLAIMED, claim_numbered, give_up_claim
 from anyflow.system.locks import locked
 from anyflow.tracking.runs import RunFolder, open_run, taken_run
 
@@ -131,6 +131,24 @@ def test_a_lock_whose_file_was_removed_is_taken_anew(tmp_path: Path) -> None:
         place.unlink()
     thread.join(20)
     assert held.is_set()
+
+
+def test_all_ranks_mean_the_number_that_their_watcher_has_claimed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation on several devices starts its own command again, once a rank."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv(CLAIMED, raising=False)
+    (tmp_path / "driving").mkdir()
+    mine = claim_numbered(tmp_path / "driving", Path.exists)
+    assert mine.name == "driving-2"
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        assert claim_numbered(tmp_path / "driving", Path.exists) == mine
+    monkeypatch.delenv(CLAIMED)  # ranks of torchrun: the first one writes
+    assert claim_numbered(tmp_path / "games", Path.exists).name == "games"
+    assert not (tmp_path / ".games.claim").exists()
+    give_up_claim(mine)
 
 
 def test_results_that_start_together_have_numbers_of_their_own(tmp_path: Path) -> None:

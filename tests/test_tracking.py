@@ -264,6 +264,17 @@ def test_an_experiment_that_was_deleted_at_the_server_is_one_sentence(local: str
         sync(local, to)
 
 
+def test_runs_are_sent_by_one_process_at_a_time(local: str) -> None:
+    """Two at once would each make the runs that the server lacks."""
+    from anyflow.cli.sync import sync as command
+    from anyflow.tracking.sync import sending_alone
+
+    with sending_alone(local), pytest.raises(UserError, match="another process is sending the runs of sqlite"):
+        command(to="http://127.0.0.1:9", uri=local)
+    with pytest.raises(UserError, match="nothing listens there"):
+        command(to="http://127.0.0.1:9", uri=local)
+
+
 def test_a_dead_server_is_one_sentence(local: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -34,9 +34,10 @@ def sync(
     if not is_server(to):
         raise UserError(f"--to {to!r} is no server's address: give one such as http://tracking:5000")
     from anyflow.system.console import progress_line
+    from anyflow.tracking.sync import sending_alone
     from anyflow.tracking.sync import sync as copy
 
-    with progress_line("sending") as on_progress:
+    with sending_alone(uri), progress_line("sending") as on_progress:
         sent = copy(uri, to, timeout=timeout, on_progress=on_progress)
     if as_json:
         print_json({"to": to, **asdict(sent)})

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 
 from anyflow.system.locks import NoLocks, locked
+
+CLAIMED = "ANYFLOW_CLAIMED"
+"""What a process has claimed, for the ranks that it starts: all of them mean its number."""
 
 _claims: dict[Path, ExitStack] = {}
 
@@ -21,10 +26,14 @@ def claim_numbered(first: Path, is_used: Callable[[Path], bool]) -> Path:
         first: the path without a number.
         is_used: whether something is there already.
     """
+    if "RANK" in os.environ and os.environ.get(CLAIMED):
+        return Path(os.environ[CLAIMED])
+    is_first = os.environ.get("RANK", "0") == "0"  # the others write nothing
     for number in count(1):
         path = first if number == 1 else first.with_name(f"{first.name}-{number}")
-        if not is_used(path) and _claim(path):
+        if not is_used(path) and (not is_first or _claim(path)):
             if not is_used(path):
+                os.environ[CLAIMED] = str(path)
                 return path
             give_up_claim(path)
     raise AssertionError("numbers do not end")
@@ -34,6 +43,14 @@ def give_up_claim(path: Path) -> None:
     """End the claim on a path, if this process has one."""
     if (stack := _claims.pop(path, None)) is not None:
         stack.close()
+        if os.environ.get(CLAIMED) == str(path):
+            del os.environ[CLAIMED]
+
+
+@atexit.register
+def _give_up_all() -> None:
+    for path in list(_claims):
+        give_up_claim(path)
 
 
 def _claim(path: Path) -> bool:

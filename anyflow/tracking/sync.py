@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from urllib.request import url2pathname
 from anyflow.errors import UserError, first_line
 from anyflow.system.addresses import database_file
 from anyflow.system.files import file_sha256, partial_folder
+from anyflow.system.locks import NoLocks, locked
 from anyflow.tracking.mlflow import PARENT_TAG, readable_store
 
 LOCAL_TAG = "anyflow.local_run"
@@ -92,6 +93,24 @@ def sync(
             "nothing here is lost: start it again when the server answers"
         ) from error
     return sent
+
+
+@contextmanager
+def sending_alone(store: str) -> Iterator[None]:
+    """Within the block no other process sends a store's runs: two at once would each make them at the server.
+
+    Raises:
+        UserError: another one does.
+    """
+    with ExitStack() as stack:
+        try:
+            place = (database_file(store) or Path("sync")).with_name(".sync.lock")
+            stack.enter_context(locked(place, 0, passing=True))
+        except BlockingIOError as error:
+            raise UserError(f"another process is sending the runs of {store}: wait for its end") from error
+        except (NoLocks, OSError):  # a disk without locks, or a read-only one
+            pass
+        yield
 
 
 class _patience:
