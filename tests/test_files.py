@@ -257,7 +257,7 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one(
 def test_where_no_checkpoint_is_whole_nothing_is_touched(tmp_path: Path) -> None:
     for name in ("step_00000002", "step_00000004"):
         empty(checkpoint(tmp_path, name))
-    with pytest.raises(UserError, match=r"step_00000004.*is empty .*no other checkpoint is whole: start a new run"):
+    with pytest.raises(UserError, match=r"step_00000004.*is empty, and no other checkpoint is whole: start a new run"):
         require_whole(tmp_path, else_older=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000004"]
 
@@ -270,7 +270,7 @@ def test_what_damages_a_checkpoint_while_it_is_read_is_told_too(tmp_path: Path) 
     with pytest.raises(UserError, match=r"cannot be read \(no run of anyflow has written it\)"):
         read_checkpoint(damaged / "state.ckpt")
     cut(damaged)
-    with pytest.raises(UserError, match=r"step_00000004.*damaged.*step_00000002 is the newest whole checkpoint"):
+    with pytest.raises(UserError, match=r"step_00000004.*cut off or changed.*step_00000002 is the newest whole"):
         read_checkpoint(damaged / "state.ckpt")
     with pytest.raises(UserError, match="set it back"), readable(damaged / "state.ckpt"):
         raise UserError("set it back")

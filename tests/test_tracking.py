@@ -264,6 +264,19 @@ def test_an_experiment_that_was_deleted_at_the_server_is_one_sentence(local: str
         sync(local, to)
 
 
+def test_what_cannot_be_served_is_one_sentence(local: str) -> None:
+    from anyflow.cli.tracking import mlflow
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port {port} cannot be served on .*: give another one"):
+            mlflow(uri=local, serve=True, port=port)
+    with pytest.raises(UserError, match="is a server already: open it in a browser"):
+        mlflow(uri="http://127.0.0.1:9", serve=True)
+
+
 def test_runs_are_sent_by_one_process_at_a_time(local: str) -> None:
     """Two at once would each make the runs that the server lacks."""
     from anyflow.cli.sync import sync as command
@@ -351,3 +364,13 @@ def is_alive(number: int) -> bool:
         return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_an_adapters_file_has_a_fingerprint_of_its_own(tmp_path: Path) -> None:
+    """A run that starts from another adapter under the same name is another run."""
+    from anyflow.tracking.fingerprints import model_fingerprint
+
+    (tmp_path / "style.safetensors").write_bytes(b"one")
+    before = model_fingerprint(str(tmp_path / "style.safetensors"))
+    (tmp_path / "style.safetensors").write_bytes(b"two")
+    assert before and before != model_fingerprint(str(tmp_path / "style.safetensors"))

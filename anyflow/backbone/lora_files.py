@@ -232,7 +232,7 @@ def _check_kind(file: Path, tensors: Mapping[str, Tensor], pairs: Mapping[str, A
     """
     if not pairs and not any(re.search("lora|lokr|hada|oft|diff", name) for name in others):
         raise UserError(f"{file} holds no adapter: give the file of a LoRA (a network's weights are model.weights).")
-    idle = [name for name in others if name.endswith((".diff", ".diff_b")) and not tensors[name].any()]
+    idle = [name for name in others if name.endswith((".diff", ".diff_b")) and not tensors[name].float().any()]
     rest = [name for name in others if name not in idle]
     if halves := [name for name in rest if name not in tensors]:
         raise UserError(f"{file} has {halves[0]} without its other half: copy or save it again.")

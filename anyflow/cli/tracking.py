@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from typing import Annotated
 
 import typer
 
 from anyflow.cli.common import LOCAL_DATABASE, Json, print_json
-from anyflow.system.addresses import check_store
+from anyflow.errors import UserError
+from anyflow.system.addresses import check_store, is_server
 from anyflow.system.processes import begin, end
 from anyflow.system.signals import sigterm_raises
 
@@ -33,6 +35,7 @@ def mlflow(
     """
     uri = check_store(uri, "--uri")
     if serve:
+        _check_servable(uri, port)
         typer.echo(f"serving {uri} at http://127.0.0.1:{port} (Ctrl-C ends it)", err=True)
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
         raise typer.Exit(serve_until_stopped([*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]))
@@ -46,6 +49,22 @@ def mlflow(
         loss = f"loss {run['metrics']['loss']:.4g}" if "loss" in run["metrics"] else ""
         typer.echo(f"{run['started']}  {run['status']:<9} {run['name']:<40} {loss}")
     typer.echo(f"\nthe newest runs of {uri} ({len(runs)}); open them with: make mlflow   (or anyflow mlflow --serve)")
+
+
+def _check_servable(uri: str, port: int) -> None:
+    """Refuse what MLflow's server would end by with a traceback.
+
+    Raises:
+        UserError: the store is a server itself, or the port is taken.
+    """
+    if is_server(uri):
+        raise UserError(f"--serve: {uri} is a server already: open it in a browser, or name a database")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise UserError(f"--port {port} cannot be served on ({error.strerror}): give another one") from error
 
 
 def serve_until_stopped(command: list[str]) -> int:

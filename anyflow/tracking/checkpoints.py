@@ -87,7 +87,7 @@ def damage(checkpoint: Path) -> str:
             if (broken := parts.testzip()) is not None:
                 return f"{state} is damaged (in {broken})"
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        return f"{state} is {'damaged' if state.stat().st_size else 'empty'} ({first_line(error)})"
+        return f"{state} is {f'cut off or changed ({first_line(error)})' if state.stat().st_size else 'empty'}"
     shards = sorted(checkpoint.glob("*.safetensors"))
     with ThreadPoolExecutor(8) as threads:
         return next(filter(None, [*_missing(checkpoint, shards), *threads.map(_fault, shards)]), "")
@@ -121,7 +121,7 @@ def _fault(shard: Path) -> str:
         with safe_open(shard, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
-        return f"{shard} is {'damaged' if shard.stat().st_size else 'empty'} ({first_line(error)})"
+        return f"{shard} is {f'cut off or changed ({first_line(error)})' if shard.stat().st_size else 'empty'}"
     return f"{shard} is damaged (its bytes have changed)" if known and known[1] != file_sha256(shard) else ""
 
 

@@ -70,19 +70,15 @@ class ShardedStrategy(ModelParallelStrategy):
             self._apart = self._apart or gloo_group()
             written = dcp.async_save(tensors, storage_writer=storage, process_group=self._apart)
             self.writer.later(_as_exception()(written.result))  # type: ignore[union-attr]
-            self.writer.later(lambda: self._sum_up(path.parent))
+            self.writer.later(lambda: write_sums(path.parent, self.global_rank, self.world_size))
+            self.writer.later(lambda: dist.barrier(group=self._apart))  # before the first rank gives it its name
         else:
             with _as_exception():
                 dcp.save(tensors, storage_writer=storage)
-            self._sum_up(path.parent)
+            write_sums(path.parent, self.global_rank, self.world_size)  # Lightning has the ranks meet after it
         if self.is_global_zero:
             plain = self.writer.stage(checkpoint)
             self.writer.later(lambda: save_state(plain, path))
-
-    def _sum_up(self, folder: Path) -> None:
-        """Write the sums of this rank's files; all ranks have when it returns."""
-        write_sums(folder, self.global_rank, self.world_size)
-        dist.barrier(group=self._apart)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Put a checkpoint of either kind into the stage and its optimisers; returns the plain values."""
