@@ -308,9 +308,13 @@ class TarDataset(BatchDataset):
 
     def __init__(self, order: LaneOrder, shape: ClipShape, rank: int = 0, world_size: int = 1) -> None:
         self.order, self.shape, self.rank, self.world_size = order, shape, rank, world_size
+        self.batch = order.global_batch
         self.starts: dict[int, LaneState] = {}
         """Each worker's place at the stream's position."""
         self._lanes: dict[int, Lane] = {}
+
+    def adopt(self, saved: OrderIdentity) -> None:
+        """Lanes go on as they were cut, or are refused."""
 
     def told(self) -> str:
         return f"{len(self.order.tars)} tars, streamed by {self.order.ranks} x {self.order.workers} workers"

@@ -140,17 +140,17 @@ class VideoDataModule(pl.LightningDataModule):
         splits = [] if self.caches else [find_split(card, self.split, shapes=need_shapes) for card in self.cards]
         skipped += [skip for split in splits for skip in self._left_out(split)]
         reader = ShardReader(self.caches or [s.folder for s in splits], [s.caption for s in splits] or None)
-        base_batch, parts = self.batch_size * world_size, 1
+        base_batch = self.batch_size * world_size
         if len(self.shapes) == 1:
             for split in splits:
                 check_length(split, self.shape)
             shards = reader.identities()
-            if base_batch * self.passes <= sum(shard.samples for shard in shards):
-                parts = self.passes
-            order = order_of(shards, reader.counts, self.weights, self.seed, base_batch * parts)
+            update = base_batch * self.passes  # ordered as one, so that its clips are the same however it is split
+            whole = update if update <= sum(shard.samples for shard in shards) else base_batch
+            order = order_of(shards, reader.counts, self.weights, self.seed, whole)
             latent_shape = latent_shapes[0] if latent_shapes else None
             dataset = ClipDataset(reader, order, self.shape, rank, world_size, latent_shape)
-            dataset.split_in = parts
+            dataset.batch = base_batch
             return dataset, skipped
         kept = sort_latents(reader, latent_shapes) if latent_shapes else sort_clips(reader, splits, self.shapes)
         buckets = make_buckets(reader, kept, self.shapes, self.batch_size, world_size, self.weights, latent_shapes)

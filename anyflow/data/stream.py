@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,20 @@ class BatchDataset(Dataset[Batch]):
     """Batches whose gradients make one update."""
     first: int = 0
     """A batch that an update begins with."""
-    split_in: int = 1
-    """Batches that one of the order's is divided into: those of an update, so that its clips are the same however it is
-    split; 1 where a batch is ordered by itself."""
+    batch: int
+    """Clips of a pass over all ranks."""
 
     def clips_of(self, index: int) -> int:
-        """Clips of a batch over all ranks."""
-        return self.order.global_batch // self.split_in
+        """Clips of a pass over all ranks, where passes differ."""
+        return self.batch
+
+    def whole_batches(self, index: int) -> int:
+        """How many of the order's batches come before a pass that begins an update."""
+        return index * self.batch // self.order.global_batch
+
+    def pass_after(self, whole: int) -> int:
+        """The pass that comes after so many of the order's batches."""
+        return whole * self.order.global_batch // self.batch
 
     def passes_before(self, index: int) -> int:
         """How many batches of its update come before a batch."""
@@ -78,11 +85,13 @@ class BatchDataset(Dataset[Batch]):
         return sum(sizes[:before]), sum(sizes)
 
     def adopt(self, saved: OrderIdentity) -> None:
-        """Take over what a checkpoint's order may set; nothing, in general."""
+        """Take the order's batches from a checkpoint whose updates have as many clips, however they are split here."""
+        if self.batch * self.passes % saved.global_batch == 0:
+            self.order = replace(self.order, global_batch=saved.global_batch)
 
     def told(self) -> str:
         """How much there is, in words."""
-        return f"{self.order.num_samples} clips, {self.order.batches_per_epoch * self.split_in} batches an epoch"
+        return f"{self.order.num_samples} clips, {self.pass_after(self.order.batches_per_epoch)} batches an epoch"
 
 
 class ClipDataset(BatchDataset):
@@ -110,18 +119,17 @@ class ClipDataset(BatchDataset):
         latent_shape: tuple[int, int, int, int] | None = None,
     ) -> None:
         self.reader, self.order, self.shape = reader, order, shape
+        self.batch = order.global_batch
         self.rank, self.world_size = rank, world_size
         self.latent_shape = latent_shape
 
     def __getitem__(self, index: int) -> Batch:
-        whole, part = divmod(index, self.split_in)
-        epoch, positions = self.order.batch_positions(whole, self.rank, self.world_size)
-        size = len(positions) // self.split_in
-        positions = positions[part * size : (part + 1) * size]
-        pixels = self._allocate(len(positions))
+        places = [self._place_of(clip) for clip in range(self.batch * index, self.batch * (index + 1))]
+        places = places[self.rank :: self.world_size]
+        pixels = self._allocate(len(places))
         bad: dict[tuple[int, int], Skip] = {}
         try:
-            metadata = [self._fill(epoch, position, pixels[row], bad) for row, position in enumerate(positions)]
+            metadata = [self._fill(*place, pixels[row], bad) for row, place in enumerate(places)]
         except UserError as error:
             return {"error": str(error), "position": index}
         return {
@@ -133,6 +141,16 @@ class ClipDataset(BatchDataset):
             "place": self.place(index),
             "skipped": [asdict(skip) for skip in bad.values()],
         }
+
+    def _place_of(self, clip: int) -> tuple[int, int]:
+        """``(epoch, position)`` of a clip, counted through: a pass is a part of one of the order's batches, or several.
+
+        Ranks are dealt the clips in turn, as the stages deal out intervals: a clip meets the same interval and noise
+        for any number of ranks, and dear and cheap samples spread evenly over them.
+        """
+        number, place = divmod(clip, self.order.global_batch)
+        epoch, positions = self.order.batch_positions(number)
+        return epoch, positions[place]
 
     def _allocate(self, count: int) -> np.ndarray:
         if self.latent_shape:
@@ -217,11 +235,11 @@ class ClipStream:
         order = self.dataset.order
         total = order.num_samples + self.left_out
         batches = (self.position if position is None else position) + 1
-        read = batches * order.global_batch // self.dataset.split_in
+        read = batches * self.dataset.batch
         enforce_budget(list(self.skipped.values()), total if self.left_out else read, total, self.error_budget)
 
     def state_dict(self) -> dict[str, Any]:
-        """{epoch, batch, plan_hash, plan, skipped}: the place in the stream, for any number of ranks and workers.
+        """{epoch, batch, plan_hash, plan, clips, skipped}: the place in the stream, for any ranks and workers.
 
         It is where the update under way began, if some of its batches are still to come: a stop loses their gradients.
         With several ranks all of them must call this together, as they do for a checkpoint.
@@ -229,12 +247,13 @@ class ClipStream:
         self.gather()
         order = self.dataset.order
         begun = self.position - self.dataset.passes_before(self.position)
-        epoch, batch = order.epoch_and_batch(begun // self.dataset.split_in)
+        epoch, batch = order.epoch_and_batch(self.dataset.whole_batches(begun))
         return {
             "epoch": epoch,
             "batch": batch,
             "plan_hash": order.identity.hash,
             "plan": asdict(order.identity),
+            "clips": self.dataset.batch * self.dataset.passes,
             "skipped": [asdict(skip) for skip in self.skipped.values()],
         }
 
@@ -244,14 +263,19 @@ class ClipStream:
         Raises:
             UserError: the order is another one; names the difference.
         """
-        saved = OrderIdentity(**state["plan"])
+        saved, clips = OrderIdentity(**state["plan"]), self.dataset.batch * self.dataset.passes
+        if state.get("clips", clips) != clips:  # checkpoints of before do not say
+            raise UserError(
+                f"The checkpoint's place in the data does not fit: global batch (was {state['clips']}, is {clips}) "
+                f"changed; set data.global_batch={state['clips']}, and data.batch_size and ranks as you like."
+            )
         self.dataset.adopt(saved)
         order = self.dataset.order
         if state["plan_hash"] != order.identity.hash:
             difference = describe_difference(saved, order.identity)
             raise UserError(f"The checkpoint's place in the data does not fit: {difference} changed; set it back.")
         whole = state["epoch"] * order.batches_per_epoch + state["batch"]
-        self.position = self.dataset.first = whole * self.dataset.split_in
+        self.position = self.dataset.first = self.dataset.pass_after(whole)
         self.skipped = {}
         self._record(state["skipped"])
 

@@ -20,7 +20,7 @@ from anyflow.data.decode import ClipShape, DecodeError
 from anyflow.data.order import Order
 from anyflow.data.reader import ShardReader, find_split
 from anyflow.data.stream import ClipDataset
-from anyflow.errors import UserError
+from anyflow.errors import UserError, first_line
 from anyflow.evaluation.curve import CurveResult, HeldOut
 from anyflow.evaluation.kept_samples import KeptSamples
 from anyflow.evaluation.measure import OnProgress, measure_curve, sampler_of
@@ -209,13 +209,20 @@ class _DividedCodec:
 
 
 def load_curve(folder: Path, label: str, asked: Mapping[str, Any] | None = None) -> CurveResult | None:
-    """A curve and its samples saved by :func:`save_curve`, or None: also if another one was ``asked`` for then."""
+    """A curve and its samples saved by :func:`save_curve`, or None: also if another one was ``asked`` for then.
+
+    One that is damaged is told, and as good as none: it is measured again.
+    """
     path = folder / f"{label}.pt"
     if not path.exists():
         return None
     from anyflow.evaluation.curve import Curve
 
-    saved = torch.load(path, weights_only=True)
+    try:
+        saved = torch.load(path, weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds
+        print(f"{path} is damaged ({first_line(error)[:80]}) and does not count", file=sys.stderr)
+        return None
     if asked is not None and saved.get("asked", asked) != asked:
         return None
     shown = tuple(HeldOut(**item) for item in saved["shown"])

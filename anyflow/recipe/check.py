@@ -14,6 +14,7 @@ from anyflow.errors import UserError
 from anyflow.recipe.fields import FieldInfo, all_fields, value_of
 from anyflow.recipe.schema import Recipe
 from anyflow.stages.checks import check_frames, nearest
+from anyflow.system.addresses import check_store
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?")
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
@@ -29,6 +30,8 @@ def check_recipe(recipe: Recipe) -> None:
     for key, info in all_fields().items():
         check_range(info, value_of(recipe, key), recipe.sources.get(key, "default"))
     _check_names(recipe)
+    if recipe.run.tracking_uri:
+        check_store(recipe.run.tracking_uri, "run.tracking_uri", is_there=False)
     _check_geometry(recipe)
     _check_adapters(recipe)
     for check in recipe.declared.checks:

@@ -40,8 +40,13 @@ def data_fingerprint(card: str, split: str, streaming: bool = False) -> str:
 
 
 def model_fingerprint(model: str) -> str:
-    """Of a model folder's weights and settings; a hub id is its own, and a folder that is not there has none."""
+    """Of a model folder's weights and settings, or of an adapter's file; a hub id is its own.
+
+    What is not there has none.
+    """
     folder = Path(model).expanduser()
+    if folder.is_file():  # an adapter of another tool
+        return file_sha256(folder)[:DIGITS]
     if not folder.is_dir():
         return model if is_hub_id(model) else ""
     folder = folder / "model" if (folder / "model").is_dir() else folder

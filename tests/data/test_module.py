@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,30 @@ def test_a_step_of_more_clips_than_there_are_goes_through_them_again(shards: Pat
     count = len({clip for step in steps_of(shards, (1, 1, 1), steps=40)[0] for clip in step})
     merged, _ = steps_of(shards, (4, 1, 8), steps=4)
     assert count < 32 and all(len(step) == 32 for step in merged)
+
+
+@pytest.mark.parametrize("split", [(4, 1, 8), (2, 1, 16), (16, 1, 2), (2, 4, 4), (1, 1, 32)])
+def test_a_step_of_more_clips_than_there_are_goes_on_in_another_split(
+    shards: Path, split: tuple[int, int, int]
+) -> None:
+    """What one does after running out of memory: half the clips a pass, twice the passes, and the very same steps."""
+    expected, state = steps_of(shards, (8, 1, 4))
+    assert state["clips"] == 32 and state["plan"]["global_batch"] == 8
+    state = json.loads(json.dumps(state))
+    assert steps_of(shards, split, state)[0] == expected[3:]
+    back = steps_of(shards, split, state, steps=6)[1]
+    assert back["plan_hash"] == state["plan_hash"] and back["batch"] == steps_of(shards, (8, 1, 4), state)[1]["batch"]
+
+
+@pytest.mark.parametrize("split", [(8, 1, 3), (4, 1, 4), (8, 1, 1)])
+def test_a_step_of_other_clips_does_not_go_on(shards: Path, split: tuple[int, int, int]) -> None:
+    """Also where the order is the same: shares and averages are over a step's clips."""
+    state = steps_of(shards, (8, 1, 4))[1]
+    with pytest.raises(UserError, match=r"global batch \(was 32, is \d+\) changed; set data.global_batch=32"):
+        steps_of(shards, split, state)
+
+
+def test_a_checkpoint_of_before_goes_on_as_it_was_split(shards: Path) -> None:
+    expected, state = steps_of(shards, (8, 1, 4))
+    del state["clips"]
+    assert steps_of(shards, (8, 1, 4), state)[0] == expected[3:]
