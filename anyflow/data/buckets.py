@@ -15,13 +15,13 @@ from itertools import pairwise
 
 import numpy as np
 
+from anyflow.data.batches import Batch, BatchDataset, ClipDataset, check_clips
 from anyflow.data.cache import LatentShape
 from anyflow.data.decode import ClipShape
 from anyflow.data.mixture import BLOCK, MixedOrder, order_of
 from anyflow.data.order import ORDER_VERSION, Order, OrderIdentity, digest, raw_bits
 from anyflow.data.reader import ShardReader, Split
 from anyflow.data.shapes import choose_shape, tokens
-from anyflow.data.stream import Batch, BatchDataset, ClipDataset
 from anyflow.errors import UserError
 
 KEPT_EPOCHS = 2
@@ -295,12 +295,13 @@ class BucketDataset(BatchDataset):
     def pass_after(self, whole: int) -> int:
         return whole * self.split_in
 
-    def adopt(self, saved: OrderIdentity) -> None:
+    def adopt(self, saved: OrderIdentity, clips: int | None = None) -> None:
         """Take the sizes of the batches from a checkpoint: of another number of ranks, or of larger passes.
 
         Raises:
             UserError: these ranks and passes do not divide them.
         """
+        check_clips(clips, self.batch * self.passes)
         sizes = {name: int(size) for name, size in (part.split(":") for part in saved.buckets.split(", ") if part)}
         if tuple(sizes) != self.order.names:
             return  # another order: told by whoever compares them

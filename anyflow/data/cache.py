@@ -24,7 +24,7 @@ from anyflow.data.decode import ClipShape, DecodeError
 from anyflow.data.order import digest
 from anyflow.data.reader import ShardReader, Split
 from anyflow.data.shards import Sample
-from anyflow.data.stream import Skip
+from anyflow.data.skips import Skip
 from anyflow.errors import UserError
 from anyflow.system.files import write_atomically
 

@@ -37,7 +37,7 @@ from anyflow.data.shards import (
     shard_to_dict,
     write_tar,
 )
-from anyflow.data.stream import Skip, enforce_budget
+from anyflow.data.skips import Skip, enforce_budget
 from anyflow.errors import UserError
 from anyflow.system.files import placing, write_atomically
 from anyflow.system.locks import locked

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from anyflow.data import remote
+from anyflow.data.batches import MAX_TRIES, Batch, BatchDataset
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
 from anyflow.data.members import Members
 from anyflow.data.order import ORDER_VERSION, OrderIdentity, digest, raw_bits, sample_seed
@@ -35,7 +36,7 @@ from anyflow.data.places import open_at
 from anyflow.data.reader import Split, checked_metadata
 from anyflow.data.safety import PICKLES
 from anyflow.data.shards import load_index
-from anyflow.data.stream import MAX_TRIES, Batch, BatchDataset, Skip, none_usable
+from anyflow.data.skips import Skip, none_usable
 from anyflow.data.tar_index import WHOLE_TAR
 from anyflow.data.tars import USUAL, load_set
 from anyflow.errors import UserError, first_line
@@ -313,7 +314,7 @@ class TarDataset(BatchDataset):
         """Each worker's place at the stream's position."""
         self._lanes: dict[int, Lane] = {}
 
-    def adopt(self, saved: OrderIdentity) -> None:
+    def adopt(self, saved: OrderIdentity, clips: int | None = None) -> None:
         """Lanes go on as they were cut, or are refused."""
 
     def told(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import tokenize
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -244,5 +245,5 @@ def load_npy(data: bytes, member: str) -> np.ndarray:
         count = int(np.prod(shape, dtype=object)) if shape else 1
         values = np.frombuffer(data, kind, count, file.tell())
         return values.reshape(shape, order="F" if by_columns else "C")
-    except (ValueError, TypeError, OverflowError, SyntaxError, RecursionError, EOFError) as error:
+    except (ValueError, TypeError, OverflowError, SyntaxError, RecursionError, EOFError, tokenize.TokenError) as error:
         raise DecodeError(f"its {member} member is no npy of numbers ({str(error)[:80]})") from error

@@ -11,13 +11,15 @@ import lightning.pytorch as pl
 from lightning.pytorch.accelerators import CUDAAccelerator
 from torch.utils.data import DataLoader
 
+from anyflow.data.batches import Batch, BatchDataset, ClipDataset
 from anyflow.data.buckets import BucketDataset, make_buckets, sort_clips, sort_latents, tell_buckets
 from anyflow.data.cache import LatentShape, load_cache
 from anyflow.data.decode import ClipShape
 from anyflow.data.lanes import LaneOrder, TarDataset, tars_of
 from anyflow.data.mixture import order_of
 from anyflow.data.reader import ShardReader, Split, check_length, find_split
-from anyflow.data.stream import Batch, BatchDataset, ClipDataset, ClipStream, Skip
+from anyflow.data.skips import Skip
+from anyflow.data.stream import ClipStream
 from anyflow.data.tar_index import left_out_of
 from anyflow.data.tar_stream import TarStream, enforce_tars
 from anyflow.data.tars import load_set

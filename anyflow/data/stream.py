@@ -6,183 +6,22 @@ it. The stream's state is its position and the clips skipped so far; it holds fo
 
 from __future__ import annotations
 
-import json
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
-from anyflow.data.decode import ClipShape, DecodeError, decode_clip
-from anyflow.data.mixture import MixedOrder
-from anyflow.data.order import Order, OrderIdentity, describe_difference, sample_seed
-from anyflow.data.reader import ShardReader, load_latents
-from anyflow.data.shards import Sample
+from anyflow.data.batches import Batch, BatchDataset
+from anyflow.data.order import OrderIdentity, describe_difference
+from anyflow.data.skips import Skip, enforce_budget
 from anyflow.errors import UserError
-from anyflow.system.files import write_atomically
 
-Batch = dict[str, Any]
-
-BUDGET_FLOOR = 1000
-"""The budget is counted against at least this many clips: one bad clip among the first ten does not make 10 %."""
 SYNC_EVERY = 64
 """Batches between two exchanges of skipped clips among ranks, so that all of them stop at the same batch."""
-MAX_TRIES = 64
-NAMED_OFFENDERS = 5
-
-
-@dataclass(frozen=True)
-class Skip:
-    """A clip that could not be used, and why."""
-
-    shard: str
-    key: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.shard}:{self.key} ({self.reason})"
-
-
-class BatchDataset(Dataset[Batch]):
-    """Map-style data set over global batch numbers, in the order that it is given."""
-
-    order: Any
-    """An :class:`Order`, or what answers as one."""
-    rank: int
-    world_size: int
-    passes: int = 1
-    """Batches whose gradients make one update."""
-    first: int = 0
-    """A batch that an update begins with."""
-    batch: int
-    """Clips of a pass over all ranks."""
-
-    def clips_of(self, index: int) -> int:
-        """Clips of a pass over all ranks, where passes differ."""
-        return self.batch
-
-    def whole_batches(self, index: int) -> int:
-        """How many of the order's batches come before a pass that begins an update."""
-        return index * self.batch // self.order.global_batch
-
-    def pass_after(self, whole: int) -> int:
-        """The pass that comes after so many of the order's batches."""
-        return whole * self.order.global_batch // self.batch
-
-    def passes_before(self, index: int) -> int:
-        """How many batches of its update come before a batch."""
-        return (index - self.first) % self.passes
-
-    def place(self, index: int) -> tuple[int, int]:
-        """Where a batch stands in that of its update: the clips before it, and all of them, over all ranks."""
-        before = self.passes_before(index)
-        sizes = [self.clips_of(number) for number in range(index - before, index - before + self.passes)]
-        return sum(sizes[:before]), sum(sizes)
-
-    def adopt(self, saved: OrderIdentity) -> None:
-        """Take the order's batches from a checkpoint whose updates have as many clips, however they are split here."""
-        if self.batch * self.passes % saved.global_batch == 0:
-            self.order = replace(self.order, global_batch=saved.global_batch)
-
-    def told(self) -> str:
-        """How much there is, in words."""
-        return f"{self.order.num_samples} clips, {self.pass_after(self.order.batches_per_epoch)} batches an epoch"
-
-
-class ClipDataset(BatchDataset):
-    """Map-style data set over global batch numbers: item ``n`` is this rank's part of global batch ``n``.
-
-    Args:
-        reader: the shards.
-        order: the order.
-        shape: what a decoded clip looks like; ignored for latents.
-        rank, world_size: which part of each batch.
-        latent_shape: (F, C, H, W) if the shards hold latents instead of footage.
-
-    An item is ``{"frames": uint8 [B, F, H, W, 3] | "latents": float32 [B, F, C, H, W], "caption", "key",
-    "attributes", "position", "place", "skipped"}``. A failure is returned as ``{"error": sentence}``: an exception that
-    crosses from a worker to the main process would arrive as a traceback.
-    """
-
-    def __init__(
-        self,
-        reader: ShardReader,
-        order: Order | MixedOrder,
-        shape: ClipShape,
-        rank: int = 0,
-        world_size: int = 1,
-        latent_shape: tuple[int, int, int, int] | None = None,
-    ) -> None:
-        self.reader, self.order, self.shape = reader, order, shape
-        self.batch = order.global_batch
-        self.rank, self.world_size = rank, world_size
-        self.latent_shape = latent_shape
-
-    def __getitem__(self, index: int) -> Batch:
-        places = [self._place_of(clip) for clip in range(self.batch * index, self.batch * (index + 1))]
-        places = places[self.rank :: self.world_size]
-        pixels = self._allocate(len(places))
-        bad: dict[tuple[int, int], Skip] = {}
-        try:
-            metadata = [self._fill(*place, pixels[row], bad) for row, place in enumerate(places)]
-        except UserError as error:
-            return {"error": str(error), "position": index}
-        return {
-            "latents" if self.latent_shape else "frames": torch.from_numpy(pixels),
-            "caption": [entry["caption"] for entry in metadata],
-            "key": [entry["key"] for entry in metadata],
-            "attributes": [entry["attributes"] for entry in metadata],
-            "position": index,
-            "place": self.place(index),
-            "skipped": [asdict(skip) for skip in bad.values()],
-        }
-
-    def _place_of(self, clip: int) -> tuple[int, int]:
-        """``(epoch, position)`` of a clip, counted through: a pass is a part of one of the order's batches, or several.
-
-        Ranks are dealt the clips in turn, as the stages deal out intervals: a clip meets the same interval and noise
-        for any number of ranks, and dear and cheap samples spread evenly over them.
-        """
-        number, place = divmod(clip, self.order.global_batch)
-        epoch, positions = self.order.batch_positions(number)
-        return epoch, positions[place]
-
-    def _allocate(self, count: int) -> np.ndarray:
-        if self.latent_shape:
-            return np.empty((count, *self.latent_shape), dtype=np.float32)
-        return np.empty((count, self.shape.frames, self.shape.height, self.shape.width, 3), dtype=np.uint8)
-
-    def _fill(self, epoch: int, position: int, out: np.ndarray, bad: dict[tuple[int, int], Skip]) -> dict[str, Any]:
-        """Write the clip at ``position``, or the first good one of its replacements, into ``out``."""
-        for candidate in (position, *self.order.replacements(position)[:MAX_TRIES]):
-            own_epoch, shard, number = self.order.occurrence(epoch, candidate)
-            if (shard, number) in bad:
-                continue
-            sample = self.reader.sample(shard, number)
-            try:
-                return self.load(own_epoch, shard, sample, out)
-            except DecodeError as error:
-                bad[shard, number] = Skip(self.reader.shards[shard][1].name, sample.key, str(error))
-        raise none_usable(list(bad.values()))
-
-    def load(self, epoch: int, shard: int, sample: Sample, out: np.ndarray) -> dict[str, Any]:
-        """Read one sample into ``out``; return its description with its key.
-
-        Raises:
-            DecodeError: with the reason why the clip cannot be used.
-        """
-        metadata = self.reader.describe(shard, sample)
-        if self.latent_shape:
-            load_latents(self.reader.read(shard, sample, "safetensors"), out)
-        else:
-            seed = sample_seed(self.order.seed, epoch, sample.key)
-            decode_clip(self.reader.video(shard, sample), self.shape, seed, out)
-        return {**metadata, "key": sample.key}
 
 
 class ClipStream:
@@ -263,13 +102,8 @@ class ClipStream:
         Raises:
             UserError: the order is another one; names the difference.
         """
-        saved, clips = OrderIdentity(**state["plan"]), self.dataset.batch * self.dataset.passes
-        if state.get("clips", clips) != clips:  # checkpoints of before do not say
-            raise UserError(
-                f"The checkpoint's place in the data does not fit: global batch (was {state['clips']}, is {clips}) "
-                f"changed; set data.global_batch={state['clips']}, and data.batch_size and ranks as you like."
-            )
-        self.dataset.adopt(saved)
+        saved = OrderIdentity(**state["plan"])
+        self.dataset.adopt(saved, state.get("clips"))  # checkpoints of before do not say
         order = self.dataset.order
         if state["plan_hash"] != order.identity.hash:
             difference = describe_difference(saved, order.identity)
@@ -363,44 +197,3 @@ def _checked(stream: ClipStream, batches: Iterator[Batch]) -> Iterator[Batch]:
     finally:
         if hasattr(batches, "_shutdown_workers"):
             batches._shutdown_workers()
-
-
-def enforce_budget(
-    skipped: Sequence[Skip], read: int, total: int, error_budget: float, report: Path | None = None
-) -> None:
-    """Compare the distinct bad clips with the clips read so far.
-
-    Args:
-        skipped: the bad clips, each once.
-        read: clips read so far.
-        total: clips there are.
-        error_budget: largest share that is tolerated.
-        report: file that names all of them then.
-
-    Raises:
-        UserError: the budget is spent; names the first offenders.
-    """
-    if len(skipped) > error_budget * min(max(read, BUDGET_FLOOR), total):
-        if report is not None:
-            write_skipped(report, skipped)
-        everywhere = f"; all of them in {str(report)!r}" if report is not None else ""
-        raise UserError(
-            f"{len(skipped)} of {total} clips cannot be used, more than error_budget {error_budget:g} allows: "
-            f"{_name_offenders(skipped)}{everywhere}; repair the shards or raise error_budget."
-        )
-
-
-def none_usable(bad: Sequence[Skip]) -> UserError:
-    """What to raise where no clip can take the place of bad ones."""
-    return UserError(f"{len(bad)} clips in a row cannot be used: {_name_offenders(bad)}; repair the shards.")
-
-
-def write_skipped(path: Path, skipped: Iterable[Skip]) -> None:
-    """Name every clip that could not be used, and why, in a JSON file for people."""
-    write_atomically(path, json.dumps([asdict(skip) for skip in skipped], indent=1, ensure_ascii=False).encode())
-
-
-def _name_offenders(skipped: Sequence[Skip]) -> str:
-    named = "; ".join(str(skip) for skip in skipped[:NAMED_OFFENDERS])
-    rest = len(skipped) - NAMED_OFFENDERS
-    return named + (f"; and {rest} more" if rest > 0 else "")

@@ -6,8 +6,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from anyflow.data.batches import Batch
 from anyflow.data.lanes import LaneState, TarDataset
-from anyflow.data.stream import BUDGET_FLOOR, Batch, ClipStream, Skip, enforce_budget, gathered
+from anyflow.data.skips import BUDGET_FLOOR, Skip, enforce_budget
+from anyflow.data.stream import ClipStream, gathered
 from anyflow.data.tar_index import WHOLE_TAR
 from anyflow.errors import UserError
 

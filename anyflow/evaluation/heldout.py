@@ -16,10 +16,10 @@ from torch import Tensor
 
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.parallelize import join_rows, own_rows, rank_and_size
+from anyflow.data.batches import ClipDataset
 from anyflow.data.decode import ClipShape, DecodeError
 from anyflow.data.order import Order
 from anyflow.data.reader import ShardReader, find_split
-from anyflow.data.stream import ClipDataset
 from anyflow.errors import UserError, first_line
 from anyflow.evaluation.curve import CurveResult, HeldOut
 from anyflow.evaluation.kept_samples import KeptSamples

@@ -14,7 +14,7 @@ import torch
 from anyflow.backbone.codec import Codec
 from anyflow.data.decode import ClipShape
 from anyflow.data.encode import CachePart, Encoding, EncodingCost, TimedTexts
-from anyflow.data.stream import Skip, enforce_budget
+from anyflow.data.skips import Skip, enforce_budget
 from anyflow.errors import UserError
 from anyflow.system.console import progress_line
 from anyflow.system.engines import Engine, Work, values

@@ -25,7 +25,7 @@ from anyflow.backbone.wan_vae import encode_moments
 from anyflow.data.card import load_card
 from anyflow.data.decode import ClipShape
 from anyflow.data.module import VideoDataModule
-from anyflow.data.stream import write_skipped
+from anyflow.data.skips import write_skipped
 from anyflow.evaluation.curve import CurveResult
 from anyflow.evaluation.further_judges import judges_of
 from anyflow.evaluation.heldout import Prompts, TooFewClips, curve_of, held_out, load_curve, save_curve

@@ -11,12 +11,12 @@ import pytest
 from footage_files import lenient, lerobot_v2, lerobot_v3, put, put_csv, put_tar, video
 from tiny_shards import FRAMES, HEIGHT, WIDTH, card_of
 
+from anyflow.data.batches import ClipDataset
 from anyflow.data.check import check_card
 from anyflow.data.decode import ClipShape
 from anyflow.data.importing.run import import_dataset
 from anyflow.data.order import Order
 from anyflow.data.reader import ShardReader
-from anyflow.data.stream import ClipDataset
 from anyflow.errors import UserError
 
 

@@ -15,11 +15,13 @@ import torch
 from forked import on_ranks
 from tiny_shards import CLIPS, FRAMES, HEIGHT, WIDTH, MakeShards, clip_parts
 
+from anyflow.data.batches import Batch, ClipDataset
 from anyflow.data.decode import ClipShape, DecodeError
 from anyflow.data.order import Order
 from anyflow.data.reader import ShardReader, check_length, find_split, parse_metadata
 from anyflow.data.shards import load_index
-from anyflow.data.stream import Batch, ClipDataset, ClipStream, Skip, enforce_budget
+from anyflow.data.skips import Skip, enforce_budget
+from anyflow.data.stream import ClipStream
 from anyflow.errors import UserError
 
 SHAPE = ClipShape(FRAMES, HEIGHT, WIDTH)

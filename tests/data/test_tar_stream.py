@@ -18,10 +18,10 @@ from tar_files import sample, video, write_set, write_tar
 from tiny_shards import FRAMES, HEIGHT, WIDTH
 
 from anyflow.data import remote
+from anyflow.data.batches import Batch
 from anyflow.data.card import load_card
 from anyflow.data.lanes import Lane, LaneOrder, LaneState, StreamedTar
 from anyflow.data.module import VideoDataModule
-from anyflow.data.stream import Batch
 from anyflow.data.tars import USUAL
 from anyflow.errors import UserError
 
@@ -358,7 +358,8 @@ def test_a_compressed_tar_is_streamed(tmp_path: Path) -> None:
 
 FAULT = """
 from torch.utils.data import DataLoader
-from anyflow.data.stream import BatchDataset, ClipStream
+from anyflow.data.batches import BatchDataset
+from anyflow.data.stream import ClipStream
 
 class Broken(BatchDataset):
     world_size = rank = 1
