@@ -20,6 +20,7 @@ from anyflow.recipe import load_recipe, save_recipe
 from anyflow.system import files
 from anyflow.system.files import partial_folder, replacing, require_place, write_atomically
 from anyflow.tracking.checkpoints import (
+    SHARDS,
     clear_leftovers,
     damage,
     latest_checkpoint,
@@ -205,15 +206,29 @@ def flip_shard(place: Path) -> None:
     flip(place, SHARD)
 
 
+def all_shards_are_gone(place: Path) -> None:
+    for path in place.glob("shard-*"):
+        path.unlink()
+
+
 def is_of_before_sums(place: Path) -> None:
     """A checkpoint without sums, of which one shard is lacking."""
+    save_state({"anyflow": {}}, place / "state.ckpt")
     for path in place.glob("*.sha256"):
         path.unlink()
     (place / "shard-00001-model-00001-of-00001.safetensors").unlink()
 
 
 DAMAGES = [cut, empty, missing, flip, no_checkpoint]
-SHARDED_DAMAGES = [lacks_a_shard, lacks_a_shard_and_its_sum, cut_shard, flip_shard, is_of_before_sums, missing]
+SHARDED_DAMAGES = [
+    lacks_a_shard,
+    lacks_a_shard_and_its_sum,
+    cut_shard,
+    flip_shard,
+    all_shards_are_gone,
+    is_of_before_sums,
+    missing,
+]
 
 
 def sharded(place: Path) -> Path:
@@ -233,7 +248,7 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one(
 ) -> None:
     folder = tmp_path / "checkpoints"
     for name in ("step_00000002", "step_00000004", "step_00000006", "step_00000008"):
-        place = checkpoint(folder, name, {"anyflow": {}, "w": torch.ones(64)})
+        place = checkpoint(folder, name, {"anyflow": {}, "w": torch.ones(64), **({SHARDS: 2} if is_sharded else {})})
         if is_sharded:
             sharded(place)
         assert damage(place) == ""

@@ -24,14 +24,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from anyflow.backbone.files import LORA_FILE, read_json
+from anyflow.backbone.files import LORA_FILE, PEFT_FILE, read_json
 from anyflow.backbone.full import FULL_FILE
 from anyflow.errors import UserError, first_line
 
 FULL_KEY = "anyflow_full"
 """In the header of an adapter's file: the modules that were trained in full beside it, so that none is lost unseen."""
 
-_PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PEFT_CONFIG = "adapter_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _EMBEDDERS = {"text_embedder": "text_embedding", "time_embedder": "time_embedding", "delta_embedder": "delta_embedding"}
 _WAN_NAMES = {
@@ -116,7 +116,7 @@ def find_lora(path: str | Path) -> Path:
             )
         place = place / "lora"
     if place.is_dir():
-        known = [file for name in (LORA_FILE, _PEFT_FILE) if (file := place / name).is_file()]
+        known = [file for name in (LORA_FILE, PEFT_FILE) if (file := place / name).is_file()]
         found = known or sorted(file for file in place.glob("*.safetensors") if file.name != FULL_FILE)
         if len(found) > 1 and not known:
             raise UserError(f"{path} holds {len(found)} safetensors files: name one of them, such as {found[0]}.")
@@ -296,7 +296,7 @@ def _config(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
             raise UserError(f"{file}: its header is damaged ({first_line(error)}): copy it again.") from error
         return {key.removeprefix("transformer."): value for key, value in stored.items()}
     beside = file.with_name(_PEFT_CONFIG)
-    config = read_json(beside) if file.name == _PEFT_FILE and beside.is_file() else {}
+    config = read_json(beside) if file.name == PEFT_FILE and beside.is_file() else {}
     if config.get("peft_type", "LORA") != "LORA":
         raise UserError(f"{beside} is of {config['peft_type']}, and only LoRA is read: merge it into its model.")
     return config

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from anyflow.errors import UserError, first_line
@@ -18,6 +19,8 @@ from anyflow.system.files import PARTIAL, file_sha256, write_atomically
 
 STATE_FILE = "state.ckpt"
 POINTER = "latest"
+SHARDS = "shards"
+"""In the plain values of a sharded checkpoint: how many ranks have files beside them."""
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -88,9 +91,14 @@ def damage(checkpoint: Path) -> str:
                 return f"{state} is damaged (in {broken})"
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         return f"{state} is {f'cut off or changed ({first_line(error)})' if state.stat().st_size else 'empty'}"
+    try:
+        plain = torch.load(state, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds
+        return f"{state} cannot be read ({first_line(error)[:100]})"
+    ranks = plain.get(SHARDS, 0) if isinstance(plain, dict) else 0
     shards = sorted(checkpoint.glob("*.safetensors"))
     with ThreadPoolExecutor(8) as threads:
-        return next(filter(None, [*_missing(checkpoint, shards), *threads.map(_fault, shards)]), "")
+        return next(filter(None, [*_missing(checkpoint, shards, ranks), *threads.map(_fault, shards)]), "")
 
 
 def write_sums(checkpoint: Path, rank: int, ranks: int) -> None:
@@ -100,22 +108,21 @@ def write_sums(checkpoint: Path, rank: int, ranks: int) -> None:
     (checkpoint / f"shard-{rank + 1:05d}-of-{ranks:05d}.sha256").write_text(sums, encoding="utf-8")
 
 
-def _missing(checkpoint: Path, shards: list[Path]) -> Iterator[str]:
-    """What of a sharded checkpoint is not there."""
+def _missing(checkpoint: Path, shards: list[Path], ranks: int) -> Iterator[str]:
+    """What of a sharded checkpoint is not there; of one that does not know its ranks, what lacks between others."""
     listed = sorted(checkpoint.glob("shard-*-of-*.sha256"))
-    ranks = max([int(path.stem.rpartition("-")[2]) for path in listed], default=0)
     numbers = [int(path.name.split("-")[1]) for path in (listed or shards) if path.name.startswith("shard-")]
     for number in range(1, max([ranks, *numbers], default=0) + 1):
         if number not in numbers:
             yield f"{checkpoint} lacks the files of shard {number}"
     for path in listed:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             if not (checkpoint / line.rpartition("  ")[2]).is_file():
                 yield f"{checkpoint / line.rpartition('  ')[2]} is missing"
 
 
 def _fault(shard: Path) -> str:
-    sums = "".join(path.read_text(encoding="utf-8") for path in shard.parent.glob("*.sha256"))
+    sums = "".join(path.read_text(encoding="utf-8", errors="replace") for path in shard.parent.glob("*.sha256"))
     known = re.search(rf"^(\w+)  {re.escape(shard.name)}$", sums, re.MULTILINE)
     try:
         with safe_open(shard, framework="pt"):

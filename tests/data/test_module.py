@@ -160,15 +160,21 @@ def test_the_benchmark_measures_both(shards: Path) -> None:
 
 
 def steps_of(
-    folder: Path, split: tuple[int, int, int], state: Any = None, steps: int = 6
+    folder: Path | list[Path], split: tuple[int, int, int], state: Any = None, steps: int = 6, **options: Any
 ) -> tuple[list[list[str]], Any]:
     """The clips of each step in their places, of so many (clips, ranks, passes), and a state after the first steps."""
     size, ranks, passes = split
     dealt: list[list[list[str]]] = []
     states: list[Any] = []
     for rank in range(ranks):
+        shape = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH}
         module = VideoDataModule(
-            folder, batch_size=size, passes=passes, steps=steps * passes, frames=FRAMES, height=HEIGHT, width=WIDTH
+            folder,  # type: ignore[arg-type]
+            batch_size=size,
+            passes=passes,
+            steps=steps * passes,
+            **shape,
+            **options,
         )
         module.trainer = type("Ranks", (), {"global_rank": rank, "world_size": ranks, "callbacks": []})()  # type: ignore[assignment]
         module.setup()
@@ -234,3 +240,12 @@ def test_a_checkpoint_of_before_goes_on_as_it_was_split(shards: Path) -> None:
     expected, state = steps_of(shards, (8, 1, 4))
     del state["clips"]
     assert steps_of(shards, (8, 1, 4), state)[0] == expected[3:]
+
+
+def test_a_mixture_goes_on_in_another_split(shards: Path, make_shards: MakeShards) -> None:
+    """Of 23 and 23 clips, 48 in a step: more than there are."""
+    both: list[Path] = [shards, make_shards(name="more")]
+    expected, state = steps_of(both, (8, 1, 6), weights=(2.0, 1.0))
+    assert state["plan"]["shares"] and state["plan"]["global_batch"] == 8
+    for split in ((4, 1, 12), (16, 1, 3), (4, 2, 6)):
+        assert steps_of(both, split, state, weights=(2.0, 1.0))[0] == expected[3:]

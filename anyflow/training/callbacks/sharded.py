@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from anyflow.backbone.parallelize import WAIT, gloo_group, part_of
 from anyflow.stages.base import check_complete
-from anyflow.tracking.checkpoints import readable, write_sums
+from anyflow.tracking.checkpoints import SHARDS, readable, write_sums
 from anyflow.training.callbacks.background import Writer
 from anyflow.training.callbacks.checkpoints import save_state
 
@@ -77,7 +77,7 @@ class ShardedStrategy(ModelParallelStrategy):
                 dcp.save(tensors, storage_writer=storage)
             write_sums(path.parent, self.global_rank, self.world_size)  # Lightning has the ranks meet after it
         if self.is_global_zero:
-            plain = self.writer.stage(checkpoint)
+            plain = self.writer.stage({**checkpoint, SHARDS: self.world_size})
             self.writer.later(lambda: save_state(plain, path))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
