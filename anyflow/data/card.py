@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from anyflow.data import remote
-from anyflow.data.find import find_card, is_tars
+from anyflow.data.find import find_card, is_tars, names_tars
 from anyflow.data.members import Members, parse_members
 from anyflow.data.shards import INDEX_NAME, Sample, Shard, check_folder, load_index
 from anyflow.data.tar_index import check_tars, ready
@@ -166,7 +166,7 @@ def fetch_card(url: str) -> Path:
 def _place(home: Path, folder: str | list[str], name: str, members: Members) -> Path:
     """A split's folder: an address of its own, beside the card elsewhere, or beside the card here; or its tars'."""
     base = remote.url_of(home)
-    if isinstance(folder, list) or is_tars(folder) or (base is None and is_tars(home / folder)):
+    if isinstance(folder, list) or names_tars(folder) or (base is None and is_tars(home / folder)):
         return stand_in(TarSet(name, tuple(expand(folder, base or home)), members))
     if remote.is_url(folder):
         return remote.mirror(folder)
@@ -229,7 +229,7 @@ def _check_fields(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
             close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(fields)}"
             raise UserError(f"card {str(path)!r}: unknown key {key!r}; {hint}")
-    of_clips = [] if _names_tars(document) else ["frames", "height", "width", "fps"]
+    of_clips = [] if _is_of_tars(document, path.parent) else ["frames", "height", "width", "fps"]
     required = ["name", "domain", "description", "splits", *of_clips, "licence"]
     missing = [name for name in required if name not in document]
     if missing:
@@ -249,11 +249,13 @@ def _check_fields(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return dict(document)
 
 
-def _names_tars(document: Mapping[str, Any]) -> bool:
+def _is_of_tars(document: Mapping[str, Any], home: Path) -> bool:
     """Whether a card is of somebody else's tars: it says what their members hold, or names some."""
     splits = document.get("splits")
     places = splits.values() if isinstance(splits, dict) else ()
-    return "members" in document or any(isinstance(p, list) or (isinstance(p, str) and is_tars(p)) for p in places)
+    texts = [place for place in places if isinstance(place, str)]
+    named = any(names_tars(place) or is_tars(home / place) for place in texts)
+    return named or "members" in document or any(isinstance(place, list) for place in places)
 
 
 def _matches(value: Any, hint: Any) -> bool:
