@@ -22,7 +22,7 @@ def find_card(name: str, where: str = "data.card=") -> Path:
     given = Path(name)
     if is_tars(name):
         return given
-    for path in _places(name):
+    for path in (given, given / "card.yaml", *(root / f"{name}.yaml" for root in ROOTS)):
         if path.is_file():
             return path
     known = sorted({path.stem for root in ROOTS for path in root.glob("*.yaml")})
@@ -37,19 +37,15 @@ def find_card(name: str, where: str = "data.card=") -> Path:
     raise UserError(f"{where}{name!r} is neither a file nor a card in data/: {hint}")
 
 
-def _places(name: str) -> tuple[Path, ...]:
-    """Where a card of this name may lie, the first one first."""
-    given = Path(name)
-    return given, given / "card.yaml", *(root / f"{name}.yaml" for root in ROOTS)
-
-
 def is_tars(card: str | Path) -> bool:
     """Whether ``data.card=`` names tars and not a card: by its ending, or as a folder here that holds some."""
     text, folder = str(card), Path(card)
     if names_tars(text):
         return True
-    if remote.is_url(text) or not folder.is_dir() or any(path.is_file() for path in _places(text)):
+    if remote.is_url(text) or not folder.is_dir() or (folder / "card.yaml").is_file():
         return False
+    if "/" not in text and any((root / f"{text}.yaml").is_file() for root in ROOTS):
+        return False  # a card's name
     if any(_is_our_index(path) for pattern in ("index.json", "*/index.json") for path in folder.glob(pattern)):
         return False
     return any(True for pattern in ("*.tar", "*/*.tar") for _ in folder.glob(pattern))
