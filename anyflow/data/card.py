@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.data import remote
-from anyflow.data.find import find_card, is_tars
+from anyflow.data.find import find_card, is_tars, names_tars
 from anyflow.data.members import Members, parse_members
 from anyflow.data.shards import INDEX_NAME, Sample, Shard, check_folder, load_index
 from anyflow.data.tar_index import check_tars, ready
@@ -151,7 +151,7 @@ def fetch_card(url: str) -> Path:
 def _place(home: Path, folder: str | list[str], name: str, members: Members) -> Path:
     """A split's folder: an address of its own, beside the card elsewhere, or beside the card here; or its tars'."""
     base = remote.url_of(home)
-    if isinstance(folder, list) or is_tars(folder) or (base is None and is_tars(home / folder)):
+    if isinstance(folder, list) or names_tars(folder) or (base is None and is_tars(home / folder)):
         return stand_in(TarSet(name, tuple(expand(folder, base or home)), members))
     if remote.is_url(folder):
         return remote.mirror(folder)
@@ -224,7 +224,7 @@ def _read(path: Path) -> DatasetCard:
     if not places or not all(places.values()):
         raise UserError(f"{where}splits is empty; name at least one, such as `train: shards/train`")
     card = build(DatasetCard, tree, where, path=path, splits={})
-    for key in () if "members" in tree or _names_tars(places) else OF_CLIPS:
+    for key in () if "members" in tree or _names_tars(places, path.parent) else OF_CLIPS:
         if key not in tree:
             raise UserError(f"{where}missing key {key!r}: {', '.join(OF_CLIPS)} are needed")
     for key in OF_CLIPS:
@@ -237,9 +237,9 @@ def _read(path: Path) -> DatasetCard:
     return dataclasses.replace(card, splits=splits)
 
 
-def _names_tars(places: Mapping[str, str | list[str]]) -> bool:
+def _names_tars(places: Mapping[str, str | list[str]], home: Path) -> bool:
     """Whether a card's splits are somebody else's tars."""
-    return any(isinstance(place, list) or is_tars(place) for place in places.values())
+    return any(isinstance(place, list) or names_tars(place) or is_tars(home / place) for place in places.values())
 
 
 def _relative(folder: Path, base: Path) -> str:

@@ -38,6 +38,7 @@ from anyflow.data.shards import (
     write_tar,
 )
 from anyflow.data.skips import Skip, enforce_budget
+from anyflow.data.tar_stream import left_out_within
 from anyflow.errors import UserError
 from anyflow.system.files import placing, write_atomically
 from anyflow.system.locks import locked
@@ -150,6 +151,7 @@ class Encoding:
         self.partial = parent / f".{self.folder.name}.part"
         self.report = self.partial / "skipped.json"
         self.lock = parent / f".{self.folder.name}.lock"
+        self.left_out = left_out_within(footage.folder, error_budget)
         self.skipped: list[Skip] = []
         self.done = 0
 
@@ -258,7 +260,7 @@ class Encoding:
         Raises:
             UserError: too many clips are bad, none could be encoded, or the folder cannot be written.
         """
-        skipped: list[Skip] = []
+        skipped = list(self.left_out)
         shards: dict[str, list[Shard]] = {"texts": [], "latents": []}
         latent_shapes: dict[int, LatentShape] = {}
         with _told(self.folder):
@@ -272,7 +274,8 @@ class Encoding:
                     shards[job.kind].append(replace(shard, made_from=self._made_from(shard)))
                 else:
                     (self._home(job) / shard.name).unlink(missing_ok=True)
-            enforce_budget(skipped, len(self.places), len(self.places), self.error_budget, self.report)
+            total = len(self.places) + len(self.left_out)
+            enforce_budget(skipped, total, total, self.error_budget, self.report)
             self.report.unlink(missing_ok=True)
             if not shards["latents"]:
                 raise UserError(f"card {self.title}: no clip can be encoded")

@@ -8,6 +8,7 @@ from pathlib import Path
 from anyflow.data import remote
 from anyflow.errors import UserError
 
+ROOTS = (Path("data"), Path(__file__).resolve().parents[2] / "data")
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 BETWEEN = "::"
 """Stands between the tars of a list, as in WebDataset's own addresses."""
@@ -21,11 +22,10 @@ def find_card(name: str, where: str = "data.card=") -> Path:
     given = Path(name)
     if is_tars(name):
         return given
-    roots = (Path("data"), Path(__file__).resolve().parents[2] / "data")
-    for path in (given, given / "card.yaml", *(root / f"{name}.yaml" for root in roots)):
+    for path in (given, given / "card.yaml", *(root / f"{name}.yaml" for root in ROOTS)):
         if path.is_file():
             return path
-    known = sorted({path.stem for root in roots for path in root.glob("*.yaml")})
+    known = sorted({path.stem for root in ROOTS for path in root.glob("*.yaml")})
     close = difflib.get_close_matches(given.stem, known, n=1, cutoff=0.5)
     hint = (
         f"did you mean {close[0]}?"
@@ -39,17 +39,24 @@ def find_card(name: str, where: str = "data.card=") -> Path:
 
 def is_tars(card: str | Path) -> bool:
     """Whether ``data.card=`` names tars and not a card: by its ending, or as a folder here that holds some."""
-    text = str(card)
-    if any(part.rstrip("/}").endswith(SUFFIXES) for part in text.split(BETWEEN)):
+    text, folder = str(card), Path(card)
+    if names_tars(text):
         return True
-    folder = Path(text)
-    if remote.is_url(text) or not folder.is_dir() or _holds_ours(folder):
+    if remote.is_url(text) or not folder.is_dir() or (folder / "card.yaml").is_file():
+        return False
+    if "/" not in text and any((root / f"{text}.yaml").is_file() for root in ROOTS):
+        return False  # a card's name
+    if any(_is_our_index(path) for pattern in ("index.json", "*/index.json") for path in folder.glob(pattern)):
         return False
     return any(True for pattern in ("*.tar", "*/*.tar") for _ in folder.glob(pattern))
 
 
-def _holds_ours(folder: Path) -> bool:
-    """Whether a folder is a data set of our own: a card, or shards with their index."""
-    return (folder / "card.yaml").is_file() or any(
-        True for pattern in ("", "*/") for _ in folder.glob(f"{pattern}index.json")
-    )
+def names_tars(text: str) -> bool:
+    """Whether a path, a pattern or an address is one of tars by its ending."""
+    return any(part.rstrip("/}").endswith(SUFFIXES) for part in text.split(BETWEEN))
+
+
+def _is_our_index(path: Path) -> bool:
+    """Whether an index is of shards of our own; WebDataset has one of the same name."""
+    with path.open("rb") as file:
+        return b'"shards"' in file.read(200)

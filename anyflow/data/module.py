@@ -17,12 +17,10 @@ from anyflow.data.cache import LatentShape, load_cache
 from anyflow.data.decode import ClipShape
 from anyflow.data.lanes import LaneOrder, TarDataset, tars_of
 from anyflow.data.mixture import order_of
-from anyflow.data.reader import ShardReader, Split, check_length, find_split
+from anyflow.data.reader import ShardReader, check_length, find_split
 from anyflow.data.skips import Skip
 from anyflow.data.stream import ClipStream
-from anyflow.data.tar_index import left_out_of
-from anyflow.data.tar_stream import TarStream, enforce_tars
-from anyflow.data.tars import load_set
+from anyflow.data.tar_stream import TarStream, left_out_within
 from anyflow.errors import UserError
 
 
@@ -140,7 +138,7 @@ class VideoDataModule(pl.LightningDataModule):
         latent_shapes, skipped = self._check_caches() if self.caches else (None, [])
         need_shapes = len(self.shapes) > 1
         splits = [] if self.caches else [find_split(card, self.split, shapes=need_shapes) for card in self.cards]
-        skipped += [skip for split in splits for skip in self._left_out(split)]
+        skipped += [skip for split in splits for skip in left_out_within(split.folder, self.error_budget)]
         reader = ShardReader(self.caches or [s.folder for s in splits], [s.caption for s in splits] or None)
         base_batch = self.batch_size * world_size
         if len(self.shapes) == 1:
@@ -158,18 +156,6 @@ class VideoDataModule(pl.LightningDataModule):
         buckets = make_buckets(reader, kept, self.shapes, self.batch_size, world_size, self.weights, latent_shapes)
         self.shares = tell_buckets(buckets, sum(len(shard.samples) for _, shard in reader.shards))
         return BucketDataset(buckets, self.seed, base_batch, rank, world_size), skipped
-
-    def _left_out(self, split: Split) -> list[Skip]:
-        """What an index of somebody else's tars left out.
-
-        Raises:
-            UserError: too many of the tars cannot be read.
-        """
-        tarset = load_set(split.folder)
-        found = [Skip(*entry) for entry in left_out_of(split.folder)]
-        if tarset is not None:
-            enforce_tars(found, len(tarset.tars), self.error_budget)
-        return found
 
     def _check_caches(self) -> tuple[list[LatentShape], list[Skip]]:
         """Return the latents' shapes (() for one that no clip has) and the clips that encoding left out.

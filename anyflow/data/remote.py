@@ -35,6 +35,9 @@ URL = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+)://")
 
 BLOCK = 8 * 2**20
 """Bytes of one request: what is lost when a connection breaks."""
+TARS_AT_ONCE = 32
+"""Tars of somebody else's, which may be large, that the cache must have room for: two windows of an order. Where it has
+not, they would be fetched again and again; they are read clip by clip."""
 TRIES = 6
 TIMEOUT = 60.0
 """Seconds for one block; a connection that stalls for longer is given up and tried anew."""
@@ -172,7 +175,7 @@ def fetch_shard(folder: Path, name: str, size: int, sha256: str, version: str = 
     path = folder / (name if sha256 else f"{version}-{name}")
     if _touch(path, size):
         return path
-    if size > cache_limit():
+    if size * (1 if sha256 else TARS_AT_ONCE) > cache_limit():
         return None
     with locked(folder / f".{path.name}.lock"):
         if _touch(path, size):

@@ -133,11 +133,10 @@ def headers_of(address: str, stamp: tuple[int, str]) -> Headers:
 
 
 def _keep(path: Path, document: Any) -> None:
-    """Write a file of the cache that other processes may be writing as well."""
+    """Keep what was read in the cache; another process may be writing the same, and then its file stands."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = path.with_name(f"{path.name}.{os.getpid()}")
-    write_atomically(own, json.dumps(document, separators=(",", ":")))
-    own.replace(path)
+    with suppress(OSError):
+        write_atomically(path, json.dumps(document, separators=(",", ":")))
 
 
 def make_shard(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from anyflow.data.batches import Batch
 from anyflow.data.lanes import LaneState, TarDataset
 from anyflow.data.skips import BUDGET_FLOOR, Skip, enforce_budget
 from anyflow.data.stream import ClipStream, gathered
-from anyflow.data.tar_index import WHOLE_TAR
+from anyflow.data.tar_index import WHOLE_TAR, left_out_of
+from anyflow.data.tars import load_set
 from anyflow.errors import UserError
 
 
@@ -73,6 +75,19 @@ class TarStream(ClipStream):
         lanes = {worker: state["lanes"].get(str(self.dataset.lane(worker))) for worker in workers}
         self._begun = {worker: LaneState.parse(text) for worker, text in lanes.items() if text}
         self.dataset.starts = self._begun
+
+
+def left_out_within(folder: Path, error_budget: float) -> list[Skip]:
+    """What an index of somebody else's tars left out; nothing for any other folder.
+
+    Raises:
+        UserError: more of the tars cannot be read than the budget allows.
+    """
+    tarset = load_set(folder)
+    found = [Skip(*entry) for entry in left_out_of(folder)]
+    if tarset is not None:
+        enforce_tars(found, len(tarset.tars), error_budget)
+    return found
 
 
 def enforce_tars(skipped: Sequence[Skip], tars: int, error_budget: float) -> None:

@@ -376,3 +376,15 @@ def test_a_fault_in_a_worker_ends_the_process(project: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(project)}
     done = subprocess.run([sys.executable, "-c", FAULT], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 1 and "a fault of ours" in done.stderr
+
+
+def test_the_budget_counts_against_all_clips_once_they_were_read(tmp_path: Path) -> None:
+    """One of ten clips is bad: until the first epoch is over there may be thousands more."""
+    write_tar(tmp_path / "set/0.tar", [m for n in range(5) for m in sample(f"{n}", n)])
+    write_tar(
+        tmp_path / "set/1.tar", [*(m for n in range(4) for m in sample(f"{n}", n)), ("x.mp4", b"x"), ("x.txt", b"x")]
+    )
+    data = module_of(card_of(tmp_path / "set"), error_budget=0.05, steps=20)
+    with pytest.raises(UserError, match=r"1 of 10 clips cannot be used, more than error_budget 0\.05 allows: 1\.tar:x"):
+        train(data, 20)
+    assert data.stream is not None and 4 <= data.stream.position <= 10

@@ -67,6 +67,18 @@ def test_a_path_a_pattern_a_list_and_a_folder_name_the_same_tars(tmp_path: Path,
     assert not is_tars("driving") and not is_tars("s3://bucket/set") and is_tars("s3://bucket/{0..9}.tar")
 
 
+def test_a_folder_with_another_index_or_a_known_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """WebDataset's own index has the name of ours; a card in data/ is meant before a folder of the same name."""
+    write_set(tmp_path / "driving", [1, 1])
+    (tmp_path / "driving/index.json").write_text(
+        '{"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": []}'
+    )
+    assert is_tars(tmp_path / "driving")
+    monkeypatch.chdir(tmp_path)
+    assert is_tars("./driving/") and not is_tars("driving")
+    assert load_card("driving").frames == 17
+
+
 def test_one_tar_holds_its_last_clips_out(tmp_path: Path) -> None:
     write_set(tmp_path, [20])
     train, held = (set(captions(reader_of(f"{tmp_path}/000.tar", split))) for split in ("train", "heldout"))
