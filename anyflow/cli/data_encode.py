@@ -52,7 +52,7 @@ def encode(
             "data encode starts its own processes, one a GPU: start it once, without torchrun; on several machines by "
             "--engine ray"
         )
-    engine.check()
+    engine.check(devices)
     check_model(model)
     if out is not None:
         require_place(out, "--out")

@@ -104,7 +104,7 @@ def evaluate(
     judges = list(dict.fromkeys([*(["probe"] * probe), *(encoder or [])]))
     _check_clips(model, against, data, split, prompts)
     _check_shapes(model, against, given_frames, judges, split)
-    engine.check()
+    engine.check(devices)
     if not engine.is_ray and needs_watcher(count := _devices(devices, prompts)):
         raise typer.Exit(watch(count, 1, AGAIN))
     end_with_watcher()
