@@ -183,7 +183,7 @@ class _Actors:
             else:
                 self._idle.append(worker)
             ended.append((ref, value, error))
-        if ended or self._idle:
+        if ended or self._idle or self._busy:
             self._since = time.monotonic()
         self._hire()
         return ended
