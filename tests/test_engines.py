@@ -124,6 +124,12 @@ def test_values_wait_for_their_turn() -> None:
     assert list(in_order([(1, "b"), (0, "a"), (2, "c")])) == ["a", "b", "c"]
 
 
+def test_devices_are_of_this_machine() -> None:
+    with pytest.raises(UserError, match="--devices 4 is of this machine"):
+        EngineOptions("ray").check(devices=4)
+    EngineOptions().check(devices=4)
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

@@ -66,7 +66,7 @@ def encode(card: Card, options: EncodeOptions, engine: EngineOptions, as_json: J
             "data encode starts its own processes, one a GPU: start it once, without torchrun; on several machines by "
             "--engine ray"
         )
-    engine.check()
+    engine.check(options.devices)
     options.check()
     folders = _encode(card, options, engine)
     if as_json:

@@ -92,7 +92,7 @@ def evaluate(
     folder = fresh_folder(out, f"runs/evaluations/{Path(options.data).stem}")
     _check_clips(model, options)
     _check_shapes(model, options)
-    engine.check()
+    engine.check(options.devices)
     if not engine.is_ray and needs_watcher(count := _devices(options)):
         raise typer.Exit(watch(count, 1, AGAIN))
     end_with_watcher()

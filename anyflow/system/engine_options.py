@@ -24,8 +24,11 @@ class EngineOptions:
         """Whether it is a cluster."""
         return self.engine == "ray"
 
-    def check(self) -> None:
+    def check(self, devices: int | None = None) -> None:
         """Refuse an engine that is not known or not installed, before anything is done.
+
+        Args:
+            devices: of this machine that the user asks for, if any.
 
         Raises:
             UserError: it is not.
@@ -34,6 +37,10 @@ class EngineOptions:
             raise UserError(f"--engine {self.engine!r} is not known: give {' or '.join(ENGINES)}")
         if self.address != "auto" and not self.is_ray:
             raise UserError(f"--address {self.address} is of a Ray cluster: give --engine ray with it, or leave it out")
+        if self.is_ray and devices:
+            raise UserError(
+                f"--devices {devices} is of this machine; --engine ray takes the whole cluster: leave it out"
+            )
         if self.is_ray and find_spec("ray") is None:
             raise UserError("--engine ray: Ray is not installed; run pip install -e '.[cluster]' on every machine")
 

@@ -173,6 +173,8 @@ class _Actors:
             worker = self._busy.pop(ref)
             try:
                 value, error = ray.get(ref)
+            except ray.exceptions.RayTaskError as failure:  # what it was given, or made, cannot be sent
+                value, error = None, RuntimeError(_cause(failure))
             except ray.exceptions.RayError:
                 value, error = None, WorkerLost()
             if self._work.fresh or isinstance(error, WorkerLost):
@@ -181,7 +183,7 @@ class _Actors:
             else:
                 self._idle.append(worker)
             ended.append((ref, value, error))
-        if ended or self._idle:
+        if ended or self._idle or self._busy:
             self._since = time.monotonic()
         self._hire()
         return ended

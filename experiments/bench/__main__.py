@@ -150,9 +150,9 @@ def _told(name: str, result: dict[str, Any]) -> list[str]:
     if name == "stream":
         return _told_stream(result)
     if name == "engines":
-        from experiments.bench.engines import told
+        from experiments.bench import engines
 
-        return told(result)
+        return engines.told(result)
     if name == "onpolicy":
         return _told_onpolicy(result["step"], result["weights"])
     return [line for terms, figures in result.items() for line in _told_step(terms, figures)]

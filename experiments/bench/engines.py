@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from anyflow.system.engines import Engine
 
 WORKERS = (1, 2)
-COPIES = 4
+COPIES = 2
 """Files that each clip is imported from: the more, the less the start counts."""
 CLIPS_PER_PART = 30
 """Of an encoding here: the usual 256 would make two parts of the shipped clips, too few to share."""
@@ -42,6 +43,7 @@ def engines_benchmark(card: str, model: str = "data/models/tiny") -> dict[str, A
             out = Path(place) / str(number)
             result["import"][name] = _timed(lambda: _import(footage, out / "set", engine), clips)  # noqa: B023
             result["encode"][name] = _timed(lambda: _encode(card, model, out, engine), clips // COPIES)  # noqa: B023
+            print(f"{name}: {result['import'][name]}, {result['encode'][name]}", file=sys.stderr, flush=True)
     return result
 
 
@@ -70,6 +72,7 @@ def _engines() -> Iterator[tuple[str, Engine]]:
 def _cluster(workers: int) -> Iterator[None]:
     """A Ray cluster in this machine alone, with a token of its own, while the block lasts."""
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ["RAY_worker_niceness"] = "0"  # Ray's usual 15 would lose to whatever else runs here
     import ray
 
     ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)

@@ -27,6 +27,8 @@ ray = pytest.importorskip("ray", reason="the cluster is an extra of its own: pip
 pytestmark = pytest.mark.slow
 
 KILLS = 10
+SETTINGS = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+"""Sums keep their order, and workers are not starved by what else runs on this machine."""
 IMPORT = ["--frames", "4", "--stride", "0.125", "--default-caption", "x", "--heldout", "0.2", "--keep-duplicates"]
 IMPORT += ["--clips", "40", "--scene-cuts", "0", "--json"]
 
@@ -55,7 +57,7 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         """Of whoever belongs to it."""
         auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token} if self.token else {"RAY_AUTH_MODE": "disabled"}
-        return {**os.environ, **auth, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+        return {**os.environ, **auth, **SETTINGS}
 
     def start(self, *words: str) -> None:
         """Start a node, and wait until it is there."""
