@@ -113,9 +113,13 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Footage for 12 jobs."""
-    folder = tmp_path_factory.mktemp("films")
-    for number in range(24):
-        put(folder / f"v{number:02d}.mp4", video(number, 47, 8))
+    return make_films(tmp_path_factory.mktemp("films"), 24)
+
+
+def make_films(folder: Path, count: int) -> Path:
+    """Two of them make a job."""
+    for number in range(count):
+        put(folder / f"v{number:03d}.mp4", video(number, 47, 8))
     return folder
 
 
@@ -167,6 +171,24 @@ def test_an_import_whose_node_is_killed(cluster: Cluster, films: Path, project: 
     kill_in_the_middle(cluster, process, tmp_path / "ray", "*.json")
     assert contents(tmp_path / "ray/out") == contents(tmp_path / "here/out")
     assert [path.name for path in (tmp_path / "ray").iterdir()] == ["out"], "nothing else is left"
+
+
+def test_a_node_that_comes_later_gets_work(project: Path, tmp_path: Path) -> None:
+    films = make_films(tmp_path / "in", 120)
+    made = Cluster(secrets.token_hex(32))
+    try:
+        process = start(made, project, "data", "import", str(films), *IMPORT, "--to", str(tmp_path / "out"))
+        made.add()
+        started = False
+        while not started and process.poll() is None:
+            command = ["ps", "-eo", "pid,ppid,pgid,args"]
+            rows = [row.split(None, 3) for row in subprocess.check_output(command, text=True).splitlines()]
+            node = {pid for pid, _, group, _ in rows if group == str(made.nodes[1].pid)}
+            started = any(parent in node and "ray::_Worker.do" in name for _, parent, _, name in rows)
+        _, told = process.communicate(timeout=600)
+        assert started and process.returncode == 0, told
+    finally:
+        made.close()
 
 
 def test_an_encoding_whose_node_is_killed(cluster: Cluster, small_model: Path, project: Path, tmp_path: Path) -> None:
