@@ -147,6 +147,8 @@ def _opened(footage: VideoFile | ParquetCell, fps: float | None) -> Iterator[tup
             source = io.BytesIO(read_bytes(footage))
         if isinstance(source, str) and not Path(source).is_file():
             raise DecodeError("there is no such file")
+        if not (Path(source).stat().st_size if isinstance(source, str) else len(source.getvalue())):
+            raise DecodeError("the file is empty")
         # A path with a colon would be taken for a protocol.
         with av.open(f"file:{source}" if isinstance(source, str) else source, "r", options=options) as container:
             yield container, open_stream(container)

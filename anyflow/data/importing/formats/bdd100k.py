@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from anyflow.data.decode import DecodeError
-from anyflow.data.importing.formats.folder import split_of, walk_videos
+from anyflow.data.importing.formats.folder import split_of
 from anyflow.data.importing.recording import Found, Recording, Track, Unusable, VideoFile
+from anyflow.data.importing.walk import walk_videos
 from anyflow.data.safety import MAX_TABLE_BYTES, read_json, read_json_object
 
 LOOKS_FOR = "videos/**/ID.mov with info/**/ID.json that has rideID and locations or gps"
