@@ -13,6 +13,7 @@ import typer
 
 from anyflow.errors import UserError
 from anyflow.system.files import partial_folder, require_place
+from anyflow.system.places import find_shipped
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document for machines, and nothing else, on stdout.")
@@ -45,7 +46,9 @@ SAMPLERS = ("flowmap", "euler", "renoise")
 Sampler = Annotated[
     str | None, typer.Option(help=f"How jumps are taken, {' | '.join(SAMPLERS)}; else as the model says.")
 ]
-Model = Annotated[str, typer.Option(help="A model folder, a run's folder, or a hub id.")]
+Model = Annotated[
+    str, typer.Option(help="A model folder, a run's folder, or a hub id.", parser=find_shipped, metavar="MODEL")
+]
 NoiseSeed = Annotated[int, typer.Option(help="Seed of the noise.", min=0)]
 BatchSize = Annotated[int, typer.Option(help="Clips a pass, at most: of large ones fewer fit.", min=1)]
 Card = Annotated[str, typer.Argument(metavar="CARD", help="A dataset card: a name in data/, a file, or its folder.")]

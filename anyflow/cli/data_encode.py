@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from anyflow.cli.common import Card, Json, parse_names, parse_size, print_json
+from anyflow.cli.common import Card, Json, Model, parse_names, parse_size, print_json
 from anyflow.evaluation.models import check_model
 from anyflow.recipe import load_recipe, parse_shape
 from anyflow.system.files import require_place
@@ -16,9 +16,7 @@ from anyflow.system.ranks import end_with_watcher, needs_watcher, watch
 
 def encode(
     card: Card,
-    model: Annotated[
-        str, typer.Option(help="Folder or hub id of the model whose VAE and text encoder encode.")
-    ] = "data/models/tiny",
+    model: Model = "data/models/tiny",
     splits: Annotated[str, typer.Option(help="Splits, with commas.")] = "train",
     frames: Annotated[int | None, typer.Option(help="Frames of a clip; without it the model's own.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT; without it the model's own.")] = None,

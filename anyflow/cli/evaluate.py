@@ -28,6 +28,7 @@ from anyflow.cli.common import (
 )
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
 from anyflow.evaluation.models import check_model
+from anyflow.system.places import find_shipped
 from anyflow.system.ranks import end_with_watcher, needs_watcher, watch
 from anyflow.system.signals import Terminated, sigterm_raises
 
@@ -47,7 +48,12 @@ AGAIN = "what was sampled is kept, and the same command goes on with it"
 def evaluate(
     model: Model,
     data: Annotated[str, typer.Option(help="A dataset card: a name in data/, or a path.")],
-    against: Annotated[str | None, typer.Option(help="A second model on the same prompts and noise: before.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="A second model on the same prompts and noise: before.", parser=find_shipped, metavar="MODEL"
+        ),
+    ] = None,
     steps: Annotated[str, typer.Option(help="Step counts.")] = "1,2,4,8,16,32",
     prompts: Annotated[int, typer.Option(help="Prompts, from the card's split.", min=1)] = 16,
     split: Annotated[str, typer.Option(help="Split that prompts and real clips come from.")] = "heldout",

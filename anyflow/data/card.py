@@ -86,7 +86,7 @@ def load_card(card: str | Path, require_shards: bool = True) -> DatasetCard:
     """
     path = fetch_card(card) if isinstance(card, str) and remote.is_url(card) else find_card(str(card), "data set ")
     try:
-        document = yaml.safe_load(path.read_text())
+        document = yaml.safe_load(path.read_bytes())  # bytes: YAML tells UTF-8 from UTF-16 by itself
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"card {str(path)!r} is not YAML: {first_line(error)}") from error
     if not isinstance(document, dict):
@@ -123,7 +123,7 @@ def _place(home: Path, folder: str) -> Path:
     if remote.is_url(folder):
         return remote.mirror(folder)
     base = remote.url_of(home)
-    return home / folder if base is None else remote.mirror(remote.join(base, folder))
+    return home / Path(folder).expanduser() if base is None else remote.mirror(remote.join(base, folder))
 
 
 def write_card(card: DatasetCard, path: Path) -> None:

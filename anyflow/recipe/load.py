@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +15,28 @@ from anyflow.recipe.fields import all_fields, flatten, group_keys
 from anyflow.recipe.schema import GROUPS, Recipe
 from anyflow.stages.declarations import STAGES
 from anyflow.system.files import write_atomically
+from anyflow.system.places import expand_home, find_shipped, folders_of
 
 COMMAND_LINE = "command line"
 DERIVED = "derived"
 NAMES_THE_MODEL = ("model.weights", "model.lora.start", "stage.onpolicy.teacher", "run.name")
-_PROJECT = Path(__file__).resolve().parents[2]
-
-
-def recipes_folder() -> Path:
-    """``recipes/`` of the working folder, else the project's own."""
-    here = Path("recipes")
-    return here if here.is_dir() else _PROJECT / "recipes"
 
 
 def list_recipes() -> dict[str, list[str]]:
-    """Names of the shipped files by folder: ``{"finetune": ["driving", ...], "models": [...], "hardware": [...]}``."""
-    root = recipes_folder()
-    return {
-        folder: sorted(path.stem for path in (root / folder).glob("*.yaml"))
+    """Names of the files by folder: ``{"finetune": ["driving", ...], "models": [...], "hardware": [...]}``.
+
+    They are those in ``recipes/`` of the working folder, which go before, and the project's own.
+    """
+    names = {
+        folder: sorted({path.stem for root in folders_of("recipes") for path in (root / folder).glob("*.yaml")})
         for folder in (*STAGES, "models", "hardware")
-        if (root / folder).is_dir()
     }
+    return {folder: found for folder, found in names.items() if found}
+
+
+def _recipe_file(name: str) -> Path | None:
+    places = (root / f"{name}.yaml" for root in folders_of("recipes"))
+    return next((place for place in places if place.is_file()), None)
 
 
 def load_recipe(
@@ -117,8 +118,12 @@ def _merge(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Recipe:
             base = _field_of(key)
             sources[base] = source
             _assign(merged, key, value)
+    name = str(merged.get("model", {}).get("name", "tiny"))
     for key in NAMES_THE_MODEL:
-        _fill_in_model(merged, key)
+        _change(merged, key, lambda text: text.replace("{model}", name))
+    for key, info in all_fields().items():
+        if info.limits.get("is_path"):
+            _change(merged, key, find_shipped)
     parts = {}
     for group, cls in GROUPS.items():
         try:
@@ -129,14 +134,17 @@ def _merge(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Recipe:
     return Recipe(**parts, sources=sources)  # type: ignore[arg-type]
 
 
-def _fill_in_model(merged: dict[str, dict[str, Any]], key: str) -> None:
-    """``{model}`` in a text is the model's name, so that one stage file serves several models."""
+def _change(merged: dict[str, dict[str, Any]], key: str, change: Callable[[str], str]) -> None:
+    """Change a text, or each of a list: ``{model}`` is the model's name, so that one stage file serves several."""
     *parents, last = key.split(".")
     tree: Any = merged
     for name in parents:
         tree = tree.get(name) if isinstance(tree, dict) else None
-    if isinstance(tree, dict) and isinstance(tree.get(last), str):
-        tree[last] = tree[last].replace("{model}", str(merged.get("model", {}).get("name", "tiny")))
+    value = tree.get(last) if isinstance(tree, dict) else None
+    if isinstance(value, str):
+        tree[last] = change(value)
+    elif isinstance(value, list):
+        tree[last] = [change(item) if isinstance(item, str) else item for item in value]
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -215,16 +223,16 @@ def _defaults(tree: Any, path: Path, parts: Sequence[str]) -> dict[str, str]:
 
 def _find(name: str) -> Path:
     """The stage file behind a name, a path, or a run's folder."""
-    given = Path(name)
+    given = Path(expand_home(name))
     if given.is_dir() and (given / "recipe.yaml").is_file():
         return given / "recipe.yaml"
     if given.suffix in (".yaml", ".yml"):
         if given.is_file():
             return given
         raise UserError(f"the recipe file {name} does not exist: check the path, or see 'anyflow recipes' for names")
-    found = recipes_folder() / f"{name}.yaml"
+    found = _recipe_file(name)
     known = [f"{folder}/{stem}" for folder, stems in list_recipes().items() for stem in stems if folder in STAGES]
-    if name in known and found.is_file():
+    if name in known and found is not None:
         return found
     same_name = [item for item in known if item.partition("/")[2] == given.name]
     close = same_name or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
@@ -234,11 +242,11 @@ def _find(name: str) -> Path:
 
 def _find_part(folder: str, name: str) -> Path:
     """A model or hardware file, by name or path."""
-    given = Path(name)
+    given = Path(expand_home(name))
     if given.suffix in (".yaml", ".yml") and given.is_file():
         return given
-    found = recipes_folder() / folder / f"{name}.yaml"
-    if os.sep not in name and found.is_file():
+    found = _recipe_file(f"{folder}/{name}") if os.sep not in name else None
+    if found is not None:
         return found
     option, known = folder.removesuffix("s"), list_recipes().get(folder, [])
     if folder == "models" and given.is_dir():
