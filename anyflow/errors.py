@@ -78,6 +78,12 @@ _FAULTS: tuple[tuple[tuple[int, ...], tuple[str, ...], str, str], ...] = (
         "permission is denied",
         f"change the owner or the rights, or {_ELSEWHERE}",
     ),
+    (
+        (errno.ENAMETOOLONG,),
+        ("File name too long",),
+        "a file's name would be too long",
+        "give a shorter name (--out, --to, run.name)",
+    ),
     ((errno.EIO,), (), "the disk reports an error", f"look at the disk (dmesg), or {_ELSEWHERE}; {_AGAIN}"),
     (
         (errno.EMFILE, errno.ENFILE),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from anyflow.data.card import CARD_NAME, DatasetCard, check_shards, write_card
@@ -12,6 +12,7 @@ from anyflow.data.clip import SPLITS, Clip
 from anyflow.data.shards import CLIPS_PER_SHARD, write_shards
 from anyflow.errors import UserError
 from anyflow.simulators.simulated import FRAMES, HEIGHT, WIDTH, choose_look, package_versions, simulator
+from anyflow.system.locks import claimed
 
 Progress = Callable[[str, int, int], None]
 """Called after every clip with (split, clips done, clips in all)."""
@@ -48,13 +49,9 @@ def make_dataset(
     if seed < 0:
         raise UserError(f"seed {seed}: give 0 or more")
     folder = Path("data/shards") / domain if out is None else out
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--out {str(folder)!r} is in use: give another folder, or remove it first")
     choose_look(domain, source.LOOKS, look)
     packages = package_versions(*source.PACKAGES)  # before hours of rendering, not after
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
+    with _place_beside(folder) as building:
         for split, count in zip(SPLITS, (clips, heldout), strict=True):
             rendered = source.render(count, split, seed, workers, look)
             counted = _report(rendered, split, count, progress) if progress else rendered
@@ -83,11 +80,30 @@ def make_dataset(
         if problems:
             raise UserError(f"--out {str(folder)!r}: what was written does not read back ({problems[0]}); try again")
         if folder.exists():
-            folder.rmdir()  # empty, as checked above
+            folder.rmdir()  # empty, as checked
         building.rename(folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return folder / CARD_NAME
+
+
+@contextmanager
+def _place_beside(folder: Path) -> Iterator[Path]:
+    """A new folder to build in, which is removed afterwards; nobody else builds for the same place meanwhile.
+
+    Raises:
+        UserError: the place is in use, or another process builds for it.
+    """
+    home = folder.with_name(f".{folder.name}.part")
+    try:
+        with claimed(home):
+            try:
+                if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                    raise UserError(f"--out {str(folder)!r} is in use: give another folder, or remove it first")
+                shutil.rmtree(home / "new", ignore_errors=True)  # of a killed process
+                yield home / "new"
+            finally:
+                shutil.rmtree(home, ignore_errors=True)
+    except BlockingIOError as error:
+        raise UserError(f"another process renders {str(folder)!r}: wait for it, or give another --out") from error
 
 
 def _report(clips: Iterable[Clip], split: str, total: int, progress: Progress) -> Iterator[Clip]:

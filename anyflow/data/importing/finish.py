@@ -130,10 +130,16 @@ def assemble(
     )
     _write_card(imported, final, list(clips), results)
     write_report(final / REPORT_NAME, report.to_dict())
-    if imported.out.is_dir():
-        imported.out.rmdir()  # empty, as was checked
-    final.rename(imported.out)
-    shutil.rmtree(imported.work)
+    try:
+        if imported.out.is_dir():
+            imported.out.rmdir()  # empty, as was checked
+        final.rename(imported.out)
+    except OSError as error:
+        if not imported.out.exists():
+            raise
+        again = "remove it, or give another --to, and start again with the same words to go on"
+        raise UserError(f"--to {str(imported.out)!r} was taken by something else meanwhile: {again}") from error
+    shutil.rmtree(imported.work, ignore_errors=True)  # another import may just be looking into it
     return report
 
 

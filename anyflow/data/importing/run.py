@@ -29,7 +29,7 @@ from anyflow.data.importing.options import ImportOptions
 from anyflow.data.importing.recording import Found, LeftOut, Recording, Unread, Unusable
 from anyflow.data.importing.survey import Survey, survey
 from anyflow.errors import UserError, first_line
-from anyflow.system.locks import locked
+from anyflow.system.locks import claimed
 from anyflow.system.pool import run_jobs
 
 CLIPS_PER_JOB = 100
@@ -66,11 +66,8 @@ def import_dataset(
     options.check()
     captions = captions_of(options, source.absolute())
     work = out.with_name(f".{out.name}.import")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if work.is_dir() and (out / CARD_NAME).is_file():  # stopped between the last two steps
-            shutil.rmtree(work)
-            return ImportReport.load(out)
-        raise UserError(f"--to {str(out)!r} is in use: give another folder, or remove it first")
+    if not work.is_dir():
+        _refuse_in_use(out)
     folder = snapshot(source.absolute())
     name = options.format or detect_format(folder)
     module = source_of(name)
@@ -79,16 +76,28 @@ def import_dataset(
     options = _with_domain(options, module.DOMAIN)
     options = replace(options, licence=options.licence or licence_of(folder))
     captions = replace(captions, default=options.default_caption)
-    work.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(work / "lock", patience=0):
+        with claimed(work):
             try:
+                if _has_work(work) and (out / CARD_NAME).is_file():  # stopped between the last two steps
+                    shutil.rmtree(work)
+                    return ImportReport.load(out)
+                _refuse_in_use(out)
                 return _import(source, folder, name, out, work, options, captions, progress)
             finally:
-                if work.is_dir() and not any(path.name != "lock" for path in work.iterdir()):
-                    shutil.rmtree(work)  # nothing is done yet, so nothing is left
+                if work.is_dir() and not _has_work(work):
+                    shutil.rmtree(work, ignore_errors=True)  # nothing is done yet, so nothing is left
     except BlockingIOError as error:
-        raise UserError(f"another import is writing {str(work)!r}: wait for it, or give another --to") from error
+        raise UserError(f"another import is writing {str(out)!r}: wait for it, or give another --to") from error
+
+
+def _refuse_in_use(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--to {str(out)!r} is in use: give another folder, or remove it first")
+
+
+def _has_work(work: Path) -> bool:
+    return any(path.name != "lock" for path in work.iterdir())
 
 
 def _import(
