@@ -20,7 +20,7 @@ class UserError(Exception):
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; the name of its class if there is no message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def explain(error: BaseException, place: str = "") -> str | None:

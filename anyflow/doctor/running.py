@@ -119,7 +119,7 @@ def _run(item: Item, limit: float) -> _Ended:
                 code = None
             finally:
                 end(process)
-        words = (folder / "log").read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_WORDS:]
+        words = (folder / "log").read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")[-LAST_WORDS:]
         return _Ended(code, time.monotonic() - began, read_findings(folder / FOUND), "\n".join(words))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
