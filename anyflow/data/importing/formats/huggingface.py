@@ -16,10 +16,11 @@ import yaml
 from anyflow.data.decode import DecodeError
 from anyflow.data.importing.formats.folder import HELD_OUT
 from anyflow.data.importing.recording import Found, ParquetCell, Recording, Track, Unusable
+from anyflow.data.importing.walk import walk
 from anyflow.data.safety import read_text
 from anyflow.data.tables import CAPTION_COLUMNS, pick
 
-LOOKS_FOR = "parquet tables with a column 'video' (or 'mp4') of bytes, here or in data/"
+LOOKS_FOR = "parquet tables with a column 'video' (or 'mp4') of bytes"
 DOMAIN = "video"
 CONTROLS: Mapping[str, str] = {}
 
@@ -52,7 +53,7 @@ def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
 
 
 def _tables(folder: Path) -> list[Path]:
-    return sorted({*folder.glob("*.parquet"), *folder.glob("data/*.parquet"), *folder.glob("*/*.parquet")})
+    return sorted(met.path for met in walk(folder) if not met.left and met.path.suffix.lower() == ".parquet")
 
 
 def _video_column(path: Path) -> str | None:
