@@ -20,7 +20,7 @@ from anyflow.data.importing.recording import ImageFiles, Recording
 from anyflow.data.importing.run import import_dataset
 from anyflow.data.importing.walk import is_video, walk, walk_videos
 from anyflow.data.shards import load_index, read_clip
-from anyflow.errors import UserError
+from anyflow.errors import UserError, explain
 
 FILMS = [video(number, 8, 8) for number in range(4)]
 
@@ -124,6 +124,23 @@ def test_a_pictures_name_is_no_pattern_of_others(tmp_path: Path) -> None:
         Image.new("RGB", (32, height)).save(tmp_path / name)
     path = str(tmp_path / "p%d.png")
     assert probe(Recording("a", "a", ImageFiles((path, path), (0.0, 1.0)))).height == 10
+
+
+def test_a_folder_without_footage_says_what_it_holds(tmp_path: Path) -> None:
+    for name in ("a.zip", "b.zip", "c.wav", "README"):
+        put(tmp_path / "in" / name, b"x")
+    held = r"it holds 2 \.zip, 1 without a suffix, 1 \.wav \(archives are not opened: unpack them\)\. Looked for"
+    with pytest.raises(UserError, match=held):
+        detect_format(tmp_path / "in")
+
+
+def test_a_long_name_of_a_data_set(tmp_path: Path) -> None:
+    put(tmp_path / "in/a.mp4", FILMS[0])
+    report = import_dataset(tmp_path / "in", tmp_path / ("ü" * 120), lenient())
+    assert report.taken == 1 and len(captions_of(report)) == 2
+    with pytest.raises(OSError, match="File name too long") as caught:
+        import_dataset(tmp_path / "in", tmp_path / ("x" * 252), lenient())
+    assert "a file's name would be too long" in str(explain(caught.value))
 
 
 # --- links ------------------------------------------------------------------------------------------------------------

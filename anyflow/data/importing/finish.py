@@ -25,6 +25,8 @@ from anyflow.errors import UserError
 from anyflow.system.files import write_atomically
 
 REPORT_NAME = "import.json"
+MOST_NAME = 100
+"""Bytes of the data set's name in those of its shards, which disks bound."""
 
 
 @dataclass(frozen=True)
@@ -182,13 +184,14 @@ def _write_split(imported: Import, split: str, made: Sequence[ShardResult], repe
     """Move a split's shards to their place, without the repeats, and index them; returns the number of clips."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[Shard] = []
+    name = imported.out.name.encode(errors="replace")[:MOST_NAME].decode(errors="ignore")
     for result in made:
         assert result.shard is not None
         kept = {sample.key for sample in result.shard.samples} - repeats
         if not kept:
             continue
         tar = imported.work / result.shard.name
-        place = folder / f"{imported.out.name}-{split}-{len(shards):06d}.tar"
+        place = folder / f"{name}-{split}-{len(shards):06d}.tar"
         if len(kept) < len(result.shard.samples):
             # The original stays until all is done: a broken import is assembled again from it.
             shards.append(write_tar(_samples(tar, kept), place))

@@ -59,6 +59,7 @@ def survey(folder: Path, format: str, found: Sequence[Found]) -> Survey:
     footage = {path for item in found if isinstance(item, Recording) for path in files_of(item.footage)}
     told = {item.name: item.reason for item in found if isinstance(item, Unread)}
     bad = {item.name for item in found if isinstance(item, Unusable | LeftOut)}
+    bad |= {name.partition(":")[0] for name in bad}  # a member of a tar
     counts: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
     unread: list[Unread] = []
