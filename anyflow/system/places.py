@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[2]
-"""The project's folder: recipes, cards, starter clips, embedded models and experiments lie in it."""
+_SOURCES = Path(__file__).resolve().parents[2]
+PROJECT = _SOURCES if (_SOURCES / "recipes").is_dir() else Path(sys.prefix) / "share" / "anyflow"
+"""Where recipes, cards, starter clips, embedded models and experiments lie: the project's folder, or an install's."""
 
 _AT_HOME = re.compile(r"(sqlite:///|file://)?(~[^/]*(?:/.*)?)", re.DOTALL)
 

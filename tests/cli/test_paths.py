@@ -131,3 +131,23 @@ def test_models_and_experiments_are_found_from_anywhere(home: Path, project: Pat
         check_model(expand_home("~/none"))
     for name in ("driving", "games", "robotics"):
         assert json.loads(call("data", "show", name, "--count", "0", "--json"))["name"] == name
+
+
+@pytest.mark.slow
+def test_an_install_has_what_ships(project: Path, tmp_path: Path) -> None:
+    """Recipes, cards, clips and models, linked folders too: a wheel is used where the project's folder is not."""
+    import subprocess
+    import sys
+    import zipfile
+
+    elsewhere = ["egg_info", "--egg-base", str(tmp_path), "build", "--build-base", str(tmp_path / "build")]
+    words = [sys.executable, "setup.py", "-q", *elsewhere, "bdist_wheel", "--dist-dir", str(tmp_path / "dist")]
+    subprocess.run(words, cwd=project, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    names = {name.partition("/share/anyflow/")[2] for name in zipfile.ZipFile(wheel).namelist()}
+    kept = ("recipes/**/*.yaml", "data/*.yaml", "data/starter/**/*.tar", "data/models/**/*.safetensors")
+    needed = {path.relative_to(project).as_posix() for pattern in kept for path in project.glob(pattern)}
+    assert len(needed) > 60 and needed <= names
+    assert "data/models/tiny-causal/vae/config.json" in names and not any(
+        name.startswith("data/shards") for name in names
+    )
