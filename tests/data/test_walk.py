@@ -102,6 +102,23 @@ def test_a_file_that_holds_what_its_name_does_not_say_is_read_and_told(tmp_path:
     assert report.taken == 2 and report.notes == ("read as what they are, not as their names end: a.mp4 (Matroska)",)
 
 
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name, data in ((b"\xff.mp4", video(0, 8, 8, format="matroska")), (b"\xfe.mp4", b"junk"), (b".\xfd", b"")):
+        Path(os.fsdecode(bytes(tmp_path / "in") + b"/" + name)).write_bytes(data)
+    report = import_dataset(tmp_path / "in", tmp_path / "out", lenient())
+    adds_up(report)
+    assert report.notes == ("read as what they are, not as their names end: ?.mp4 (Matroska)",)
+    assert (report.unusable[0][0], report.unread) == ("?", ((".?", "hidden"),)) and report.files["footage"] == 2
+
+
+def test_a_table_that_is_bad_in_part_is_a_table(tmp_path: Path) -> None:
+    put(tmp_path / "in/a.mp4", FILMS[0])
+    put(tmp_path / "in/metadata.jsonl", '{"file_name": "a.mp4", "text": "x"}\n{')
+    report = import_dataset(tmp_path / "in", tmp_path / "out", lenient())
+    assert (report.files["footage"], report.files["descriptions"], report.found) == (1, 1, 2)
+
+
 def test_a_list_of_other_files_is_no_video(tmp_path: Path) -> None:
     put(tmp_path / "in/a.mp4", FILMS[0])
     put(tmp_path / "in/b.mp4", "ffconcat version 1.0\nfile a.mp4\n")

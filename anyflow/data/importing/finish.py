@@ -128,7 +128,7 @@ def assemble(
         left_out,
         files.counts if files else {},
         _told(files.unread if files else [item for item in imported.found if isinstance(item, Unread)]),
-        imported.notes,
+        tuple(map(_written, imported.notes)),
     )
     _write_card(imported, final, list(clips), results)
     write_report(final / REPORT_NAME, report.to_dict())
@@ -150,7 +150,12 @@ def _asked_for(imported: Import) -> int:
 
 
 def _told(items: Sequence[Unusable | Unread]) -> tuple[tuple[str, str], ...]:
-    return tuple((item.name.encode(errors="replace").decode(), item.reason) for item in items)
+    return tuple((_written(item.name), item.reason) for item in items)
+
+
+def _written(text: str) -> str:
+    """A text that can be written: names of files may hold any bytes."""
+    return text.encode(errors="replace").decode()
 
 
 def _account(

@@ -69,7 +69,8 @@ def survey(folder: Path, format: str, found: Sequence[Found]) -> Survey:
         counts["found"] += 1
         stem = stem_of(name)
         is_bad = bad & {name, stem, name.partition("/")[2], stem.partition("/")[2]}  # some formats leave a folder out
-        is_footage = str(met.path) in footage or bool(is_bad and name not in told)
+        can_hold = is_video(met.path) or met.path.suffix.lower() == ".tar"
+        is_footage = str(met.path) in footage or bool(is_bad and can_hold and name not in told)
         reason = met.left or told.pop(name, "") or ("" if is_footage else _why_not(met.path, format))
         if reason:
             left_out[reason] += 1
