@@ -96,7 +96,8 @@ def _lines(report: ImportReport) -> list[str]:
     for name, reason in report.unread:
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
-        count = max(len(names), report.files.get("left_out", {}).get(reason, 0))
+        known = {**report.left_out, **report.files.get("left_out", {})}
+        count = max(len(names), known.get(reason, 0))
         more = ", ..." if count > NAMED_UNREAD else ""
         lines.append(f"not read: {count} x {reason}: {', '.join(names[:NAMED_UNREAD])}{more}")
     lines += [f"unusable: {name} ({reason})" for name, reason in report.unusable[:NAMED]]

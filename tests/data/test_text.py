@@ -151,6 +151,14 @@ def test_one_of_several_captions_is_drawn_for_each_clip(tmp_path: Path) -> None:
     assert reports[0].notes == ("recordings with several captions, of which each clip takes one by --seed: 1",)
 
 
+def test_a_text_of_several_lines_is_one_caption_and_told(tmp_path: Path) -> None:
+    films(tmp_path / "in", "a.mp4")
+    put(tmp_path / "in/a.txt", "A car\nin the rain.\n")
+    report = imported(tmp_path / "in")
+    assert set(captions_of(report).values()) == {"A car in the rain."}
+    assert report.notes == ("texts of several lines, each taken as one caption (a list in JSON is several): 1",)
+
+
 def test_rows_of_one_video_are_its_captions(tmp_path: Path) -> None:
     films(tmp_path / "in", "a.mp4", "b.mp4")
     rows = [{"file_name": name, "text": text} for name, text in (("a.mp4", "One."), ("b.mp4", "B."), ("a.mp4", "Two."))]

@@ -254,7 +254,10 @@ def test_keys_with_dots_and_further_videos_of_a_sample(tmp_path: Path) -> None:
     adds_up(report)
     assert captions_of(report) == ["1", "2", "plain"]
     assert report.left_out == {"a further video of its sample": 1}
-    assert report.unread == (("0.tar:*.wav (1)", "members that are not read (.wav)"),)
+    assert report.unread == (
+        ("0.tar:*.wav (1)", "members that are not read (.wav)"),
+        ("0.tar:c.depth.mp4", "a further video of its sample, beside .mp4"),
+    )
 
 
 def test_tars_deeper_down_and_loose_videos_beside_tars(tmp_path: Path) -> None:
@@ -282,6 +285,7 @@ def test_recordings_that_are_not_asked_for_are_counted(tmp_path: Path) -> None:
     report = import_dataset(lerobot_v2(tmp_path / "in", 2, 8), tmp_path / "out", lenient(cameras=("top",)))
     adds_up(report)
     assert (report.found, report.taken, report.left_out) == (4, 2, {"another camera (wrist)": 2})
+    assert [why for _, why in report.unread] == ["another camera (wrist)"] * 2
     limited = import_dataset(tmp_path / "in", tmp_path / "less", lenient(limit=1))
     assert limited.taken == limited.found == 1 and "--limit 1" in limited.notes[0]
 

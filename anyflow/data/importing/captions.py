@@ -189,8 +189,14 @@ def _name_in(source: Path, name: str) -> str:
         return name
 
 
-def notes_on(recordings: Iterable[Recording]) -> Iterator[str]:
-    """What is to be told of the captions that recordings have: more of them than one, more words than are read."""
+def notes_on(found: Iterable[Found], recordings: Iterable[Recording]) -> Iterator[str]:
+    """What is to be told of captions, as they were found and as recordings have them: lines joined, one of several
+    chosen, more words than are read.
+    """
+    own = (item.caption for item in found if isinstance(item, Recording))
+    joined = sum(isinstance(caption, str) and "\n" in caption.strip() for caption in own)
+    if joined:
+        yield f"texts of several lines, each taken as one caption (a list in JSON is several): {joined}"
     several = long = 0
     for recording in recordings:
         texts = [recording.caption or ""] if isinstance(recording.caption, str | None) else recording.caption

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,10 +19,12 @@ from anyflow.data.importing.cutting import Cutting, find_duplicates
 from anyflow.data.importing.jobs import MOST_VALUES, ShardJob, ShardResult
 from anyflow.data.importing.options import ImportOptions
 from anyflow.data.importing.recording import Found, LeftOut, Recording, Unread, Unusable
-from anyflow.data.importing.survey import Survey
+from anyflow.data.importing.survey import NAMED, Survey
 from anyflow.data.shards import INDEX_NAME, Shard, ShardIndex, write_tar
 from anyflow.errors import UserError
 from anyflow.system.files import write_atomically
+
+T = TypeVar("T", LeftOut, Unread)
 
 REPORT_NAME = "import.json"
 MOST_NAME = 100
@@ -55,7 +57,8 @@ class ImportReport:
         unusable: (recording, reason), every one. dropped: clips left out, by reason. scenes: cuts seen.
         found: recordings in the source = ``taken``, of which there is a clip, + all of ``left_out``, by reason.
         files: found = footage + descriptions + left out by reason; empty where not all were looked at (``--limit``).
-        unread: (file, reason), the first of each reason. notes: what else is to be known, in sentences.
+        unread: (file or recording, reason) of what is no fault, the first of each reason.
+        notes: what else is to be known, in sentences.
     """
 
     card: Path
@@ -127,7 +130,7 @@ def assemble(
         taken,
         left_out,
         files.counts if files else {},
-        _told(files.unread if files else [item for item in imported.found if isinstance(item, Unread)]),
+        _told([*(files.unread if files else _first(imported.found, Unread)), *_first(imported.found, LeftOut)]),
         tuple(map(_written, imported.notes)),
     )
     _write_card(imported, final, list(clips), results)
@@ -149,7 +152,18 @@ def _asked_for(imported: Import) -> int:
     return sum(isinstance(item, Recording | Unusable) for item in imported.found)
 
 
-def _told(items: Sequence[Unusable | Unread]) -> tuple[tuple[str, str], ...]:
+def _first(found: Sequence[Found], kind: type[T]) -> list[T]:
+    """Those of a kind, the first of each reason."""
+    counts: Counter[str] = Counter()
+    first = []
+    for item in found:
+        if isinstance(item, kind):
+            counts[item.reason] += 1
+            first += [item] if counts[item.reason] <= NAMED else []
+    return first
+
+
+def _told(items: Sequence[Unusable | LeftOut | Unread]) -> tuple[tuple[str, str], ...]:
     return tuple((_written(item.name), item.reason) for item in items)
 
 

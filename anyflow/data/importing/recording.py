@@ -122,6 +122,7 @@ class LeftOut:
 
     name: str
     reason: str
+    footage: Footage | None = None
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ def _notes(
         yield f"--limit {options.limit}: what comes after so many recordings was not looked at"
     elif captions.file is not None:
         yield from captions.file.notes(found)
-    yield from notes_on(recordings)
+    yield from notes_on(found, recordings)
     if files is not None and files.odd:
         more = ", ..." if len(files.odd) > NAMED else ""
         yield f"read as what they are, not as their names end: {', '.join(files.odd[:NAMED])}{more}"
@@ -166,7 +166,7 @@ def _limited(found: Iterable[Found], options: ImportOptions) -> Iterator[Found]:
         if isinstance(item, Recording):
             cameras.add(item.camera)
             if options.cameras and item.camera not in options.cameras:
-                yield LeftOut(item.name, f"another camera ({item.camera or 'without a name'})")
+                yield LeftOut(item.name, f"another camera ({item.camera or 'without a name'})", item.footage)
                 continue
             if item.key in seen:
                 item = Unusable(item.name, "the source names it twice")

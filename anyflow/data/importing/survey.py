@@ -36,7 +36,7 @@ class Survey:
     """How a source's files add up: ``found`` = ``footage`` + ``descriptions`` + all that is left out.
 
     Attributes:
-        footage: files that hold recordings, usable or not. descriptions: texts, tables and the like.
+        footage: files that hold recordings, usable and asked for or not. descriptions: texts, tables and the like.
         left_out: reason -> files; a folder that is not entered counts as one. unread: the first of each reason.
         odd: files that hold another container than their names say: they are read as what they are.
     """
@@ -56,7 +56,8 @@ class Survey:
 
 def survey(folder: Path, format: str, found: Sequence[Found]) -> Survey:
     """Look at every file below a source's folder."""
-    footage = {path for item in found if isinstance(item, Recording) for path in files_of(item.footage)}
+    held = (item.footage for item in found if isinstance(item, Recording | LeftOut))
+    footage = {path for item in held if item is not None for path in files_of(item)}
     told = {item.name: item.reason for item in found if isinstance(item, Unread)}
     bad = {item.name for item in found if isinstance(item, Unusable | LeftOut)}
     bad |= {name.partition(":")[0] for name in bad}  # a member of a tar
