@@ -75,7 +75,7 @@ def _check_cards(recipe: Recipe) -> None:
     for card in recipe.data.card:
         cache = load_card(card).path.parent / "cache"
         if recipe.data.precompute and not any(cache.glob("*/cache.json")):
-            remedy = "set data.precompute=false, or copy the data set to a disk that can be written"
+            remedy = "set data.precompute=false, or copy the card, with full paths in its splits, to another disk"
             require_place(cache, "what data.precompute=true encodes lies beside the card, in", remedy)
 
 

@@ -361,5 +361,6 @@ def _told(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         what = f"the cache {str(folder)!r} cannot be written: {error.strerror or error}"
-        remedy = "make room or its disk writable, or train from the footage by data.precompute=false"
+        card = "copy the card, with full paths in its splits, to another disk"
+        remedy = f"make room or its disk writable, {card}, or train from the footage by data.precompute=false"
         raise UserError(f"{what}; {remedy}") from error
