@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +22,8 @@ QUIET_SECONDS = 30.0
 """Between two lines of progress where output is not a terminal."""
 NAMED = 20
 """Unusable recordings that are listed, at most."""
+NAMED_UNREAD = 5
+"""Names that are listed of each reason not to read something."""
 
 
 @with_options
@@ -60,15 +63,32 @@ def import_footage(
 
 
 def _lines(report: ImportReport) -> list[str]:
-    facts: dict[str, Any] = report.to_dict()
-    clips = ", ".join(f"{count} {split}" for split, count in facts["clips"].items())
-    lines = [f"{report.format}: {report.recordings} recordings, {clips} clips"]
-    if facts["dropped"]:
-        lines.append("left out: " + ", ".join(f"{count} {reason}" for reason, count in facts["dropped"].items()))
+    clips = ", ".join(f"{count} {split}" for split, count in report.clips.items())
+    left_out = f", {sum(report.left_out.values())} left out ({_counted(report.left_out)})" if report.left_out else ""
+    lines = [f"{report.format}: {report.found} recordings found, {report.taken} taken{left_out}: {clips} clips"]
+    if report.dropped:
+        lines.append(f"left out of the recordings: {_counted(report.dropped)}")
+    if report.files:
+        found, footage, descriptions, left_out = report.files.values()
+        kinds = f"{footage} with footage, {descriptions} beside it, {sum(left_out.values())} left out"
+        lines.append(f"files: {found} found, {kinds}")
+    reasons: dict[str, list[str]] = {}
+    for name, reason in report.unread:
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        known = {**report.left_out, **report.files.get("left_out", {})}
+        count = max(len(names), known.get(reason, 0))
+        more = ", ..." if count > NAMED_UNREAD else ""
+        lines.append(f"not read: {count} x {reason}: {', '.join(names[:NAMED_UNREAD])}{more}")
     lines += [f"unusable: {name} ({reason})" for name, reason in report.unusable[:NAMED]]
     if len(report.unusable) > NAMED:
         lines.append(f"and {len(report.unusable) - NAMED} more, all in {report.card.parent / 'import.json'}")
+    lines += [f"note: {note}" for note in report.notes]
     lines.append(
         f"{report.card}   (see it by: anyflow data show {report.card.parent}; train by: data.card={report.card})"
     )
     return lines
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items())

@@ -13,6 +13,7 @@ import typer
 
 from anyflow.cli.common import parse_names, parse_numbers, parse_size
 from anyflow.errors import UserError
+from anyflow.system.places import find_shipped
 
 Field = dataclasses.Field[Any]
 
@@ -92,5 +93,7 @@ def _read(kind: Any, given: dict[str, Any]) -> Any:
         if choices and value and value not in choices:
             known = f"one of {', '.join(choices)}" if len(choices) > 2 else " or ".join(choices)
             raise UserError(f"{_flags(field)[0]} {value!r} is not known: give {known}, or leave it out")
+        if field.metadata.get("is_path") and isinstance(value, str):
+            value = find_shipped(value)
         values[field.name] = read(value, field) if read else value
     return kind(**values)

@@ -155,7 +155,7 @@ def _place(home: Path, folder: str | list[str], name: str, members: Members) -> 
         return stand_in(TarSet(name, tuple(expand(folder, base or home)), members))
     if remote.is_url(folder):
         return remote.mirror(folder)
-    return home / folder if base is None else remote.mirror(remote.join(base, folder))
+    return home / Path(folder).expanduser() if base is None else remote.mirror(remote.join(base, folder))
 
 
 def write_card(card: DatasetCard, path: Path) -> None:

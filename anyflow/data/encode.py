@@ -12,7 +12,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -214,15 +214,6 @@ class Encoding:
         with _told(self.folder):
             (self.partial / TEXTS).mkdir(parents=True, exist_ok=True)
 
-    @contextmanager
-    def held(self) -> Iterator[bool]:
-        """Within the block no other process encodes the same; whether there is anything to do."""
-        with _told(self.folder):
-            self.lock.parent.mkdir(parents=True, exist_ok=True)
-        with locked(self.lock):
-            yield not self.is_whole()
-        self.lock.unlink(missing_ok=True)
-
     def run(self, job: CachePart, progress: Callable[[int, int], None] | None = None) -> list[Skip]:
         """Write one shard, unless it is there; ``progress`` is called with (clips done by this process, of all).
 
@@ -297,14 +288,35 @@ class Encoding:
         """What a shard was computed from: a run goes on where its cache had to be made again."""
         return digest("\n".join([self.source, self.fingerprint, *(f"{s.key} {s.shape}" for s in shard.samples)]))
 
+    @contextmanager
+    def held(self, waits: bool = True) -> Iterator[bool]:
+        """Keep other processes from encoding the same, or wait for the one that does; is anything left to do?
+
+        Raises:
+            UserError: another one does and ``waits`` is False, or the folder cannot be written.
+        """
+        with ExitStack() as stack:
+            with _told(self.folder):
+                self.lock.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    stack.enter_context(locked(self.lock, patience=0, passing=True))
+                except BlockingIOError as error:
+                    if not waits:
+                        raise UserError(
+                            f"card {self.title} is being encoded by another process: wait for it, or stop that one"
+                        ) from error
+                    log.warning("card %s is being encoded by another process: waiting for it", self.title)
+                    stack.enter_context(locked(self.lock, passing=True))
+            yield not self.is_whole()
+
     def all(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Everything in this process; of several processes one does it and the others wait for it."""
-        with self.held() as is_open:
-            if is_open:
-                self.begin()
-                for job in self.jobs:
-                    self.run(job, progress)
-                self.finish()
+        """Everything in this process, unless it is there; who calls holds it (:meth:`held`) where others may too."""
+        if self.is_whole():
+            return
+        self.begin()
+        for job in self.jobs:
+            self.run(job, progress)
+        self.finish()
 
     def estimate(self, timed: TimedTexts | None = None) -> EncodingCost:
         """Encode the first usable clip twice, once to warm up, and a few captions, and multiply.
@@ -394,5 +406,6 @@ def _told(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         what = f"the cache {str(folder)!r} cannot be written: {error.strerror or error}"
-        remedy = "make room or its disk writable, or train from the footage by data.precompute=false"
+        card = "copy the card, with full paths in its splits, to another disk"
+        remedy = f"make room or its disk writable, {card}, or train from the footage by data.precompute=false"
         raise UserError(f"{what}; {remedy}") from error

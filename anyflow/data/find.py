@@ -7,8 +7,8 @@ from pathlib import Path
 
 from anyflow.data import remote
 from anyflow.errors import UserError
+from anyflow.system.places import find_shipped, folders_of
 
-ROOTS = (Path("data"), Path(__file__).resolve().parents[2] / "data")
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 BETWEEN = "::"
 """Stands between the tars of a list, as in WebDataset's own addresses."""
@@ -19,13 +19,13 @@ def find_card(name: str, where: str = "data.card=") -> Path:
 
     Tars that come without a card stand for themselves.
     """
-    given = Path(name)
+    given, roots = Path(find_shipped(name)), folders_of("data")
     if is_tars(name):
         return given
-    for path in (given, given / "card.yaml", *(root / f"{name}.yaml" for root in ROOTS)):
+    for path in (given, given / "card.yaml", *(root / f"{name}.yaml" for root in roots)):
         if path.is_file():
             return path
-    known = sorted({path.stem for root in ROOTS for path in root.glob("*.yaml")})
+    known = sorted({path.stem for root in roots for path in root.glob("*.yaml")})
     close = difflib.get_close_matches(given.stem, known, n=1, cutoff=0.5)
     hint = (
         f"did you mean {close[0]}?"
@@ -44,7 +44,7 @@ def is_tars(card: str | Path) -> bool:
         return True
     if remote.is_url(text) or not folder.is_dir() or (folder / "card.yaml").is_file():
         return False
-    if "/" not in text and any((root / f"{text}.yaml").is_file() for root in ROOTS):
+    if "/" not in text and any((root / f"{text}.yaml").is_file() for root in folders_of("data")):
         return False  # a card's name
     if any(_is_our_index(path) for pattern in ("index.json", "*/index.json") for path in folder.glob(pattern)):
         return False

@@ -7,7 +7,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import TextIO
@@ -60,10 +60,13 @@ def claimed(folder: Path) -> Iterator[None]:
     """
     with ExitStack() as stack:
         while True:
-            folder.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):  # its holder has just removed it
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(folder / "lock", patience=0))
                 break
+            except (FileExistsError, FileNotFoundError):
+                if folder.exists() and not folder.is_dir():
+                    raise  # else its holder has just removed it
         yield
 
 

@@ -65,11 +65,12 @@ def encode(job: EncodingJob, engine: Engine) -> Path:
     """The folder of the cache; encode what is missing of it.
 
     Raises:
-        UserError: too many clips are bad, the cache cannot be written, or workers cannot do it.
+        UserError: too many clips are bad, the cache cannot be written, another process encodes the same, or workers
+            cannot do it.
     """
     codec = job.codec()
     encoding = job.encoding(codec)
-    with encoding.held() as is_open:
+    with encoding.held(waits=False) as is_open:
         if is_open:
             encoding.begin()
             _run(job, encoding, engine)

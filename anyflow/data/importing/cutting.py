@@ -37,6 +37,7 @@ class Cutting:
         cut_threshold: mean change of a picture, in levels of 255, from which a scene cut is seen; 0 sees none.
         min_motion: mean change of picture to picture below which a clip counts as still; 0 keeps all.
         most: clips of one recording at most; 0 for all.
+        seed: of which of several captions a clip takes.
     """
 
     frames: int
@@ -47,6 +48,7 @@ class Cutting:
     cut_threshold: float = 30.0
     min_motion: float = 0.0
     most: int = 0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "stride", "fps"):
@@ -98,9 +100,10 @@ def cut(
             still += 1
             report.dropped["still"] += 1
             continue
+        key = f"{recording.key}-{number:04d}"
         clip = Clip(
-            key=f"{recording.key}-{number:04d}",
-            caption=recording.caption or "",
+            key=key,
+            caption=recording.caption_of(key, cutting.seed),
             fps=cutting.fps,
             domain=domain,
             mp4=_mp4(recording, cutting, first, window),

@@ -7,9 +7,9 @@ import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,17 +18,22 @@ from anyflow.data.clip import SPLITS
 from anyflow.data.importing.cutting import Cutting, find_duplicates
 from anyflow.data.importing.jobs import MOST_VALUES, ShardJob, ShardResult
 from anyflow.data.importing.options import ImportOptions
-from anyflow.data.importing.recording import Unusable
+from anyflow.data.importing.recording import Found, LeftOut, Recording, Unread, Unusable
+from anyflow.data.importing.survey import NAMED, Survey
 from anyflow.data.shards import INDEX_NAME, Shard, ShardIndex, write_tar
 from anyflow.errors import UserError
 from anyflow.system.files import write_atomically
 
+T = TypeVar("T", LeftOut, Unread)
+
 REPORT_NAME = "import.json"
+MOST_NAME = 100
+"""Bytes of the data set's name in those of its shards, which disks bound."""
 
 
 @dataclass(frozen=True)
 class Import:
-    """What an import is of: where from, where to, how it cuts, and how many recordings were found."""
+    """What an import is of: where from, where to, how it cuts, and what was found: all, and of each kind of file."""
 
     source: Path
     format: str
@@ -37,7 +42,9 @@ class Import:
     cutting: Cutting
     options: ImportOptions
     controls: Mapping[str, str]
-    recordings: int
+    found: Sequence[Found]
+    files: Survey | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,12 @@ class ImportReport:
 
     Attributes:
         card: the new card's path. format: the source's.
-        clips: split -> clips. recordings: found in the source.
+        clips: split -> clips. recordings: those asked for, usable or not.
         unusable: (recording, reason), every one. dropped: clips left out, by reason. scenes: cuts seen.
+        found: recordings in the source = ``taken``, of which there is a clip, + all of ``left_out``, by reason.
+        files: found = footage + descriptions + left out by reason; empty where not all were looked at (``--limit``).
+        unread: (file or recording, reason) of what is no fault, the first of each reason.
+        notes: what else is to be known, in sentences.
     """
 
     card: Path
@@ -57,6 +68,12 @@ class ImportReport:
     unusable: tuple[tuple[str, str], ...]
     dropped: Mapping[str, int]
     scenes: int
+    found: int = 0
+    taken: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    files: Mapping[str, Any] = field(default_factory=dict)
+    unread: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; without the card's path, so that a report is the same wherever it was made."""
@@ -67,8 +84,9 @@ class ImportReport:
     @classmethod
     def load(cls, folder: Path) -> ImportReport:
         """The report that lies in an imported data set."""
-        document = json.loads((folder / REPORT_NAME).read_text())
-        document["unusable"] = tuple(tuple(item) for item in document["unusable"])
+        document = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
+        pairs = {name: tuple(tuple(item) for item in document.get(name, ())) for name in ("unusable", "unread")}
+        document |= {**pairs, "notes": tuple(document.get("notes", ()))}
         return cls(card=folder / CARD_NAME, **document)
 
 
@@ -98,22 +116,78 @@ def assemble(
                     f"{reasons or 'nothing'}): lower --frames or --min-motion, or import more"
                 )
     named = [*unusable, *(item for result in results for item in result.unusable)]
+    taken, left_out = _account(imported, jobs, results, repeats, len(unusable))
+    files = imported.files
     report = ImportReport(
         imported.out / CARD_NAME,
         imported.format,
         clips,
-        imported.recordings,
-        tuple((item.name.encode(errors="replace").decode(), item.reason) for item in named),
+        _asked_for(imported),
+        _told(named),
         dict(sorted(dropped.items())),
         sum(result.scenes for result in results),
+        sum(not isinstance(item, Unread) for item in imported.found),
+        taken,
+        left_out,
+        files.counts if files else {},
+        _told([*(files.unread if files else _first(imported.found, Unread)), *_first(imported.found, LeftOut)]),
+        tuple(map(_written, imported.notes)),
     )
     _write_card(imported, final, list(clips), results)
     write_report(final / REPORT_NAME, report.to_dict())
-    if imported.out.is_dir():
-        imported.out.rmdir()  # empty, as was checked
-    final.rename(imported.out)
-    shutil.rmtree(imported.work)
+    try:
+        if imported.out.is_dir():
+            imported.out.rmdir()  # empty, as was checked
+        final.rename(imported.out)
+    except OSError as error:
+        if not imported.out.exists():
+            raise
+        again = "remove it, or give another --to, and start again with the same words to go on"
+        raise UserError(f"--to {str(imported.out)!r} was taken by something else meanwhile: {again}") from error
+    shutil.rmtree(imported.work, ignore_errors=True)  # another import may just be looking into it
     return report
+
+
+def _asked_for(imported: Import) -> int:
+    return sum(isinstance(item, Recording | Unusable) for item in imported.found)
+
+
+def _first(found: Sequence[Found], kind: type[T]) -> list[T]:
+    """Those of a kind, the first of each reason."""
+    counts: Counter[str] = Counter()
+    first = []
+    for item in found:
+        if isinstance(item, kind):
+            counts[item.reason] += 1
+            first += [item] if counts[item.reason] <= NAMED else []
+    return first
+
+
+def _told(items: Sequence[Unusable | LeftOut | Unread]) -> tuple[tuple[str, str], ...]:
+    return tuple((_written(item.name), item.reason) for item in items)
+
+
+def _written(text: str) -> str:
+    """A text that can be written: names of files may hold any bytes."""
+    return text.encode(errors="replace").decode()
+
+
+def _account(
+    imported: Import, jobs: Sequence[ShardJob], results: Sequence[ShardResult], repeats: set[str], unusable: int
+) -> tuple[int, dict[str, int]]:
+    """(recordings that a clip is taken of, the others by why none is)."""
+    left_out = Counter(item.reason.partition(", ")[0] for item in imported.found if isinstance(item, LeftOut))
+    left_out["unusable"] += unusable
+    taken = 0
+    for job, result in zip(jobs, results, strict=True):
+        keys = {sample.key for sample in result.shard.samples} if result.shard else set()
+        made, kept = ({key.rpartition("-")[0] for key in some} for some in (keys, keys - repeats))
+        for recording in job.recordings:
+            if recording.key in kept:
+                taken += 1
+            else:
+                left_out["duplicate" if recording.key in made else result.without.get(recording.name, "unusable")] += 1
+    return taken, {reason: count for reason, count in sorted(left_out.items()) if count}
 
 
 def _repeats(results: Sequence[ShardResult]) -> set[str]:
@@ -129,13 +203,14 @@ def _write_split(imported: Import, split: str, made: Sequence[ShardResult], repe
     """Move a split's shards to their place, without the repeats, and index them; returns the number of clips."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[Shard] = []
+    name = imported.out.name.encode(errors="replace")[:MOST_NAME].decode(errors="ignore")
     for result in made:
         assert result.shard is not None
         kept = {sample.key for sample in result.shard.samples} - repeats
         if not kept:
             continue
         tar = imported.work / result.shard.name
-        place = folder / f"{imported.out.name}-{split}-{len(shards):06d}.tar"
+        place = folder / f"{name}-{split}-{len(shards):06d}.tar"
         if len(kept) < len(result.shard.samples):
             # The original stays until all is done: a broken import is assembled again from it.
             shards.append(write_tar(_samples(tar, kept), place))
@@ -196,7 +271,7 @@ def _write_card(imported: Import, final: Path, splits: Sequence[str], results: S
         provenance={
             "command": f"anyflow data import {imported.source} --to {imported.out}",
             "format": imported.format,
-            "recordings": imported.recordings,
+            "recordings": _asked_for(imported),
             "cutting": asdict(cutting),
         },
     )

@@ -29,6 +29,9 @@ MAX_GAP = 10
 PIXEL_BUDGET = 10**13
 """Pixels of one recording: a hundred hours of 832x480 at 60 frames a second, or a bomb."""
 
+PLAYLISTS = ("concat", "hls", "dash", "imf", "sdp")
+"""What FFmpeg reads other files for, whatever its name ends in."""
+
 Shown = tuple[tuple[av.VideoFrame, float], Fraction]
 """(frame, width of its pixels over their height), and the time at which the next one takes its place."""
 
@@ -138,7 +141,8 @@ def _shown_images(images: ImageFiles) -> Iterator[Shown]:
 @contextmanager
 def _opened(footage: VideoFile | ParquetCell, fps: float | None) -> Iterator[tuple[Any, Any]]:
     """(container, video stream), one thread, errors not painted over."""
-    options = {"framerate": f"{fps:g}"} if fps else {}
+    # A picture's name is its name, not a pattern of many ("%d").
+    options = {"pattern_type": "none", **({"framerate": f"{fps:g}"} if fps else {})}
     source: str | IO[bytes] | io.BytesIO
     try:
         if isinstance(footage, VideoFile) and footage.size is None:
@@ -147,8 +151,12 @@ def _opened(footage: VideoFile | ParquetCell, fps: float | None) -> Iterator[tup
             source = io.BytesIO(read_bytes(footage))
         if isinstance(source, str) and not Path(source).is_file():
             raise DecodeError("there is no such file")
+        if not (Path(source).stat().st_size if isinstance(source, str) else len(source.getvalue())):
+            raise DecodeError("the file is empty")
         # A path with a colon would be taken for a protocol.
         with av.open(f"file:{source}" if isinstance(source, str) else source, "r", options=options) as container:
+            if container.format.name in PLAYLISTS:
+                raise DecodeError("it is a list of other files, not a video")
             yield container, open_stream(container)
     except (av.FFmpegError, ValueError, OSError) as error:
         raise DecodeError(f"the video cannot be opened ({first_line(error)})") from error

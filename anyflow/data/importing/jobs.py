@@ -25,7 +25,7 @@ from anyflow.data.shards import Shard, shard_from_dict, shard_to_dict, write_tar
 from anyflow.errors import UserError, first_line
 from anyflow.system.files import placing
 
-JOB_VERSION = 1
+JOB_VERSION = 2
 PARSE_ERRORS = (OSError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError, RecursionError)
 """What libraries raise when they parse damaged files; it concerns that recording alone."""
 MOST_VALUES = 20
@@ -78,6 +78,7 @@ class ShardResult:
         dropped: clips left out, by reason. scenes: cuts seen.
         attributes: label -> its values, up to MOST_VALUES + 1 of them.
         controls: those that at least one clip has.
+        without: recordings that gave no clip though they could be read -> why.
     """
 
     digest: str
@@ -88,6 +89,7 @@ class ShardResult:
     scenes: int = 0
     attributes: Mapping[str, list[str]] = field(default_factory=dict)
     controls: tuple[str, ...] = ()
+    without: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_job(job: ShardJob) -> ShardResult:
@@ -113,6 +115,7 @@ def run_job(job: ShardJob) -> ShardResult:
         writer.report.scenes,
         {name: sorted(values)[: MOST_VALUES + 1] for name, values in sorted(writer.attributes.items())},
         tuple(sorted(writer.controls)),
+        writer.without,
     )
     with placing(job.work / f"{digest}.json") as place:
         place.write_text(json.dumps(_to_dict(result)))
@@ -141,6 +144,7 @@ class _Writer:
         self.source = source_of(job.format)
         self.prints: list[np.ndarray] = []
         self.unusable: list[Unusable] = []
+        self.without: dict[str, str] = {}
         self.report = CutReport()
         self.attributes: dict[str, set[str]] = {}
         self.controls: set[str] = set()
@@ -152,7 +156,7 @@ class _Writer:
 
     def _recording(self, recording: Recording) -> Iterator[tuple[str, dict[str, bytes]]]:
         job = self.job
-        clips = 0
+        clips, still = 0, self.report.dropped["still"]
         try:
             tracks = self.source.controls(job.folder, recording)
             for made in cut(recording, job.cutting, job.domain, job.licence, tracks, self.report):
@@ -161,6 +165,8 @@ class _Writer:
                 self._remember(made.clip.attributes, made.clip.controls)
                 clips += 1
                 yield made.clip.key, parts
+            if not clips:
+                self.without[recording.name] = "still" if self.report.dropped["still"] > still else "too short"
         except (DecodeError, UserError, *PARSE_ERRORS) as error:
             after = f" after {clips} good clips" if clips else ""
             self.unusable.append(Unusable(recording.name, first_line(error) + after))
@@ -209,6 +215,7 @@ def _to_dict(result: ShardResult) -> dict[str, Any]:
         "scenes": result.scenes,
         "attributes": dict(result.attributes),
         "controls": list(result.controls),
+        "without": dict(result.without),
     }
 
 
@@ -223,4 +230,5 @@ def _from_dict(document: dict[str, Any]) -> ShardResult:
         document["scenes"],
         document["attributes"],
         tuple(document["controls"]),
+        document["without"],
     )

@@ -72,7 +72,7 @@ class Recording:
         footage: the pictures.
         start, end: seconds within the footage; None for its end.
         fps: the rate of a stream that carries no time stamps; None where it does.
-        caption: from the source, if it has one.
+        caption: from the source, if it has one; of several, each clip takes one (:meth:`caption_of`).
         camera: which of several.
         split: "train" or "heldout", if the source says so itself.
         fields: plain values, for caption templates and as the clips' labels.
@@ -85,7 +85,7 @@ class Recording:
     start: float = 0.0
     end: float | None = None
     fps: float | None = None
-    caption: str | None = None
+    caption: str | Sequence[str] | None = None
     camera: str = ""
     split: str | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -100,6 +100,13 @@ class Recording:
         digest = hashlib.blake2b(self.name.encode(errors="surrogateescape"), digest_size=4).hexdigest()
         return f"{plain[: MAX_KEY - 9]}-{digest}"
 
+    def caption_of(self, clip: str, seed: int) -> str:
+        """The caption of one of its clips, drawn for that clip alone where there are several; empty without any."""
+        if self.caption is None or isinstance(self.caption, str):
+            return self.caption or ""
+        draw = hashlib.blake2b(f"{seed}/caption/{clip}".encode(errors="surrogateescape"), digest_size=8).digest()
+        return self.caption[int.from_bytes(draw) % len(self.caption)]
+
 
 @dataclass(frozen=True)
 class Unusable:
@@ -109,7 +116,24 @@ class Unusable:
     reason: str
 
 
-Found = Recording | Unusable
+@dataclass(frozen=True)
+class LeftOut:
+    """A recording that is not asked for, and why: no fault, so it does not count for the budget."""
+
+    name: str
+    reason: str
+    footage: Footage | None = None
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A file, by its path within the source, that is read neither as footage nor as a description, and why."""
+
+    name: str
+    reason: str
+
+
+Found = Recording | Unusable | LeftOut | Unread
 
 
 class Source(Protocol):

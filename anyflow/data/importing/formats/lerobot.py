@@ -14,7 +14,8 @@ import numpy as np
 
 from anyflow.data.decode import DecodeError
 from anyflow.data.importing.recording import Found, Recording, Track, Unusable, VideoFile
-from anyflow.data.safety import inside, read_json_object, read_rows
+from anyflow.data.safety import inside, read_json_object
+from anyflow.data.tables import read_rows
 from anyflow.errors import UserError
 
 LOOKS_FOR = "meta/info.json with a codebase_version"
