@@ -13,10 +13,10 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch import Tensor
 from anyflow.data.buckets import sort_clips
 from anyflow.data.cache import TEXTS, LatentCache, LatentShape, cache_name, is_whole, source_digest, text_key
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
+from anyflow.data.encode_parts import CachePart, Encoder, EncodingCost, TimedTexts
 from anyflow.data.order import digest
 from anyflow.data.reader import TAR_BLOCK, ShardReader, check_length, find_split
 from anyflow.data.shapes import tokens
@@ -51,64 +52,6 @@ PIXELS_PER_SHARD, LEAST_CLIPS = 2**30, 16
 TIMED_TEXTS = 4
 
 log = logging.getLogger(__name__)
-
-
-class Encoder(Protocol):
-    """What encoding needs of a codec."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Of its weights, normalisation and precision."""
-        ...
-
-    def encode_video(self, video: Tensor) -> Tensor:
-        """uint8 [B, F, H, W, 3] to normalised latents [B, F, C, H, W]."""
-        ...
-
-    def embed(self, prompt: str) -> Tensor:
-        """A prompt's embedding [length, D], without padding, on the CPU."""
-        ...
-
-
-@dataclass(frozen=True)
-class CachePart:
-    """One shard: ``kind`` "latents" or "texts", its number, and the clips or captions that it is made from.
-
-    A worker need not know all captions: ``texts`` are those of a shard of texts.
-    """
-
-    kind: str
-    number: int
-    items: range
-    texts: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """``latents-000003``."""
-        return f"{self.kind}-{self.number:06d}"
-
-
-@dataclass(frozen=True)
-class TimedTexts:
-    """Some captions, of how many."""
-
-    texts: tuple[str, ...]
-    of: int
-
-
-@dataclass(frozen=True)
-class EncodingCost:
-    """What encoding takes: clips, distinct captions, bytes on disk, seconds on one device of this machine."""
-
-    clips: int
-    texts: int
-    bytes: int
-    seconds: float
-
-    def told(self, devices: int = 1) -> str:
-        """In words, for so many devices."""
-        minutes = self.seconds / 60 / devices
-        return f"{self.clips} clips, {self.texts} prompts, about {self.bytes / 1e6:.1f} MB and {minutes:.1f} min"
 
 
 class Encoding:

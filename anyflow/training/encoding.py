@@ -13,7 +13,8 @@ import torch
 
 from anyflow.backbone.codec import Codec
 from anyflow.data.decode import ClipShape
-from anyflow.data.encode import CachePart, Encoding, EncodingCost, TimedTexts
+from anyflow.data.encode import Encoding
+from anyflow.data.encode_parts import CachePart, EncodingCost, TimedTexts
 from anyflow.data.skips import Skip, enforce_budget
 from anyflow.errors import UserError
 from anyflow.system.console import progress_line

@@ -112,9 +112,8 @@ def _measure(name: str, data: str, recipe: str, batch_size: int, footage: Path |
 
 
 def _stream(model: str, chunks: int, plot: Path | None) -> dict[str, Any]:
+    from anyflow.evaluation.models import check_model, load_model, native_shape
     from experiments.bench.stream import plot_stream, stream_benchmark
-    from anyflow.evaluation.models import check_model
-    from anyflow.evaluation.models import load_model, native_shape
 
     check_model(model)
     shape = native_shape(model, frames=None, height=None, width=None, fps=None)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-    from anyflow.data.importing.recording import Footage, Recording
     from anyflow.data.importing.options import ImportOptions
+    from anyflow.data.importing.recording import Footage, Recording
 
 
 def import_benchmark(source: Path, options: ImportOptions) -> dict[str, Any]:

@@ -66,10 +66,10 @@ def _write(folder: Path, clips: int) -> int:
 
 
 def _ways(folder: Path, clips: int, batch_size: int) -> dict[str, Callable[[], None]]:
+    from anyflow.data.batches import ClipDataset
     from anyflow.data.decode import ClipShape
     from anyflow.data.order import Order
     from anyflow.data.reader import ShardReader
-    from anyflow.data.batches import ClipDataset
     from anyflow.data.stream import ClipStream
 
     reader = ShardReader([folder])

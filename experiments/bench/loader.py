@@ -14,10 +14,10 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from anyflow.data.batches import ClipDataset
 from anyflow.data.decode import ClipShape
 from anyflow.data.order import Order
 from anyflow.data.reader import ShardReader, split_folders
-from anyflow.data.batches import ClipDataset
 from anyflow.data.stream import ClipStream
 
 WARM_UP = 3

@@ -16,12 +16,11 @@ from diffusers import AnyFlowTransformer3DModel
 from torch import Tensor
 
 from anyflow.backbone.bidirectional import BidirectionalBackbone
+from anyflow.backbone.conditions import Conditions, Text
 from anyflow.backbone.embedded import SHIFT, transformer_config
 from anyflow.backbone.load import new_backbone
 from anyflow.backbone.lora import LoraSettings, add_lora
-from anyflow.backbone.conditions import Conditions, Text
 from anyflow.backbone.roles import AdapterRoles, Roles, bind
-from experiments.bench.compare import compare, gains
 from anyflow.flowmap.intervals import draw_intervals
 from anyflow.flowmap.matching import critic_loss, matching_gradient, matching_loss, matching_timestep
 from anyflow.flowmap.objective import FlowMapObjective, flow_map_loss
@@ -29,6 +28,7 @@ from anyflow.flowmap.rollout import BackwardSimulation
 from anyflow.flowmap.sampling import follow
 from anyflow.flowmap.schedule import inference_timesteps, logit_normal_timestep
 from anyflow.memory.need import PUBLISHED
+from experiments.bench.compare import compare, gains
 
 BUDGET = 16
 """Steps of the sampler that is simulated."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from experiments.bench.compare import held_bytes
 from anyflow.errors import UserError
+from experiments.bench.compare import held_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor

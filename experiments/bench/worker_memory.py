@@ -24,10 +24,10 @@ def memory_benchmark(card: str, folder: Path, epochs: int = 10, batch_size: int 
     """
     import numpy as np
 
+    from anyflow.data.batches import ClipDataset
     from anyflow.data.decode import ClipShape
     from anyflow.data.order import Order
     from anyflow.data.reader import ShardReader, find_split
-    from anyflow.data.batches import ClipDataset
     from anyflow.data.stream import ClipStream
 
     split = find_split(card, "train")
