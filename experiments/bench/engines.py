@@ -1,4 +1,4 @@
-"""The same import and the same encoding by this process, its pool, and Ray workers: seconds of the clock, side by side."""
+"""The same import and the same encoding by this process, its pool, and Ray workers: wall seconds, side by side."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _engines() -> Iterator[tuple[str, Engine]]:
 def _cluster(workers: int) -> Iterator[None]:
     """A Ray cluster in this machine alone, with a token of its own, while the block lasts."""
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-    os.environ["RAY_worker_niceness"] = "0"  # Ray's usual 15 would lose to whatever else runs here
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray's usual 15 would lose to whatever else runs here
     import ray
 
     ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)

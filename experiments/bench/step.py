@@ -63,6 +63,7 @@ def _ways(
     import torch
     from diffusers import AnyFlowTransformer3DModel
 
+    from anyflow.backbone.conditions import Conditions
     from anyflow.backbone.embedded import SHIFT, transformer_config
     from anyflow.backbone.load import new_backbone
     from anyflow.flowmap.intervals import draw_intervals
