@@ -7,7 +7,6 @@ goes on from the jobs that it had finished.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ from anyflow.data.importing.finish import REPORT_NAME, Import, ImportReport, ass
 from anyflow.data.importing.footage import Facts, probe
 from anyflow.data.importing.formats.huggingface import licence_of
 from anyflow.data.importing.formats.known import detect_format, snapshot, source_of
+from anyflow.data.importing.heldout import count_of, in_order_of_draw
 from anyflow.data.importing.jobs import PARSE_ERRORS, ShardJob, ShardResult, load_result, run_job
 from anyflow.data.importing.options import ImportOptions
 from anyflow.data.importing.recording import Found, Recording, Unusable
@@ -183,16 +183,11 @@ def split_groups(recordings: Sequence[Recording], options: ImportOptions) -> dic
                 "--heldout: all recordings are of one group, so none can be held out whole; import more, "
                 "name a field by --group-by, or give --heldout 0"
             )
-        count = min(len(groups) - 1, max(1, round(options.heldout * len(groups))))
-        held = set(sorted(groups, key=lambda group: _draw(options.seed, group))[:count])
+        held = set(in_order_of_draw(groups, options.seed)[: count_of(len(groups), options.heldout)])
     parts: dict[str, list[Recording]] = {split: [] for split in SPLITS}
     for recording in recordings:
         parts["heldout" if recording.group in held else "train"].append(recording)
     return parts
-
-
-def _draw(seed: int, group: str) -> str:
-    return hashlib.blake2b(f"{seed}/{group}".encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
 def _cutting(recordings: Sequence[Recording], options: ImportOptions) -> tuple[Cutting, list[Facts]]:
