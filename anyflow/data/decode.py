@@ -144,6 +144,8 @@ def timed_frames(
     packets = container.demux(stream)
     head = list(islice(packets, HEAD))
     stamps = [Stamp(packet.pts, packet.dts) for packet in head if packet.size]
+    if not stamps:
+        raise DecodeError("it holds no pictures")
     clock = decide(
         stamps,
         stream.time_base,

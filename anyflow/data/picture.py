@@ -24,6 +24,9 @@ from anyflow.data.frame_times import Shown
 MAX_PIXELS = 2**26
 """Of a frame (8192 x 8192): a small file that claims more is a bomb, not footage."""
 
+MIN_SIDE = 8
+"""Of a frame: less is a test pattern, a tracking pixel or damage."""
+
 Note = Callable[[str], None]
 
 HD_HEIGHT, HD_WIDTH = 720, 1280
@@ -87,12 +90,14 @@ def shown_size(stream: av.VideoStream, frame: av.VideoFrame | None) -> tuple[int
     return (width, height) if frame is not None and stance(frame).transposed else (height, width)
 
 
-def require_colour(frame: av.VideoFrame) -> None:
-    """Refuse pictures of one channel with more levels than a screen's: they measure something.
+def require_footage(frame: av.VideoFrame) -> None:
+    """Refuse what no camera films: a few pixels, or one channel with more levels than a screen's, which are a measure.
 
     Raises:
-        NotColourError: it is such a one.
+        DecodeError: it is too small. NotColourError: it has no colours.
     """
+    if min(frame.height, frame.width) < MIN_SIDE:
+        raise DecodeError(f"pictures of {frame.width}x{frame.height} pixels are too small to be footage")
     channels = [component for component in frame.format.components if not component.is_alpha]
     if len(channels) == 1 and channels[0].bits > 8:
         raise NotColourError(f"{channels[0].bits}-bit gray: a depth map or the like, no colour")
@@ -162,7 +167,7 @@ class FrameFitter:
 
     def _renderer(self, frame: av.VideoFrame) -> Callable[[av.VideoFrame, int, int, str], av.VideoFrame]:
         """What brings such frames to RGB, or to RGBA if they are not opaque."""
-        require_colour(frame)
+        require_footage(frame)
         if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
             return _plain(None if frame.format.has_palette else self._matrix(frame), "rgba")
         curve, primaries = HDR_CURVES.get(int(frame.color_trc)), WIDE.get(int(frame.color_primaries))

@@ -17,7 +17,7 @@ import numpy as np
 from anyflow.data.decode import DecodeError, open_stream, timed_frames
 from anyflow.data.frame_times import ODDITIES, PAUSE, Clock, Shown, Stamp, decide, follow, resampled
 from anyflow.data.importing.recording import Footage, ImageFiles, ParquetCell, Recording, VideoFile
-from anyflow.data.picture import FrameFitter, Note, progressive, require_colour, shown_size
+from anyflow.data.picture import MIN_SIDE, FrameFitter, Note, progressive, require_footage, shown_size
 from anyflow.data.safety import inside
 from anyflow.errors import first_line
 
@@ -62,12 +62,23 @@ def probe(recording: Recording) -> Facts:
     Raises:
         DecodeError: it cannot be read, or shows nothing.
     """
+    try:
+        return _probed(recording)
+    except (av.FFmpegError, ValueError, IndexError, OverflowError, ZeroDivisionError, OSError) as error:
+        raise DecodeError(f"the video cannot be decoded ({first_line(error)})") from error
+
+
+def _probed(recording: Recording) -> Facts:
     if isinstance(recording.footage, ImageFiles):
         times = recording.footage.times
         if len(times) < 2 or times[-1] <= times[0]:
             raise DecodeError("it has fewer than two pictures")
         with _opened(VideoFile(recording.footage.paths[0]), None) as (container, stream):
-            height, width = shown_size(stream, next(iter(container.decode(stream)), None))
+            picture = next(iter(container.decode(stream)), None)
+            if picture is None:
+                raise DecodeError("it holds no pictures")
+            require_footage(picture)
+            height, width = shown_size(stream, picture)
         return Facts(float(_image_clock(recording.footage).rate), height, width, times[-1] - times[0])
     with _opened(recording.footage, recording.fps) as (container, stream):
         seconds = _seconds(stream)
@@ -81,7 +92,9 @@ def probe(recording: Recording) -> Facts:
         if first is None:
             raise DecodeError("it holds no pictures")
         height, width = shown_size(stream, first.item)
-        require_colour(first.item)
+        if min(height, width) < MIN_SIDE:
+            raise DecodeError(f"its pictures are shown as {width}x{height}")
+        require_footage(first.item)
         return Facts(float(clock.rate), height, width, left)
 
 
@@ -197,18 +210,19 @@ def _opened(footage: VideoFile | ParquetCell, fps: float | None) -> Iterator[tup
     """(container, video stream), one thread, errors not painted over."""
     options = {"framerate": f"{fps:g}"} if fps else {}
     source: str | IO[bytes] | io.BytesIO
+    if isinstance(footage, VideoFile) and footage.size is None:
+        source = footage.path
+    else:
+        source = io.BytesIO(read_bytes(footage))
+    if isinstance(source, str) and not Path(source).is_file():
+        raise DecodeError("there is no such file")
     try:
-        if isinstance(footage, VideoFile) and footage.size is None:
-            source = footage.path
-        else:
-            source = io.BytesIO(read_bytes(footage))
-        if isinstance(source, str) and not Path(source).is_file():
-            raise DecodeError("there is no such file")
         # A path with a colon would be taken for a protocol.
-        with av.open(f"file:{source}" if isinstance(source, str) else source, "r", options=options) as container:
-            yield container, open_stream(container)
+        container = av.open(f"file:{source}" if isinstance(source, str) else source, "r", options=options)
     except (av.FFmpegError, ValueError, OSError) as error:
         raise DecodeError(f"the video cannot be opened ({first_line(error)})") from error
+    with container:
+        yield container, open_stream(container)
 
 
 def read_bytes(footage: Footage) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -207,8 +208,10 @@ def _cutting(recordings: Sequence[Recording], options: ImportOptions) -> tuple[C
             break
     if not facts:
         raise UserError(f"none of the first recordings can be read ({reason}): check the source")
-    fps = options.fps or round(facts[0].fps, 3)
-    width, height = options.size or (facts[0].width // 2 * 2, facts[0].height // 2 * 2)
+    # Those of most: an odd one that happens to be the first shapes no other.
+    fps = options.fps or Counter(round(fact.fps, 3) for fact in facts).most_common(1)[0][0]
+    sizes = Counter((fact.width // 2 * 2, fact.height // 2 * 2) for fact in facts)
+    width, height = options.size or sizes.most_common(1)[0][0]
     stride = options.frames if options.stride is None else max(1, round(options.stride * fps))
     cutting = Cutting(options.frames, fps, height, width, stride, options.scene_cuts, options.min_motion, options.clips)
     return cutting, facts
