@@ -105,7 +105,10 @@ def _fill(
     start = Fraction(first) / rate if rate else Fraction(0)
     fitter = FrameFitter(shape.height, shape.width, float(stream.sample_aspect_ratio or 1))
     if spacing is None and not first:  # the quick way, which most clips go: times do not matter
-        shown: Iterator[Shown[av.VideoFrame]] = (Shown(frame, 0.0, 0.0) for frame in container.decode(stream))
+        decoder = _decoder(stream)
+        shown: Iterator[Shown[av.VideoFrame]] = (
+            Shown(frame, 0.0, 0.0) for packet in container.demux(stream) for frame in decoder.decode(packet)
+        )
     else:
         _, shown = timed_frames(container, stream, start)
     shown = progressive(shown)
