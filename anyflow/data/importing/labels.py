@@ -57,12 +57,12 @@ def controls_at(tracks: Mapping[str, Track], times: np.ndarray) -> dict[str, Any
 def _span(track: Track, times: np.ndarray) -> tuple[int, int]:
     """Places of the first and last value that a clip needs. A value holds as long as it usually is to the next one."""
     steps = np.diff(track.times)
-    usual = float(np.median(steps)) if len(steps) else 0.0
+    usual = max(float(np.median(steps)) if len(steps) else 0.0, 2 * CLOCK_ERROR)
     begin, end = float(times[0]), float(times[-1])
     first = int(np.searchsorted(track.times, begin + CLOCK_ERROR, side="right")) - 1
     last = int(np.searchsorted(track.times, end - CLOCK_ERROR if track.linear else end + CLOCK_ERROR, side="right"))
     last = min(last, len(track.times) - 1) if track.linear else last - 1
-    if begin < track.times[0] - usual - CLOCK_ERROR or end > track.times[-1] + usual + CLOCK_ERROR:
+    if begin <= track.times[0] - usual + CLOCK_ERROR or end >= track.times[-1] + usual - CLOCK_ERROR:
         raise NoLabelError("beyond the labels")
     first, last = max(first, 0), max(last, 0)
     if (steps[first:last] > PAUSE * usual + CLOCK_ERROR).any():
