@@ -114,7 +114,7 @@ def _fill(
     shown = progressive(shown)
     written = 0
     if spacing is None:
-        for frame, row in zip(shown, out, strict=False):
+        for row, frame in zip(out, shown, strict=False):
             fitter.write(frame.item, row)
             written += 1
         return written
@@ -183,8 +183,9 @@ def _stamped(
         return
     waiting: list[int] = []
     for packet in packets:
-        if packet.size and packet.dts is not None:
-            heapq.heappush(waiting, packet.dts)
+        stamp = packet.dts if packet.pts is None else packet.pts
+        if packet.size and stamp is not None:
+            heapq.heappush(waiting, stamp)
         for frame in decoder.decode(packet):
             yield frame, heapq.heappop(waiting) if waiting else None
 

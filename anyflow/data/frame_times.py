@@ -48,6 +48,8 @@ ODDITIES = {
 }
 """In words."""
 
+IN_ORDER = "times in the order of coding alone: frames taken in the order of showing"
+
 
 class Stamp(NamedTuple):
     """A packet's time of presentation and of decoding, in ticks."""
@@ -106,8 +108,10 @@ def decide(
         return _sane(Clock("counted", Fraction(declared).limit_denominator(100_000), Fraction(0)))
     stamps = [stamp.pts for stamp in head if stamp.pts is not None]
     how: Literal["stamped", "ordered"] = "stamped"
-    if 2 * len(stamps) < len(head) or (reorders and len(head) > 1 and _in_order_of_coding(head)):
+    if 2 * len(stamps) < len(head):
         stamps, how = [stamp.dts for stamp in head if stamp.dts is not None], "ordered"
+    elif reorders and len(head) > 1 and all(earlier < later for earlier, later in pairwise(stamps)):
+        how = "ordered"  # nobody knew the order of showing, or it is that of coding: then both are the same
     different = sorted(set(stamps))
     if not tick or 10 * len(different) < 9 * len(head):
         if claimed is None:
@@ -118,7 +122,7 @@ def decide(
                 "counted", claimed, Fraction(0), (f"time stamps {what}: frames counted at {_said(claimed)} a second",)
             )
         )
-    notes: tuple[str, ...] = ("no presentation times: frames taken in order",) if how == "ordered" and reorders else ()
+    notes: tuple[str, ...] = (IN_ORDER,) if how == "ordered" and reorders else ()
     measured = _measured(different, tick)
     if claimed is None and measured is None:
         raise DecodeError("it does not tell its frame rate: convert it, to mp4 for example")
@@ -129,12 +133,6 @@ def decide(
     if claimed:
         notes += (f"header of {_said(claimed)} frames a second, time stamps of {_said(rate)}: the stamps are believed",)
     return _sane(Clock(how, rate, tick, notes))
-
-
-def _in_order_of_coding(head: Sequence[Stamp]) -> bool:
-    """Whether times of presentation are those of decoding, moved: nobody knew the order of showing."""
-    apart = {None if stamp.pts is None or stamp.dts is None else stamp.pts - stamp.dts for stamp in head}
-    return len(apart) == 1 and None not in apart
 
 
 def _measured(stamps: Sequence[int], tick: Fraction) -> Fraction | None:

@@ -29,8 +29,8 @@ MIN_SIDE = 8
 
 Note = Callable[[str], None]
 
-HD_HEIGHT, HD_WIDTH = 720, 1280
-"""From here on colours without a tag are BT.709's, below BT.601's, as broadcasts and players have it."""
+HD_SIDES = (720, 1280)
+"""Shorter and longer side: from either on, colours without a tag are BT.709's, as players have it; below, BT.601's."""
 BT709, UNTAGGED, BT601 = 1, 2, 5
 """Of matrices, in FFmpeg's numbers, which are ITU-T H.273's."""
 NO_MATRICES = {8: "YCgCo", 11: "YDzDx", 14: "ICtCp", 15: "IPT", 16: "YCgCo-R", 17: "YCgCo-R"}
@@ -42,7 +42,7 @@ MAPPED_MATRICES = {1: "bt709", 5: "bt470bg", 6: "smpte170m", 9: "bt2020nc", 10: 
 
 def untagged_matrix(height: int, width: int) -> int:
     """The matrix of colours that carry no tag."""
-    return BT709 if height >= HD_HEIGHT or width >= HD_WIDTH else BT601
+    return BT709 if min(height, width) >= HD_SIDES[0] or max(height, width) >= HD_SIDES[1] else BT601
 
 
 _threads = threading.local()

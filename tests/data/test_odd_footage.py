@@ -79,7 +79,9 @@ def test_avi_knows_no_times_and_its_frames_come_in_order(codec: str, tmp_path: P
     report = imported(tmp_path / "in", tmp_path / "out", frames=8)
     assert [numbers(clip, 8) for clip in clips_of(report).values()] == [list(range(k, k + 8)) for k in range(0, 40, 8)]
     assert load_card(report.card).fps == 16
-    assert any("frames taken in order" in note and "v)" in note for note in report.notes) == (codec == "libx264")
+    assert any("taken in the order of showing" in note and "v)" in note for note in report.notes) == (
+        codec == "libx264"
+    )
 
 
 def test_a_browsers_header_of_1000_frames_a_second_is_not_believed(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ def shown(frame: av.VideoFrame, height: int = 16, width: int = 16, notes: list[s
         ((720, 1280), 1, 2, "BT.709"),
         ((480, 640), 1, 1, ""),
         ((720, 1280), 5, 5, ""),
+        ((832, 480), 5, 2, "BT.601"),
+        ((1280, 544), 1, 2, "BT.709"),
     ],
 )
 def test_colours_are_read_by_their_tag_and_without_one_by_their_size(

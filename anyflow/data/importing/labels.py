@@ -47,7 +47,7 @@ def controls_at(tracks: Mapping[str, Track], times: np.ndarray) -> dict[str, Any
     controls = {}
     for name, track in tracks.items():
         first, last = _span(track, times)
-        if any(_lacks(value) for value in track.values[first : last + 1]):
+        if _lacks(track.values[first : last + 1]):
             raise NoLabelError("with a label missing")
         values = _interpolated(track, times) if track.linear else _held(track, times)
         controls[name] = plain(_seen_from_start(np.asarray(values)) if track.relative else values)
@@ -73,6 +73,8 @@ def _span(track: Track, times: np.ndarray) -> tuple[int, int]:
 def _lacks(value: Any) -> bool:
     """Whether a value is none, or holds a number that is none."""
     if isinstance(value, np.ndarray):
+        if value.dtype == object:
+            return any(map(_lacks, value.tolist()))
         return value.dtype.kind == "f" and not np.isfinite(value).all()
     if isinstance(value, float | np.floating):
         return not math.isfinite(value)
