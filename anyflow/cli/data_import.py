@@ -65,6 +65,10 @@ def _lines(report: ImportReport) -> list[str]:
     lines += [f"unusable: {name} ({reason})" for name, reason in report.unusable[:NAMED]]
     if len(report.unusable) > NAMED:
         lines.append(f"and {len(report.unusable) - NAMED} more, all in {report.card.parent / 'import.json'}")
+    lines += [f"no clip of {name} ({reason})" for name, reason in report.without[:NAMED]]
+    if len(report.without) > NAMED:
+        lines.append(f"and of {len(report.without) - NAMED} more, all in {report.card.parent / 'import.json'}")
+    lines += [f"note: {note}" for note in report.notes]
     lines.append(
         f"{report.card}   (see it by: anyflow data show {report.card.parent}; train by: data.card={report.card})"
     )

@@ -16,6 +16,7 @@ import numpy as np
 from anyflow.data.card import CARD_NAME, DatasetCard, write_card
 from anyflow.data.clip import SPLITS
 from anyflow.data.importing.cutting import Cutting, find_duplicates
+from anyflow.data.importing.heldout import group_of, settle
 from anyflow.data.importing.jobs import MOST_VALUES, ShardJob, ShardResult
 from anyflow.data.importing.options import ImportOptions
 from anyflow.data.importing.recording import Unusable
@@ -24,6 +25,8 @@ from anyflow.errors import UserError
 from anyflow.system.files import write_atomically
 
 REPORT_NAME = "import.json"
+NAMED = 3
+"""Recordings that a note names."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class ImportReport:
         card: the new card's path. format: the source's.
         clips: split -> clips. recordings: found in the source.
         unusable: (recording, reason), every one. dropped: clips left out, by reason. scenes: cuts seen.
+        without: (recording, reason) of those that could be read, and gave no clip. notes: what else is to be known.
     """
 
     card: Path
@@ -57,6 +61,8 @@ class ImportReport:
     unusable: tuple[tuple[str, str], ...]
     dropped: Mapping[str, int]
     scenes: int
+    without: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; without the card's path, so that a report is the same wherever it was made."""
@@ -68,7 +74,9 @@ class ImportReport:
     def load(cls, folder: Path) -> ImportReport:
         """The report that lies in an imported data set."""
         document = json.loads((folder / REPORT_NAME).read_text())
-        document["unusable"] = tuple(tuple(item) for item in document["unusable"])
+        for name in ("unusable", "without"):
+            document[name] = tuple(tuple(item) for item in document.get(name, ()))
+        document["notes"] = tuple(document.get("notes", ()))
         return cls(card=folder / CARD_NAME, **document)
 
 
@@ -85,12 +93,13 @@ def assemble(
         dropped.update(result.dropped)
     repeats = set() if imported.options.keep_duplicates else _repeats(results)
     dropped.update({"duplicate": len(repeats)} if repeats else {})
+    splits, notes = settle(jobs, group_of(jobs, results, repeats), imported.options)
     final = imported.work / "final"
     clips: dict[str, int] = {}
     for split in SPLITS:
-        made = [result for job, result in zip(jobs, results, strict=True) if job.split == split and result.shard]
         if any(job.split == split for job in jobs):
-            clips[split] = _write_split(imported, split, made, repeats, final / split)
+            keys = {key for key, of in splits.items() if of == split}
+            clips[split] = _write_split(imported, split, results, keys, final / split)
             if not clips[split]:
                 reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
                 raise UserError(
@@ -103,9 +112,11 @@ def assemble(
         imported.format,
         clips,
         imported.recordings,
-        tuple((item.name.encode(errors="replace").decode(), item.reason) for item in named),
+        tuple((_printable(item.name), item.reason) for item in named),
         dict(sorted(dropped.items())),
         sum(result.scenes for result in results),
+        tuple((_printable(name), reason) for result in results for name, reason in result.without.items()),
+        (*notes, *_notes(results)),
     )
     _write_card(imported, final, list(clips), results)
     write_report(final / REPORT_NAME, report.to_dict())
@@ -114,6 +125,21 @@ def assemble(
     final.rename(imported.out)
     shutil.rmtree(imported.work)
     return report
+
+
+def _notes(results: Sequence[ShardResult]) -> Iterator[str]:
+    """What had to be guessed or converted, a sentence each, with the first recordings that it was."""
+    notes: dict[str, list[str]] = {}
+    for result in results:
+        for text, names in result.notes.items():
+            notes.setdefault(text, []).extend(names)
+    for text, names in sorted(notes.items()):
+        more = ", ..." if len(names) > NAMED else ""
+        yield f"{text} ({len(names)}: {', '.join(map(_printable, names[:NAMED]))}{more})"
+
+
+def _printable(name: str) -> str:
+    return name.encode(errors="replace").decode()
 
 
 def _repeats(results: Sequence[ShardResult]) -> set[str]:
@@ -125,14 +151,13 @@ def _repeats(results: Sequence[ShardResult]) -> set[str]:
     return {keys[later] for later, _ in find_duplicates(np.concatenate(prints))}
 
 
-def _write_split(imported: Import, split: str, made: Sequence[ShardResult], repeats: set[str], folder: Path) -> int:
-    """Move a split's shards to their place, without the repeats, and index them; returns the number of clips."""
+def _write_split(imported: Import, split: str, results: Sequence[ShardResult], keys: set[str], folder: Path) -> int:
+    """Move a split's shards to their place, with its clips alone, and index them; returns the number of clips."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[Shard] = []
-    for result in made:
-        assert result.shard is not None
-        kept = {sample.key for sample in result.shard.samples} - repeats
-        if not kept:
+    for result in results:
+        kept = {sample.key for sample in result.shard.samples} & keys if result.shard else set()
+        if result.shard is None or not kept:
             continue
         tar = imported.work / result.shard.name
         place = folder / f"{imported.out.name}-{split}-{len(shards):06d}.tar"

@@ -8,29 +8,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from itertools import repeat
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import av
 import numpy as np
 
-from anyflow.data.clip import MAX_GOP
-from anyflow.data.decode import DecodeError, FrameFitter, frames_from, open_stream, resampled, shown_size, with_ends
+from anyflow.data.decode import DecodeError, open_stream, timed_frames
+from anyflow.data.frame_times import ODDITIES, PAUSE, Clock, Shown, Stamp, decide, follow, resampled
 from anyflow.data.importing.recording import Footage, ImageFiles, ParquetCell, Recording, VideoFile
+from anyflow.data.picture import MIN_SIDE, FrameFitter, Note, progressive, require_footage, shown_size
 from anyflow.data.safety import inside
 from anyflow.errors import first_line
 
+PROGRESSIVE = (0, 1)
+"""Orders of fields, in FFmpeg's numbers: unknown, and none."""
 KEPT_GOP = 30
 """The longest distance between key frames with which a file is kept as it is: a clip is cut out of it at random."""
-
-MAX_GAP = 10
-"""Seconds that one picture may stay: two frames that are a year apart would be filled up with still ones."""
 PIXEL_BUDGET = 10**13
 """Pixels of one recording: a hundred hours of 832x480 at 60 frames a second, or a bomb."""
-
-Shown = tuple[tuple[av.VideoFrame, float], Fraction]
-"""(frame, width of its pixels over their height), and the time at which the next one takes its place."""
+MICROSECOND = Fraction(1, 1_000_000)
+RATE_APART = 0.01
+"""A video's rate may differ by this share from the one that its description states (29.97 for 30)."""
 
 
 @dataclass(frozen=True)
@@ -47,92 +46,163 @@ class Facts:
     seconds: float | None
 
 
+class Moment(NamedTuple):
+    """A picture, uint8 [H, W, 3], the seconds after the recording's start at which it is on show, and whether what
+    came before is apart from it: a pause, or a clock that was set back.
+    """
+
+    picture: np.ndarray
+    time: float
+    apart: bool
+
+
 def probe(recording: Recording) -> Facts:
-    """Read the header of a recording's footage.
+    """Read the header of a recording's footage, and its first pictures' times.
 
     Raises:
-        DecodeError: it cannot be read.
+        DecodeError: it cannot be read, or shows nothing.
     """
+    try:
+        return _probed(recording)
+    except (av.FFmpegError, ValueError, IndexError, OverflowError, ZeroDivisionError, OSError) as error:
+        raise DecodeError(f"the video cannot be decoded ({first_line(error)})") from error
+
+
+def _probed(recording: Recording) -> Facts:
     if isinstance(recording.footage, ImageFiles):
         times = recording.footage.times
         if len(times) < 2 or times[-1] <= times[0]:
             raise DecodeError("it has fewer than two pictures")
-        with _opened(VideoFile(recording.footage.paths[0]), None) as (_, stream):
-            height, width = stream.height, stream.width
-        return Facts((len(times) - 1) / (times[-1] - times[0]), height, width, times[-1] - times[0])
+        with _opened(VideoFile(recording.footage.paths[0]), None) as (container, stream):
+            picture = next(iter(container.decode(stream)), None)
+            if picture is None:
+                raise DecodeError("it holds no pictures")
+            require_footage(picture)
+            height, width = shown_size(stream, picture)
+        return Facts(float(_image_clock(recording.footage).rate), height, width, times[-1] - times[0])
     with _opened(recording.footage, recording.fps) as (container, stream):
-        rate = _rate(stream, recording.fps)
-        seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
+        seconds = _seconds(stream)
         if seconds is None and container.duration:
             seconds = container.duration / av.time_base
         if recording.end is not None:
             seconds = recording.end
         left = max(0.0, seconds - recording.start) if seconds is not None and not recording.fps else None
-        height, width = shown_size(stream, next(iter(container.decode(stream)), None))
-        return Facts(float(rate), height, width, left)
+        clock, shown = timed_frames(container, stream, declared=recording.fps)
+        first = next(shown, None)
+        if first is None:
+            raise DecodeError("it holds no pictures")
+        height, width = shown_size(stream, first.item)
+        if min(height, width) < MIN_SIDE:
+            raise DecodeError(f"its pictures are shown as {width}x{height}")
+        require_footage(first.item)
+        return Facts(float(clock.rate), height, width, left)
 
 
-def frames_at(recording: Recording, fps: float, height: int, width: int) -> Iterator[np.ndarray]:
-    """The frames on show at 0, 1 / fps, 2 / fps, ... seconds after the recording's start, until it ends.
+def frames_at(
+    recording: Recording, fps: float, height: int, width: int, note: Note = lambda text: None
+) -> Iterator[Moment]:
+    """The pictures on show every 1 / fps seconds, from the recording's first frame on, and anew after every pause.
 
-    Yields:
-        uint8 [H, W, 3], RGB, scaled and cropped to the size, never stretched; a new array each.
+    Args:
+        recording: its footage.
+        fps: pictures a second. height, width: theirs: scaled and cropped, never stretched; a new array each.
+        note: is told what had to be guessed or converted.
 
     Raises:
         DecodeError: while iterating, where the footage cannot be read any further.
     """
     try:
         if isinstance(recording.footage, ImageFiles):
-            shown = _shown_images(recording.footage)
-        else:
-            shown = _shown_frames(recording)
-        yield from _pictures(shown, Fraction(fps).limit_denominator(100_000), height, width)
+            yield from _pictures(_shown_images(recording.footage, note), fps, FrameFitter(height, width, 1.0, note))
+            return
+        with _opened(recording.footage, recording.fps) as (container, stream):
+            fitter = FrameFitter(height, width, float(stream.sample_aspect_ratio or 1), note)
+            yield from _pictures(progressive(_shown(recording, container, stream, note), note), fps, fitter)
     except (av.FFmpegError, ValueError, IndexError, OverflowError, ZeroDivisionError, OSError) as error:
         raise DecodeError(f"the video cannot be decoded ({first_line(error)})") from error
 
 
-def _pictures(shown: Iterator[Shown], fps: Fraction, height: int, width: int) -> Iterator[np.ndarray]:
-    """Each frame, scaled, as often as the times k / fps fall on it."""
-    fitter: FrameFitter | None = None
+def _pictures(shown: Iterator[Shown[av.VideoFrame]], fps: float, fitter: FrameFitter) -> Iterator[Moment]:
+    """Each frame, scaled, as often as it is on show at the instants of the rate."""
     pixels = 0
-    for (frame, aspect), count in resampled(shown, fps):
-        if count > MAX_GAP * fps + 1:
-            raise DecodeError(f"a picture stands still for {float(count / fps):.0f} s: time stamps are off")
+    for frame, count, time, apart in resampled(shown, fps):
         pixels += frame.width * frame.height
         if pixels > PIXEL_BUDGET:
             raise DecodeError("it decodes to more pixels than any recording has")
-        fitter = fitter or FrameFitter(height, width, aspect)
-        picture = np.empty((height, width, 3), dtype=np.uint8)
+        picture = np.empty((fitter.height, fitter.width, 3), dtype=np.uint8)
         fitter.write(frame, picture)
-        yield from repeat(picture, count)
+        for number in range(count):
+            yield Moment(picture, time + number / fps, apart and number == 0)
+    if not pixels:
+        raise DecodeError("it holds no pictures")
 
 
-def _shown_frames(recording: Recording) -> Iterator[Shown]:
+def _shown(recording: Recording, container: Any, stream: Any, note: Note) -> Iterator[Shown[av.VideoFrame]]:
+    """A video's frames with their times after the recording's start.
+
+    Raises:
+        DecodeError: its description counts at another rate.
+    """
     start = Fraction(recording.start).limit_denominator(1_000_000)
-    length = None if recording.end is None else Fraction(recording.end).limit_denominator(1_000_000) - start
-    assert not isinstance(recording.footage, ImageFiles)
-    with _opened(recording.footage, recording.fps) as (container, stream):
-        rate = _rate(stream, recording.fps)
-        aspect = float(stream.sample_aspect_ratio or 1)
-        frames = frames_from(container, stream, rate, start) if start else container.decode(stream)
-        for frame, until in with_ends(frames, stream, rate, start, stamped=recording.fps is None):
-            # The last frame of a recording that ends in the middle of a file is the one that ends with it.
-            if length is not None and until > length + 1 / (4 * rate):
-                return
-            yield (frame, aspect), until
+    clock, frames = timed_frames(container, stream, start, recording.fps)
+    _compare_rates(clock, recording.stated_fps)
+    for text in clock.notes:
+        note(text)
+    wanted = None if recording.end is None else recording.end - recording.start
+    interval = float(1 / clock.rate)
+    reached = 0.0
+    for shown in frames:
+        # The last frame of a recording that ends in the middle of a file is the one that ends with it.
+        if wanted is not None and shown.until > wanted + interval / 4:
+            return
+        if shown.why:
+            note(ODDITIES[shown.why])
+        lasts = float(shown.item.duration * clock.tick) if shown.item.duration else 0.0
+        reached = max(shown.until, shown.start + lasts)
+        yield shown
+    whole = _seconds(stream) if wanted is None else wanted
+    if whole is not None and clock.how != "counted" and reached + PAUSE * interval < whole:
+        note("footage that ends before its header says, as if truncated: what there is was taken")
 
 
-def _shown_images(images: ImageFiles) -> Iterator[Shown]:
+def _compare_rates(clock: Clock, stated: float | None) -> None:
+    if stated and abs(float(clock.rate) / stated - 1) > RATE_APART:
+        raise DecodeError(
+            f"its description states {stated:g} frames a second, its video has {float(clock.rate):.5g}: "
+            "times and pictures would be apart"
+        )
+
+
+def _seconds(stream: Any) -> float | None:
+    """How long a stream is, as its header says; Matroska has it as a text."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    try:
+        hours, minutes, seconds = map(float, stream.metadata["DURATION"].split(":"))
+    except (KeyError, ValueError):
+        return None
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def _image_clock(images: ImageFiles) -> Clock:
+    return decide([Stamp(stamp, stamp) for stamp in _stamps(images)], MICROSECOND, None, reorders=False)
+
+
+def _stamps(images: ImageFiles) -> list[int]:
+    return [round(time / MICROSECOND) for time in images.times]
+
+
+def _shown_images(images: ImageFiles, note: Note) -> Iterator[Shown[av.VideoFrame]]:
     """Each picture with the time at which the next takes its place; the last one stays as long as most do."""
-    usual = float(np.median(np.diff(images.times))) if len(images.times) > 1 else 0.1
-    ends = [*images.times[1:], images.times[-1] + usual]
-    for path, until in zip(images.paths, ends, strict=True):
+    stamped = zip(images.paths, _stamps(images), strict=True)
+    for path, start, until, why in follow(stamped, _image_clock(images), 0):
+        if why:
+            note(ODDITIES[why])
         with _opened(VideoFile(path), None) as (container, stream):
             picture = next(iter(container.decode(stream)), None)
         if picture is None:
             raise DecodeError(f"{Path(path).name} holds no picture")
-        # A little less, as for a video's frames: a time that falls on the border belongs to the next picture.
-        yield (picture, 1.0), Fraction(until - usual / 4).limit_denominator(1_000_000)
+        yield Shown(picture, start, until, why)
 
 
 @contextmanager
@@ -140,18 +210,19 @@ def _opened(footage: VideoFile | ParquetCell, fps: float | None) -> Iterator[tup
     """(container, video stream), one thread, errors not painted over."""
     options = {"framerate": f"{fps:g}"} if fps else {}
     source: str | IO[bytes] | io.BytesIO
+    if isinstance(footage, VideoFile) and footage.size is None:
+        source = footage.path
+    else:
+        source = io.BytesIO(read_bytes(footage))
+    if isinstance(source, str) and not Path(source).is_file():
+        raise DecodeError("there is no such file")
     try:
-        if isinstance(footage, VideoFile) and footage.size is None:
-            source = footage.path
-        else:
-            source = io.BytesIO(read_bytes(footage))
-        if isinstance(source, str) and not Path(source).is_file():
-            raise DecodeError("there is no such file")
         # A path with a colon would be taken for a protocol.
-        with av.open(f"file:{source}" if isinstance(source, str) else source, "r", options=options) as container:
-            yield container, open_stream(container)
+        container = av.open(f"file:{source}" if isinstance(source, str) else source, "r", options=options)
     except (av.FFmpegError, ValueError, OSError) as error:
         raise DecodeError(f"the video cannot be opened ({first_line(error)})") from error
+    with container:
+        yield container, open_stream(container)
 
 
 def read_bytes(footage: Footage) -> bytes:
@@ -196,13 +267,6 @@ def _read_cell(cell: ParquetCell) -> bytes:
     return data
 
 
-def _rate(stream: av.VideoStream, assumed: float | None) -> Fraction:
-    rate = Fraction(assumed).limit_denominator(100_000) if assumed else stream.average_rate or stream.guessed_rate
-    if not rate or rate <= 0:
-        raise DecodeError("the video does not tell its frame rate")
-    return rate
-
-
 def shard_ready_bytes(recording: Recording, frames: int, fps: float, height: int, width: int) -> bytes | None:
     """A recording's file, if it can be stored as it is: all of it, H.264 in mp4 of just this shape, key frames close
     enough, no sound. None if it must be encoded anew.
@@ -218,19 +282,26 @@ def shard_ready_bytes(recording: Recording, frames: int, fps: float, height: int
             and len(container.streams) == 1
             and context.name == "h264"
             and context.pix_fmt == "yuv420p"
+            and context.field_order in PROGRESSIVE
             and (stream.height, stream.width) == (height, width)
             and (stream.sample_aspect_ratio or 1) == 1
             and stream.frames == frames
             and abs(float(stream.average_rate or 0) - fps) < 1e-3
-            and _longest_gop(container, stream) <= max(KEPT_GOP, MAX_GOP)
+            and _is_steady(container, stream, fps)
         )
     return read_bytes(footage) if ready else None
 
 
-def _longest_gop(container: Any, stream: Any) -> int:
+def _is_steady(container: Any, stream: Any, fps: float) -> bool:
+    """Whether key frames are close enough, and frames as far apart as the rate says: whoever reads it counts them."""
     longest, since = 0, 0
+    stamps = []
     for packet in container.demux(stream):
         if packet.size:
             since = 1 if packet.is_keyframe else since + 1
             longest = max(longest, since)
-    return longest
+            stamps.append(packet.pts)
+    if longest > KEPT_GOP or None in stamps or not stream.time_base:
+        return False
+    times = np.sort(np.array(stamps, dtype=np.float64)) * float(stream.time_base) * fps
+    return bool(np.abs(times - times[:1] - np.arange(len(times))).max(initial=0.0) < 0.5)

@@ -10,7 +10,7 @@ import base64
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from anyflow.data.decode import DecodeError
+from anyflow.data.faults import NotColourError
 from anyflow.data.importing.cutting import CutReport, Cutting, cut
 from anyflow.data.importing.formats.known import source_of
 from anyflow.data.importing.recording import ImageFiles, Recording, Unusable
@@ -25,7 +26,7 @@ from anyflow.data.shards import Shard, shard_from_dict, shard_to_dict, write_tar
 from anyflow.errors import UserError, first_line
 from anyflow.system.files import write_atomically
 
-JOB_VERSION = 1
+JOB_VERSION = 3
 PARSE_ERRORS = (OSError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError, RecursionError)
 """What libraries raise when they parse damaged files; it concerns that recording alone."""
 MOST_VALUES = 20
@@ -78,6 +79,8 @@ class ShardResult:
         dropped: clips left out, by reason. scenes: cuts seen.
         attributes: label -> its values, up to MOST_VALUES + 1 of them.
         controls: those that at least one clip has.
+        without: recordings that gave no clip though they could be read -> why.
+        notes: what had to be guessed or converted -> the recordings that it was.
     """
 
     digest: str
@@ -88,6 +91,8 @@ class ShardResult:
     scenes: int = 0
     attributes: Mapping[str, list[str]] = field(default_factory=dict)
     controls: tuple[str, ...] = ()
+    without: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def run_job(job: ShardJob) -> ShardResult:
@@ -112,6 +117,8 @@ def run_job(job: ShardJob) -> ShardResult:
         writer.report.scenes,
         {name: sorted(values)[: MOST_VALUES + 1] for name, values in sorted(writer.attributes.items())},
         tuple(sorted(writer.controls)),
+        writer.without,
+        {text: list(names) for text, names in sorted(writer.report.notes.items())},
     )
     write_atomically(job.work / f"{digest}.json", json.dumps(_to_dict(result)).encode())
     return result
@@ -139,6 +146,7 @@ class _Writer:
         self.source = source_of(job.format)
         self.prints: list[np.ndarray] = []
         self.unusable: list[Unusable] = []
+        self.without: dict[str, str] = {}
         self.report = CutReport()
         self.attributes: dict[str, set[str]] = {}
         self.controls: set[str] = set()
@@ -150,7 +158,7 @@ class _Writer:
 
     def _recording(self, recording: Recording) -> Iterator[tuple[str, dict[str, bytes]]]:
         job = self.job
-        clips = 0
+        clips, dropped = 0, self.report.dropped.copy()
         try:
             tracks = self.source.controls(job.folder, recording)
             for made in cut(recording, job.cutting, job.domain, job.licence, tracks, self.report):
@@ -159,6 +167,11 @@ class _Writer:
                 self._remember(made.clip.attributes, made.clip.controls)
                 clips += 1
                 yield made.clip.key, parts
+            if not clips:
+                reasons = (self.report.dropped - dropped).most_common(1)
+                self.without[recording.name] = reasons[0][0] if reasons else "too short"
+        except NotColourError as error:
+            self.without[recording.name] = str(error)
         except (DecodeError, UserError, *PARSE_ERRORS) as error:
             after = f" after {clips} good clips" if clips else ""
             self.unusable.append(Unusable(recording.name, first_line(error) + after))
@@ -207,6 +220,8 @@ def _to_dict(result: ShardResult) -> dict[str, Any]:
         "scenes": result.scenes,
         "attributes": dict(result.attributes),
         "controls": list(result.controls),
+        "without": dict(result.without),
+        "notes": dict(result.notes),
     }
 
 
@@ -221,4 +236,6 @@ def _from_dict(document: dict[str, Any]) -> ShardResult:
         document["scenes"],
         document["attributes"],
         tuple(document["controls"]),
+        document["without"],
+        document["notes"],
     )

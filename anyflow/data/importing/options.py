@@ -23,8 +23,8 @@ class ImportOptions:
         None, "For recordings without any; 'domain': the domain's own. Else they are refused."
     )
     frames: int = option(81, "Frames of a clip.", low=1)
-    fps: float | None = option(None, "Frames a second; without it those of the first recording.")
-    size: tuple[int, int] | None = option(None, "WIDTHxHEIGHT; without it that of the first recording.")
+    fps: float | None = option(None, "Frames a second; without it those of most of the first recordings.")
+    size: tuple[int, int] | None = option(None, "WIDTHxHEIGHT; without it that of most of the first recordings.")
     stride: float | None = option(None, "Seconds from clip to clip; without it end to end.")
     scene_cuts: float = option(30.0, "Change, in levels of 255, that is a scene cut; 0: none.", low=0)
     min_motion: float = option(0.0, "Leave out clips that change less from frame to frame.", low=0)

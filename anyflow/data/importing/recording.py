@@ -72,6 +72,7 @@ class Recording:
         footage: the pictures.
         start, end: seconds within the footage; None for its end.
         fps: the rate of a stream that carries no time stamps; None where it does.
+        stated_fps: the rate that the source's description states and counts its times by; None where it states none.
         caption: from the source, if it has one.
         camera: which of several.
         split: "train" or "heldout", if the source says so itself.
@@ -85,6 +86,7 @@ class Recording:
     start: float = 0.0
     end: float | None = None
     fps: float | None = None
+    stated_fps: float | None = None
     caption: str | None = None
     camera: str = ""
     split: str | None = None

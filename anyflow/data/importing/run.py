@@ -7,9 +7,9 @@ goes on from the jobs that it had finished.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -24,6 +24,7 @@ from anyflow.data.importing.finish import REPORT_NAME, Import, ImportReport, ass
 from anyflow.data.importing.footage import Facts, probe
 from anyflow.data.importing.formats.huggingface import licence_of
 from anyflow.data.importing.formats.known import detect_format, snapshot, source_of
+from anyflow.data.importing.heldout import count_of, in_order_of_draw
 from anyflow.data.importing.jobs import PARSE_ERRORS, ShardJob, ShardResult, load_result, run_job
 from anyflow.data.importing.options import ImportOptions
 from anyflow.data.importing.recording import Found, Recording, Unusable
@@ -183,16 +184,11 @@ def split_groups(recordings: Sequence[Recording], options: ImportOptions) -> dic
                 "--heldout: all recordings are of one group, so none can be held out whole; import more, "
                 "name a field by --group-by, or give --heldout 0"
             )
-        count = min(len(groups) - 1, max(1, round(options.heldout * len(groups))))
-        held = set(sorted(groups, key=lambda group: _draw(options.seed, group))[:count])
+        held = set(in_order_of_draw(groups, options.seed)[: count_of(len(groups), options.heldout)])
     parts: dict[str, list[Recording]] = {split: [] for split in SPLITS}
     for recording in recordings:
         parts["heldout" if recording.group in held else "train"].append(recording)
     return parts
-
-
-def _draw(seed: int, group: str) -> str:
-    return hashlib.blake2b(f"{seed}/{group}".encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
 def _cutting(recordings: Sequence[Recording], options: ImportOptions) -> tuple[Cutting, list[Facts]]:
@@ -212,8 +208,10 @@ def _cutting(recordings: Sequence[Recording], options: ImportOptions) -> tuple[C
             break
     if not facts:
         raise UserError(f"none of the first recordings can be read ({reason}): check the source")
-    fps = options.fps or round(facts[0].fps, 3)
-    width, height = options.size or (facts[0].width // 2 * 2, facts[0].height // 2 * 2)
+    # Those of most: an odd one that happens to be the first shapes no other.
+    fps = options.fps or Counter(round(fact.fps, 3) for fact in facts).most_common(1)[0][0]
+    sizes = Counter((fact.width // 2 * 2, fact.height // 2 * 2) for fact in facts)
+    width, height = options.size or sizes.most_common(1)[0][0]
     stride = options.frames if options.stride is None else max(1, round(options.stride * fps))
     cutting = Cutting(options.frames, fps, height, width, stride, options.scene_cuts, options.min_motion, options.clips)
     return cutting, facts

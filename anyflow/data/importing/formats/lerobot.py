@@ -77,6 +77,7 @@ def recordings(folder: Path) -> Iterator[Found]:
                     footage=VideoFile(str(footage)),
                     start=start,
                     end=end,
+                    stated_fps=float(info["fps"]),
                     caption=task,
                     camera=camera.removeprefix("observation.images.").removeprefix("observation."),
                     split=None if held is None else "heldout" if index in held else "train",
