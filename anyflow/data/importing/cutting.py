@@ -11,8 +11,9 @@ import numpy as np
 
 from anyflow.data.clip import Clip, encode_mp4
 from anyflow.data.decode import DecodeError
-from anyflow.data.importing.footage import frames_at, shard_ready_bytes
+from anyflow.data.importing.footage import shard_ready_bytes
 from anyflow.data.importing.recording import Recording, Track
+from anyflow.data.importing.views import frames_at
 from anyflow.data.safety import plain
 from anyflow.errors import UserError
 

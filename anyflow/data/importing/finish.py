@@ -28,7 +28,7 @@ REPORT_NAME = "import.json"
 
 @dataclass(frozen=True)
 class Import:
-    """What an import is of: where from, where to, how it cuts, and how many recordings were found."""
+    """What an import is of: where from, where to, how it cuts, how many recordings were found, how cameras lie."""
 
     source: Path
     format: str
@@ -38,6 +38,7 @@ class Import:
     options: ImportOptions
     controls: Mapping[str, str]
     recordings: int
+    views: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class ImportReport:
         card: the new card's path. format: the source's.
         clips: split -> clips. recordings: found in the source.
         unusable: (recording, reason), every one. dropped: clips left out, by reason. scenes: cuts seen.
+        views: how several cameras lie in one picture, row by row; empty where they are apart.
     """
 
     card: Path
@@ -57,6 +59,7 @@ class ImportReport:
     unusable: tuple[tuple[str, str], ...]
     dropped: Mapping[str, int]
     scenes: int
+    views: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; without the card's path, so that a report is the same wherever it was made."""
@@ -106,6 +109,7 @@ def assemble(
         tuple((item.name.encode(errors="replace").decode(), item.reason) for item in named),
         dict(sorted(dropped.items())),
         sum(result.scenes for result in results),
+        imported.views,
     )
     _write_card(imported, final, list(clips), results)
     write_report(final / REPORT_NAME, report.to_dict())
@@ -176,11 +180,12 @@ def _write_card(imported: Import, final: Path, splits: Sequence[str], results: S
         for name, values in result.attributes.items():
             labels.setdefault(name, set()).update(values)
     cutting, options = imported.cutting, imported.options
+    seen = f" Every picture shows the cameras {imported.views}." if imported.views else ""
     card = DatasetCard(
         name=imported.out.name,
         domain=options.domain or "",
         description=options.description
-        or f"Footage of {imported.source.name}, imported from the format {imported.format}.",
+        or f"Footage of {imported.source.name}, imported from the format {imported.format}.{seen}",
         splits={split: final / split for split in splits},
         frames=cutting.frames,
         height=cutting.height,
@@ -198,6 +203,7 @@ def _write_card(imported: Import, final: Path, splits: Sequence[str], results: S
             "format": imported.format,
             "recordings": imported.recordings,
             "cutting": asdict(cutting),
+            **({"views": imported.views} if imported.views else {}),
         },
     )
     write_card(card, final / CARD_NAME)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from itertools import repeat
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import av
 import numpy as np
 
 from anyflow.data.clip import MAX_GOP
 from anyflow.data.decode import DecodeError, FrameFitter, frames_from, open_stream, resampled, shown_size, with_ends
-from anyflow.data.importing.recording import Footage, ImageFiles, ParquetCell, Recording, VideoFile
-from anyflow.data.safety import inside
+from anyflow.data.importing.recording import Footage, ImageFiles, ParquetCell, ParquetImages, Recording, VideoFile
+from anyflow.data.importing.tables import picture_cells, picture_times, read_cell
 from anyflow.errors import first_line
 
 KEPT_GOP = 30
@@ -26,6 +25,8 @@ KEPT_GOP = 30
 
 MAX_GAP = 10
 """Seconds that one picture may stay: two frames that are a year apart would be filled up with still ones."""
+RATE_APART = 0.01
+"""A video's rate may differ by this share from the one that its description states (29.97 for 30)."""
 PIXEL_BUDGET = 10**13
 """Pixels of one recording: a hundred hours of 832x480 at 60 frames a second, or a bomb."""
 
@@ -53,14 +54,9 @@ def probe(recording: Recording) -> Facts:
     Raises:
         DecodeError: it cannot be read.
     """
-    if isinstance(recording.footage, ImageFiles):
-        times = recording.footage.times
-        if len(times) < 2 or times[-1] <= times[0]:
-            raise DecodeError("it has fewer than two pictures")
-        with _opened(VideoFile(recording.footage.paths[0]), None) as (_, stream):
-            height, width = stream.height, stream.width
-        return Facts((len(times) - 1) / (times[-1] - times[0]), height, width, times[-1] - times[0])
-    with _opened(recording.footage, recording.fps) as (container, stream):
+    if isinstance(recording.footage, ImageFiles | ParquetImages):
+        return _probe_pictures(recording, recording.footage)
+    with _opened(_source(recording.footage), recording.fps) as (container, stream):
         rate = _rate(stream, recording.fps)
         seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
         if seconds is None and container.duration:
@@ -70,6 +66,16 @@ def probe(recording: Recording) -> Facts:
         left = max(0.0, seconds - recording.start) if seconds is not None and not recording.fps else None
         height, width = shown_size(stream, next(iter(container.decode(stream)), None))
         return Facts(float(rate), height, width, left)
+
+
+def _probe_pictures(recording: Recording, images: ImageFiles | ParquetImages) -> Facts:
+    times, sources = _pictures_of(images)
+    if len(times) < 2 or times[-1] <= times[0]:
+        raise DecodeError("it has fewer than two pictures")
+    with _opened(next(iter(sources)), None) as (_, stream):
+        height, width = stream.height, stream.width
+    end = times[-1] if recording.end is None else recording.end
+    return Facts((len(times) - 1) / (times[-1] - times[0]), height, width, end - max(times[0], recording.start))
 
 
 def frames_at(recording: Recording, fps: float, height: int, width: int) -> Iterator[np.ndarray]:
@@ -82,8 +88,8 @@ def frames_at(recording: Recording, fps: float, height: int, width: int) -> Iter
         DecodeError: while iterating, where the footage cannot be read any further.
     """
     try:
-        if isinstance(recording.footage, ImageFiles):
-            shown = _shown_images(recording.footage)
+        if isinstance(recording.footage, ImageFiles | ParquetImages):
+            shown = _shown_images(recording, recording.footage)
         else:
             shown = _shown_frames(recording)
         yield from _pictures(shown, Fraction(fps).limit_denominator(100_000), height, width)
@@ -110,9 +116,11 @@ def _pictures(shown: Iterator[Shown], fps: Fraction, height: int, width: int) ->
 def _shown_frames(recording: Recording) -> Iterator[Shown]:
     start = Fraction(recording.start).limit_denominator(1_000_000)
     length = None if recording.end is None else Fraction(recording.end).limit_denominator(1_000_000) - start
-    assert not isinstance(recording.footage, ImageFiles)
-    with _opened(recording.footage, recording.fps) as (container, stream):
+    with _opened(_source(recording.footage), recording.fps) as (container, stream):
         rate = _rate(stream, recording.fps)
+        if recording.stated_fps and abs(rate / Fraction(recording.stated_fps) - 1) > RATE_APART:
+            stated = f"its description states {recording.stated_fps:g} frames a second"
+            raise DecodeError(f"{stated}, its video has {float(rate):g}: times and pictures would be apart")
         aspect = float(stream.sample_aspect_ratio or 1)
         frames = frames_from(container, stream, rate, start) if start else container.decode(stream)
         for frame, until in with_ends(frames, stream, rate, start, stamped=recording.fps is None):
@@ -122,33 +130,48 @@ def _shown_frames(recording: Recording) -> Iterator[Shown]:
             yield (frame, aspect), until
 
 
-def _shown_images(images: ImageFiles) -> Iterator[Shown]:
+def _shown_images(recording: Recording, images: ImageFiles | ParquetImages) -> Iterator[Shown]:
     """Each picture with the time at which the next takes its place; the last one stays as long as most do."""
-    usual = float(np.median(np.diff(images.times))) if len(images.times) > 1 else 0.1
-    ends = [*images.times[1:], images.times[-1] + usual]
-    for path, until in zip(images.paths, ends, strict=True):
-        with _opened(VideoFile(path), None) as (container, stream):
+    times, sources = _pictures_of(images)
+    usual = float(np.median(np.diff(times))) if len(times) > 1 else 0.1
+    # A little less, as for a video's frames: a time that falls on the border belongs to the next picture.
+    ends = [until - usual / 4 - recording.start for until in (*times[1:], times[-1] + usual)]
+    last = np.inf if recording.end is None else recording.end - recording.start
+    for number, (source, until) in enumerate(zip(sources, ends, strict=True)):
+        if until <= 0:
+            continue
+        with _opened(source, None) as (container, stream):
             picture = next(iter(container.decode(stream)), None)
         if picture is None:
-            raise DecodeError(f"{Path(path).name} holds no picture")
-        # A little less, as for a video's frames: a time that falls on the border belongs to the next picture.
-        yield (picture, 1.0), Fraction(until - usual / 4).limit_denominator(1_000_000)
+            raise DecodeError(f"{Path(source).name if isinstance(source, str) else number} holds no picture")
+        yield (picture, 1.0), Fraction(min(until, last)).limit_denominator(1_000_000)
+        if until >= last:
+            return
+
+
+def _pictures_of(images: ImageFiles | ParquetImages) -> tuple[Sequence[float], Iterable[str | bytes]]:
+    """(their seconds, the file of each or its bytes)."""
+    if isinstance(images, ImageFiles):
+        return images.times, images.paths
+    return picture_times(images), picture_cells(images)
+
+
+def _source(footage: Footage) -> str | bytes:
+    """What is opened: a file's path, or the bytes of one that lies in another file."""
+    return footage.path if isinstance(footage, VideoFile) and footage.size is None else read_bytes(footage)
 
 
 @contextmanager
-def _opened(footage: VideoFile | ParquetCell, fps: float | None) -> Iterator[tuple[Any, Any]]:
-    """(container, video stream), one thread, errors not painted over."""
+def _opened(source: str | bytes, fps: float | None) -> Iterator[tuple[Any, Any]]:
+    """(container, video stream) of a path or a file's bytes, one thread, errors not painted over."""
     options = {"framerate": f"{fps:g}"} if fps else {}
-    source: str | IO[bytes] | io.BytesIO
     try:
-        if isinstance(footage, VideoFile) and footage.size is None:
-            source = footage.path
-        else:
-            source = io.BytesIO(read_bytes(footage))
         if isinstance(source, str) and not Path(source).is_file():
             raise DecodeError("there is no such file")
         # A path with a colon would be taken for a protocol.
-        with av.open(f"file:{source}" if isinstance(source, str) else source, "r", options=options) as container:
+        with av.open(
+            f"file:{source}" if isinstance(source, str) else io.BytesIO(source), "r", options=options
+        ) as container:
             yield container, open_stream(container)
     except (av.FFmpegError, ValueError, OSError) as error:
         raise DecodeError(f"the video cannot be opened ({first_line(error)})") from error
@@ -161,8 +184,8 @@ def read_bytes(footage: Footage) -> bytes:
         DecodeError: they cannot be read.
     """
     if isinstance(footage, ParquetCell):
-        return _read_cell(footage)
-    if isinstance(footage, ImageFiles):
+        return read_cell(footage)
+    if not isinstance(footage, VideoFile):
         raise DecodeError("pictures are no video file")
     try:
         with open(footage.path, "rb") as file:
@@ -172,27 +195,6 @@ def read_bytes(footage: Footage) -> bytes:
         raise DecodeError(f"it cannot be read ({error.strerror})") from error
     if footage.size is not None and len(data) != footage.size:
         raise DecodeError("the file that holds it is truncated")
-    return data
-
-
-@lru_cache(maxsize=1)
-def _column(path: str, row_group: int, column: str) -> Any:
-    import pyarrow.parquet as parquet
-
-    with parquet.ParquetFile(path) as file:
-        return file.read_row_group(row_group, [column]).column(column)
-
-
-def _read_cell(cell: ParquetCell) -> bytes:
-    try:
-        value = _column(cell.path, cell.row_group, cell.column)[cell.row].as_py()
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise DecodeError(f"the table cannot be read ({first_line(error)})") from error
-    data = value.get("bytes") if isinstance(value, dict) else value
-    if data is None and isinstance(value, dict) and isinstance(value.get("path"), str):
-        return read_bytes(VideoFile(str(inside(Path(cell.path).parent, value["path"]))))
-    if not isinstance(data, bytes):
-        raise DecodeError("the table's cell holds no bytes")
     return data
 
 
@@ -210,7 +212,7 @@ def shard_ready_bytes(recording: Recording, frames: int, fps: float, height: int
     footage = recording.footage
     if not isinstance(footage, VideoFile) or recording.start or recording.end is not None or recording.fps:
         return None
-    with _opened(footage, None) as (container, stream):
+    with _opened(_source(footage), None) as (container, stream):
         context = stream.codec_context
         ready = (
             "mp4" in container.format.name
