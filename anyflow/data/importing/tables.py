@@ -92,9 +92,10 @@ def _column(path: str, row_group: int, column: str) -> Any:
 
 def _bytes_of(value: Any, home: Path) -> bytes:
     """The bytes of a cell: itself, its ``bytes``, or those of the file that its ``path`` names, seen from ``home``."""
-    data = value.get("bytes") if isinstance(value, dict) else value
-    if data is None and isinstance(value, dict) and isinstance(value.get("path"), str):
-        path = inside(home, value["path"])
+    cell = value if isinstance(value, dict) else {"path": value} if isinstance(value, str) else {"bytes": value}
+    data = cell.get("bytes")
+    if data is None and isinstance(cell.get("path"), str):
+        path = inside(home, cell["path"])
         try:
             return path.read_bytes()
         except OSError as error:

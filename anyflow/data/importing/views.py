@@ -49,8 +49,13 @@ def together(found: Iterable[Found], views: str, cameras: Sequence[str]) -> Iter
         else:
             moments.setdefault(item.group, {}).setdefault(item.camera, []).append(item)
     names, columns = _layout(views, cameras, list(dict.fromkeys(name for seen in moments.values() for name in seen)))
+    everything = views in (WIDE, GRID) and not cameras
     for moment, seen in moments.items():
-        yield from _moment(moment, seen, names, columns, damaged.pop(moment, []))
+        bad = damaged.pop(moment, [])
+        made = list(_moment(moment, seen, names, columns, bad))
+        yield from made
+        if everything and all(isinstance(item, Recording) for item in made):  # a camera that is damaged everywhere
+            yield from bad
     for items in damaged.values():
         yield from items
 

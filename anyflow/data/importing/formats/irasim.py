@@ -174,8 +174,8 @@ def _cameras(videos: list[Mapping[str, Any]], episode: set[str]) -> list[str]:
     """A name for every camera: the annotation's, else what its path has behind the episode, else its place."""
     names = []
     for video in videos:
-        parts = _below_videos(_path_of(video)).with_suffix("").parts
-        own = [part for part in parts if split_of(Path(part, "x")) is None]
+        path = _below_videos(_path_of(video))
+        own = [part for part in (*path.parent.parts, path.stem) if split_of(Path(part, "x")) is None]
         named = next((place for place, part in enumerate(own) if part in episode), 0)
         own = own[named + 1 :]
         names.append(str(video.get("camera") or "_".join([part for part in own if part != "rgb"] or own)))
@@ -232,7 +232,7 @@ def _numbers(field: str, values: list[Any]) -> np.ndarray:
     """
     try:
         rows = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DecodeError(f"its {field} has rows that are missing or of several lengths") from error
     if not np.isfinite(rows).all():
         raise DecodeError(f"its {field} has values that are no numbers")

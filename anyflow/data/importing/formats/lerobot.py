@@ -6,7 +6,7 @@ The layout is that of https://github.com/huggingface/lerobot (``datasets/lerobot
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from anyflow.data.decode import DecodeError
-from anyflow.data.importing.recording import Found, ParquetImages, Recording, Track, Unusable, VideoFile
+from anyflow.data.importing.recording import Found, ImageFiles, ParquetImages, Recording, Track, Unusable, VideoFile
 from anyflow.data.safety import inside, read_json_object, read_rows
 from anyflow.errors import UserError
 
@@ -25,7 +25,9 @@ CONTROLS = {
     "actions": "per frame: the action vector of the robot, as the data set's feature 'action' has it",
     "state": "per frame: the state vector of the robot, as the feature 'observation.state' has it",
 }
-TRACKS = {"actions": "action", "state": "observation.state"}
+TRACKS = {"actions": ("action", "actions"), "state": ("observation.state", "state")}
+"""Control -> its feature, as LeRobot's own data sets name it and as others do."""
+COLUMNS = ("timestamp", "episode_index", *(name for names in TRACKS.values() for name in names))
 CHUNK = 1000
 """Episodes of a chunk in v2, unless info.json has ``chunks_size``."""
 PICTURES = ("video", "image")
@@ -58,7 +60,7 @@ def recordings(folder: Path) -> Iterator[Found]:
             try:
                 place = f"episode_{int(episode['episode_index']):06d}"
                 yield _recording(folder, layout, episode, place, camera)
-            except (DecodeError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            except (DecodeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
                 yield Unusable(f"{place}/{_plain(camera)}", f"its description is damaged ({error!r})"[:300])
 
 
@@ -70,7 +72,7 @@ def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
             raise DecodeError(f"its table has no column {name}")
     rows = np.flatnonzero(table.column("episode_index").to_numpy() == recording.details["episode"])
     times = _numbers(table.column("timestamp").take(rows), "timestamp")
-    present = {name: column for name, column in TRACKS.items() if column in table.column_names}
+    present = _present(table.column_names)
     return {name: Track(times, _numbers(table.column(column).take(rows), column)) for name, column in present.items()}
 
 
@@ -78,15 +80,20 @@ def described_controls(folder: Path) -> dict[str, str]:
     """The controls with the names and the rate that ``meta/info.json`` gives them."""
     info = read_json_object(folder / "meta" / "info.json")
     words = {}
-    for control, column in TRACKS.items():
-        feature = info["features"].get(column)
-        names = feature.get("names") if isinstance(feature, dict) else None
+    for control, column in _present(info["features"]).items():
+        names = info["features"][column].get("names")
         if isinstance(names, dict):
             names = next(iter(names.values()), None)
         if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
             listed = ", ".join(names)[:500]
             words[control] = f"{CONTROLS[control]} ({listed}; {float(info['fps']):g} a second in the source)"
     return words
+
+
+def _present(columns: Container[str]) -> dict[str, str]:
+    """Control -> its feature, of those that are there."""
+    found = {control: next((name for name in names if name in columns), None) for control, names in TRACKS.items()}
+    return {control: name for control, name in found.items() if name is not None}
 
 
 @dataclass(frozen=True)
@@ -151,9 +158,13 @@ def _recording(folder: Path, layout: _Layout, episode: Mapping[str, Any], place:
     """One camera of one episode."""
     index, start, end = int(episode["episode_index"]), 0.0, None
     table = str(inside(folder, _path(layout.data_path, episode, "data/", camera, layout.chunk)))
-    footage: VideoFile | ParquetImages
+    footage: VideoFile | ImageFiles | ParquetImages
     if layout.cameras[camera] == "image":
-        footage = ParquetImages(table, camera, str(folder), ("episode_index", index), "timestamp")
+        files = sorted((folder / "images" / camera).glob(f"episode[_-]{index:06d}/frame[_-]*"))
+        if len(files) == episode.get("length"):
+            footage = ImageFiles(tuple(map(str, files)), tuple(place / layout.fps for place in range(len(files))))
+        else:
+            footage = ParquetImages(table, camera, str(folder), ("episode_index", index), "timestamp")
     else:
         path = _path(layout.video_path, episode, f"videos/{camera}/", camera, layout.chunk)
         footage = VideoFile(str(inside(folder, path)))
@@ -201,7 +212,7 @@ def _table(path: str) -> Any:
     try:
         with parquet.ParquetFile(path) as file:
             names = set(file.schema_arrow.names)
-            return file.read([name for name in ("timestamp", "episode_index", *TRACKS.values()) if name in names])
+            return file.read([name for name in COLUMNS if name in names])
     except (OSError, ValueError, LookupError) as error:
         raise DecodeError(f"its table cannot be read ({str(error)[:100]})") from error
 
