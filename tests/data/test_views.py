@@ -22,7 +22,7 @@ from anyflow.data.decode import ClipShape, decode_clip
 from anyflow.data.importing.options import ImportOptions
 from anyflow.data.importing.recording import Recording, Unusable, VideoFile
 from anyflow.data.importing.run import import_dataset
-from anyflow.data.importing.views import Box, boxes, together
+from anyflow.data.importing.views import Box, boxes, synchronised, together
 from anyflow.errors import UserError
 
 ANY: dict[str, Any] = {"keep_duplicates": True, "default_caption": "A robot.", "error_budget": 1.0}
@@ -192,6 +192,15 @@ def test_what_is_damaged_is_never_lost() -> None:
     made = list(together([*good, *bad], "wide", ()))
     assert [item.name for item in made] == ["e0/top", "e0/wrist", "e1/top", "e1/wrist", "e7"]
     assert [item.name for item in together([*good, *bad], "top", ())] == ["e0/top", "e1/top", "e7"]
+
+
+def test_pauses_and_late_cameras_stay_in_step() -> None:
+    """Ten pictures a second; one camera starts 0.36 s late, the other pauses from 0.8 to 2 s."""
+    times = [[k / 10 for k in range(40)], [0.36 + k / 10 for k in range(5)] + [2 + k / 10 for k in range(20)]]
+    streams = [iter([(np.array([time]), time, time == 2) for time in stream]) for stream in times]
+    made = [(float(a[0]), float(b[0]), apart) for (a, b), _, apart in synchronised("ab", streams, 10)]
+    assert all(abs(a - b) <= 0.05 for a, b, _ in made) and len(made) == 25
+    assert [round(a, 1) for a, _, apart in made if apart] == [0.4, 2.0]
 
 
 @given(

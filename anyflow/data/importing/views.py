@@ -21,6 +21,8 @@ from anyflow.data.importing.recording import Found, ImageFiles, Recording, Unusa
 from anyflow.errors import UserError
 
 APART, WIDE, GRID = "apart", "wide", "grid"
+Timed = tuple[np.ndarray, float, bool]
+"""A picture, its seconds after the recording's start, and whether what came before is apart from it: a pause."""
 LATE = 0.5
 """Seconds by which a camera may end before the others: more is a damaged recording, not a rounded clock."""
 SHORTEST = 0.05
@@ -44,10 +46,12 @@ def together(found: Iterable[Found], views: str, cameras: Sequence[str]) -> Iter
     moments: dict[str, dict[str, list[Recording]]] = {}
     damaged: dict[str, list[Unusable]] = {}
     for item in found:
-        if isinstance(item, Unusable):
+        if isinstance(item, Recording):
+            moments.setdefault(item.group, {}).setdefault(item.camera, []).append(item)
+        elif isinstance(item, Unusable):
             damaged.setdefault(item.name.rpartition("/")[0] or item.name, []).append(item)
         else:
-            moments.setdefault(item.group, {}).setdefault(item.camera, []).append(item)
+            yield item
     names, columns = _layout(views, cameras, list(dict.fromkeys(name for seen in moments.values() for name in seen)))
     everything = views in (WIDE, GRID) and not cameras
     for moment, seen in moments.items():
@@ -214,34 +218,52 @@ def frames_at(recording: Recording, fps: float, height: int, width: int) -> Iter
         return
     parts = recording.footage.parts
     places = boxes([_size(part) for part in parts], recording.footage.columns, height, width)
-    streams = [_frames_of(part, fps, box) for part, box in zip(parts, places, strict=True)]
-    while True:
-        pictures = [next(stream, None) for stream in streams]
-        shown = [picture for picture in pictures if picture is not None]
-        if len(shown) < len(pictures):
-            _check_ends(parts, streams, pictures, fps)
-            return
+    streams = [_timed(part, fps, box) for part, box in zip(parts, places, strict=True)]
+    for pictures, _, _ in synchronised([part.camera for part in parts], streams, fps):
         whole = np.zeros((height, width, 3), dtype=np.uint8)
-        for picture, box in zip(shown, places, strict=True):
+        for picture, box in zip(pictures, places, strict=True):
             whole[box.top : box.top + box.height, box.left : box.left + box.width] = picture
         yield whole
 
 
-def _frames_of(part: Recording, fps: float, box: Box) -> Iterator[np.ndarray]:
+def _timed(part: Recording, fps: float, box: Box) -> Iterator[Timed]:
+    """A camera's pictures at the size of its box, with their times."""
     try:
-        yield from footage.frames_at(part, fps, box.height, box.width)
+        for number, picture in enumerate(footage.frames_at(part, fps, box.height, box.width)):
+            yield picture, number / fps, False
     except DecodeError as error:
         raise DecodeError(f"camera {part.camera}: {error}") from error
 
 
-def _check_ends(
-    parts: Sequence[Recording], streams: Sequence[Iterator[np.ndarray]], last: Sequence[object], fps: float
-) -> None:
+def synchronised(
+    cameras: Sequence[str], streams: Sequence[Iterator[Timed]], fps: float
+) -> Iterator[tuple[list[np.ndarray], float, bool]]:
+    """The moments that all cameras saw: a picture a camera, their time, and whether what came before is apart.
+
+    Pictures belong together if they are less than half a picture's time apart. Where a camera paused, what the others
+    saw meanwhile is passed over.
+
+    Raises:
+        DecodeError: while iterating: a camera ends long before the others.
+    """
+    near, passed_over = 0.5 / fps, False
+    heads = [next(stream, None) for stream in streams]
+    while True:
+        seen = [head for head in heads if head is not None]
+        if len(seen) < len(heads):
+            break
+        latest = max(time for _, time, _ in seen)
+        late = [place for place, (_, time, _) in enumerate(seen) if time < latest - near]
+        if not late:
+            yield [picture for picture, _, _ in seen], seen[0][1], passed_over or any(apart for _, _, apart in seen)
+        passed_over = bool(late)
+        for place in late or range(len(heads)):
+            heads[place] = next(streams[place], None)
+    ended = [camera for camera, head in zip(cameras, heads, strict=True) if head is None]
     most = math.ceil(LATE * fps)
-    for stream, picture in zip(streams, last, strict=True):
-        if picture is not None and sum(1 for _ in islice(stream, most)) == most:
-            ended = ", ".join(part.camera for part, other in zip(parts, last, strict=True) if other is None)
-            raise DecodeError(f"camera {ended} ends more than {LATE:g} s before the others")
+    for stream, head in zip(streams, heads, strict=True):
+        if head is not None and sum(1 for _ in islice(stream, most)) == most:
+            raise DecodeError(f"camera {', '.join(ended)} ends more than {LATE:g} s before the others")
 
 
 def _size(part: Recording) -> tuple[int, int]:
