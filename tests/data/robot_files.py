@@ -127,7 +127,6 @@ def as_images(
 ) -> Path:
     """LeRobot whose top camera's pictures are cells of the table instead of a video; no column where a cell is None."""
     lerobot_v3(folder, episodes, frames)
-    change(folder / "meta/info.json", lambda info: info["features"].pop(CAMERAS[1]))
     change(folder / "meta/info.json", lambda info: info["features"][CAMERAS[0]].update(dtype="image"))
 
     def add(rows: list[dict[str, Any]]) -> None:
@@ -138,6 +137,5 @@ def as_images(
             row |= {} if made is None else {CAMERAS[0]: made}
 
     change_rows(folder / "data/chunk-000/file-000.parquet", add)
-    for path in (folder / "videos").rglob("*.mp4"):
-        path.unlink()
+    (folder / f"videos/{CAMERAS[0]}/chunk-000/file-000.mp4").unlink()
     return folder

@@ -83,6 +83,15 @@ def test_an_episodes_last_action_holds_at_its_last_frame(tmp_path: Path) -> None
         assert clip.controls["gripper"][-1] == FRAMES - 1.0
 
 
+def test_annotations_without_splits_are_held_out_by_draw(tmp_path: Path) -> None:
+    folder = annotated(tmp_path / "robot", irasim_3d)
+    for path in sorted(folder.glob("annotation/*/*.json")):
+        put(folder / "annotations" / path.name, path.read_bytes())
+        path.unlink()
+    report, clips = run(folder, tmp_path / "out", **ANY)
+    assert report.format == "irasim" and len(clips) == 12 and report.clips["heldout"] == 3
+
+
 def test_pickled_latents_stay_shut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(annotated(tmp_path / "robot"), tmp_path / "out", **ANY)
     assert "12 pickles were not opened" in caplog.text
@@ -144,7 +153,7 @@ def test_pictures_in_lerobots_tables(tmp_path: Path) -> None:
         as_images(tmp_path / "path", by_path),
         as_images(tmp_path / "files", by_name),
     ]
-    made = [run(folder, tmp_path / f"{folder.name}-out", **ANY)[1] for folder in folders]
+    made = [run(folder, tmp_path / f"{folder.name}-out", cameras=("top",), **ANY)[1] for folder in folders]
     for clips in made:
         assert len(clips) == 12
         for clip in clips:
@@ -212,9 +221,9 @@ def time_of(path: Path) -> int:
 
 def test_key_frames_alone_are_clips_at_two_a_second(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    folder = drive(tmp_path / "nu", lambda scene, number: number % 6 == 0)
+    folder = drive(tmp_path / "nu", lambda scene, number: number % 6 == 0 or number == 1)
     report, clips = run(folder, tmp_path / "out", heldout=0.0, frames=4, keep_duplicates=True)
-    assert report.clips == {"train": 12} and "key frames alone" in caplog.text
+    assert report.clips == {"train": 12} and "of 6 cameras' scenes key frames alone" in caplog.text
     for clip in clips:
         assert clip.fps == 2 and np.diff([frame for _, frame in seen(clip)]).tolist() == [6, 6, 6]
         assert np.allclose(clip.controls["trajectory"], [circle(k / 2) for k in range(4)], atol=0.02)

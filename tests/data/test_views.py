@@ -78,10 +78,18 @@ def test_a_grid_is_near_square_and_a_size_is_shared_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("write", [lerobot_v2, as_images])
 def test_every_kind_of_footage_can_be_put_together(write: Any, tmp_path: Path) -> None:
-    folder = write(tmp_path / "robot")
-    views = "top" if write is as_images else "top+wrist"
-    report, clips = run(folder, tmp_path / "out", views=views, **ANY)
-    assert report.recordings == 4 and {clip.attributes["camera"] for clip in clips} == {views}
+    """A file an episode, and pictures in a table beside a part of a file."""
+    report, clips = run(write(tmp_path / "robot"), tmp_path / "out", views="wrist+top", **ANY)
+    assert report.recordings == 4 and not report.unusable and len(clips) == 12
+    for clip in clips:
+        wrist, top = cameras_of(clip, 48, 384, [Box(0, 0, 48, 192), Box(0, 192, 48, 192)])
+        assert wrist == top == [(e, t) for t, e in np.array(clip.controls["actions"]).astype(int)]
+
+
+def test_an_episode_of_one_picture_is_short_and_not_damaged(tmp_path: Path) -> None:
+    folder = lerobot_unlike(tmp_path / "robot", frames=1, fps=30)
+    with pytest.raises(UserError, match=r"no clip of 8 frames came out .*left out: 4 too short"):
+        run(folder, tmp_path / "out", views="wide")
 
 
 def shift(folder: Path, camera: str, seconds: float, without: int) -> None:

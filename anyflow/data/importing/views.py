@@ -26,7 +26,7 @@ Timed = tuple[np.ndarray, float, bool]
 LATE = 0.5
 """Seconds by which a camera may end before the others: more is a damaged recording, not a rounded clock."""
 SHORTEST = 0.05
-"""Seconds that cameras must share: less is a border between two stretches."""
+"""Seconds that cameras must share: less is the border between two stretches of one of them."""
 
 
 def together(found: Iterable[Found], views: str, cameras: Sequence[str]) -> Iterator[Found]:
@@ -113,12 +113,13 @@ def _moment(
 def _shared(cameras: Sequence[list[Recording]]) -> list[tuple[float, float, tuple[Recording, ...]]]:
     """(first second, last second, a recording a camera) of every stretch that all cameras saw."""
     spans: list[tuple[float, float, tuple[Recording, ...]]] = [(-math.inf, math.inf, ())]
+    least = SHORTEST if any(len(stretches) > 1 for stretches in cameras) else 0.0
     for stretches in cameras:
         spans = [
             (max(low, part.clock), min(high, part.clock + _seconds(part)), (*parts, part))
             for low, high, parts in spans
             for part in stretches
-            if min(high, part.clock + _seconds(part)) - max(low, part.clock) > SHORTEST
+            if min(high, part.clock + _seconds(part)) - max(low, part.clock) > least
         ]
     return spans
 

@@ -103,7 +103,7 @@ def _scenes(folder: Path, tables: Path) -> Iterator[Found]:
                 keyframes += camera.keyframes_alone
                 lacking += camera.lacking
     if keyframes:
-        log.warning("of %d cameras' scenes the key frames alone are here: 2 pictures a second", keyframes)
+        log.warning("of %d cameras' scenes key frames alone are taken, for most others are not here", keyframes)
     if lacking:
         log.warning("%d pictures are missing (%s, ...): scenes are cut in two there", len(lacking), lacking[0])
 
@@ -112,7 +112,8 @@ class _Camera:
     """What a camera saw of a scene: one stretch of pictures, or several where pictures are missing.
 
     Attributes:
-        keyframes_alone: whether none of the pictures between key frames is here, as when ``samples`` alone was fetched.
+        keyframes_alone: whether most pictures between key frames are not here, as when ``samples`` alone was fetched;
+            then key frames alone are taken.
         lacking: names of the other pictures that are not here.
 
     Raises:
@@ -132,9 +133,9 @@ class _Camera:
         here = {token for token, file in files.items() if file.is_file()}
         if not here:
             raise DecodeError(f"there is no {rows[0]['filename']}, nor any other picture of it")
-        self.keyframes_alone = not any(row["token"] in here for row in rows if not row["is_key_frame"])
+        between = [row["token"] in here for row in rows if not row["is_key_frame"]]
+        self.keyframes_alone = 2 * sum(between) < len(between)
         rows = [row for row in rows if row["is_key_frame"] or not self.keyframes_alone]
-        self.keyframes_alone &= len(rows) < len(files)
         self.lacking = [row["filename"] for row in rows if row["token"] not in here]
         self.stretches = [
             list(stretch) for present, stretch in groupby(rows, key=lambda row: row["token"] in here) if present
