@@ -19,6 +19,7 @@ from robot_files import (
     Annotation,
     annotated,
     as_images,
+    bridge,
     change,
     change_rows,
     ctrl_world,
@@ -29,6 +30,7 @@ from robot_files import (
 from test_importers import run, seen
 
 from anyflow.data.card import load_card
+from anyflow.data.importing.formats import irasim
 from anyflow.data.importing.formats.known import detect_format
 from anyflow.data.importing.options import ImportOptions
 from anyflow.data.importing.run import import_dataset
@@ -83,6 +85,28 @@ def test_an_episodes_last_action_holds_at_its_last_frame(tmp_path: Path) -> None
         assert clip.controls["gripper"][-1] == FRAMES - 1.0
 
 
+def test_cameras_keep_their_names_where_an_episode_lacks_some(tmp_path: Path) -> None:
+    report, clips = run(annotated(tmp_path / "robot", bridge), tmp_path / "out", **ANY)
+    seen_by = {(clip.attributes["camera"], seen(clip)[0][0] - int(clip.attributes["episode_id"])) for clip in clips}
+    assert seen_by == {("image_0", 0), ("image_1", 3), ("image_2", 6), ("image_3", 9)} and not report.unusable
+
+
+@pytest.mark.parametrize(
+    ("path", "camera"),
+    [
+        ("videos/train/7/0.mp4", "0"),
+        ("videos/train/7/2/rgb.mp4", "2"),
+        ("videos/train/7/rgb.mp4", "rgb"),
+        ("videos/7.mp4", ""),
+        ("/data/bridge/videos/val/7/front_left.mp4", "front_left"),
+        ("videos/cam_high/7.mp4", "cam_high"),
+        ("videos/train/other/top.mp4", "top"),
+    ],
+)
+def test_a_camera_is_named_by_what_its_path_has_beside_the_episode(path: str, camera: str) -> None:
+    assert irasim._cameras([{"video_path": path}], {"7"}) == {camera: path}
+
+
 def test_annotations_without_splits_are_held_out_by_draw(tmp_path: Path) -> None:
     folder = annotated(tmp_path / "robot", irasim_3d)
     for path in sorted(folder.glob("annotation/*/*.json")):
@@ -102,6 +126,8 @@ def test_pickled_latents_stay_shut(tmp_path: Path, caplog: pytest.LogCaptureFixt
     [
         (lambda a: a.update(states=a["states"][:10]), "states has 10 rows, its video 24 frames"),
         (lambda a: a["states"].__setitem__(3, None), "states has rows that are missing"),
+        (lambda a: a["states"].__setitem__(0, None), "states has rows that are missing"),
+        (lambda a: a.update(states=[]), "states has 0 rows, its video 24 frames"),
         (lambda a: a["states"][3].__setitem__(0, None), "states has values that are no numbers"),
         (lambda a: a["states"][3].pop(), "states has rows that are missing or of several lengths"),
         (lambda a: a["videos"][0].update(video_path="../0.mp4"), "leads out of the data set"),

@@ -98,14 +98,11 @@ def _episode(folder: Path, path: Path) -> Iterator[Found]:
     except DecodeError as error:
         yield Unusable(episode, str(error))
         return
-    cameras = _cameras(videos, {path.stem, str(annotation.get("episode_id"))})
     labels = {name: value for name, value in annotation.items() if name not in NO_LABELS and _is_label(value)}
-    for camera, video in zip(cameras, videos, strict=True):
+    for camera, video in _cameras(videos, {path.stem, str(annotation.get("episode_id"))}).items():
         name = f"{episode}/{camera}" if camera else episode
-        if not _path_of(video):  # a camera that this episode lacks keeps its place in the list
-            continue
         try:
-            file = _find(folder, _path_of(video))
+            file = _find(folder, video)
         except DecodeError as error:
             yield Unusable(name, str(error))
             continue
@@ -134,9 +131,10 @@ def _streams(recording: Recording) -> dict[str, tuple[np.ndarray, float]]:
     frames = round(facts.seconds * facts.fps)
     streams = {}
     for field, values in annotation.items():
-        if not _is_stream(values):
+        name = NAMES.get(field, field)
+        if not (isinstance(values, list) and (name in CONTROLS or _is_stream(values))):
             continue
-        name, every = NAMES.get(field, field), _rows_a_frame(len(values), frames)
+        every = _rows_a_frame(len(values), frames)
         if every is None:
             if name in CONTROLS:
                 raise DecodeError(f"its {field} has {len(values)} rows, its video {frames} frames")
@@ -170,17 +168,22 @@ def _path_of(video: Mapping[str, Any]) -> str:
     return path if isinstance(path, str) else ""
 
 
-def _cameras(videos: list[Mapping[str, Any]], episode: set[str]) -> list[str]:
-    """A name for every camera: the annotation's, else what its path has behind the episode, else its place."""
+def _cameras(videos: list[Mapping[str, Any]], episode: set[str]) -> dict[str, str]:
+    """Camera -> its video's path, of those that the episode has; the others keep their place in the list, empty.
+
+    A camera's name is the annotation's, else what its path has behind the episode or before it, else its place.
+    """
+    here = {place: video for place, video in enumerate(videos) if _path_of(video)}
     names = []
-    for video in videos:
+    for video in here.values():
         path = _below_videos(_path_of(video))
         own = [part for part in (*path.parent.parts, path.stem) if split_of(Path(part, "x")) is None]
-        named = next((place for place, part in enumerate(own) if part in episode), 0)
-        own = own[named + 1 :]
-        names.append(str(video.get("camera") or "_".join([part for part in own if part != "rgb"] or own)))
-    unlike = len({*names, ""}) == len(names) + 1
-    return names if unlike or len(names) == 1 else [str(place) for place in range(len(names))]
+        place = next((place for place, part in enumerate(own) if part in episode), 0)
+        around = own[place + 1 :] or own[:place]
+        names.append(str(video.get("camera") or "_".join([part for part in around if part != "rgb"] or around)))
+    if len(videos) > 1 and len({*names, ""}) <= len(names):
+        names = [str(place) for place in here]
+    return {name: _path_of(video) for name, video in zip(names, here.values(), strict=True)}
 
 
 def _below_videos(name: str) -> PurePosixPath:
@@ -216,9 +219,9 @@ def _is_label(value: Any) -> bool:
     return isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 200)
 
 
-def _is_stream(values: Any) -> bool:
-    """Whether a field holds a row of numbers a moment."""
-    first = values[0] if isinstance(values, list) and len(values) > 1 else None
+def _is_stream(values: list[Any]) -> bool:
+    """Whether a list holds a row of numbers a moment."""
+    first = values[0] if len(values) > 1 else None
     while isinstance(first, list) and first:
         first = first[0]
     return isinstance(first, int | float) and not isinstance(first, bool)
