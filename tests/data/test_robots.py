@@ -87,7 +87,8 @@ def test_an_episodes_last_action_holds_at_its_last_frame(tmp_path: Path) -> None
 
 def test_cameras_keep_their_names_where_an_episode_lacks_some(tmp_path: Path) -> None:
     report, clips = run(annotated(tmp_path / "robot", bridge), tmp_path / "out", **ANY)
-    seen_by = {(clip.attributes["camera"], seen(clip)[0][0] - int(clip.attributes["episode_id"])) for clip in clips}
+    greys = [(seen(clip)[0][0] - int(clip.attributes["episode_id"])) % 10 for clip in clips]
+    seen_by = {(clip.attributes["camera"], grey) for clip, grey in zip(clips, greys, strict=True)}
     assert seen_by == {("image_0", 0), ("image_1", 3), ("image_2", 6), ("image_3", 9)} and not report.unusable
 
 
