@@ -100,10 +100,21 @@ def annotated(folder: Path, annotation: Annotation = ctrl_world, frames: int = F
 
 
 def lerobot_unlike(folder: Path, episodes: int = EPISODES, frames: int = FRAMES, fps: int = 12) -> Path:
-    """LeRobot v3.0 whose wrist camera is half as large and shows another grey, episode + 3."""
+    """LeRobot v3.0 whose wrist camera is half as large, shows the grey episode + 3, and has a new file half way."""
     lerobot_v3(folder, episodes, frames, fps)
-    pictures = [picture(e + 3, t)[::2, ::2] for e in range(episodes) for t in range(frames)]
-    put(folder / f"videos/{CAMERAS[1]}/chunk-000/file-000.mp4", encode(pictures, fps))
+    wrist, half = CAMERAS[1], episodes // 2
+    for number, part in enumerate((range(half), range(half, episodes))):
+        pictures = [picture(e + 3, t)[::2, ::2] for e in part for t in range(frames)]
+        put(folder / f"videos/{wrist}/chunk-000/file-{number:03d}.mp4", encode(pictures, fps))
+
+    def place(rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            number, begin = divmod(row["episode_index"], half)
+            row[f"videos/{wrist}/file_index"] = number
+            row[f"videos/{wrist}/from_timestamp"] = begin * frames / fps
+            row[f"videos/{wrist}/to_timestamp"] = (begin + 1) * frames / fps
+
+    change_rows(folder / "meta/episodes/chunk-000/file-000.parquet", place)
     return folder
 
 

@@ -208,6 +208,17 @@ def test_a_damaged_action_spoils_one_episode(action: Any, tmp_path: Path) -> Non
     assert all("its action" in reason for _, reason in report.unusable) and len(clips) == 18
 
 
+@pytest.mark.parametrize(
+    ("row", "reason"), [("episode_index", "23 rows, its description 24"), ("timestamp", "timestamp")]
+)
+def test_a_row_without_its_episode_or_time_spoils_one_episode(row: str, reason: str, tmp_path: Path) -> None:
+    folder = lerobot_v3(tmp_path / "robot")
+    change_rows(folder / ROWS, lambda rows: rows[30].update({row: None}))
+    report, clips = run(folder, tmp_path / "out", heldout=0.0, **ANY)
+    assert {name for name, _ in report.unusable} == {"episode_000001/top", "episode_000001/wrist"}
+    assert all(reason in why for _, why in report.unusable) and len(clips) == 18
+
+
 def test_a_video_of_another_rate_than_lerobot_states_is_refused(tmp_path: Path) -> None:
     folder = lerobot_v3(tmp_path / "robot", fps=12)
     change(folder / INFO, lambda info: info.update(fps=10))

@@ -71,6 +71,9 @@ def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
         if name not in table.column_names:
             raise DecodeError(f"its table has no column {name}")
     rows = np.flatnonzero(table.column("episode_index").to_numpy() == recording.details["episode"])
+    length = recording.details["length"]
+    if isinstance(length, int) and len(rows) != length:
+        raise DecodeError(f"its table has {len(rows)} rows, its description {length} frames")
     times = _numbers(table.column("timestamp").take(rows), "timestamp")
     present = _present(table.column_names)
     return {name: Track(times, _numbers(table.column(column).take(rows), column)) for name, column in present.items()}
@@ -183,7 +186,7 @@ def _recording(folder: Path, layout: _Layout, episode: Mapping[str, Any], place:
         camera=_plain(camera),
         split=None if layout.held_out is None else "heldout" if index in layout.held_out else "train",
         fields={"task": task, "robot": layout.robot},
-        details={"table": table, "episode": index},
+        details={"table": table, "episode": index, "length": episode.get("length")},
     )
 
 
