@@ -228,6 +228,11 @@ def test_boxes_lie_inside_and_apart(sizes: list[tuple[int, int]], columns: int, 
     assert max(heights) - min(heights) <= 1
 
 
+def test_a_size_without_room_for_a_camera_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="camera 0 would have 3x2 of the 8x2 pixels: give a larger --size"):
+        run(annotated(tmp_path / "robot"), tmp_path / "out", views="wide", size=(8, 2), default_caption="A robot.")
+
+
 def test_equal_cameras_fill_the_picture() -> None:
     assert boxes([(192, 320)] * 3, 3, 192, 960) == [Box(0, 320 * n, 192, 320) for n in range(3)]
     assert boxes([(48, 96)] * 4, 2, 96, 192)[3] == Box(48, 96, 48, 96)

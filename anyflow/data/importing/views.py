@@ -25,6 +25,8 @@ Timed = tuple[np.ndarray, float, bool]
 """A picture, its seconds after the recording's start, and whether what came before is apart from it: a pause."""
 LATE = 0.5
 """Seconds by which a camera may end before the others: more is a damaged recording, not a rounded clock."""
+SMALLEST = 4
+"""Pixels of a camera's box: less shows nothing."""
 SHORTEST = 0.05
 """Seconds that cameras must share: less is the border between two stretches of one of them."""
 
@@ -166,7 +168,7 @@ def boxes(sizes: Sequence[tuple[int, int]], columns: int, height: int, width: in
         edge = (whole - sum(wide / tall for tall, wide in row)) / 2
         for tall, wide in row:
             left, edge = round(width * edge / whole), edge + wide / tall
-            found.append(Box(top, left, max(1, below - top), max(1, round(width * edge / whole) - left)))
+            found.append(Box(top, left, below - top, round(width * edge / whole) - left))
     return found
 
 
@@ -219,6 +221,10 @@ def frames_at(recording: Recording, fps: float, height: int, width: int) -> Iter
         return
     parts = recording.footage.parts
     places = boxes([_size(part) for part in parts], recording.footage.columns, height, width)
+    for part, box in zip(parts, places, strict=True):
+        if min(box.height, box.width) < SMALLEST:
+            tiny = f"{box.width}x{box.height} of the {width}x{height} pixels"
+            raise DecodeError(f"camera {part.camera} would have {tiny}: give a larger --size")
     streams = [_timed(part, fps, box) for part, box in zip(parts, places, strict=True)]
     for pictures, _, _ in synchronised([part.camera for part in parts], streams, fps):
         whole = np.zeros((height, width, 3), dtype=np.uint8)
