@@ -60,6 +60,8 @@ def _lines(report: ImportReport) -> list[str]:
     facts: dict[str, Any] = report.to_dict()
     clips = ", ".join(f"{count} {split}" for split, count in facts["clips"].items())
     lines = [f"{report.format}: {report.recordings} recordings, {clips} clips"]
+    if report.views:
+        lines.append(f"in one picture: {report.views}")
     if facts["dropped"]:
         lines.append("left out: " + ", ".join(f"{count} {reason}" for reason, count in facts["dropped"].items()))
     lines += [f"unusable: {name} ({reason})" for name, reason in report.unusable[:NAMED]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from anyflow.data.clip import Clip, encode_mp4
-from anyflow.data.importing.footage import frames_at, shard_ready_bytes
+from anyflow.data.importing.footage import shard_ready_bytes
 from anyflow.data.importing.labels import NoLabelError, check_tracks, controls_at
 from anyflow.data.importing.recording import Recording, Track
+from anyflow.data.importing.views import frames_at
 from anyflow.data.safety import plain
 from anyflow.errors import UserError
 
@@ -141,8 +141,7 @@ def _windows(
     thumbs: list[np.ndarray] = []
     changes: list[float] = []
     skip = 0  # frames up to the next clip
-    note = functools.partial(report.note, recording.name)
-    for frame, time, apart in frames_at(recording, cutting.fps, cutting.height, cutting.width, note):
+    for frame, time, apart in frames_at(recording, cutting.fps, cutting.height, cutting.width, report.note):
         thumb = _thumbnail(frame)
         if apart:
             window, times, thumbs, skip = [], [], [], 0

@@ -31,7 +31,7 @@ NAMED = 3
 
 @dataclass(frozen=True)
 class Import:
-    """What an import is of: where from, where to, how it cuts, and how many recordings were found."""
+    """What an import is of: where from, where to, how it cuts, how many recordings were found, how cameras lie."""
 
     source: Path
     format: str
@@ -41,6 +41,7 @@ class Import:
     options: ImportOptions
     controls: Mapping[str, str]
     recordings: int
+    views: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class ImportReport:
         clips: split -> clips. recordings: found in the source.
         unusable: (recording, reason), every one. dropped: clips left out, by reason. scenes: cuts seen.
         without: (recording, reason) of those that could be read, and gave no clip. notes: what else is to be known.
+        views: how several cameras lie in one picture, row by row; empty where they are apart.
     """
 
     card: Path
@@ -63,6 +65,7 @@ class ImportReport:
     scenes: int
     without: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    views: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; without the card's path, so that a report is the same wherever it was made."""
@@ -117,6 +120,7 @@ def assemble(
         sum(result.scenes for result in results),
         tuple((_printable(name), reason) for result in results for name, reason in result.without.items()),
         (*notes, *_notes(results)),
+        imported.views,
     )
     _write_card(imported, final, list(clips), results)
     write_report(final / REPORT_NAME, report.to_dict())
@@ -201,11 +205,12 @@ def _write_card(imported: Import, final: Path, splits: Sequence[str], results: S
         for name, values in result.attributes.items():
             labels.setdefault(name, set()).update(values)
     cutting, options = imported.cutting, imported.options
+    seen = f" Every picture shows the cameras {imported.views}." if imported.views else ""
     card = DatasetCard(
         name=imported.out.name,
         domain=options.domain or "",
         description=options.description
-        or f"Footage of {imported.source.name}, imported from the format {imported.format}.",
+        or f"Footage of {imported.source.name}, imported from the format {imported.format}.{seen}",
         splits={split: final / split for split in splits},
         frames=cutting.frames,
         height=cutting.height,
@@ -223,6 +228,7 @@ def _write_card(imported: Import, final: Path, splits: Sequence[str], results: S
             "format": imported.format,
             "recordings": imported.recordings,
             "cutting": asdict(cutting),
+            **({"views": imported.views} if imported.views else {}),
         },
     )
     write_card(card, final / CARD_NAME)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import av
 import numpy as np
 
 from anyflow.data.decode import DecodeError, open_stream, timed_frames
 from anyflow.data.frame_times import ODDITIES, PAUSE, Clock, Shown, Stamp, decide, follow, resampled
-from anyflow.data.importing.recording import Footage, ImageFiles, ParquetCell, Recording, VideoFile
+from anyflow.data.importing.recording import Footage, ImageFiles, ParquetCell, ParquetImages, Recording, VideoFile
+from anyflow.data.importing.tables import picture_cells, picture_times, read_cell
 from anyflow.data.picture import MIN_SIDE, FrameFitter, Note, progressive, require_footage, shown_size
-from anyflow.data.safety import inside
 from anyflow.errors import first_line
+
+T = TypeVar("T")
 
 PROGRESSIVE = (0, 1)
 """Orders of fields, in FFmpeg's numbers: unknown, and none."""
@@ -69,18 +70,9 @@ def probe(recording: Recording) -> Facts:
 
 
 def _probed(recording: Recording) -> Facts:
-    if isinstance(recording.footage, ImageFiles):
-        times = recording.footage.times
-        if len(times) < 2 or times[-1] <= times[0]:
-            raise DecodeError("it has fewer than two pictures")
-        with _opened(VideoFile(recording.footage.paths[0]), None) as (container, stream):
-            picture = next(iter(container.decode(stream)), None)
-            if picture is None:
-                raise DecodeError("it holds no pictures")
-            require_footage(picture)
-            height, width = shown_size(stream, picture)
-        return Facts(float(_image_clock(recording.footage).rate), height, width, times[-1] - times[0])
-    with _opened(recording.footage, recording.fps) as (container, stream):
+    if isinstance(recording.footage, ImageFiles | ParquetImages):
+        return _probed_pictures(recording, recording.footage)
+    with _opened(_source(recording.footage), recording.fps) as (container, stream):
         seconds = _seconds(stream)
         if seconds is None and container.duration:
             seconds = container.duration / av.time_base
@@ -98,6 +90,20 @@ def _probed(recording: Recording) -> Facts:
         return Facts(float(clock.rate), height, width, left)
 
 
+def _probed_pictures(recording: Recording, images: ImageFiles | ParquetImages) -> Facts:
+    times, sources = _pictures_of(images)
+    if len(times) < 2 or max(times) <= times[0]:
+        raise DecodeError("it has fewer than two pictures")
+    source = next(iter(sources))
+    with _opened(source, None) as (container, stream):
+        picture = _only(source, container, stream)
+        require_footage(picture)
+        height, width = shown_size(stream, picture)
+    end = max(times) if recording.end is None else recording.end
+    clock = _picture_clock(_microseconds(times))
+    return Facts(float(clock.rate), height, width, end - max(times[0], recording.start))
+
+
 def frames_at(
     recording: Recording, fps: float, height: int, width: int, note: Note = lambda text: None
 ) -> Iterator[Moment]:
@@ -112,10 +118,11 @@ def frames_at(
         DecodeError: while iterating, where the footage cannot be read any further.
     """
     try:
-        if isinstance(recording.footage, ImageFiles):
-            yield from _pictures(_shown_images(recording.footage, note), fps, FrameFitter(height, width, 1.0, note))
+        if isinstance(recording.footage, ImageFiles | ParquetImages):
+            shown = _shown_images(recording, recording.footage, note)
+            yield from _pictures(shown, fps, FrameFitter(height, width, 1.0, note))
             return
-        with _opened(recording.footage, recording.fps) as (container, stream):
+        with _opened(_source(recording.footage), recording.fps) as (container, stream):
             fitter = FrameFitter(height, width, float(stream.sample_aspect_ratio or 1), note)
             yield from _pictures(progressive(_shown(recording, container, stream, note), note), fps, fitter)
     except (av.FFmpegError, ValueError, IndexError, OverflowError, ZeroDivisionError, OSError) as error:
@@ -151,10 +158,7 @@ def _shown(recording: Recording, container: Any, stream: Any, note: Note) -> Ite
     wanted = None if recording.end is None else recording.end - recording.start
     interval = float(1 / clock.rate)
     reached = 0.0
-    for shown in frames:
-        # The last frame of a recording that ends in the middle of a file is the one that ends with it.
-        if wanted is not None and shown.until > wanted + interval / 4:
-            return
+    for shown in _until(wanted, frames, interval):
         if shown.why:
             note(ODDITIES[shown.why])
         lasts = float(shown.item.duration * clock.tick) if shown.item.duration else 0.0
@@ -184,41 +188,74 @@ def _seconds(stream: Any) -> float | None:
     return 3600 * hours + 60 * minutes + seconds
 
 
-def _image_clock(images: ImageFiles) -> Clock:
-    return decide([Stamp(stamp, stamp) for stamp in _stamps(images)], MICROSECOND, None, reorders=False)
-
-
-def _stamps(images: ImageFiles) -> list[int]:
-    return [round(time / MICROSECOND) for time in images.times]
-
-
-def _shown_images(images: ImageFiles, note: Note) -> Iterator[Shown[av.VideoFrame]]:
+def _shown_images(
+    recording: Recording, images: ImageFiles | ParquetImages, note: Note
+) -> Iterator[Shown[av.VideoFrame]]:
     """Each picture with the time at which the next takes its place; the last one stays as long as most do."""
-    stamped = zip(images.paths, _stamps(images), strict=True)
-    for path, start, until, why in follow(stamped, _image_clock(images), 0):
+    times, sources = _pictures_of(images)
+    stamps = _microseconds(times)
+    clock = _picture_clock(stamps)
+    wanted = None if recording.end is None else recording.end - recording.start
+    shown = follow(zip(sources, stamps, strict=True), clock, round(recording.start / MICROSECOND))
+    for source, start, until, why in _until(wanted, shown, float(1 / clock.rate)):
+        if until <= 0:
+            continue
         if why:
             note(ODDITIES[why])
-        with _opened(VideoFile(path), None) as (container, stream):
-            picture = next(iter(container.decode(stream)), None)
-        if picture is None:
-            raise DecodeError(f"{Path(path).name} holds no picture")
+        with _opened(source, None) as (container, stream):
+            picture = _only(source, container, stream)
         yield Shown(picture, start, until, why)
 
 
+def _until(end: float | None, shown: Iterator[Shown[T]], interval: float) -> Iterator[Shown[T]]:
+    """The frames up to a recording's end, which may lie in the middle of its footage: the last one ends with it."""
+    for frame in shown:
+        if end is None:
+            yield frame
+        elif frame.start > end - interval / 2:
+            return
+        else:
+            yield frame._replace(until=min(frame.until, end))
+
+
+def _picture_clock(stamps: Sequence[int]) -> Clock:
+    return decide([Stamp(stamp, stamp) for stamp in stamps], MICROSECOND, None, reorders=False)
+
+
+def _microseconds(times: Sequence[float]) -> list[int]:
+    return [round(time / MICROSECOND) for time in times]
+
+
+def _pictures_of(images: ImageFiles | ParquetImages) -> tuple[Sequence[float], Iterable[str | bytes]]:
+    """(their seconds, the file of each or its bytes)."""
+    if isinstance(images, ImageFiles):
+        return images.times, images.paths
+    return picture_times(images), picture_cells(images)
+
+
+def _only(source: str | bytes, container: Any, stream: Any) -> av.VideoFrame:
+    """The picture of an image file."""
+    picture: av.VideoFrame | None = next(iter(container.decode(stream)), None)
+    if picture is None:
+        raise DecodeError(f"{Path(source).name if isinstance(source, str) else 'a cell'} holds no picture")
+    return picture
+
+
+def _source(footage: Footage) -> str | bytes:
+    """What is opened: a file's path, or the bytes of one that lies in another file."""
+    return footage.path if isinstance(footage, VideoFile) and footage.size is None else read_bytes(footage)
+
+
 @contextmanager
-def _opened(footage: VideoFile | ParquetCell, fps: float | None) -> Iterator[tuple[Any, Any]]:
-    """(container, video stream), one thread, errors not painted over."""
+def _opened(source: str | bytes, fps: float | None) -> Iterator[tuple[Any, Any]]:
+    """(container, video stream) of a path or a file's bytes, one thread, errors not painted over."""
     options = {"framerate": f"{fps:g}"} if fps else {}
-    source: str | IO[bytes] | io.BytesIO
-    if isinstance(footage, VideoFile) and footage.size is None:
-        source = footage.path
-    else:
-        source = io.BytesIO(read_bytes(footage))
     if isinstance(source, str) and not Path(source).is_file():
-        raise DecodeError("there is no such file")
+        raise DecodeError(f"there is no {Path(source).name}")
     try:
         # A path with a colon would be taken for a protocol.
-        container = av.open(f"file:{source}" if isinstance(source, str) else source, "r", options=options)
+        file = f"file:{source}" if isinstance(source, str) else io.BytesIO(source)
+        container = av.open(file, "r", options=options)
     except (av.FFmpegError, ValueError, OSError) as error:
         raise DecodeError(f"the video cannot be opened ({first_line(error)})") from error
     with container:
@@ -232,8 +269,8 @@ def read_bytes(footage: Footage) -> bytes:
         DecodeError: they cannot be read.
     """
     if isinstance(footage, ParquetCell):
-        return _read_cell(footage)
-    if isinstance(footage, ImageFiles):
+        return read_cell(footage)
+    if not isinstance(footage, VideoFile):
         raise DecodeError("pictures are no video file")
     try:
         with open(footage.path, "rb") as file:
@@ -246,27 +283,6 @@ def read_bytes(footage: Footage) -> bytes:
     return data
 
 
-@lru_cache(maxsize=1)
-def _column(path: str, row_group: int, column: str) -> Any:
-    import pyarrow.parquet as parquet
-
-    with parquet.ParquetFile(path) as file:
-        return file.read_row_group(row_group, [column]).column(column)
-
-
-def _read_cell(cell: ParquetCell) -> bytes:
-    try:
-        value = _column(cell.path, cell.row_group, cell.column)[cell.row].as_py()
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise DecodeError(f"the table cannot be read ({first_line(error)})") from error
-    data = value.get("bytes") if isinstance(value, dict) else value
-    if data is None and isinstance(value, dict) and isinstance(value.get("path"), str):
-        return read_bytes(VideoFile(str(inside(Path(cell.path).parent, value["path"]))))
-    if not isinstance(data, bytes):
-        raise DecodeError("the table's cell holds no bytes")
-    return data
-
-
 def shard_ready_bytes(recording: Recording, frames: int, fps: float, height: int, width: int) -> bytes | None:
     """A recording's file, if it can be stored as it is: all of it, H.264 in mp4 of just this shape, key frames close
     enough, no sound. None if it must be encoded anew.
@@ -274,7 +290,7 @@ def shard_ready_bytes(recording: Recording, frames: int, fps: float, height: int
     footage = recording.footage
     if not isinstance(footage, VideoFile) or recording.start or recording.end is not None or recording.fps:
         return None
-    with _opened(footage, None) as (container, stream):
+    with _opened(_source(footage), None) as (container, stream):
         context = stream.codec_context
         ready = (
             "mp4" in container.format.name

@@ -21,7 +21,7 @@ from anyflow.data.decode import DecodeError
 from anyflow.data.faults import NotColourError
 from anyflow.data.importing.cutting import CutReport, Cutting, cut
 from anyflow.data.importing.formats.known import source_of
-from anyflow.data.importing.recording import ImageFiles, Recording, Unusable
+from anyflow.data.importing.recording import Recording, Unusable, files_of
 from anyflow.data.shards import Shard, shard_from_dict, shard_to_dict, write_tar
 from anyflow.errors import UserError, first_line
 from anyflow.system.files import write_atomically
@@ -186,10 +186,8 @@ class _Writer:
 
 def _files(recording: Recording) -> list[Path]:
     """The files that a recording's clips come from: the footage, and those that its details name."""
-    footage = recording.footage
-    paths = footage.paths if isinstance(footage, ImageFiles) else (footage.path,)
     named = (value for value in recording.details.values() if isinstance(value, str))
-    return [Path(path) for path in (*paths, *named)]
+    return [Path(path) for path in (*files_of(recording.footage), *named)]
 
 
 def _add(digest: Any, value: Any) -> None:

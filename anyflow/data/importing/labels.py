@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,20 @@ CLOCK_ERROR = 5e-4
 
 class NoLabelError(Exception):
     """Frames of a clip have no label; the message is why the clip is left out."""
+
+
+def rows_of(name: str, values: Sequence[Any]) -> np.ndarray:
+    """A control's rows as numbers, [N, ...]: NaN where a row or one of its numbers is missing.
+
+    Raises:
+        DecodeError: rows of several lengths, or of anything but numbers.
+    """
+    try:
+        shape = next((np.shape(row) for row in values if row is not None), ())
+        missing = np.full(shape, np.nan)
+        return np.array([missing if row is None else row for row in values], dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DecodeError(f"its {name} has rows that are no numbers or of several lengths") from error
 
 
 def check_tracks(tracks: Mapping[str, Track]) -> None:

@@ -21,13 +21,14 @@ from anyflow.data.decode import DecodeError
 from anyflow.data.importing.captions import DEFAULTS, Captions, captions_of
 from anyflow.data.importing.cutting import Cutting
 from anyflow.data.importing.finish import REPORT_NAME, Import, ImportReport, assemble, write_report
-from anyflow.data.importing.footage import Facts, probe
+from anyflow.data.importing.footage import Facts
 from anyflow.data.importing.formats.huggingface import licence_of
-from anyflow.data.importing.formats.known import detect_format, snapshot, source_of
+from anyflow.data.importing.formats.known import controls_of, detect_format, snapshot, source_of
 from anyflow.data.importing.heldout import count_of, in_order_of_draw
 from anyflow.data.importing.jobs import PARSE_ERRORS, ShardJob, ShardResult, load_result, run_job
 from anyflow.data.importing.options import ImportOptions
 from anyflow.data.importing.recording import Found, Recording, Unusable
+from anyflow.data.importing.views import APART, described, probe, together
 from anyflow.errors import UserError, first_line
 from anyflow.system.locks import locked
 from anyflow.system.pool import run_jobs
@@ -104,7 +105,7 @@ def _import(
     """The import itself, in a working folder of this process's own."""
     module = source_of(format)
     try:
-        found = list(_limited(module.recordings(folder), options))
+        found = list(_limited(together(module.recordings(folder), options.views, options.cameras), options))
     except (DecodeError, *PARSE_ERRORS) as error:
         raise UserError(f"source {str(source)!r} cannot be read ({format}): {first_line(error)}") from error
     recordings, unusable = _choose(captions.apply(found), options)
@@ -113,7 +114,8 @@ def _import(
     if not recordings:
         raise UserError(f"source {str(source)!r} holds no recordings ({format}: {module.LOOKS_FOR})")
     cutting, facts = _cutting(recordings, options)
-    imported = Import(source, format, out, work, cutting, options, dict(module.CONTROLS), total)
+    controls = controls_of(module, folder)
+    imported = Import(source, format, out, work, cutting, options, controls, total, described(recordings))
     jobs = list(_jobs(imported, folder, split_groups(recordings, options), facts))
     results = _run(jobs, unusable, options, total, progress)
     return assemble(imported, jobs, results, unusable)
@@ -136,7 +138,7 @@ def _limited(found: Iterable[Found], options: ImportOptions) -> Iterator[Found]:
     for item in found:
         if isinstance(item, Recording):
             cameras.add(item.camera)
-            if options.cameras and item.camera not in options.cameras:
+            if options.cameras and options.views == APART and item.camera not in options.cameras:
                 continue
             if item.key in seen:
                 item = Unusable(item.name, "the source names it twice")
@@ -147,7 +149,7 @@ def _limited(found: Iterable[Found], options: ImportOptions) -> Iterator[Found]:
         if options.limit and count >= options.limit:
             return
     missing = sorted(set(options.cameras) - cameras)
-    if missing:
+    if missing and options.views == APART:
         raise UserError(f"--cameras {','.join(missing)}: the source has {', '.join(sorted(cameras)) or 'no cameras'}")
 
 
