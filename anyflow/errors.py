@@ -20,7 +20,7 @@ class UserError(Exception):
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; the name of its class if there is no message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def explain(error: BaseException, place: str = "") -> str | None:
@@ -77,6 +77,12 @@ _FAULTS: tuple[tuple[tuple[int, ...], tuple[str, ...], str, str], ...] = (
         ("Permission denied",),
         "permission is denied",
         f"change the owner or the rights, or {_ELSEWHERE}",
+    ),
+    (
+        (errno.ENAMETOOLONG,),
+        ("File name too long",),
+        "a file's name would be too long",
+        "give a shorter name (--out, --to, run.name)",
     ),
     ((errno.EIO,), (), "the disk reports an error", f"look at the disk (dmesg), or {_ELSEWHERE}; {_AGAIN}"),
     (

@@ -7,6 +7,7 @@ network takes them. Videos are ``[B, F, H, W, 3]`` uint8, or ``[B, 3, F, H, W]``
 from __future__ import annotations
 
 import html
+import logging
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -34,6 +35,8 @@ PIXELS_AT_ONCE = 2**25
 GiB to decode in float32), and occupies a GPU by itself: more at once are no faster."""
 
 TEXT_CACHE_BYTES = 2**30
+
+log = logging.getLogger(__name__)
 
 
 class KnownTexts(Protocol):
@@ -81,6 +84,7 @@ class Codec(nn.Module):
         self._dtypes = (torch.float32, torch.float32)
         self._text_cache: OrderedDict[str, Tensor] = OrderedDict()
         self._text_cache_bytes = 0
+        self._cut_prompts = 0
         self.requires_grad_(False)
         self.train(False)
 
@@ -288,8 +292,10 @@ class Codec(nn.Module):
                 return self._embed(caption)
         if self.tokenizer is None or self.text_encoder is None:
             raise UserError("This codec has no text encoder: load it with text=True, or train on encoded captions.")
+        prompt = clean_prompt(caption)
+        self._tell_of_cut(prompt)
         tokens = self.tokenizer(
-            clean_prompt(caption),
+            prompt,
             max_length=MAX_TEXT_TOKENS,
             truncation=True,
             add_special_tokens=True,
@@ -298,6 +304,19 @@ class Codec(nn.Module):
         with _own_precision(self):
             output = self.text_encoder(tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device))
         return output.last_hidden_state[0].cpu()
+
+    def _tell_of_cut(self, prompt: str) -> None:
+        """Warn of a prompt that is read in part: of the first one, the tenth, the hundredth ..."""
+        if len(prompt.encode()) < MAX_TEXT_TOKENS:  # a token is a byte at least
+            return
+        length = len(self.tokenizer(prompt, add_special_tokens=True).input_ids)
+        if length > MAX_TEXT_TOKENS:
+            self._cut_prompts += 1
+            if str(self._cut_prompts).strip("0") == "1":
+                log.warning(
+                    "prompts longer than the %d tokens that are read of one: %d so far; %r ... has %d",
+                    *(MAX_TEXT_TOKENS, self._cut_prompts, prompt[:60], length),
+                )
 
 
 def _own_precision(codec: Codec) -> torch.autocast:

@@ -13,11 +13,14 @@ import typer
 
 from anyflow.errors import UserError
 from anyflow.system.files import partial_folder, require_place
+from anyflow.system.places import find_shipped
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document for machines, and nothing else, on stdout.")
 ]
-Model = Annotated[str, typer.Option(help="A model folder, a run's folder, or a hub id.")]
+Model = Annotated[
+    str, typer.Option(help="A model folder, a run's folder, or a hub id.", parser=find_shipped, metavar="MODEL")
+]
 Card = Annotated[str, typer.Argument(metavar="CARD", help="A dataset card: a name in data/, a file, or its folder.")]
 LOCAL_DATABASE = "sqlite:///runs/mlflow.db"
 

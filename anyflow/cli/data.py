@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from anyflow.cli.common import Card, Json, print_json
+from anyflow.cli.common import Card, Json, Model, print_json
 from anyflow.cli.data_encode import encode
 from anyflow.cli.data_import import import_footage
 from anyflow.cli.options import with_options
@@ -145,7 +145,7 @@ def check(
 @app.command("probe")
 def probe(
     card: Card,
-    model: Annotated[str, typer.Option(help="Model whose clip shape is used.")] = "data/models/tiny",
+    model: Model = "data/models/tiny",
     as_json: Json = False,
 ) -> None:
     """Train the probe that judges generated clips of a data set by its own labels (once), and report how good it is.

@@ -20,7 +20,9 @@ from anyflow.system.ranks import end_with_watcher, needs_watcher, watch
 class EncodeOptions:
     """What is encoded, and by what."""
 
-    model: str = option("data/models/tiny", "Folder or hub id of the model whose VAE and text encoder encode.")
+    model: str = option(
+        "data/models/tiny", "Folder or hub id of the model whose VAE and text encoder encode.", is_path=True
+    )
     splits: tuple[str, ...] = option(("train",), "Splits, with commas.")
     frames: int | None = option(None, "Frames of a clip; without it the model's own.")
     size: tuple[int, int] | None = option(None, "WIDTHxHEIGHT; without it the model's own.")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 QUIET_SECONDS = 30.0
 """Between two lines of progress where output is not a terminal."""
 NAMED = 20
-"""Unusable recordings that are listed, at most."""
+"""Recordings that are listed, at most: unusable, or without a clip."""
+NAMED_UNREAD = 5
 
 
 @with_options
@@ -57,21 +59,34 @@ def import_footage(
 
 
 def _lines(report: ImportReport) -> list[str]:
-    facts: dict[str, Any] = report.to_dict()
-    clips = ", ".join(f"{count} {split}" for split, count in facts["clips"].items())
-    lines = [f"{report.format}: {report.recordings} recordings, {clips} clips"]
-    if report.views:
-        lines.append(f"in one picture: {report.views}")
-    if facts["dropped"]:
-        lines.append("left out: " + ", ".join(f"{count} {reason}" for reason, count in facts["dropped"].items()))
-    lines += [f"unusable: {name} ({reason})" for name, reason in report.unusable[:NAMED]]
-    if len(report.unusable) > NAMED:
-        lines.append(f"and {len(report.unusable) - NAMED} more, all in {report.card.parent / 'import.json'}")
-    lines += [f"no clip of {name} ({reason})" for name, reason in report.without[:NAMED]]
-    if len(report.without) > NAMED:
-        lines.append(f"and of {len(report.without) - NAMED} more, all in {report.card.parent / 'import.json'}")
+    clips = ", ".join(f"{count} {split}" for split, count in report.clips.items())
+    left_out = f", {sum(report.left_out.values())} left out ({_counted(report.left_out)})" if report.left_out else ""
+    lines = [f"{report.format}: {report.found} recordings found, {report.taken} taken{left_out}: {clips} clips"]
+    lines += [f"in one picture: {report.views}"] if report.views else []
+    if report.dropped:
+        lines.append(f"left out of the recordings: {_counted(report.dropped)}")
+    if report.files:
+        found, footage, descriptions, left_out = report.files.values()
+        kinds = f"{footage} with footage, {descriptions} beside it, {sum(left_out.values())} left out"
+        lines.append(f"files: {found} found, {kinds}")
+    reasons: dict[str, list[str]] = {}
+    for name, reason in report.unread:
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        known = {**report.left_out, **report.files.get("left_out", {})}
+        count = max(len(names), known.get(reason, 0))
+        more = ", ..." if count > NAMED_UNREAD else ""
+        lines.append(f"not read: {count} x {reason}: {', '.join(names[:NAMED_UNREAD])}{more}")
+    for what, named in (("unusable:", report.unusable), ("no clip of", report.without)):
+        lines += [f"{what} {name} ({reason})" for name, reason in named[:NAMED]]
+        if len(named) > NAMED:
+            lines.append(f"and {len(named) - NAMED} more, all in {report.card.parent / 'import.json'}")
     lines += [f"note: {note}" for note in report.notes]
     lines.append(
         f"{report.card}   (see it by: anyflow data show {report.card.parent}; train by: data.card={report.card})"
     )
     return lines
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items())

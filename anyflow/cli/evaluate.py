@@ -37,7 +37,7 @@ class EvaluateOptions:
     """What is measured."""
 
     data: str = option(MISSING, "A dataset card: a name in data/, or a path.")
-    against: str | None = option(None, "A second model on the same prompts and noise: before.")
+    against: str | None = option(None, "A second model on the same prompts and noise: before.", is_path=True)
     steps: tuple[int, ...] = option((1, 2, 4, 8, 16, 32), "Step counts.", low=1, high=1000)
     prompts: int = option(16, "Prompts, from the card's split.", low=1)
     split: str = option("heldout", "Split that prompts and real clips come from.")

@@ -13,6 +13,7 @@ import typer
 from anyflow.cli.common import Json, fresh_folder, print_json, whole_folder
 from anyflow.errors import UserError
 from anyflow.evaluation.models import check_model
+from anyflow.system.places import find_shipped
 
 if TYPE_CHECKING:
     from anyflow.recipe import Recipe
@@ -21,7 +22,10 @@ PRECISIONS = ("bfloat16", "float16", "float32")
 
 
 def export(
-    source: Annotated[str, typer.Argument(metavar="RUN|PATH", help="A run's folder, a model folder, or a hub id.")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="RUN|PATH", help="A run's folder, a model folder, or a hub id.", parser=find_shipped),
+    ],
     to: Annotated[Path, typer.Option("--to", help="A new folder.")],
     lora: Annotated[
         bool, typer.Option("--lora/--merge", help="The adapter alone, or a whole pipeline with the adapter merged.")

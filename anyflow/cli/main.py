@@ -8,8 +8,10 @@ from anyflow.system import early  # noqa: F401  the first of all imports: it ans
 
 import os
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from anyflow import __version__
 from anyflow.cli import (
@@ -28,10 +30,21 @@ from anyflow.cli import (
     vbench,
 )
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_USER, UserError, explain
+from anyflow.system.places import expand_word
 from anyflow.system.ranks import expand_segments, leave_report
+
+
+class Street(TyperGroup):
+    """All commands: ``~`` is the home folder wherever a path can stand."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The words of the command line."""
+        return super().parse_args(ctx, [expand_word(word) for word in args])
+
 
 app = typer.Typer(
     name="anyflow",
+    cls=Street,
     help="Any-step video generators: train them, fine-tune them on your clips, sample them at any number of steps.",
     epilog="Exit codes: 0 done, 2 a mistake of the user's, 75 stopped by SIGTERM and saved, 130 stopped by Ctrl-C.",
     no_args_is_help=True,

@@ -76,7 +76,10 @@ def _check_cards(recipe: Recipe) -> None:
     from anyflow.data.card import load_card
 
     for card in recipe.data.card:
-        load_card(card)
+        cache = load_card(card).path.parent / "cache"
+        if recipe.data.precompute and not any(cache.glob("*/cache.json")):
+            remedy = "set data.precompute=false, or copy the card, with full paths in its splits, to another disk"
+            require_place(cache, "what data.precompute=true encodes lies beside the card, in", remedy)
 
 
 def _train(recipe: Recipe, options: TrainOptions, on_open: Callable[[RunFolder], None] | None = None) -> int:

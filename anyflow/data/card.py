@@ -112,7 +112,7 @@ def _place(home: Path, folder: str) -> Path:
     if remote.is_url(folder):
         return remote.mirror(folder)
     base = remote.url_of(home)
-    return home / folder if base is None else remote.mirror(remote.join(base, folder))
+    return home / Path(folder).expanduser() if base is None else remote.mirror(remote.join(base, folder))
 
 
 def write_card(card: DatasetCard, path: Path) -> None:

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -247,17 +247,35 @@ class Encoding:
         """What a shard was computed from: a run goes on where its cache had to be made again."""
         return digest("\n".join([self.source, self.fingerprint, *(f"{s.key} {s.shape}" for s in shard.samples)]))
 
+    @contextmanager
+    def held(self, waits: bool = True) -> Iterator[None]:
+        """Keep other processes from encoding the same, or wait for the one that does.
+
+        Raises:
+            UserError: another one does and ``waits`` is False, or the folder cannot be written.
+        """
+        with ExitStack() as stack:
+            with _told(self.folder):
+                self.lock.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    stack.enter_context(locked(self.lock, patience=0, passing=True))
+                except BlockingIOError as error:
+                    if not waits:
+                        raise UserError(
+                            f"card {self.title} is being encoded by another process: wait for it, or stop that one"
+                        ) from error
+                    log.warning("card %s is being encoded by another process: waiting for it", self.title)
+                    stack.enter_context(locked(self.lock, passing=True))
+            yield
+
     def all(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Everything in this process; of several processes one does it and the others wait for it."""
-        with _told(self.folder):
-            self.lock.parent.mkdir(parents=True, exist_ok=True)
-            with locked(self.lock):
-                if not self.is_whole():
-                    self.begin()
-                    for job in self.jobs:
-                        self.run(job, progress)
-                    self.finish()
-            self.lock.unlink(missing_ok=True)
+        """Everything in this process, unless it is there; who calls holds it (:meth:`held`) where others may too."""
+        if self.is_whole():
+            return
+        self.begin()
+        for job in self.jobs:
+            self.run(job, progress)
+        self.finish()
 
     def estimate(self) -> EncodingCost:
         """Encode the first usable clip twice, once to warm up, and a few captions, and multiply.
@@ -343,5 +361,6 @@ def _told(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         what = f"the cache {str(folder)!r} cannot be written: {error.strerror or error}"
-        remedy = "make room or its disk writable, or train from the footage by data.precompute=false"
+        card = "copy the card, with full paths in its splits, to another disk"
+        remedy = f"make room or its disk writable, {card}, or train from the footage by data.precompute=false"
         raise UserError(f"{what}; {remedy}") from error

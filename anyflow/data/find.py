@@ -6,12 +6,13 @@ import difflib
 from pathlib import Path
 
 from anyflow.errors import UserError
+from anyflow.system.places import find_shipped, folders_of
 
 
 def find_card(name: str, where: str = "data.card=") -> Path:
     """The file of a dataset card: a file, its folder, or a name in ``data/``; else a UserError that tells ``where``."""
-    given = Path(name)
-    roots = (Path("data"), Path(__file__).resolve().parents[2] / "data")
+    given = Path(find_shipped(name))
+    roots = folders_of("data")
     for path in (given, given / "card.yaml", *(root / f"{name}.yaml" for root in roots)):
         if path.is_file():
             return path

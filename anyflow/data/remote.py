@@ -87,7 +87,7 @@ def mirror(url: str) -> Path:
 def cache_root() -> Path:
     """Where mirrors lie: ``$ANYFLOW_CACHE``, or ``~/.cache/anyflow/shards``."""
     given = os.environ.get(CACHE_VARIABLE)
-    return Path(given) if given else Path.home() / ".cache" / "anyflow" / "shards"
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "anyflow" / "shards"
 
 
 def cache_limit() -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
+import codecs
 import json
 import math
-from collections.abc import Iterable, Iterator
+import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,7 +20,13 @@ MAX_TEXT_BYTES = 64 * 2**20
 MAX_TABLE_BYTES = 8 * 2**30
 PICKLES = (".pickle", ".pkl", ".pt", ".pth", ".joblib")
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+_DEMUXED = """
+mp4 mov mkv webm avi m4v gif ts mts m2ts m2t mpg mpeg mpe mpv m1v m2v m2p mp4v vob evo wmv asf flv f4v 3gp 3g2 ogv ogm
+mxf mj2 dv dif nut y4m ivf obu h261 h263 h264 264 avc h26l hevc h265 265 vvc h266 266 mjpeg mjpg qt divx xvid rm rmvb
+wtv gxf mk3d nsv nuv apng smk bik roq fli flc flic ismv isma psp dav amv trp tp tod
+"""
+VIDEO_SUFFIXES = tuple(f".{name}" for name in _DEMUXED.split())
+"""What names of videos end in: the containers and streams that FFmpeg demuxes, usual ones first."""
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -39,6 +45,26 @@ def inside(folder: Path, name: str) -> Path:
     ):
         raise DecodeError(f"the path {name[:200]!r} leads out of the data set")
     return folder / path
+
+
+def within(folder: Path, home: Path, name: str) -> Path:
+    """The file that a table in ``home`` names: anywhere in ``folder``, the data set, also by ``..`` or in full.
+
+    Raises:
+        DecodeError: the name leads out of the data set.
+    """
+    name = name.strip(" \t\r\n")
+    try:
+        return inside(home, name)
+    except DecodeError:
+        given = name.replace("\\", "/")
+        if not name or "\0" in name or given[1:2] == ":":
+            raise
+        for base in (folder.absolute(), folder.resolve()):
+            relative = os.path.relpath(os.path.normpath(base / home.relative_to(folder) / given), base)
+            if relative != "." and not relative.startswith(".."):
+                return folder / relative
+        raise
 
 
 def is_safe_name(name: str) -> bool:
@@ -63,10 +89,54 @@ def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
         raise DecodeError(f"{path.name} cannot be read ({error.strerror})") from error
     if len(data) > limit:
         raise DecodeError(f"{path.name} is larger than {limit} bytes")
+    return decode_text(data, path.name)
+
+
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def encoding_of(head: bytes, name: str) -> str:
+    """The encoding of a text by its first bytes: that of its byte order mark, else UTF-8.
+
+    Raises:
+        DecodeError: it is UTF-16 without such a mark.
+    """
+    for mark, encoding in _MARKS.items():
+        if head.startswith(mark):
+            return encoding
+    zeros = max(head[0::2].count(0), head[1::2].count(0))
+    if len(head) >= 4 and 5 * zeros >= len(head):  # of plain text every other byte is zero then
+        raise DecodeError(f"{name} is not UTF-8 but UTF-16 without a byte order mark: save it as UTF-8")
+    return "utf-8-sig"
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """A text's characters; ``name`` is said of it where it is wrong.
+
+    Raises:
+        DecodeError: it is neither UTF-8 nor UTF-16 or UTF-32 with a byte order mark.
+    """
+    encoding = encoding_of(data[:4096], name)
     try:
-        return data.decode("utf-8-sig")
+        return data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise DecodeError(f"{path.name} is not UTF-8 (byte {error.start})") from error
+        if encoding != "utf-8-sig":
+            raise DecodeError(f"{name} is not UTF-8, and not the {encoding.upper()} that it begins as") from error
+        byte = error.object[error.start]
+        raise DecodeError(
+            f"{name} is not UTF-8 (byte {error.start} is {byte:#04x}; Latin-1 or Windows-1252?): save it as UTF-8"
+        ) from error
+
+
+def lines_of(text: str) -> list[str]:
+    """A text's lines, which end at newlines alone: other characters that Python takes for line ends belong to them."""
+    lines = text.split("\n")
+    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
 
 
 def parse_json(text: str | bytes, name: str) -> Any:
@@ -98,64 +168,14 @@ def read_json_object(path: Path, limit: int = MAX_TEXT_BYTES) -> dict[str, Any]:
     return document
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | DecodeError]]:
-    """The rows of a table with its row's number, or why a row cannot be read: .csv, .jsonl, or .json.
-
-    A ``.json`` holds a list of objects, or an object of them whose names become the column ``file_name``; a text in
-    the place of an object is its caption.
+def clean_captions(given: Any) -> tuple[str, ...]:
+    """The captions of a text or of a list of texts, each once and in one line, without empty ones.
 
     Raises:
-        DecodeError: the file as a whole cannot be read.
+        DecodeError: one is no text, too long, or not Unicode.
     """
-    if path.suffix == ".json":
-        yield from enumerate(_json_rows(read_json(path, MAX_TABLE_BYTES), path.name), start=1)
-        return
-    try:
-        with path.open(
-            encoding="utf-8-sig", errors="surrogateescape", newline="" if path.suffix == ".csv" else None
-        ) as file:
-            rows = _csv_rows(file, path.name) if path.suffix == ".csv" else _line_rows(file, path.name)
-            yield from rows
-    except OSError as error:
-        raise DecodeError(f"{path.name} cannot be read ({error.strerror})") from error
-
-
-def _json_rows(document: Any, name: str) -> Iterator[dict[str, Any] | DecodeError]:
-    if isinstance(document, dict):
-        named = {key: {"caption": value} if isinstance(value, str) else value for key, value in document.items()}
-        document = [{"file_name": key, **value} if isinstance(value, dict) else value for key, value in named.items()]
-    if not isinstance(document, list):
-        raise DecodeError(f"{name} holds no list of objects")
-    for number, row in enumerate(document, start=1):
-        yield row if isinstance(row, dict) else DecodeError(f"{name}:{number} is no JSON object")
-
-
-def _csv_rows(file: Iterable[str], name: str) -> Iterator[tuple[int, dict[str, Any] | DecodeError]]:
-    csv.field_size_limit(MAX_TEXT_BYTES)  # a huge caption is refused by itself, not with the rest of its table
-    reader = csv.DictReader(file)
-    number = 1
-    while True:
-        number += 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield number, DecodeError(f"{name}:{number} is malformed ({error})")
-            continue
-        row.pop(None, None)  # type: ignore[call-overload]  # cells beyond the header's columns
-        yield number, {key: value for key, value in row.items() if value not in (None, "")}
-
-
-def _line_rows(file: Iterable[str], name: str) -> Iterator[tuple[int, dict[str, Any] | DecodeError]]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line, f"{name}:{number}")
-            yield number, row if isinstance(row, dict) else DecodeError(f"{name}:{number} is no JSON object")
-        except DecodeError as error:
-            yield number, error
+    texts = given if isinstance(given, list | tuple) else [given]
+    return tuple(dict.fromkeys(filter(None, map(clean_caption, texts))))
 
 
 def clean_caption(text: Any) -> str:

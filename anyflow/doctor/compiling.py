@@ -126,7 +126,7 @@ def counted() -> Iterator[Graphs]:
         logger.removeHandler(told)
         entries = [entry for entry in dynamo.get_compilation_metrics() if entry.co_name and not entry.fail_type]
         reasons = [
-            entry.recompile_reason.partition("#")[0].splitlines()[0] for entry in entries if entry.recompile_reason
+            entry.recompile_reason.partition("#")[0].partition("\n")[0] for entry in entries if entry.recompile_reason
         ]
         graphs.graphs = dynamo.counters["stats"]["unique_graphs"]
         graphs.functions = len({(entry.co_filename, entry.co_firstlineno) for entry in entries})
@@ -152,7 +152,7 @@ class _Told(logging.Handler):
     limits = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.limits += LIMIT in record.getMessage().splitlines()[0]
+        self.limits += LIMIT in record.getMessage().partition("\n")[0]
 
 
 def _count(found: Findings, here: Here, case: Case, folder: Path) -> None:

@@ -74,7 +74,7 @@ def _device_name(here: Here) -> str:
 
 def _model_of_cpu() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
     except OSError:
         return platform.machine()
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

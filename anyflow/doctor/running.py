@@ -17,6 +17,7 @@ from typing import Any
 from anyflow.doctor.child import FOUND
 from anyflow.doctor.findings import read_findings
 from anyflow.doctor.items import MACHINE, TINY, Item
+from anyflow.system.places import PROJECT
 from anyflow.system.processes import begin, end
 
 LAST_WORDS = 15
@@ -118,7 +119,7 @@ def _run(item: Item, limit: float) -> _Ended:
                 code = None
             finally:
                 end(process)
-        words = (folder / "log").read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_WORDS:]
+        words = (folder / "log").read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")[-LAST_WORDS:]
         return _Ended(code, time.monotonic() - began, read_findings(folder / FOUND), "\n".join(words))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -126,5 +127,5 @@ def _run(item: Item, limit: float) -> _Ended:
 
 def home() -> Path:
     """Where the embedded models and the starter clips are: the working folder or the project's; else the first."""
-    places = (Path.cwd(), Path(__file__).resolve().parents[2])
+    places = (Path.cwd(), PROJECT)
     return next((place for place in places if (place / TINY).is_dir()), Path.cwd())

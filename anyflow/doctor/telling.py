@@ -88,4 +88,5 @@ def table(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(table([json.loads(text) for text in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()])))
+    lines = Path(sys.argv[1]).read_text(encoding="utf-8").split("\n")
+    print("\n".join(table([json.loads(text) for text in lines if text])))

@@ -100,4 +100,4 @@ def _follow(process: Process, log: Path, start: int, say: Callable[[str], None])
 def _lines(log: Path, start: int) -> list[str]:
     with open(log, "rb") as file:
         file.seek(start)
-        return file.read().decode(errors="replace").splitlines()
+        return file.read().decode(errors="replace").replace("\r", "\n").split("\n")

@@ -14,23 +14,18 @@ from anyflow.evaluation.figures import FIGURES, figure_of
 from anyflow.experiment.schema import Claim, Experiment
 from anyflow.recipe.check import check_range
 from anyflow.recipe.fields import walk
+from anyflow.system.places import expand_home, folders_of
 from anyflow.system.typed import build, read_yaml
 
-FOLDER = Path("experiments")
-_PROJECT = Path(__file__).resolve().parents[2]
+FOLDER = "experiments"
 _NAME = re.compile(r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*")
 ARM_MODEL = re.compile(r"\{arm\.([\w.-]+)\}")
 """What stands for another arm's model in a recipe, an override or a folder."""
 
 
-def experiments_folder() -> Path:
-    """``experiments/`` of the working folder, else the project's own."""
-    return FOLDER if FOLDER.is_dir() else _PROJECT / FOLDER
-
-
 def list_experiments() -> list[str]:
-    """Names of the shipped files."""
-    return sorted(path.stem for path in experiments_folder().glob("*.yaml"))
+    """Names of the files in ``experiments/``, the working folder's and the project's own."""
+    return sorted({path.stem for folder in folders_of(FOLDER) for path in folder.glob("*.yaml")})
 
 
 def load_experiment(name: str) -> Experiment:
@@ -58,7 +53,8 @@ def load_experiment(name: str) -> Experiment:
 def asked_by(experiment: Experiment) -> str:
     """What the command line calls an experiment: its name, or its file where that does not lie with the others."""
     path = Path(experiment.file)
-    return experiment.name if path.parent.resolve() == experiments_folder().resolve() else experiment.file
+    is_shipped = any(path.parent.resolve() == folder.resolve() for folder in folders_of(FOLDER))
+    return experiment.name if is_shipped else experiment.file
 
 
 def needed_arms(experiment: Experiment, arm: str) -> list[str]:
@@ -93,14 +89,14 @@ def in_order(experiment: Experiment) -> list[str]:
 
 
 def _find(name: str) -> Path:
-    given = Path(name)
+    given = Path(expand_home(name))
     if given.suffix in (".yaml", ".yml"):
         if given.is_file():
             return given
         raise UserError(f"the experiment's file {name} does not exist: check the path")
-    found = experiments_folder() / f"{name}.yaml"
-    if found.is_file():
-        return found
+    for folder in folders_of(FOLDER):
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
     known = list_experiments()
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known) or 'none'}"

@@ -21,6 +21,7 @@ from anyflow.experiment.load import ARM_MODEL, in_order, needed_arms
 from anyflow.experiment.schema import Experiment
 from anyflow.recipe import Recipe, RunRecipe, load_recipe
 from anyflow.recipe.load import COMMAND_LINE
+from anyflow.system.places import find_shipped
 from anyflow.tracking.fingerprints import changed_facts, data_fingerprint, encoder_fingerprint
 from anyflow.tracking.runs import RunFolder, changed_fields
 
@@ -101,7 +102,7 @@ def _piece(experiment: Experiment, home: Path, name: str, seed: int, card: str |
     arm = experiment.arms[name]
     folders = {needed: home / _folder(experiment, needed, seed, card) for needed in needed_arms(experiment, name)}
     models = {
-        needed: _fill(experiment.arms[needed].folder, card, {}) or str(folder / "model")
+        needed: find_shipped(_fill(experiment.arms[needed].folder, card, {})) or str(folder / "model")
         for needed, folder in folders.items()
     }
     run = RunFolder(home / _folder(experiment, name, seed, card))
@@ -110,7 +111,7 @@ def _piece(experiment: Experiment, home: Path, name: str, seed: int, card: str |
         arm=name,
         seed=seed,
         run=run,
-        model=_fill(arm.folder, card, models) or str(run.model),
+        model=find_shipped(_fill(arm.folder, card, models)) or str(run.model),
         cards=(card,) if card is not None else tuple(experiment.cards),
         recipe=recipe,
         words=words,

@@ -7,7 +7,7 @@ for row in describe(recipe):
 
 from anyflow.recipe.check import check_files, check_recipe, is_hub_id, lagging_average, parse_shape
 from anyflow.recipe.describe import Row, describe
-from anyflow.recipe.load import list_recipes, load_recipe, recipes_folder, save_recipe, to_dict
+from anyflow.recipe.load import list_recipes, load_recipe, save_recipe, to_dict
 from anyflow.recipe.schema import (
     CheckpointRecipe,
     DataRecipe,
@@ -37,7 +37,6 @@ __all__ = [
     "list_recipes",
     "load_recipe",
     "parse_shape",
-    "recipes_folder",
     "save_recipe",
     "to_dict",
 ]

@@ -15,28 +15,29 @@ from anyflow.recipe.fields import FieldInfo, all_fields, flatten, group_keys
 from anyflow.recipe.schema import GROUPS, ModelRecipe, Recipe
 from anyflow.stages.declarations import STAGES
 from anyflow.system.files import write_atomically
+from anyflow.system.places import expand_home, find_shipped, folders_of
 from anyflow.system.typed import fit, misfit, parse_yaml, read_yaml, resolved, to_yaml
 
 COMMAND_LINE = "command line"
 DERIVED = "derived"
 NAMES_THE_MODEL = ("model.weights", "model.lora.start", "stage.onpolicy.teacher", "run.name")
-_PROJECT = Path(__file__).resolve().parents[2]
-
-
-def recipes_folder() -> Path:
-    """``recipes/`` of the working folder, else the project's own."""
-    here = Path("recipes")
-    return here if here.is_dir() else _PROJECT / "recipes"
 
 
 def list_recipes() -> dict[str, list[str]]:
-    """Names of the shipped files by folder: ``{"finetune": ["driving", ...], "models": [...], "hardware": [...]}``."""
-    root = recipes_folder()
-    return {
-        folder: sorted(path.stem for path in (root / folder).glob("*.yaml"))
+    """Names of the files by folder: ``{"finetune": ["driving", ...], "models": [...], "hardware": [...]}``.
+
+    They are those in ``recipes/`` of the working folder, which go before, and the project's own.
+    """
+    names = {
+        folder: sorted({path.stem for root in folders_of("recipes") for path in (root / folder).glob("*.yaml")})
         for folder in (*STAGES, "models", "hardware")
-        if (root / folder).is_dir()
     }
+    return {folder: found for folder, found in names.items() if found}
+
+
+def _recipe_file(name: str) -> Path | None:
+    places = (root / f"{name}.yaml" for root in folders_of("recipes"))
+    return next((place for place in places if place.is_file()), None)
 
 
 def load_recipe(
@@ -118,6 +119,11 @@ def _merge(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Recipe:
     for key in NAMES_THE_MODEL:  # so that one stage file serves several models
         if key in values:
             values[key] = values[key].replace("{model}", model)
+    for key in values:
+        if all_fields()[key].limits.get("is_path"):
+            values[key] = (
+                list(map(find_shipped, values[key])) if isinstance(values[key], list) else find_shipped(values[key])
+            )
     return Recipe(**{group: _group(cls(), f"{group}.", values) for group, cls in GROUPS.items()}, sources=sources)
 
 
@@ -183,16 +189,16 @@ def _defaults(tree: Any, path: Path, parts: Sequence[str]) -> dict[str, str]:
 
 def _find(name: str) -> Path:
     """The stage file behind a name, a path, or a run's folder."""
-    given = Path(name)
+    given = Path(expand_home(name))
     if given.is_dir() and (given / "recipe.yaml").is_file():
         return given / "recipe.yaml"
     if given.suffix in (".yaml", ".yml"):
         if given.is_file():
             return given
         raise UserError(f"the recipe file {name} does not exist: check the path, or see 'anyflow recipes' for names")
-    found = recipes_folder() / f"{name}.yaml"
+    found = _recipe_file(name)
     known = [f"{folder}/{stem}" for folder, stems in list_recipes().items() for stem in stems if folder in STAGES]
-    if name in known and found.is_file():
+    if name in known and found is not None:
         return found
     same_name = [item for item in known if item.partition("/")[2] == given.name]
     close = same_name or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
@@ -202,11 +208,11 @@ def _find(name: str) -> Path:
 
 def _find_part(folder: str, name: str) -> Path:
     """A model or hardware file, by name or path."""
-    given = Path(name)
+    given = Path(expand_home(name))
     if given.suffix in (".yaml", ".yml") and given.is_file():
         return given
-    found = recipes_folder() / folder / f"{name}.yaml"
-    if os.sep not in name and found.is_file():
+    found = _recipe_file(f"{folder}/{name}") if os.sep not in name else None
+    if found is not None:
         return found
     option, known = folder.removesuffix("s"), list_recipes().get(folder, [])
     if folder == "models" and given.is_dir():

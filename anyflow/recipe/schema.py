@@ -23,7 +23,7 @@ class LoraRecipe(LoraOptions):
     """Which weights a LoRA run trains; without LoRA every weight of the network is trained."""
 
     enabled: bool = _option(False, "train low-rank adapters on a frozen network; false trains every weight")
-    start: str = _option("", "run, or folder of an adapter, that training goes on from; empty: a new one")
+    start: str = _option("", "run, or folder of an adapter, that training goes on from; empty: a new one", is_path=True)
     full: list[str] = _option(
         ["released"],
         "names (endings) of modules trained in full beside the adapters; released: what the published runs train, "
@@ -36,8 +36,12 @@ class ModelRecipe:
     """Which network, which weights."""
 
     name: str = _option("tiny", "name of the model file, for the record")
-    weights: str = _option("", "folder or hub id (owner/name) of the network; {model} in it stands for model.name")
-    codec: str = _option("", "folder or hub id of VAE, text encoder and tokenizer; empty: the same as model.weights")
+    weights: str = _option(
+        "", "folder or hub id (owner/name) of the network; {model} in it stands for model.name", is_path=True
+    )
+    codec: str = _option(
+        "", "folder or hub id of VAE, text encoder and tokenizer; empty: the same as model.weights", is_path=True
+    )
     init: str = _option(
         "weights", "load the network from model.weights, or build a small one new", choices=("weights", "new")
     )
@@ -60,7 +64,9 @@ class ModelRecipe:
 class DataRecipe:
     """Which clips, in which shape."""
 
-    card: list[str] = _option([], "dataset cards: names in data/, paths, or addresses (s3://..., https://...)")
+    card: list[str] = _option(
+        [], "dataset cards: names in data/, paths, or addresses (s3://..., https://...)", is_path=True
+    )
     weights: list[float] = _option(
         [], "share of each card among the clips that are seen; empty: by their size", above=0
     )
@@ -119,6 +125,7 @@ class SamplingRecipe:
         [],
         "further distances, by the features of: probe (the data set's own, which judges its labels too), "
         "efficientnet-lite (frames), a file of I3D weights (FVD), or a local folder of a transformers video encoder",
+        is_path=True,
     )
 
 
@@ -187,9 +194,11 @@ class RunRecipe:
         False,
         "GPUs: kernels that give the same bits every time: a resumed run is then bitwise the uninterrupted one",
     )
-    out: str = _option("runs", "folder that run folders are made in")
+    out: str = _option("runs", "folder that run folders are made in", is_path=True)
     tracking_uri: str = _option(
-        "sqlite:///runs/mlflow.db", "MLflow's database on this machine; `anyflow sync` sends it to a server"
+        "sqlite:///runs/mlflow.db",
+        "MLflow's database on this machine; `anyflow sync` sends it to a server",
+        is_path=True,
     )
     experiment: str = _option("", "experiment that the run belongs to; in MLflow it stands below that experiment's run")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from anyflow.errors import UserError
 from anyflow.simulators.options import RenderOptions
 from anyflow.simulators.simulated import FRAMES, HEIGHT, WIDTH, choose_look, package_versions, simulator
 from anyflow.system.console import OnProgress
-from anyflow.system.files import partial_folder
+from anyflow.system.locks import claimed
 
 
 def make_dataset(
@@ -35,11 +37,9 @@ def make_dataset(
     """
     source = simulator(domain)
     folder = Path("data/shards") / domain if out is None else out
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--out {str(folder)!r} is in use: give another folder, or remove it first")
     choose_look(domain, source.LOOKS, options.look)
     packages = package_versions(*source.PACKAGES)  # before hours of rendering, not after
-    with partial_folder(folder) as building:
+    with _place_beside(folder) as building:
         for split, count in zip(SPLITS, (options.clips, options.heldout), strict=True):
             rendered = source.render(count, split, options.seed, options.workers, options.look)
             counted = _counted(rendered, split, count, on_progress) if on_progress else rendered
@@ -51,9 +51,30 @@ def make_dataset(
         if problems:
             raise UserError(f"--out {str(folder)!r}: what was written does not read back ({problems[0]}); try again")
         if folder.exists():
-            folder.rmdir()  # empty, as checked above
+            folder.rmdir()  # empty, as checked
         building.rename(folder)
     return folder / CARD_NAME
+
+
+@contextmanager
+def _place_beside(folder: Path) -> Iterator[Path]:
+    """A new folder to build in, which is removed afterwards; nobody else builds for the same place meanwhile.
+
+    Raises:
+        UserError: the place is in use, or another process builds for it.
+    """
+    home = folder.with_name(f".{folder.name}.part")
+    try:
+        with claimed(home):
+            try:
+                if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                    raise UserError(f"--out {str(folder)!r} is in use: give another folder, or remove it first")
+                shutil.rmtree(home / "new", ignore_errors=True)  # of a killed process
+                yield home / "new"
+            finally:
+                shutil.rmtree(home, ignore_errors=True)
+    except BlockingIOError as error:
+        raise UserError(f"another process renders {str(folder)!r}: wait for it, or give another --out") from error
 
 
 def _card(name: str, domain: str, source: Any, folder: Path, provenance: dict[str, Any]) -> DatasetCard:

@@ -56,6 +56,7 @@ class OnPolicySettings:
         "",
         "run or folder of the teacher: a model, or with LoRA an adapter on the same base; empty with LoRA, and for the "
         "baselines: the network that training starts from",
+        is_path=True,
     )
     budgets: list[int] = _option(
         [1, 2, 4, 8, 16, 50], "step counts that are simulated; the released list lacks 1 and loses quality there", low=1

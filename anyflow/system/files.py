@@ -23,12 +23,13 @@ PARTIAL = ".partial"
 """What the name of a thing that is being written ends in."""
 
 
-def require_place(folder: Path, option: str) -> None:
+def require_place(folder: Path, option: str, remedy: str = "name another folder") -> None:
     """Refuse a folder, there already or not, that nothing can be written in; nothing is left in it.
 
     Args:
         folder: Where results are to be written.
         option: What it was given by: ``--out``, ``run.out``.
+        remedy: What to do about it.
 
     Raises:
         UserError: It is a file, or lies in one, or may not be written in, or not with this name.
@@ -41,7 +42,7 @@ def require_place(folder: Path, option: str) -> None:
         why = "it is a file" if above == folder else f"{above} is a file"
     except OSError as error:
         why = f"nothing can be written there ({error.strerror or error})"
-    raise UserError(f"{option} {folder}: {why}: name another folder")
+    raise UserError(f"{option} {folder}: {why}: {remedy}")
 
 
 @contextmanager

@@ -12,6 +12,8 @@ T = TypeVar("T")
 def option(default: Any, help: str | Callable[[], str], **limits: Any) -> Any:
     """One field: default, meaning, and limits (``choices``; ``low`` and ``high`` inclusive, ``above`` exclusive).
 
+    ``is_path=True``: it is a path, or can be one: ``~`` is the home folder in it.
+
     A meaning that changes with what there is to choose from is a function.
     """
     metadata = {"help": help, **limits}

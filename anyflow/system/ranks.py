@@ -133,7 +133,7 @@ class _Rank:
         for path in (self.report, self.log):
             text = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
             if text:
-                return "\n".join(text.splitlines()[-30:])
+                return "\n".join(text.split("\n")[-30:])
         return ""
 
 

@@ -194,7 +194,7 @@ def _figures(path: Path, start: int) -> tuple[list[tuple[str, float, int, int]],
         file.seek(start)
         whole, _, _ = file.read().rpartition(b"\n")
     end = start + len(whole) + 1 if whole else start
-    return [point for line in whole.splitlines() for point in _points(line)], end
+    return [point for line in whole.split(b"\n") for point in _points(line)], end
 
 
 def _points(line: bytes) -> Iterator[tuple[str, float, int, int]]:

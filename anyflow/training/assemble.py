@@ -262,7 +262,9 @@ def make_cache(encoding: Encoding, codec: Codec, accelerator: str) -> None:
     """Encode now, in this process, what ``anyflow data encode`` has not encoded."""
     if encoding.is_whole():
         return
-    with codec.lent(join_ranks(accelerator)):
+    with encoding.held(), codec.lent(join_ranks(accelerator)):
+        if encoding.is_whole():  # another process has made it meanwhile
+            return
         print(f"encoding {encoding.title}: {encoding.estimate().told()}", file=sys.stderr)
         with progress_line(f"encoding {encoding.title}") as on_progress:
             encoding.all(on_progress)

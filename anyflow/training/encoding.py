@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import lightning
 import torch
@@ -40,12 +41,18 @@ def encode_on_ranks(encoding: Encoding, codec: Codec, accelerator: str, devices:
         accelerator, devices: this machine's, one a rank.
 
     Raises:
-        UserError: too many clips are bad, or the cache cannot be written.
+        UserError: too many clips are bad, the cache cannot be written, or another process encodes the same.
     """
     device = join_ranks(accelerator)
-    rank, ranks = rank_and_size()
+    rank = rank_and_size()[0]
     if from_rank_zero(encoding.is_whole() if rank == 0 else None):
         return
+    with encoding.held(waits=False) if rank == 0 else nullcontext():
+        _encode_missing(encoding, codec, accelerator, devices, device)
+
+
+def _encode_missing(encoding: Encoding, codec: Codec, accelerator: str, devices: int, device: torch.device) -> None:
+    rank, ranks = rank_and_size()
     with codec.lent(device):
         if rank == 0:
             encoding.begin()

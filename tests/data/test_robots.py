@@ -156,7 +156,8 @@ def test_depth_maps_are_left_out_by_name(tmp_path: Path, caplog: pytest.LogCaptu
         name = next(iter(flag))
         folder = lerobot_v3(tmp_path / name)
         change(folder / INFO, lambda info, flag=flag: info["features"][CAMERAS[1]].update(flag))
-        _, clips = run(folder, tmp_path / f"{name}-out", keep_duplicates=True)
+        report, clips = run(folder, tmp_path / f"{name}-out", keep_duplicates=True)
+        assert report.left_out == {"a depth map": 4} and report.files["left_out"] == {}
         assert {clip.attributes["camera"] for clip in clips} == {"top"}
         assert "depth maps are no colour and were left out: wrist" in caplog.text
         caplog.clear()

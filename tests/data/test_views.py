@@ -187,6 +187,17 @@ def test_a_recording_without_a_camera_is_named_and_left_out(tmp_path: Path) -> N
     assert len(clips) == 12
 
 
+def test_every_camera_is_accounted_for(tmp_path: Path) -> None:
+    """What is not asked for, and what another camera's lack spoils, is counted; no file of it is called unknown."""
+    folder = annotated(tmp_path / "robot", two_arms)
+    front, _ = run(folder, tmp_path / "front", views="front", **ANY)
+    assert (front.found, front.taken, front.left_out) == (7, 4, {"another camera (wrist)": 3})
+    wide, _ = run(folder, tmp_path / "wide", views="wide", **ANY)
+    assert (wide.found, wide.taken, wide.left_out) == (4, 3, {"unusable": 1})
+    for report in (front, wide):
+        assert (report.files["footage"], report.files["descriptions"], report.files["left_out"]) == (7, 4, {})
+
+
 def test_a_camera_whose_file_is_gone_or_ends_early_is_named(tmp_path: Path) -> None:
     folder = annotated(tmp_path / "robot")
     (folder / "videos/train/0/1.mp4").unlink()

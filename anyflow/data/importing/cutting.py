@@ -38,6 +38,7 @@ class Cutting:
         cut_threshold: mean change of a picture, in levels of 255, from which a scene cut is seen; 0 sees none.
         min_motion: mean change of picture to picture below which a clip counts as still; 0 keeps all.
         most: clips of one recording at most; 0 for all.
+        seed: of which of several captions a clip takes.
     """
 
     frames: int
@@ -48,6 +49,7 @@ class Cutting:
     cut_threshold: float = 30.0
     min_motion: float = 0.0
     most: int = 0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "stride", "fps"):
@@ -114,9 +116,10 @@ def cut(
             left_out += 1
             report.dropped[str(error)] += 1
             continue
+        key = f"{recording.key}-{number:04d}"
         clip = Clip(
-            key=f"{recording.key}-{number:04d}",
-            caption=recording.caption or "",
+            key=key,
+            caption=recording.caption_of(key, cutting.seed),
             fps=cutting.fps,
             domain=domain,
             mp4=_mp4(recording, cutting, times[0], window),

@@ -7,9 +7,9 @@ import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,19 +19,24 @@ from anyflow.data.importing.cutting import Cutting, find_duplicates
 from anyflow.data.importing.heldout import group_of, settle
 from anyflow.data.importing.jobs import MOST_VALUES, ShardJob, ShardResult
 from anyflow.data.importing.options import ImportOptions
-from anyflow.data.importing.recording import Unusable
+from anyflow.data.importing.recording import Found, LeftOut, Recording, Unread, Unusable
+from anyflow.data.importing.survey import NAMED, Survey
 from anyflow.data.shards import INDEX_NAME, Shard, ShardIndex, write_tar
 from anyflow.errors import UserError
 from anyflow.system.files import write_atomically
 
+T = TypeVar("T", LeftOut, Unread)
+
 REPORT_NAME = "import.json"
-NAMED = 3
+EXAMPLES = 3
 """Recordings that a note names."""
+MOST_NAME = 100
+"""Bytes of the data set's name in those of its shards, which disks bound."""
 
 
 @dataclass(frozen=True)
 class Import:
-    """What an import is of: where from, where to, how it cuts, how many recordings were found, how cameras lie."""
+    """What an import is of: where from, where to, how it cuts, what was found, how cameras lie."""
 
     source: Path
     format: str
@@ -40,7 +45,9 @@ class Import:
     cutting: Cutting
     options: ImportOptions
     controls: Mapping[str, str]
-    recordings: int
+    found: Sequence[Found]
+    files: Survey | None
+    notes: tuple[str, ...] = ()
     views: str = ""
 
 
@@ -50,9 +57,13 @@ class ImportReport:
 
     Attributes:
         card: the new card's path. format: the source's.
-        clips: split -> clips. recordings: found in the source.
+        clips: split -> clips. recordings: those asked for, usable or not.
         unusable: (recording, reason), every one. dropped: clips left out, by reason. scenes: cuts seen.
-        without: (recording, reason) of those that could be read, and gave no clip. notes: what else is to be known.
+        found: recordings in the source = ``taken``, of which there is a clip, + all of ``left_out``, by reason.
+        files: found = footage + descriptions + left out by reason; empty where not all were looked at (``--limit``).
+        unread: (file or recording, reason) of what is no fault, the first of each reason.
+        without: (recording, reason) of those that could be read, and gave no clip.
+        notes: what else is to be known, in sentences: what had to be guessed or converted, for example.
         views: how several cameras lie in one picture, row by row; empty where they are apart.
     """
 
@@ -63,6 +74,11 @@ class ImportReport:
     unusable: tuple[tuple[str, str], ...]
     dropped: Mapping[str, int]
     scenes: int
+    found: int = 0
+    taken: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    files: Mapping[str, Any] = field(default_factory=dict)
+    unread: tuple[tuple[str, str], ...] = ()
     without: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     views: str = ""
@@ -76,8 +92,8 @@ class ImportReport:
     @classmethod
     def load(cls, folder: Path) -> ImportReport:
         """The report that lies in an imported data set."""
-        document = json.loads((folder / REPORT_NAME).read_text())
-        for name in ("unusable", "without"):
+        document = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
+        for name in ("unusable", "unread", "without"):
             document[name] = tuple(tuple(item) for item in document.get(name, ()))
         document["notes"] = tuple(document.get("notes", ()))
         return cls(card=folder / CARD_NAME, **document)
@@ -110,24 +126,37 @@ def assemble(
                     f"{reasons or 'nothing'}): lower --frames or --min-motion, or import more"
                 )
     named = [*unusable, *(item for result in results for item in result.unusable)]
+    taken, left_out = _account(imported, jobs, results, set(splits), len(unusable))
+    files = imported.files
     report = ImportReport(
         imported.out / CARD_NAME,
         imported.format,
         clips,
-        imported.recordings,
-        tuple((_printable(item.name), item.reason) for item in named),
+        _asked_for(imported),
+        _told(named),
         dict(sorted(dropped.items())),
         sum(result.scenes for result in results),
-        tuple((_printable(name), reason) for result in results for name, reason in result.without.items()),
-        (*notes, *_notes(results)),
+        sum(not isinstance(item, Unread) for item in imported.found),
+        taken,
+        left_out,
+        files.counts if files else {},
+        _told([*(files.unread if files else _first(imported.found, Unread)), *_first(imported.found, LeftOut)]),
+        tuple((_written(name), reason) for result in results for name, reason in result.without.items()),
+        tuple(map(_written, (*imported.notes, *notes, *_notes(results)))),
         imported.views,
     )
     _write_card(imported, final, list(clips), results)
     write_report(final / REPORT_NAME, report.to_dict())
-    if imported.out.is_dir():
-        imported.out.rmdir()  # empty, as was checked
-    final.rename(imported.out)
-    shutil.rmtree(imported.work)
+    try:
+        if imported.out.is_dir():
+            imported.out.rmdir()  # empty, as was checked
+        final.rename(imported.out)
+    except OSError as error:
+        if not imported.out.exists():
+            raise
+        again = "remove it, or give another --to, and start again with the same words to go on"
+        raise UserError(f"--to {str(imported.out)!r} was taken by something else meanwhile: {again}") from error
+    shutil.rmtree(imported.work, ignore_errors=True)  # another import may just be looking into it
     return report
 
 
@@ -138,12 +167,50 @@ def _notes(results: Sequence[ShardResult]) -> Iterator[str]:
         for text, names in result.notes.items():
             notes.setdefault(text, []).extend(names)
     for text, names in sorted(notes.items()):
-        more = ", ..." if len(names) > NAMED else ""
-        yield f"{text} ({len(names)}: {', '.join(map(_printable, names[:NAMED]))}{more})"
+        more = ", ..." if len(names) > EXAMPLES else ""
+        yield f"{text} ({len(names)}: {', '.join(names[:EXAMPLES])}{more})"
 
 
-def _printable(name: str) -> str:
-    return name.encode(errors="replace").decode()
+def _asked_for(imported: Import) -> int:
+    return sum(isinstance(item, Recording | Unusable) for item in imported.found)
+
+
+def _first(found: Sequence[Found], kind: type[T]) -> list[T]:
+    """Those of a kind, the first of each reason."""
+    counts: Counter[str] = Counter()
+    first = []
+    for item in found:
+        if isinstance(item, kind):
+            counts[item.reason] += 1
+            first += [item] if counts[item.reason] <= NAMED else []
+    return first
+
+
+def _told(items: Sequence[Unusable | LeftOut | Unread]) -> tuple[tuple[str, str], ...]:
+    return tuple((_written(item.name), item.reason) for item in items)
+
+
+def _written(text: str) -> str:
+    """A text that can be written: names of files may hold any bytes."""
+    return text.encode(errors="replace").decode()
+
+
+def _account(
+    imported: Import, jobs: Sequence[ShardJob], results: Sequence[ShardResult], clips: set[str], unusable: int
+) -> tuple[int, dict[str, int]]:
+    """(recordings that a clip is taken of, the others by why none is)."""
+    left_out = Counter(item.reason.partition(", ")[0] for item in imported.found if isinstance(item, LeftOut))
+    left_out["unusable"] += unusable
+    taken = 0
+    for job, result in zip(jobs, results, strict=True):
+        keys = {sample.key for sample in result.shard.samples} if result.shard else set()
+        made, kept = ({key.rpartition("-")[0] for key in some} for some in (keys, keys & clips))
+        for recording in job.recordings:
+            if recording.key in kept:
+                taken += 1
+            else:
+                left_out["duplicate" if recording.key in made else result.without.get(recording.name, "unusable")] += 1
+    return taken, {reason: count for reason, count in sorted(left_out.items()) if count}
 
 
 def _repeats(results: Sequence[ShardResult]) -> set[str]:
@@ -159,12 +226,13 @@ def _write_split(imported: Import, split: str, results: Sequence[ShardResult], k
     """Move a split's shards to their place, with its clips alone, and index them; returns the number of clips."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[Shard] = []
+    name = imported.out.name.encode(errors="replace")[:MOST_NAME].decode(errors="ignore")
     for result in results:
         kept = {sample.key for sample in result.shard.samples} & keys if result.shard else set()
         if result.shard is None or not kept:
             continue
         tar = imported.work / result.shard.name
-        place = folder / f"{imported.out.name}-{split}-{len(shards):06d}.tar"
+        place = folder / f"{name}-{split}-{len(shards):06d}.tar"
         if len(kept) < len(result.shard.samples):
             # The original stays until all is done: a broken import is assembled again from it.
             shards.append(write_tar(_samples(tar, kept), place))
@@ -226,7 +294,7 @@ def _write_card(imported: Import, final: Path, splits: Sequence[str], results: S
         provenance={
             "command": f"anyflow data import {imported.source} --to {imported.out}",
             "format": imported.format,
-            "recordings": imported.recordings,
+            "recordings": _asked_for(imported),
             "cutting": asdict(cutting),
             **({"views": imported.views} if imported.views else {}),
         },

@@ -15,8 +15,8 @@ import numpy as np
 
 from anyflow.data.decode import DecodeError, open_stream, timed_frames
 from anyflow.data.frame_times import ODDITIES, PAUSE, Clock, Shown, Stamp, decide, follow, resampled
+from anyflow.data.importing.cells import picture_cells, picture_times, read_cell
 from anyflow.data.importing.recording import Footage, ImageFiles, ParquetCell, ParquetImages, Recording, VideoFile
-from anyflow.data.importing.tables import picture_cells, picture_times, read_cell
 from anyflow.data.picture import MIN_SIDE, FrameFitter, Note, progressive, require_footage, shown_size
 from anyflow.errors import first_line
 
@@ -31,6 +31,8 @@ PIXEL_BUDGET = 10**13
 MICROSECOND = Fraction(1, 1_000_000)
 RATE_APART = 0.01
 """A video's rate may differ by this share from the one that its description states (29.97 for 30)."""
+PLAYLISTS = ("concat", "hls", "dash", "imf", "sdp")
+"""What FFmpeg reads other files for, whatever its name ends in."""
 
 
 @dataclass(frozen=True)
@@ -249,9 +251,12 @@ def _source(footage: Footage) -> str | bytes:
 @contextmanager
 def _opened(source: str | bytes, fps: float | None) -> Iterator[tuple[Any, Any]]:
     """(container, video stream) of a path or a file's bytes, one thread, errors not painted over."""
-    options = {"framerate": f"{fps:g}"} if fps else {}
+    # A picture's name is its name, not a pattern of many ("%d").
+    options = {"pattern_type": "none", **({"framerate": f"{fps:g}"} if fps else {})}
     if isinstance(source, str) and not Path(source).is_file():
         raise DecodeError(f"there is no {Path(source).name}")
+    if not (Path(source).stat().st_size if isinstance(source, str) else source):
+        raise DecodeError("the file is empty")
     try:
         # A path with a colon would be taken for a protocol.
         file = f"file:{source}" if isinstance(source, str) else io.BytesIO(source)
@@ -259,6 +264,8 @@ def _opened(source: str | bytes, fps: float | None) -> Iterator[tuple[Any, Any]]
     except (av.FFmpegError, ValueError, OSError) as error:
         raise DecodeError(f"the video cannot be opened ({first_line(error)})") from error
     with container:
+        if container.format.name in PLAYLISTS:
+            raise DecodeError("it is a list of other files, not a video")
         yield container, open_stream(container)
 
 

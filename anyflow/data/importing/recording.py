@@ -114,7 +114,7 @@ class Recording:
         start, end: seconds within the footage; None for its end.
         fps: the rate of a stream that carries no time stamps; None where it does.
         stated_fps: the rate that the source's description states and counts its times by; None where it states none.
-        caption: from the source, if it has one.
+        caption: from the source, if it has one; of several, each clip takes one (:meth:`caption_of`).
         camera: which of several. Recordings of one group with several cameras show one moment.
         clock: seconds after the moment's beginning at which this recording starts.
         split: "train" or "heldout", if the source says so itself.
@@ -129,7 +129,7 @@ class Recording:
     end: float | None = None
     fps: float | None = None
     stated_fps: float | None = None
-    caption: str | None = None
+    caption: str | Sequence[str] | None = None
     camera: str = ""
     clock: float = 0.0
     split: str | None = None
@@ -145,6 +145,13 @@ class Recording:
         digest = hashlib.blake2b(self.name.encode(errors="surrogateescape"), digest_size=4).hexdigest()
         return f"{plain[: MAX_KEY - 9]}-{digest}"
 
+    def caption_of(self, clip: str, seed: int) -> str:
+        """The caption of one of its clips, drawn for that clip alone where there are several; empty without any."""
+        if self.caption is None or isinstance(self.caption, str):
+            return self.caption or ""
+        draw = hashlib.blake2b(f"{seed}/caption/{clip}".encode(errors="surrogateescape"), digest_size=8).digest()
+        return self.caption[int.from_bytes(draw) % len(self.caption)]
+
 
 @dataclass(frozen=True)
 class Unusable:
@@ -152,9 +159,27 @@ class Unusable:
 
     name: str
     reason: str
+    footage: Footage | None = None
 
 
-Found = Recording | Unusable
+@dataclass(frozen=True)
+class LeftOut:
+    """A recording that is not asked for, and why: no fault, so it does not count for the budget."""
+
+    name: str
+    reason: str
+    footage: Footage | None = None
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A file, by its path within the source, that is read neither as footage nor as a description, and why."""
+
+    name: str
+    reason: str
+
+
+Found = Recording | Unusable | LeftOut | Unread
 
 
 class Source(Protocol):

@@ -18,7 +18,7 @@ from pathlib import Path
 from anyflow.data.card import CARD_NAME
 from anyflow.data.clip import SPLITS
 from anyflow.data.decode import DecodeError
-from anyflow.data.importing.captions import DEFAULTS, Captions, captions_of
+from anyflow.data.importing.captions import DEFAULTS, Captions, captions_of, notes_on
 from anyflow.data.importing.cutting import Cutting
 from anyflow.data.importing.finish import REPORT_NAME, Import, ImportReport, assemble, write_report
 from anyflow.data.importing.footage import Facts
@@ -27,10 +27,11 @@ from anyflow.data.importing.formats.known import controls_of, detect_format, sna
 from anyflow.data.importing.heldout import count_of, in_order_of_draw
 from anyflow.data.importing.jobs import PARSE_ERRORS, ShardJob, ShardResult, load_result, run_job
 from anyflow.data.importing.options import ImportOptions
-from anyflow.data.importing.recording import Found, Recording, Unusable
+from anyflow.data.importing.recording import Found, LeftOut, Recording, Unread, Unusable
+from anyflow.data.importing.survey import Survey, survey
 from anyflow.data.importing.views import APART, described, probe, together
 from anyflow.errors import UserError, first_line
-from anyflow.system.locks import locked
+from anyflow.system.locks import claimed
 from anyflow.system.pool import run_jobs
 
 CLIPS_PER_JOB = 100
@@ -65,13 +66,10 @@ def import_dataset(
             than the budget allows cannot be used; these are all named in the report then.
     """
     options.check()
-    captions = captions_of(options)
+    captions = captions_of(options, source.absolute())
     work = out.with_name(f".{out.name}.import")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if work.is_dir() and (out / CARD_NAME).is_file():  # stopped between the last two steps
-            shutil.rmtree(work)
-            return ImportReport.load(out)
-        raise UserError(f"--to {str(out)!r} is in use: give another folder, or remove it first")
+    if not work.is_dir():
+        _refuse_in_use(out)
     folder = snapshot(source.absolute())
     name = options.format or detect_format(folder)
     module = source_of(name)
@@ -80,16 +78,28 @@ def import_dataset(
     options = _with_domain(options, module.DOMAIN)
     options = replace(options, licence=options.licence or licence_of(folder))
     captions = replace(captions, default=options.default_caption)
-    work.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(work / "lock", patience=0):
+        with claimed(work):
             try:
+                if _has_work(work) and (out / CARD_NAME).is_file():  # stopped between the last two steps
+                    shutil.rmtree(work)
+                    return ImportReport.load(out)
+                _refuse_in_use(out)
                 return _import(source, folder, name, out, work, options, captions, progress)
             finally:
-                if work.is_dir() and not any(path.name != "lock" for path in work.iterdir()):
-                    shutil.rmtree(work)  # nothing is done yet, so nothing is left
+                if work.is_dir() and not _has_work(work):
+                    shutil.rmtree(work, ignore_errors=True)  # nothing is done yet, so nothing is left
     except BlockingIOError as error:
-        raise UserError(f"another import is writing {str(work)!r}: wait for it, or give another --to") from error
+        raise UserError(f"another import is writing {str(out)!r}: wait for it, or give another --to") from error
+
+
+def _refuse_in_use(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--to {str(out)!r} is in use: give another folder, or remove it first")
+
+
+def _has_work(work: Path) -> bool:
+    return any(path.name != "lock" for path in work.iterdir())
 
 
 def _import(
@@ -108,17 +118,37 @@ def _import(
         found = list(_limited(together(module.recordings(folder), options.views, options.cameras), options))
     except (DecodeError, *PARSE_ERRORS) as error:
         raise UserError(f"source {str(source)!r} cannot be read ({format}): {first_line(error)}") from error
+    files = None if options.limit else survey(folder, format, found)
     recordings, unusable = _choose(captions.apply(found), options)
     total = len(recordings) + len(unusable)
     enforce(unusable, total, options.error_budget, work)
     if not recordings:
         raise UserError(f"source {str(source)!r} holds no recordings ({format}: {module.LOOKS_FOR})")
     cutting, facts = _cutting(recordings, options)
-    controls = controls_of(module, folder)
-    imported = Import(source, format, out, work, cutting, options, controls, total, described(recordings))
+    notes = tuple(_notes(options, captions, found, recordings, files))
+    controls, views = controls_of(module, folder), described(recordings)
+    imported = Import(source, format, out, work, cutting, options, controls, found, files, notes, views)
     jobs = list(_jobs(imported, folder, split_groups(recordings, options), facts))
     results = _run(jobs, unusable, options, total, progress)
     return assemble(imported, jobs, results, unusable)
+
+
+def _notes(
+    options: ImportOptions,
+    captions: Captions,
+    found: Sequence[Found],
+    recordings: Sequence[Recording],
+    files: Survey | None,
+) -> Iterator[str]:
+    """What is to be known of an import besides its numbers."""
+    if files is None:
+        yield f"--limit {options.limit}: what comes after so many recordings was not looked at"
+    elif captions.file is not None:
+        yield from captions.file.notes(found)
+    yield from notes_on(found, recordings)
+    if files is not None and files.odd:
+        more = ", ..." if len(files.odd) > NAMED else ""
+        yield f"read as what they are, not as their names end: {', '.join(files.odd[:NAMED])}{more}"
 
 
 def _with_domain(options: ImportOptions, usual: str) -> ImportOptions:
@@ -139,13 +169,14 @@ def _limited(found: Iterable[Found], options: ImportOptions) -> Iterator[Found]:
         if isinstance(item, Recording):
             cameras.add(item.camera)
             if options.cameras and options.views == APART and item.camera not in options.cameras:
+                yield LeftOut(item.name, f"another camera ({item.camera or 'without a name'})", item.footage)
                 continue
             if item.key in seen:
                 item = Unusable(item.name, "the source names it twice")
             else:
                 seen.add(item.key)
         yield item
-        count += 1
+        count += isinstance(item, Recording | Unusable)
         if options.limit and count >= options.limit:
             return
     missing = sorted(set(options.cameras) - cameras)
@@ -158,6 +189,8 @@ def _choose(found: Iterable[Found], options: ImportOptions) -> tuple[list[Record
     recordings: list[Recording] = []
     unusable: list[Unusable] = []
     for item in found:
+        if isinstance(item, LeftOut | Unread):
+            continue
         if isinstance(item, Unusable):
             unusable.append(item)
         elif options.group_by is None:
@@ -215,7 +248,9 @@ def _cutting(recordings: Sequence[Recording], options: ImportOptions) -> tuple[C
     sizes = Counter((fact.width // 2 * 2, fact.height // 2 * 2) for fact in facts)
     width, height = options.size or sizes.most_common(1)[0][0]
     stride = options.frames if options.stride is None else max(1, round(options.stride * fps))
-    cutting = Cutting(options.frames, fps, height, width, stride, options.scene_cuts, options.min_motion, options.clips)
+    cutting = Cutting(
+        options.frames, fps, height, width, stride, options.scene_cuts, options.min_motion, options.clips, options.seed
+    )
     return cutting, facts
 
 

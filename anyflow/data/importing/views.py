@@ -19,7 +19,7 @@ import numpy as np
 from anyflow.data.decode import DecodeError
 from anyflow.data.importing import footage
 from anyflow.data.importing.footage import Facts, Moment
-from anyflow.data.importing.recording import Found, ImageFiles, Recording, Unusable, Views
+from anyflow.data.importing.recording import Found, ImageFiles, LeftOut, Recording, Unusable, Views
 from anyflow.errors import UserError
 
 APART, WIDE, GRID = "apart", "wide", "grid"
@@ -62,7 +62,7 @@ def together(found: Iterable[Found], views: str, cameras: Sequence[str]) -> Iter
         bad = damaged.pop(moment, [])
         made = list(_moment(moment, seen, names, columns, bad))
         yield from made
-        if everything and all(isinstance(item, Recording) for item in made):  # a camera that is damaged everywhere
+        if everything and not any(isinstance(item, Unusable) for item in made):  # a camera that is damaged everywhere
             yield from bad
     for items in damaged.values():
         yield from items
@@ -89,18 +89,30 @@ def _layout(views: str, cameras: Sequence[str], known: Sequence[str]) -> tuple[l
 def _moment(
     moment: str, seen: Mapping[str, list[Recording]], names: list[str], columns: int, damaged: list[Unusable]
 ) -> Iterator[Found]:
-    """The stretches of a moment that all cameras saw."""
+    """The stretches of a moment that all cameras saw; what is not among them is told."""
+    for camera, others in seen.items():
+        if camera not in names:
+            yield from (LeftOut(part.name, f"another camera ({camera})", part.footage) for part in others)
     if len(names) == 1 and names[0] in seen:
         yield from seen[names[0]]
         return
+    asked = tuple(part for name in names for part in seen.get(name, ()))
     missing = [name for name in names if name not in seen]
     if missing:
         why = f" ({damaged[0].reason})" if damaged else ""
-        yield Unusable(moment, f"camera {', '.join(missing)} is missing{why}; --views can name those that are there")
+        yield Unusable(
+            moment,
+            f"camera {', '.join(missing)} is missing{why}; --views can name those that are there",
+            Views(asked, 1),
+        )
         return
     stretches = _shared([seen[name] for name in names])
     if not stretches:
-        yield Unusable(moment, f"its cameras {', '.join(names)} saw no moment together")
+        yield Unusable(moment, f"its cameras {', '.join(names)} saw no moment together", Views(asked, 1))
+        return
+    used = {part.name for _, _, parts in stretches for part in parts}
+    alone = (part for part in asked if part.name not in used)
+    yield from (LeftOut(part.name, "seen by one camera alone", part.footage) for part in alone)
     for number, (start, end, parts) in enumerate(stretches):
         yield replace(
             parts[0],

@@ -167,7 +167,7 @@ def comparison_text(before: Curve | None, after: Curve) -> str:
         console.print(table)
     for line in (*change_lines(before, after), *few_step_lines(before, after), *after.notes):
         console.print(line)
-    return "\n".join(line.rstrip() for line in sink.getvalue().splitlines()).strip("\n") + "\n"
+    return "\n".join(line.rstrip() for line in sink.getvalue().split("\n")).strip("\n") + "\n"
 
 
 def comparison_markdown(before: Curve | None, after: Curve) -> str:

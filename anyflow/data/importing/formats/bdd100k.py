@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from anyflow.data.decode import DecodeError
-from anyflow.data.importing.formats.folder import split_of, walk_videos
+from anyflow.data.importing.formats.folder import split_of
 from anyflow.data.importing.recording import Found, Recording, Track, Unusable, VideoFile
+from anyflow.data.importing.walk import walk, walk_videos
 from anyflow.data.safety import MAX_TABLE_BYTES, read_json, read_json_object
 
 LOOKS_FOR = "videos/**/ID.mov with info/**/ID.json that has rideID and locations or gps"
@@ -43,7 +44,7 @@ def detect(folder: Path) -> bool:
 
 def recordings(folder: Path) -> Iterator[Found]:
     """Every video."""
-    infos = {path.stem: path for path in sorted((folder / "info").rglob("*.json"))}
+    infos = {met.path.stem: met.path for met in walk(folder / "info") if not met.left and met.path.suffix == ".json"}
     labels = _labels(folder)
     for video in walk_videos(folder / "videos"):
         relative = video.relative_to(folder / "videos")

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from anyflow.data.decode import DecodeError
-from anyflow.data.importing.formats.folder import walk_videos
 from anyflow.data.importing.recording import Found, Recording, Track, Unusable, VideoFile
+from anyflow.data.importing.walk import walk_videos
 from anyflow.data.safety import find_pickles, read_text
 
 LOOKS_FOR = "the folders videos and metas"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from anyflow.data.decode import DecodeError
-from anyflow.data.importing.captions import CAPTION_COLUMNS, FILE_COLUMNS
-from anyflow.data.importing.recording import Found, Recording, Track, Unusable, VideoFile
-from anyflow.data.safety import VIDEO_SUFFIXES, inside, parse_json, read_rows, read_text
+from anyflow.data.importing.recording import Found, Recording, Track, Unread, Unusable, VideoFile
+from anyflow.data.importing.walk import is_video, stem_of, walk, walk_videos
+from anyflow.data.safety import clean_captions, lines_of, parse_json, read_text, within
+from anyflow.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, pick, read_rows
 
 LOOKS_FOR = (
     "videos (.mp4, .mov, ...) with a.txt beside a.mp4, a metadata.csv, .jsonl or .json, or captions.txt and videos.txt"
@@ -18,43 +20,69 @@ LOOKS_FOR = (
 DOMAIN = "video"
 CONTROLS: Mapping[str, str] = {}
 
-TABLES = ("metadata.csv", "metadata.jsonl", "metadata.json")
+TABLES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.json", "metadata.parquet")
 LISTS = (("captions.txt", "videos.txt"), ("prompts.txt", "videos.txt"), ("prompt.txt", "videos.txt"))
+TEXTS = (".txt", ".caption", ".text", ".cap")
 HELD_OUT = ("test", "val", "valid", "validation", "eval", "heldout")
 
 
+class _Files:
+    """What lies in a source: ``names`` of the files of every folder, in order; ``videos`` of them, by their stems."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.names: dict[Path, list[str]] = {}
+        self.videos: dict[Path, list[Path]] = {}
+        for met in walk(folder):
+            if not met.left:
+                self.names.setdefault(met.path.parent, []).append(met.path.name)
+                if is_video(met.path):
+                    self.videos.setdefault(met.path.with_name(stem_of(met.path.name)), []).append(met.path)
+
+    def relative(self, path: Path) -> str:
+        """A path as it is told, from the source's folder on."""
+        return path.relative_to(self.folder).as_posix()
+
+    def recording(self, video: Path, caption: Any, fields: Mapping[str, Any]) -> Recording:
+        """A recording, called by its file without the suffix, unless another video beside it is called the same."""
+        stem = video.with_name(stem_of(video.name))
+        name = self.relative(video if len(self.videos.get(stem, [])) > 1 else stem)
+        split = split_of(video.relative_to(self.folder))
+        return Recording(name, name, VideoFile(str(video)), caption=caption, split=split, fields=dict(fields))
+
+
 def detect(folder: Path) -> bool:
-    """Whether there is a table, a pair of lists, or any video."""
-    return next(_described(folder), None) is not None or next(walk_videos(folder), None) is not None
+    """Whether there is any video, or a table or pair of lists that describes some."""
+    return next(walk_videos(folder), None) is not None or bool(_described(_Files(folder)))
 
 
 def recordings(folder: Path) -> Iterator[Found]:
     """The rows of the tables, the lines of the lists; without any, every video below the folder."""
-    described = list(_described(folder))
-    for path in described:
-        try:
-            yield from _table(folder, path) if path.name in TABLES else _lists(folder, path)
-        except DecodeError as error:
-            yield Unusable(path.relative_to(folder).as_posix(), str(error))
+    files = _Files(folder)
+    described = _described(files)
     if not described:
-        for video in walk_videos(folder):
-            yield _beside(folder, video)
+        for place in files.names:
+            yield from _plain(files, place)
+        return
+    for paths in described.values():
+        for path in paths[1:]:
+            yield Unread(files.relative(path), f"{paths[0].name} beside it is read")
+    found: list[Found] = []
+    for path, *_ in described.values():
+        try:
+            found += _lists(files, path) if path.suffix.lower() == ".txt" else _table(files, path)
+        except DecodeError as error:
+            found.append(Unusable(files.relative(path), str(error)))
+    yield from _merged(found)
+    named = {item.footage.path for item in found if isinstance(item, Recording) and isinstance(item.footage, VideoFile)}
+    for video in (video for videos in files.videos.values() for video in videos):
+        if str(video) not in named:
+            yield Unread(files.relative(video), "a video that no table names")
 
 
 def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
     """None: such folders have no controls."""
     return {}
-
-
-def walk_videos(folder: Path) -> Iterator[Path]:
-    """Every video below a folder, in the order of names; hidden ones and linked folders are left out."""
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (
-            Path(parent) / name
-            for name in sorted(files)
-            if Path(name).suffix.lower() in VIDEO_SUFFIXES and not name.startswith(".")
-        )
 
 
 def split_of(path: Path) -> str | None:
@@ -65,44 +93,36 @@ def split_of(path: Path) -> str | None:
     return "train" if "train" in (part.lower() for part in path.parts[:-1]) else None
 
 
-def _described(folder: Path) -> Iterator[Path]:
-    """The files that describe videos, in the folder itself and in those one below (``train/metadata.csv``)."""
-    try:
-        below = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError:
-        return
-    for place in (folder, *below):
-        for name in TABLES:
-            if (place / name).is_file():
-                yield place / name
-                break
-        else:
-            yield from (
-                place / text for text, videos in LISTS if (place / text).is_file() and (place / videos).is_file()
-            )
+def _described(files: _Files) -> dict[Path, list[Path]]:
+    """Folder -> the files in it that describe videos; the first is read."""
+    described: dict[Path, list[Path]] = {}
+    for place, names in files.names.items():
+        spelt = {name.lower(): name for name in names}
+        found = [spelt[name] for name in TABLES if name in spelt]
+        found = found or [spelt[texts] for texts, videos in LISTS if texts in spelt and videos in spelt]
+        if found:
+            described[place] = [place / name for name in found]
+    return described
 
 
-def _table(folder: Path, path: Path) -> Iterator[Found]:
-    columns = 0
+def _table(files: _Files, path: Path) -> Iterator[Found]:
     for number, row in read_rows(path):
-        place = f"{path.relative_to(folder).as_posix()}:{number}"
+        place = f"{files.relative(path)}:{number}"
         if isinstance(row, DecodeError):
             yield Unusable(place, str(row))
             continue
-        file = next((column for column in FILE_COLUMNS if row.get(column)), None)
+        file = pick(row, FILE_COLUMNS)
         if file is None:
             yield Unusable(place, f"no column {FILE_COLUMNS[0]!r} (it has {', '.join(map(str, row))[:200] or 'none'})")
             continue
-        columns += 1
-        caption = next((row[column] for column in CAPTION_COLUMNS if row.get(column)), None)
-        used = {file, *CAPTION_COLUMNS}
-        fields = {str(name): value for name, value in row.items() if name not in used and _is_plain(value)}
-        yield _named(folder, path.parent, str(row[file]), caption, fields)
+        described = {name: value for name, value in row.items() if name != file}
+        yield _named(files, path.parent, str(row[file]), _caption(described), _fields(described))
 
 
-def _lists(folder: Path, path: Path) -> Iterator[Found]:
-    videos = path.with_name(dict(LISTS)[path.name])
-    names, captions = read_text(videos).splitlines(), read_text(path).splitlines()
+def _lists(files: _Files, path: Path) -> Iterator[Found]:
+    spelt = {name.lower(): name for name in files.names[path.parent]}
+    videos = path.with_name(spelt[dict(LISTS)[path.name.lower()]])
+    names, captions = lines_of(read_text(videos)), lines_of(read_text(path))
     while names and not names[-1].strip():
         names.pop()
     while len(captions) > len(names) and not captions[-1].strip():
@@ -110,43 +130,94 @@ def _lists(folder: Path, path: Path) -> Iterator[Found]:
     if len(names) != len(captions):
         raise DecodeError(f"{videos.name} has {len(names)} lines and {path.name} {len(captions)}")
     for name, caption in zip(names, captions, strict=True):
-        yield _named(folder, path.parent, name.strip(), caption, {})
+        yield _named(files, path.parent, name, caption, {})
 
 
-def _named(folder: Path, home: Path, name: str, caption: Any, fields: Mapping[str, Any]) -> Found:
-    """A recording whose file a description names."""
+def _named(files: _Files, home: Path, name: str, caption: Any, fields: Mapping[str, Any]) -> Found:
+    """A recording whose file a description names, with its suffix or without."""
     try:
-        video = inside(home, name)
+        video = within(files.folder, home, name)
     except DecodeError as error:
         return Unusable(name[:200], str(error))
-    relative = video.relative_to(folder)
     if not video.is_file():
-        return Unusable(relative.as_posix(), "there is no such file")
-    key = relative.with_suffix("").as_posix()
-    return Recording(key, key, VideoFile(str(video)), caption=caption, split=split_of(relative), fields=dict(fields))
+        meant = files.videos.get(video, [])
+        if len(meant) != 1:
+            names = ", ".join(other.name for other in meant)
+            return Unusable(files.relative(video), f"it may be any of {names}" if meant else "there is no such file")
+        video = meant[0]
+    return files.recording(video, caption, fields)
 
 
-def _beside(folder: Path, video: Path) -> Found:
-    """A video with its caption in the file of the same name: .txt, or .json with other fields."""
-    relative = video.relative_to(folder)
-    key = relative.with_suffix("").as_posix()
-    caption, fields = None, {}
-    text, document = video.with_suffix(".txt"), video.with_suffix(".json")
-    try:
-        if text.is_file():
-            caption = read_text(text)
-        elif document.is_file():
-            described = parse_json(read_text(document), document.name)
-            if not isinstance(described, dict):
-                raise DecodeError(f"{document.name} holds no JSON object")
-            caption = next((described[name] for name in CAPTION_COLUMNS if described.get(name)), None)
-            fields = {
-                name: value for name, value in described.items() if name not in CAPTION_COLUMNS and _is_plain(value)
-            }
-    except DecodeError as error:
-        return Unusable(relative.as_posix(), str(error))
-    return Recording(key, key, VideoFile(str(video)), caption=caption, split=split_of(relative), fields=fields)
+def _merged(found: list[Found]) -> list[Found]:
+    """Rows that describe one video as one recording, which has the captions of all of them."""
+    merged: list[Found] = []
+    places: dict[str, int] = {}
+    for item in found:
+        if not isinstance(item, Recording):
+            merged.append(item)
+            continue
+        try:
+            captions = clean_captions(item.caption)
+        except DecodeError as error:
+            merged.append(Unusable(item.name, str(error)))
+            continue
+        place = places.setdefault(item.name, len(merged))
+        if place == len(merged):
+            merged.append(replace(item, caption=captions or None))
+            continue
+        first = merged[place]
+        assert isinstance(first, Recording)
+        both = (*(first.caption or ()), *captions)
+        merged[place] = replace(first, caption=both, fields={**item.fields, **first.fields})
+    return merged
+
+
+def _plain(files: _Files, place: Path) -> Iterator[Found]:
+    """The videos of a folder, each with its caption in a file of its name: a text, or a .json with other fields."""
+    texts: dict[tuple[str, str], str] = {}
+    for name in files.names[place]:
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in (*TEXTS, ".json"):
+            texts.setdefault((stem, suffix.lower()), name)
+    used: set[str] = set()
+    for video in (place / name for name in files.names[place] if is_video(place / name)):
+        places = [(stem, suffix) for suffix in (*TEXTS, ".json") for stem in (stem_of(video.name), video.name)]
+        beside = [texts[key] for key in places if key in texts]
+        used.update(beside)
+        try:
+            yield files.recording(video, *_beside(place, beside))
+        except DecodeError as error:
+            yield Unusable(files.relative(video), str(error))
+    for name in texts.values():
+        if name not in used and not name.lower().endswith(".json"):
+            yield Unread(files.relative(place / name), "a text without a video of its name")
+
+
+def _beside(place: Path, names: list[str]) -> tuple[Any, dict[str, Any]]:
+    """(caption, fields) of the files that lie beside a video, the one that counts first."""
+    caption, fields = None, dict[str, Any]()
+    for name in names:
+        text = read_text(place / name)
+        if not name.lower().endswith(".json"):
+            caption = caption or text
+            continue
+        described = parse_json(text, name)
+        if not isinstance(described, dict):
+            raise DecodeError(f"{name} holds no JSON object")
+        caption, fields = caption or _caption(described), {**_fields(described), **fields}
+    return caption, fields
+
+
+def _caption(row: Mapping[str, Any]) -> Any:
+    column = pick(row, CAPTION_COLUMNS)
+    return None if column is None else row[column]
+
+
+def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What else a row or document says, for templates and as labels: plain values alone."""
+    others = (name for name in row if pick({name: "x"}, CAPTION_COLUMNS) is None)
+    return {str(name): row[name] for name in others if _is_plain(row[name])}
 
 
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 200)
+    return isinstance(value, bool | int | float) or (isinstance(value, str) and 0 < len(value) <= 200)

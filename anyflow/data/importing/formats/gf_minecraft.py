@@ -17,7 +17,8 @@ import numpy as np
 from anyflow.data.decode import DecodeError
 from anyflow.data.importing.footage import probe
 from anyflow.data.importing.recording import Found, Recording, Track, Unusable, VideoFile
-from anyflow.data.safety import inside, read_json_object, read_rows
+from anyflow.data.safety import inside, read_json_object
+from anyflow.data.tables import read_rows
 
 LOOKS_FOR = "annotation.csv beside the folders video and metadata, here or in data_*"
 DOMAIN = "games"

@@ -14,12 +14,13 @@ from typing import Any
 import yaml
 
 from anyflow.data.decode import DecodeError
-from anyflow.data.importing.captions import CAPTION_COLUMNS
 from anyflow.data.importing.formats.folder import HELD_OUT
 from anyflow.data.importing.recording import Found, ParquetCell, Recording, Track, Unusable
+from anyflow.data.importing.walk import walk
 from anyflow.data.safety import read_text
+from anyflow.data.tables import CAPTION_COLUMNS, pick
 
-LOOKS_FOR = "parquet tables with a column 'video' (or 'mp4') of bytes, here or in data/"
+LOOKS_FOR = "parquet tables with a column 'video' (or 'mp4') of bytes"
 DOMAIN = "video"
 CONTROLS: Mapping[str, str] = {}
 
@@ -52,7 +53,7 @@ def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
 
 
 def _tables(folder: Path) -> list[Path]:
-    return sorted({*folder.glob("*.parquet"), *folder.glob("data/*.parquet"), *folder.glob("*/*.parquet")})
+    return sorted(met.path for met in walk(folder) if not met.left and met.path.suffix.lower() == ".parquet")
 
 
 def _video_column(path: Path) -> str | None:
@@ -94,16 +95,17 @@ def _rows(path: Path, place: str) -> Iterator[Found]:
 
 
 def _recording(name: str, cell: ParquetCell, values: Mapping[str, Any], split: str) -> Recording:
+    column = pick(values, CAPTION_COLUMNS)
     return Recording(
         name=name,
         group=name,
         footage=cell,
-        caption=next((values[column] for column in CAPTION_COLUMNS if values.get(column)), None),
+        caption=None if column is None else values[column],
         split="heldout" if split in HELD_OUT else "train" if split == "train" else None,
         fields={
             key: value
             for key, value in values.items()
-            if key not in CAPTION_COLUMNS and isinstance(value, str | int | float) and len(str(value)) <= 200
+            if key != column and isinstance(value, str | int | float) and len(str(value)) <= 200
         },
     )
 

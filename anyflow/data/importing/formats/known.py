@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from pathlib import Path
 from typing import cast
 
 from anyflow.data.importing.recording import Source
+from anyflow.data.importing.survey import ARCHIVES
+from anyflow.data.importing.walk import walk
 from anyflow.errors import UserError
 
 FORMATS = {
@@ -52,7 +55,7 @@ def snapshot(folder: Path) -> Path:
         return folder
     main = folder / "refs" / "main"
     if main.is_file():
-        named = folder / "snapshots" / main.read_text().strip()[:80].replace("/", "_")
+        named = folder / "snapshots" / main.read_text(encoding="utf-8", errors="replace").strip()[:80].replace("/", "_")
         if named in revisions:
             return named
     if len(revisions) > 1:
@@ -73,5 +76,15 @@ def detect_format(folder: Path) -> str:
             return name
     looked = "; ".join(f"{name}: {source_of(name).LOOKS_FOR}" for name in FORMATS)
     raise UserError(
-        f"source {str(folder)!r} is in none of the known formats. Looked for {looked}. Name one by --format"
+        f"source {str(folder)!r} is in none of the known formats: it holds {_holds(folder)}. Looked for {looked}. "
+        "Name one by --format"
     )
+
+
+def _holds(folder: Path) -> str:
+    """What a folder's files are, by their suffixes, in words."""
+    kinds = Counter(met.left or met.path.suffix.lower() or "without a suffix" for met in walk(folder))
+    if not kinds:
+        return "no files"
+    told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(8))
+    return told + (" (archives are not opened: unpack them)" if set(kinds) & set(ARCHIVES.split()) else "")

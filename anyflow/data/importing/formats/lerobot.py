@@ -16,8 +16,18 @@ import numpy as np
 
 from anyflow.data.decode import DecodeError
 from anyflow.data.importing.labels import rows_of
-from anyflow.data.importing.recording import Found, ImageFiles, ParquetImages, Recording, Track, Unusable, VideoFile
-from anyflow.data.safety import inside, read_json_object, read_rows
+from anyflow.data.importing.recording import (
+    Found,
+    ImageFiles,
+    LeftOut,
+    ParquetImages,
+    Recording,
+    Track,
+    Unusable,
+    VideoFile,
+)
+from anyflow.data.safety import inside, read_json_object
+from anyflow.data.tables import read_rows
 from anyflow.errors import UserError
 
 LOOKS_FOR = "meta/info.json with a codebase_version"
@@ -56,11 +66,13 @@ def recordings(folder: Path) -> Iterator[Found]:
         if isinstance(episode, DecodeError):
             yield Unusable(f"episode {number}", str(episode))
             continue
-        for camera in layout.cameras:
+        for camera in (*layout.cameras, *layout.depth):
             place = f"episode_{episode.get('episode_index', number)}"
             try:
                 place = f"episode_{int(episode['episode_index']):06d}"
-                yield _recording(folder, layout, episode, place, camera)
+                recording = _recording(folder, layout, episode, place, camera)
+                is_depth = camera in layout.depth
+                yield LeftOut(recording.name, "a depth map", recording.footage) if is_depth else recording
             except (DecodeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
                 yield Unusable(f"{place}/{_plain(camera)}", f"its description is damaged ({error!r})"[:300])
 
@@ -109,11 +121,13 @@ class _Layout:
     """What ``meta/info.json`` says of all episodes.
 
     Attributes:
-        cameras: colour cameras, feature -> dtype (video or image). held_out: episodes of splits that are not train.
+        cameras: colour cameras, feature -> dtype (video or image). depth: those that see depth.
+        held_out: episodes of splits that are not train.
     """
 
     version: str
     cameras: Mapping[str, str]
+    depth: Mapping[str, str]
     video_path: str
     data_path: str
     chunk: int
@@ -132,6 +146,7 @@ def _layout(folder: Path) -> _Layout:
         layout = _Layout(
             version,
             {name: dtype for name, dtype in cameras.items() if name not in depth},
+            {name: cameras[name] for name in depth},
             str(info.get("video_path") or ""),
             str(info["data_path"]),
             int(info.get("chunks_size") or CHUNK),
@@ -167,7 +182,7 @@ def _recording(folder: Path, layout: _Layout, episode: Mapping[str, Any], place:
     index, start, end = int(episode["episode_index"]), 0.0, None
     table = str(inside(folder, _path(layout.data_path, episode, "data/", camera, layout.chunk)))
     footage: VideoFile | ImageFiles | ParquetImages
-    if layout.cameras[camera] == "image":
+    if {**layout.cameras, **layout.depth}[camera] == "image":
         files = sorted((folder / "images" / camera).glob(f"episode[_-]{index:06d}/frame[_-]*"))
         if len(files) == episode.get("length"):
             footage = ImageFiles(tuple(map(str, files)), tuple(place / layout.fps for place in range(len(files))))

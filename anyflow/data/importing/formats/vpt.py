@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from anyflow.data.decode import DecodeError
-from anyflow.data.importing.formats.folder import walk_videos
 from anyflow.data.importing.recording import Found, Recording, Track, Unusable, VideoFile
-from anyflow.data.safety import parse_json, read_rows
+from anyflow.data.importing.walk import walk_videos
+from anyflow.data.safety import parse_json
+from anyflow.data.tables import read_rows
 
 LOOKS_FOR = "NAME.mp4 beside NAME.jsonl whose lines have mouse, keyboard and tick"
 DOMAIN = "games"

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from anyflow.data.decode import DecodeError
-from anyflow.data.importing.captions import CAPTION_COLUMNS
 from anyflow.data.importing.footage import read_bytes
 from anyflow.data.importing.formats.folder import split_of
-from anyflow.data.importing.recording import Found, Recording, Track, Unusable, VideoFile
-from anyflow.data.safety import MAX_TEXT_BYTES, PICKLES, VIDEO_SUFFIXES, is_safe_name, parse_json
+from anyflow.data.importing.recording import Found, LeftOut, Recording, Track, Unread, Unusable, VideoFile
+from anyflow.data.importing.walk import walk, walk_videos
+from anyflow.data.safety import MAX_TEXT_BYTES, PICKLES, VIDEO_SUFFIXES, decode_text, is_safe_name, parse_json
+from anyflow.data.tables import CAPTION_COLUMNS, pick
 
-LOOKS_FOR = "*.tar files, here or one folder below, with KEY.mp4 and KEY.txt or KEY.json"
+LOOKS_FOR = "*.tar files with KEY.mp4 and KEY.txt or KEY.json"
 DOMAIN = "video"
 CONTROLS: Mapping[str, str] = {}
 
@@ -26,8 +28,10 @@ Span = tuple[int, int]
 
 
 def detect(folder: Path) -> bool:
-    """Whether there is a tar."""
-    return bool(_tars(folder))
+    """Whether there is a tar, here or one folder below; further down where no video lies beside the tars."""
+    tars = _tars(folder)
+    near = any(len(tar.relative_to(folder).parts) <= 2 for tar in tars)
+    return near or (bool(tars) and next(walk_videos(folder), None) is None)
 
 
 def recordings(folder: Path) -> Iterator[Found]:
@@ -35,18 +39,18 @@ def recordings(folder: Path) -> Iterator[Found]:
     tars = _tars(folder)
     for tar in tars:
         place = tar.relative_to(folder).as_posix()
-        samples: dict[str, dict[str, Span]] = {}
+        samples: dict[str, list[tuple[str, Span]]] = {}
         for item in _members(tar, place):
             if isinstance(item, Unusable):
                 yield item
             else:
                 key, extension, span = item
-                samples.setdefault(key, {})[extension] = span
-        for key, parts in samples.items():
-            try:
-                yield _recording(tar, place, key, parts, alone=len(tars) == 1)
-            except DecodeError as error:
-                yield Unusable(f"{place}:{key}", str(error))
+                samples.setdefault(key, []).append((extension, span))
+        for key, members in samples.items():
+            yield from _sample(tar, place, key, members, alone=len(tars) == 1)
+        others = Counter(extension for members in samples.values() for extension, _ in members if _is_other(extension))
+        for extension, count in sorted(others.items()):
+            yield Unread(f"{place}:*.{extension} ({count})", f"members that are not read (.{extension})")
 
 
 def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
@@ -65,7 +69,37 @@ def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
 
 
 def _tars(folder: Path) -> list[Path]:
-    return sorted({*folder.glob("*.tar"), *folder.glob("*/*.tar")})
+    return sorted(met.path for met in walk(folder) if not met.left and met.path.suffix.lower() == ".tar")
+
+
+def _is_other(extension: str) -> bool:
+    return extension.rpartition(".")[2] not in (*TEXTS, *VIDEOS, "json")
+
+
+def _sample(tar: Path, place: str, key: str, members: Sequence[tuple[str, Span]], alone: bool) -> Iterator[Found]:
+    """The recording of a key; where only what follows a dot is a video (``take.01.mp4``), those of the longer keys."""
+    parts = dict(members)
+    plain = [name for name in VIDEOS if name in parts]
+    dotted = [name for name in parts if name.rpartition(".")[2] in VIDEOS and name not in plain]
+    if len(parts) < len(members):
+        times = max(Counter(name for name, _ in members).values())
+        for number in range(1, times + 1):
+            why = f"the shard holds its key {times} times, so which video has which caption cannot be told"
+            yield Unusable(f"{place}:{key} ({number} of {times})", why)
+        return
+    if dotted and not plain:
+        ends = dict.fromkeys(name.rpartition(".")[0] for name in dotted)
+        shared = {name: span for name, span in parts.items() if name.rpartition(".")[0] not in ends}
+        for end in ends:
+            own = {name.removeprefix(f"{end}."): span for name, span in parts.items() if name.startswith(f"{end}.")}
+            yield from _sample(tar, place, f"{key}.{end}", [*({**shared, **own}).items()], alone)
+        return
+    for name in (*plain[1:], *dotted):
+        yield LeftOut(f"{place}:{key}.{name}", f"a further video of its sample, beside .{plain[0]}")
+    try:
+        yield _recording(tar, place, key, parts, alone)
+    except DecodeError as error:
+        yield Unusable(f"{place}:{key}", str(error))
 
 
 def _members(tar: Path, place: str) -> Iterator[tuple[str, str, Span] | Unusable]:
@@ -98,14 +132,11 @@ def _recording(tar: Path, place: str, key: str, parts: Mapping[str, Span], alone
     if video is None:
         raise DecodeError(f"no video among its members ({', '.join(sorted(parts))[:100]})")
     description = _json(str(tar), parts["json"]) if "json" in parts else {}
-    caption = next((description[name] for name in CAPTION_COLUMNS if description.get(name)), None)
+    column = pick(description, CAPTION_COLUMNS)
+    caption = None if column is None else description[column]
     text = next((name for name in TEXTS if name in parts), None)
     if text is not None:
-        data = _bytes(str(tar), parts[text])
-        try:
-            caption = data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DecodeError("its caption is not UTF-8") from error
+        caption = decode_text(_bytes(str(tar), parts[text]), "its caption")
     labels = description.get("attributes")
     fields = {**description, **labels} if isinstance(labels, dict) else description
     own = {"caption", "fps", "domain", "licence"}
