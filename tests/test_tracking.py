@@ -167,7 +167,6 @@ def test_what_is_no_store_is_refused_by_every_command(uri: str, local: str, monk
     from anyflow.cli.tracking import mlflow
     from anyflow.recipe import load_recipe
 
-    monkeypatch.setattr("anyflow.recipe.load.recipes_folder", lambda: PROJECT / "recipes")
     sentence = "is no store of runs: give sqlite:///PATH.db, or a server such as http"
     with pytest.raises(UserError, match=sentence):
         command(to="http://127.0.0.1:9", uri=uri)

@@ -66,6 +66,7 @@ def _lines(report: ImportReport) -> list[str]:
     clips = ", ".join(f"{count} {split}" for split, count in report.clips.items())
     left_out = f", {sum(report.left_out.values())} left out ({_counted(report.left_out)})" if report.left_out else ""
     lines = [f"{report.format}: {report.found} recordings found, {report.taken} taken{left_out}: {clips} clips"]
+    lines += [f"in one picture: {report.views}"] if report.views else []
     if report.dropped:
         lines.append(f"left out of the recordings: {_counted(report.dropped)}")
     if report.files:
@@ -80,9 +81,10 @@ def _lines(report: ImportReport) -> list[str]:
         count = max(len(names), known.get(reason, 0))
         more = ", ..." if count > NAMED_UNREAD else ""
         lines.append(f"not read: {count} x {reason}: {', '.join(names[:NAMED_UNREAD])}{more}")
-    lines += [f"unusable: {name} ({reason})" for name, reason in report.unusable[:NAMED]]
-    if len(report.unusable) > NAMED:
-        lines.append(f"and {len(report.unusable) - NAMED} more, all in {report.card.parent / 'import.json'}")
+    for what, named in (("unusable:", report.unusable), ("no clip of", report.without)):
+        lines += [f"{what} {name} ({reason})" for name, reason in named[:NAMED]]
+        if len(named) > NAMED:
+            lines.append(f"and {len(named) - NAMED} more, all in {report.card.parent / 'import.json'}")
     lines += [f"note: {note}" for note in report.notes]
     lines.append(
         f"{report.card}   (see it by: anyflow data show {report.card.parent}; train by: data.card={report.card})"

@@ -61,8 +61,10 @@ def _options(kind: Any) -> Iterator[inspect.Parameter]:
         own, limits = hints[field.name], field.metadata
         hint, _ = READERS.get(own, (own, None))
         is_number = own in (int, float, int | None, float | None)
-        range_: dict[str, Any] = {"min": limits.get("low"), "max": limits.get("high")} if is_number else {}
-        option = typer.Option(*_flags(field), help=limits["help"], **range_)
+        reading: dict[str, Any] = {"min": limits.get("low"), "max": limits.get("high")} if is_number else {}
+        if limits.get("is_path"):
+            reading = {"parser": find_shipped, "metavar": "PATH"}
+        option = typer.Option(*_flags(field), help=limits["help"], **reading)
         default = _as_text(field.default) if isinstance(field.default, tuple) else field.default
         default = inspect.Parameter.empty if default is dataclasses.MISSING else default
         yield inspect.Parameter(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import av
 import numpy as np
 
-from anyflow.data.decode import reformatter
+from anyflow.data.picture import BT709, reformatter, untagged_matrix
 from anyflow.errors import UserError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -130,9 +130,15 @@ def encode_mp4(frames: Array, fps: float, crf: int = DEFAULT_CRF, preset: str = 
         stream.height, stream.width = frames.shape[1], frames.shape[2]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
+        matrix = untagged_matrix(*frames.shape[1:3])
+        if matrix == BT709:  # tagged as well, for most readers take what is not for BT.601
+            stream.codec_context.colorspace = stream.codec_context.color_primaries = matrix
+            stream.codec_context.color_trc = matrix
         for image in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            scaled = reformatter().reformat(frame, format="yuv420p", interpolation="AREA", threads=1)
+            scaled = reformatter().reformat(
+                frame, format="yuv420p", interpolation="AREA", threads=1, dst_colorspace=matrix
+            )
             container.mux(stream.encode(scaled))
         container.mux(stream.encode())
     return file.getvalue()

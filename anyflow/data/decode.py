@@ -1,33 +1,24 @@
-"""Bytes to frames: PyAV decoding, choice of the clip, frame rate, and a resize-and-crop that never stretches."""
+"""Bytes to frames: PyAV decoding, and the choice of a clip; ``frame_times`` says when a frame is, ``picture`` what."""
 
 from __future__ import annotations
 
-import functools
+import heapq
 import io
 import math
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
-from typing import TypeVar
+from itertools import chain, islice
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 
+from anyflow.data.faults import DecodeError as DecodeError
+from anyflow.data.frame_times import HEAD, Clock, Shown, Stamp, decide, follow, resampled
+from anyflow.data.picture import MAX_PIXELS, FrameFitter, progressive
 from anyflow.errors import first_line
 
-T = TypeVar("T")
-
-MAX_PIXELS = 2**26
-"""Of a frame (8192 x 8192): a small file that claims more is a bomb, not footage."""
-MAX_RATE = 1000
-"""Frames a second: a file that claims more would be decoded for ever to fill a clip."""
-
-
-class DecodeError(Exception):
-    """A clip that cannot be used; the message is the reason, in words."""
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
 @dataclass(frozen=True)
@@ -80,20 +71,22 @@ def open_stream(container: av.container.InputContainer) -> av.VideoStream:
     """A container's video, to be decoded by one thread, with damage and bombs refused.
 
     Raises:
-        DecodeError: there is none, or it claims a rate that no camera has.
+        DecodeError: there is none.
     """
     if not container.streams.video:
         raise DecodeError("the file holds no video")
     stream = container.streams.video[0]
     if stream.codec_context is None:
         raise DecodeError("its codec is unknown")
-    if (stream.average_rate or 0) > MAX_RATE:
-        raise DecodeError(f"the video claims {float(stream.average_rate or 0):.0f} frames a second")
-    stream.codec_context.thread_count = 1
-    stream.codec_context.thread_type = "NONE"
-    # Without "explode", damage is painted over in silence.
-    stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
+    _restrict(stream.codec_context)
     return stream
+
+
+def _restrict(context: av.VideoCodecContext) -> None:
+    context.thread_count = 1
+    context.thread_type = "NONE"
+    # Without "explode", damage is painted over in silence.
+    context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
 
 
 def _fill(
@@ -109,17 +102,25 @@ def _fill(
     if spacing is not None and rate and spacing * rate == 1:
         spacing = None
     first = _first_frame(stream, rate, spacing, shape.frames, seed)
-    frames = _frames_from(container, stream, rate, first)
+    start = Fraction(first) / rate if rate else Fraction(0)
     fitter = FrameFitter(shape.height, shape.width, float(stream.sample_aspect_ratio or 1))
+    if spacing is None and not first:  # the quick way, which most clips go: times do not matter
+        decoder = _decoder(stream)
+        shown: Iterator[Shown[av.VideoFrame]] = (
+            Shown(frame, 0.0, 0.0) for packet in container.demux(stream) for frame in decoder.decode(packet)
+        )
+    else:
+        _, shown = timed_frames(container, stream, start)
+    shown = progressive(shown)
     written = 0
-    if spacing is None or not rate:
-        for frame, row in zip(frames, out, strict=False):
-            fitter.write(frame, row)
+    if spacing is None:
+        for row, frame in zip(out, shown, strict=False):
+            fitter.write(frame.item, row)
             written += 1
         return written
-    for frame, count in resampled(with_ends(frames, stream, rate, Fraction(first) / rate), 1 / spacing):
-        end = min(written + count, shape.frames)
-        fitter.write(frame, out[written])
+    for sample in resampled(shown, float(1 / spacing), bridge=True):
+        end = min(written + sample.instants, shape.frames)
+        fitter.write(sample.item, out[written])
         out[written + 1 : end] = out[written]
         written = end
         if written == shape.frames:
@@ -127,45 +128,78 @@ def _fill(
     return written
 
 
-def resampled(shown: Iterable[tuple[T, Fraction]], fps: Fraction) -> Iterator[tuple[T, int]]:
-    """Change the frame rate: which frames are on show at the times k / fps, and at how many of them each is.
+def timed_frames(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    start: Fraction = Fraction(0),
+    declared: float | None = None,
+) -> tuple[Clock, Iterator[Shown[av.VideoFrame]]]:
+    """What a video's times are taken from, and its frames from ``start`` on, with their times after it.
 
     Args:
-        shown: frames, each with the time in seconds at which the next one takes its place.
-        fps: frames a second of the result.
+        container, stream: just opened.
+        start: seconds; found by a seek to the key frame before it where frames carry their times.
+        declared: frames a second of a stream without time stamps.
+
+    Raises:
+        DecodeError: nothing tells the rate. The frames raise what FFmpeg raises.
     """
-    written = 0
-    for frame, until in shown:
-        wanted = math.ceil(until * fps)
-        if wanted > written:
-            yield frame, wanted - written
-            written = wanted
+    packets = container.demux(stream)
+    head = list(islice(packets, HEAD))
+    stamps = [Stamp(packet.pts, packet.dts) for packet in head if packet.size]
+    if not stamps:
+        raise DecodeError("it holds no pictures")
+    clock = decide(
+        stamps,
+        stream.time_base,
+        stream.average_rate or stream.guessed_rate,
+        stream.codec_context.reorder_depth > 0,
+        declared,
+    )
+    packets = chain(head, packets)
+    zero = None
+    if start and clock.how == "stamped":
+        first = min((stamp.pts for stamp in stamps if stamp.pts is not None), default=0)
+        zero = first if stream.start_time is None else stream.start_time
+        container.seek(math.floor(zero + start / clock.tick), stream=stream, backward=True)
+        packets = container.demux(stream)
+    shown = follow(_stamped(_decoder(stream), packets, clock), clock, zero)
+    return clock, _moved(shown, float(start), float(1 / clock.rate) / 2) if start else shown
 
 
-def with_ends(
-    frames: Iterator[av.VideoFrame], stream: av.VideoStream, rate: Fraction, first: Fraction, stamped: bool = True
-) -> Iterator[tuple[av.VideoFrame, Fraction]]:
-    """Pair each frame with the time, in seconds after the clip's start, at which the next one takes its place.
+def _moved(shown: Iterable[Shown[av.VideoFrame]], start: float, tolerance: float) -> Iterator[Shown[av.VideoFrame]]:
+    """The frames from ``start`` on, with times after it."""
+    for frame, begin, until, why in shown:
+        if begin >= start - tolerance:
+            yield Shown(frame, begin - start, until - start, why)
 
-    Times are those of the frames, so a variable rate is followed. A quarter of a frame is taken off: containers round.
 
-    Args:
-        frames: from the clip's start on.
-        stream: they come from it.
-        rate: frames a second, on average.
-        first: seconds from the stream's start to the clip's.
-        stamped: whether the frames carry times; else they are counted.
-    """
-    tick = (stream.time_base or Fraction(0)) if stamped else Fraction(0)
-    start = (stream.start_time or 0) * tick + first
-    previous, end = None, Fraction(0)
-    for number, frame in enumerate(frames):
-        time = frame.pts * tick - start if frame.pts is not None and tick else Fraction(number) / rate
-        if previous is not None:
-            yield previous, time - 1 / (4 * rate)
-        previous, end = frame, time + 3 / (4 * rate)
-    if previous is not None:
-        yield previous, end
+def _stamped(
+    decoder: av.VideoCodecContext, packets: Iterable[av.Packet], clock: Clock
+) -> Iterator[tuple[av.VideoFrame, int | None]]:
+    """Frames with the stamps that their clock believes."""
+    if clock.how != "ordered":
+        yield from ((frame, frame.pts) for packet in packets for frame in decoder.decode(packet))
+        return
+    waiting: list[int] = []
+    for packet in packets:
+        stamp = packet.dts if packet.pts is None else packet.pts
+        if packet.size and stamp is not None:
+            heapq.heappush(waiting, stamp)
+        for frame in decoder.decode(packet):
+            yield frame, heapq.heappop(waiting) if waiting else None
+
+
+def _decoder(stream: av.VideoStream) -> av.VideoCodecContext:
+    """What decodes a stream: its own context; but FFmpeg's own decoders of VP8 and VP9 pass over transparency."""
+    context = stream.codec_context
+    transparent = stream.metadata.get("alpha_mode", stream.metadata.get("ALPHA_MODE")) == "1"
+    if not transparent or context.name not in ALPHA_DECODERS:
+        return context
+    own = av.CodecContext.create(ALPHA_DECODERS[context.name], "r")
+    assert isinstance(own, av.VideoCodecContext)
+    _restrict(own)
+    return own
 
 
 def _first_frame(
@@ -190,90 +224,3 @@ def _frame_count(stream: av.VideoStream, rate: Fraction | None) -> int:
     if stream.duration and stream.time_base and rate:
         return int(stream.duration * stream.time_base * rate)
     return 0
-
-
-def _frames_from(
-    container: av.container.InputContainer, stream: av.VideoStream, rate: Fraction | None, first: int
-) -> Iterator[av.VideoFrame]:
-    """Yield the frames from number ``first`` on, seeking to the group of pictures that holds it."""
-    if first == 0 or not rate or not stream.time_base:
-        yield from islice(container.decode(stream), first, None)
-        return
-    yield from frames_from(container, stream, rate, Fraction(first) / rate)
-
-
-def frames_from(
-    container: av.container.InputContainer, stream: av.VideoStream, rate: Fraction, start: Fraction
-) -> Iterator[av.VideoFrame]:
-    """The frames from ``start`` seconds on, by a seek to the key frame before it.
-
-    Raises:
-        DecodeError: the video carries no times.
-    """
-    if not stream.time_base:
-        raise DecodeError("the video carries no time stamps, so a part of it cannot be found")
-    begin = (stream.start_time or 0) + start / stream.time_base
-    container.seek(math.floor(begin), stream=stream, backward=True)
-    half = 1 / (2 * rate * stream.time_base)
-    for frame in container.decode(stream):
-        if frame.pts is None or frame.pts >= begin - half:
-            yield frame
-
-
-def shown_size(stream: av.VideoStream, frame: av.VideoFrame | None) -> tuple[int, int]:
-    """(height, width) as shown: in square pixels, and upright where the first frame says that the camera was turned."""
-    height, width = stream.height, round(stream.width * float(stream.sample_aspect_ratio or 1))
-    return (width, height) if frame is not None and round(frame.rotation / 90) % 2 else (height, width)
-
-
-_threads = threading.local()
-
-
-def reformatter() -> VideoReformatter:
-    """This thread's scaler, kept from frame to frame and clip to clip.
-
-    A frame's own one would be set up anew for every frame, which takes longer than decoding a small frame.
-    """
-    if not hasattr(_threads, "reformatter"):
-        _threads.reformatter = VideoReformatter()
-    return _threads.reformatter
-
-
-class FrameFitter:
-    """Scales a frame so that it covers the size asked for, then cuts its centre out.
-
-    Args:
-        height, width: pixels of the result, which are square.
-        aspect: width of a source pixel over its height.
-    """
-
-    def __init__(self, height: int, width: int, aspect: float) -> None:
-        self.height, self.width, self.aspect = height, width, aspect
-        self._reformat = functools.partial(reformatter().reformat, format="rgb24", threads=1)
-        self._turns: int | None = None
-
-    def write(self, frame: av.VideoFrame, out: np.ndarray) -> None:
-        """Write ``frame`` into ``out``, uint8 [H, W, 3], contiguous; upright, as telephones note it beside a video."""
-        if self._turns is None:  # a video's frames are all turned alike
-            self._turns = round(frame.rotation / 90) % 4
-        if self._turns == 0:
-            self._write(frame, out, self.height, self.width)
-            return
-        height, width = (self.width, self.height) if self._turns % 2 else (self.height, self.width)
-        lying = np.empty((height, width, 3), dtype=np.uint8)
-        self._write(frame, lying, height, width)
-        out[:] = np.rot90(lying, self._turns)
-
-    def _write(self, frame: av.VideoFrame, out: np.ndarray, height: int, width: int) -> None:
-        if (frame.height, frame.width) == (height, width) and self.aspect == 1:
-            scaled, top, left = self._reformat(frame), 0, 0
-        else:
-            shown = frame.width * self.aspect
-            scale = max(height / frame.height, width / shown)
-            tall, wide = max(height, round(frame.height * scale)), max(width, round(shown * scale))
-            # AREA averages on the way down (no aliasing); BICUBIC is smooth on the way up.
-            scaled = self._reformat(frame, wide, tall, interpolation="AREA" if scale < 1 else "BICUBIC")
-            top, left = (tall - height) // 2, (wide - width) // 2
-        plane = scaled.planes[0]
-        lines = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)
-        out.reshape(height, 3 * width)[:] = lines[top : top + height, 3 * left : 3 * (left + width)]

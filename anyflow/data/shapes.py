@@ -14,7 +14,8 @@ from typing import Any
 
 import av
 
-from anyflow.data.decode import ClipShape, DecodeError, open_stream, shown_size
+from anyflow.data.decode import ClipShape, DecodeError, open_stream
+from anyflow.data.picture import shown_size
 
 Noted = tuple[float, ...]
 """Of footage (frames, height, width, frames a second), as shown; of latents their (F, C, H, W); empty if unknown."""

@@ -146,6 +146,11 @@ def _merge(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Recipe:
     for key in NAMES_THE_MODEL:  # so that one stage file serves several models
         if key in values:
             values[key] = values[key].replace("{model}", model)
+    for key in values:
+        if all_fields()[key].limits.get("is_path"):
+            values[key] = (
+                list(map(find_shipped, values[key])) if isinstance(values[key], list) else find_shipped(values[key])
+            )
     return Recipe(**{group: _group(cls(), f"{group}.", values) for group, cls in GROUPS.items()}, sources=sources)
 
 
@@ -154,12 +159,9 @@ def _typed(info: FieldInfo, value: Any, source: str) -> Any:
     if isinstance(info.default, list) and isinstance(value, str | int | float):
         value = [] if value == "" else [value]
     try:
-        value = fit(value, info.type)
+        return fit(value, info.type)
     except TypeError:
         raise UserError(f"{info.key}={value!r} ({source}) {misfit(value, info.type, info.wants)}") from None
-    if not info.limits.get("is_path"):
-        return value
-    return [find_shipped(item) for item in value] if isinstance(value, list) else find_shipped(value)
 
 
 def _group(group: Any, prefix: str, values: Mapping[str, Any]) -> Any:

@@ -56,15 +56,21 @@ def turned(video: bytes, matrix: tuple[int, int, int, int]) -> bytes:
     return video[:place] + struct.pack(">iiiiiiiii", a, b, 0, c, d, 0, 0, 0, 1 << 30) + video[place + 36 :]
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize(
     ("matrix", "turns"), [((1, 0, 0, 1), 0), ((0, 1, -1, 0), 3), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)]
 )
-def test_telephones_videos_stand_upright(matrix: tuple[int, int, int, int], turns: int) -> None:
-    """(0, 1, -1, 0) is what a telephone writes that was held upright: a quarter clockwise, so three against it."""
+def test_telephones_videos_stand_upright(matrix: tuple[int, int, int, int], turns: int, mirrored: bool) -> None:
+    """(0, 1, -1, 0) is what a telephone writes that was held upright: a quarter clockwise, so three against it.
+
+    A front camera's picture may be mirrored as well: then x counts from the other side before it is turned.
+    """
     lying = np.zeros((4, 32, 48, 3), dtype=np.uint8)
     lying[:, :16, :24] = 200  # one corner is bright
-    upright = np.rot90(lying, turns, axes=(1, 2))
-    frames = decode_clip(turned(encode_mp4(lying, 8), matrix), ClipShape(4, *upright.shape[1:3]))
+    upright = np.rot90(lying[:, :, ::-1] if mirrored else lying, turns, axes=(1, 2))
+    a, b, c, d = matrix
+    video = turned(encode_mp4(lying, 8), (-a, -b, c, d) if mirrored else matrix)
+    frames = decode_clip(video, ClipShape(4, *upright.shape[1:3]))
     assert np.abs(frames.astype(int) - upright).mean() < 3
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import drive_files
 import pytest
 from footage_files import lenient, lerobot_v2, lerobot_v3, put, put_csv, put_tar, video
+from robot_files import annotated, as_images, two_arms
 from tiny_shards import FRAMES, HEIGHT, WIDTH, card_of
 
 from anyflow.data.batches import ClipDataset
 from anyflow.data.check import check_card
 from anyflow.data.decode import ClipShape
+from anyflow.data.importing.formats.known import FORMATS
 from anyflow.data.importing.run import import_dataset
 from anyflow.data.order import Order
 from anyflow.data.reader import ShardReader
@@ -73,6 +75,9 @@ def table(folder: Path) -> Path:
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "lerobot": lambda folder: lerobot_v3(folder, 2, 8),
     "lerobot-v2": lambda folder: lerobot_v2(folder, 2, 8),
+    "lerobot-images": lambda folder: as_images(folder, episodes=2, frames=8),
+    "irasim": lambda folder: annotated(folder, frames=8),
+    "irasim-arms": lambda folder: annotated(folder, two_arms, frames=8),
     "nuscenes": lambda folder: drive_files.nuscenes(folder, 1, 0.7),
     "comma2k19": lambda folder: drive_files.comma2k19(folder, 1, 2, 8),
     "bdd100k": lambda folder: drive_files.bdd100k(folder, 2, 8),
@@ -87,6 +92,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 def fuzz_importer(name: str, seeds: range, tmp_path: Path) -> None:
     """A spoilt file costs clips, or is a sentence: never another exception, a hang or a file elsewhere."""
     folder = WRITERS[name](tmp_path / "in")
+    format = name if name in FORMATS else name.partition("-")[0]
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for seed in seeds:
         dice = random.Random(f"{name}/{seed}")
@@ -94,9 +100,7 @@ def fuzz_importer(name: str, seeds: range, tmp_path: Path) -> None:
         whole = path.read_bytes()
         path.write_bytes(spoil(whole, dice))
         try:
-            report = import_dataset(
-                folder, tmp_path / f"out{seed}", lenient(format=name.removesuffix("-v2"), scene_cuts=0.0)
-            )
+            report = import_dataset(folder, tmp_path / f"out{seed}", lenient(format=format, scene_cuts=0.0))
             assert report.clips["train"] > 0
         except UserError as error:
             assert str(error)

@@ -1,4 +1,4 @@
-"""The page "fine-tune on my footage": its commands, run as they stand there on small data sets of three formats."""
+"""The page "fine-tune on my footage": its commands, run as they stand there on small data sets of four formats."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from drive_files import comma2k19, vpt
 from footage_files import lerobot_v3
+from robot_files import annotated
 from typer.testing import CliRunner
 
 from anyflow.cli.main import app
@@ -18,7 +19,12 @@ from anyflow.data.card import load_card
 from anyflow.data.importing.formats.known import FORMATS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "finetune.md"
-WRITERS: dict[str, Callable[[Path], Path]] = {"my-robot": lerobot_v3, "my-drives": comma2k19, "my-games": vpt}
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "my-robot": lerobot_v3,
+    "my-arm": annotated,
+    "my-drives": comma2k19,
+    "my-games": vpt,
+}
 SMALL = ["--frames", "17", "--size", "96x64", "--workers", "0", "--heldout", "0.3", "--keep-duplicates"]
 """Added to an import: the last value of an option counts."""
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from anyflow.data.clip import Clip, encode_mp4
-from anyflow.data.decode import DecodeError
-from anyflow.data.importing.footage import frames_at, shard_ready_bytes
+from anyflow.data.importing.footage import shard_ready_bytes
+from anyflow.data.importing.labels import NoLabelError, check_tracks, controls_at
 from anyflow.data.importing.recording import Recording, Track
+from anyflow.data.importing.views import frames_at
 from anyflow.data.safety import plain
 from anyflow.errors import UserError
 
@@ -66,10 +67,20 @@ class Cutting:
 
 @dataclass
 class CutReport:
-    """What became of footage besides clips: ``dropped`` counts those left out by reason, ``scenes`` the cuts."""
+    """What became of footage besides clips.
+
+    Attributes:
+        dropped: clips left out, counted by reason. scenes: cuts seen.
+        notes: what had to be guessed or converted -> the recordings that it was.
+    """
 
     dropped: Counter[str] = field(default_factory=Counter)
     scenes: int = 0
+    notes: dict[str, dict[str, None]] = field(default_factory=dict)
+
+    def note(self, name: str, text: str) -> None:
+        """Remember what was guessed or converted in a recording, once."""
+        self.notes.setdefault(text, {})[name] = None
 
 
 @dataclass(frozen=True)
@@ -93,12 +104,17 @@ def cut(
     Raises:
         DecodeError: while iterating, where the footage is damaged; the clips before it are good.
     """
-    number, still = 0, 0
-    for first, window, thumbs in _windows(recording, cutting, report):
+    check_tracks(tracks)
+    number, left_out = 0, 0
+    for window, times, thumbs in _windows(recording, cutting, report):
         motion = float(np.abs(np.diff(thumbs, axis=0)).mean())
-        if motion < cutting.min_motion:
-            still += 1
-            report.dropped["still"] += 1
+        try:
+            if motion < cutting.min_motion:
+                raise NoLabelError("still")
+            controls = controls_at(tracks, times)
+        except NoLabelError as error:
+            left_out += 1
+            report.dropped[str(error)] += 1
             continue
         key = f"{recording.key}-{number:04d}"
         clip = Clip(
@@ -106,8 +122,8 @@ def cut(
             caption=recording.caption_of(key, cutting.seed),
             fps=cutting.fps,
             domain=domain,
-            mp4=_mp4(recording, cutting, first, window),
-            controls=_controls(tracks, first / cutting.fps + np.arange(cutting.frames) / cutting.fps),
+            mp4=_mp4(recording, cutting, times[0], window),
+            controls=controls,
             attributes=_attributes(recording),
             licence=licence,
         )
@@ -115,39 +131,45 @@ def cut(
         number += 1
         if cutting.most and number == cutting.most:
             return
-    if number + still == 0:
+    if number + left_out == 0:
         report.dropped["too short"] += 1
 
 
 def _windows(
     recording: Recording, cutting: Cutting, report: CutReport
-) -> Iterator[tuple[int, list[np.ndarray], np.ndarray]]:
-    """(number of the first frame, frames, their thumbnails) of every clip that lies within one scene."""
+) -> Iterator[tuple[list[np.ndarray], np.ndarray, np.ndarray]]:
+    """(frames, their times, their thumbnails) of every clip that lies within one scene, and bridges no pause."""
     window: list[np.ndarray] = []
+    times: list[float] = []
     thumbs: list[np.ndarray] = []
     changes: list[float] = []
-    first = 0  # of the next clip
-    for number, frame in enumerate(frames_at(recording, cutting.fps, cutting.height, cutting.width)):
+    skip = 0  # frames up to the next clip
+    for frame, time, apart in frames_at(recording, cutting.fps, cutting.height, cutting.width, report.note):
         thumb = _thumbnail(frame)
-        if thumbs and cutting.cut_threshold:
+        if apart:
+            window, times, thumbs, skip = [], [], [], 0
+        elif thumbs and cutting.cut_threshold:
             change = float(np.abs(thumb - thumbs[-1]).mean())
             # A median: an earlier cut among them says nothing. The first steps have nothing to be compared with.
             usual = float(np.median(changes)) if len(changes) >= 2 else np.inf
             changes = [*changes[1 - CUT_MEMORY :], change]
             if change >= cutting.cut_threshold and change >= CUT_RATIO * usual:
                 report.scenes += 1
-                window, thumbs, first = [], [], number
-        if number < first:  # the stride is longer than the clip: only what cuts are seen by is kept
+                window, times, thumbs, skip = [], [], [], 0
+        if skip:  # the stride is longer than the clip: only what cuts are seen by is kept
+            skip -= 1
             thumbs = [thumb]
             continue
-        if number == first:
+        if not window:
             thumbs = []
         window.append(frame)
+        times.append(time)
         thumbs.append(thumb)
         if len(window) == cutting.frames:
-            yield first, window, np.stack(thumbs)
-            first += cutting.stride
-            window, thumbs = window[cutting.stride :], thumbs[cutting.stride :] or thumbs[-1:]
+            yield window, np.array(times), np.stack(thumbs)
+            skip = max(0, cutting.stride - cutting.frames)
+            window, times = window[cutting.stride :], times[cutting.stride :]
+            thumbs = thumbs[cutting.stride :] or thumbs[-1:]
 
 
 def _thumbnail(frame: np.ndarray) -> np.ndarray:
@@ -203,45 +225,13 @@ def find_duplicates(prints: np.ndarray) -> list[tuple[int, int]]:
     return repeats
 
 
-def _mp4(recording: Recording, cutting: Cutting, first: int, window: list[np.ndarray]) -> bytes:
+def _mp4(recording: Recording, cutting: Cutting, start: float, window: list[np.ndarray]) -> bytes:
     """The clip's file: the source's own where that is just the clip already, so that no quality is lost."""
-    if first == 0:
+    if start == 0:
         data = shard_ready_bytes(recording, cutting.frames, cutting.fps, cutting.height, cutting.width)
         if data is not None:
             return data
     return encode_mp4(np.stack(window), cutting.fps, preset=PRESET)
-
-
-def _controls(tracks: Mapping[str, Track], times: np.ndarray) -> dict[str, Any]:
-    """Every control at a clip's frames: {name: [value, ...]}, one value a frame."""
-    controls = {}
-    for name, track in tracks.items():
-        if len(track.times) == 0 or len(track.times) != len(track.values):
-            raise DecodeError(f"its {name} have {len(track.values)} values at {len(track.times)} times")
-        values = _interpolated(track, times) if track.linear else _held(track, times)
-        controls[name] = plain(_seen_from_start(np.asarray(values)) if track.relative else values)
-    return controls
-
-
-def _held(track: Track, times: np.ndarray) -> list[Any]:
-    """The value that holds at each time; half a millisecond is forgiven, for clocks are rounded."""
-    places = np.clip(np.searchsorted(track.times, times + 5e-4, side="right") - 1, 0, len(track.times) - 1)
-    return [track.values[place] for place in places]
-
-
-def _interpolated(track: Track, times: np.ndarray) -> np.ndarray:
-    values = np.asarray(track.values, dtype=np.float64)
-    columns = values.reshape(len(values), -1)
-    drawn = np.stack([np.interp(times, track.times, column) for column in columns.T], axis=-1)
-    return drawn.reshape(len(times), *values.shape[1:])
-
-
-def _seen_from_start(path: np.ndarray) -> np.ndarray:
-    """[F, 3] of (x, y, heading in degrees), as seen from the first: x ahead, y to the left, metres stay metres."""
-    angle = np.radians(path[0, 2])
-    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    heading = (path[:, 2:] - path[0, 2] + 180) % 360 - 180
-    return np.concatenate([(path[:, :2] - path[0, :2]) @ turn.T, heading], axis=1)
 
 
 def _attributes(recording: Recording) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 from anyflow.data.card import CARD_NAME, DatasetCard, write_card
 from anyflow.data.clip import SPLITS
 from anyflow.data.importing.cutting import Cutting, find_duplicates
+from anyflow.data.importing.heldout import group_of, settle
 from anyflow.data.importing.jobs import MOST_VALUES, ShardJob, ShardResult
 from anyflow.data.importing.options import ImportOptions
 from anyflow.data.importing.recording import Found, LeftOut, Recording, Unread, Unusable
@@ -27,13 +28,15 @@ from anyflow.system.files import write_atomically
 T = TypeVar("T", LeftOut, Unread)
 
 REPORT_NAME = "import.json"
+EXAMPLES = 3
+"""Recordings that a note names."""
 MOST_NAME = 100
 """Bytes of the data set's name in those of its shards, which disks bound."""
 
 
 @dataclass(frozen=True)
 class Import:
-    """What an import is of: where from, where to, how it cuts, and what was found: all, and of each kind of file."""
+    """What an import is of: where from, where to, how it cuts, what was found, how cameras lie."""
 
     source: Path
     format: str
@@ -45,6 +48,7 @@ class Import:
     found: Sequence[Found]
     files: Survey | None
     notes: tuple[str, ...] = ()
+    views: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,9 @@ class ImportReport:
         found: recordings in the source = ``taken``, of which there is a clip, + all of ``left_out``, by reason.
         files: found = footage + descriptions + left out by reason; empty where not all were looked at (``--limit``).
         unread: (file or recording, reason) of what is no fault, the first of each reason.
-        notes: what else is to be known, in sentences.
+        without: (recording, reason) of those that could be read, and gave no clip.
+        notes: what else is to be known, in sentences: what had to be guessed or converted, for example.
+        views: how several cameras lie in one picture, row by row; empty where they are apart.
     """
 
     card: Path
@@ -73,7 +79,9 @@ class ImportReport:
     left_out: Mapping[str, int] = field(default_factory=dict)
     files: Mapping[str, Any] = field(default_factory=dict)
     unread: tuple[tuple[str, str], ...] = ()
+    without: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    views: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; without the card's path, so that a report is the same wherever it was made."""
@@ -85,8 +93,9 @@ class ImportReport:
     def load(cls, folder: Path) -> ImportReport:
         """The report that lies in an imported data set."""
         document = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
-        pairs = {name: tuple(tuple(item) for item in document.get(name, ())) for name in ("unusable", "unread")}
-        document |= {**pairs, "notes": tuple(document.get("notes", ()))}
+        for name in ("unusable", "unread", "without"):
+            document[name] = tuple(tuple(item) for item in document.get(name, ()))
+        document["notes"] = tuple(document.get("notes", ()))
         return cls(card=folder / CARD_NAME, **document)
 
 
@@ -103,12 +112,13 @@ def assemble(
         dropped.update(result.dropped)
     repeats = set() if imported.options.keep_duplicates else _repeats(results)
     dropped.update({"duplicate": len(repeats)} if repeats else {})
+    splits, notes = settle(jobs, group_of(jobs, results, repeats), imported.options)
     final = imported.work / "final"
     clips: dict[str, int] = {}
     for split in SPLITS:
-        made = [result for job, result in zip(jobs, results, strict=True) if job.split == split and result.shard]
         if any(job.split == split for job in jobs):
-            clips[split] = _write_split(imported, split, made, repeats, final / split)
+            keys = {key for key, of in splits.items() if of == split}
+            clips[split] = _write_split(imported, split, results, keys, final / split)
             if not clips[split]:
                 reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
                 raise UserError(
@@ -116,7 +126,7 @@ def assemble(
                     f"{reasons or 'nothing'}): lower --frames or --min-motion, or import more"
                 )
     named = [*unusable, *(item for result in results for item in result.unusable)]
-    taken, left_out = _account(imported, jobs, results, repeats, len(unusable))
+    taken, left_out = _account(imported, jobs, results, set(splits), len(unusable))
     files = imported.files
     report = ImportReport(
         imported.out / CARD_NAME,
@@ -131,7 +141,9 @@ def assemble(
         left_out,
         files.counts if files else {},
         _told([*(files.unread if files else _first(imported.found, Unread)), *_first(imported.found, LeftOut)]),
-        tuple(map(_written, imported.notes)),
+        tuple((_written(name), reason) for result in results for name, reason in result.without.items()),
+        tuple(map(_written, (*imported.notes, *notes, *_notes(results)))),
+        imported.views,
     )
     _write_card(imported, final, list(clips), results)
     write_report(final / REPORT_NAME, report.to_dict())
@@ -146,6 +158,17 @@ def assemble(
         raise UserError(f"--to {str(imported.out)!r} was taken by something else meanwhile: {again}") from error
     shutil.rmtree(imported.work, ignore_errors=True)  # another import may just be looking into it
     return report
+
+
+def _notes(results: Sequence[ShardResult]) -> Iterator[str]:
+    """What had to be guessed or converted, a sentence each, with the first recordings that it was."""
+    notes: dict[str, list[str]] = {}
+    for result in results:
+        for text, names in result.notes.items():
+            notes.setdefault(text, []).extend(names)
+    for text, names in sorted(notes.items()):
+        more = ", ..." if len(names) > EXAMPLES else ""
+        yield f"{text} ({len(names)}: {', '.join(names[:EXAMPLES])}{more})"
 
 
 def _asked_for(imported: Import) -> int:
@@ -173,7 +196,7 @@ def _written(text: str) -> str:
 
 
 def _account(
-    imported: Import, jobs: Sequence[ShardJob], results: Sequence[ShardResult], repeats: set[str], unusable: int
+    imported: Import, jobs: Sequence[ShardJob], results: Sequence[ShardResult], clips: set[str], unusable: int
 ) -> tuple[int, dict[str, int]]:
     """(recordings that a clip is taken of, the others by why none is)."""
     left_out = Counter(item.reason.partition(", ")[0] for item in imported.found if isinstance(item, LeftOut))
@@ -181,7 +204,7 @@ def _account(
     taken = 0
     for job, result in zip(jobs, results, strict=True):
         keys = {sample.key for sample in result.shard.samples} if result.shard else set()
-        made, kept = ({key.rpartition("-")[0] for key in some} for some in (keys, keys - repeats))
+        made, kept = ({key.rpartition("-")[0] for key in some} for some in (keys, keys & clips))
         for recording in job.recordings:
             if recording.key in kept:
                 taken += 1
@@ -199,15 +222,14 @@ def _repeats(results: Sequence[ShardResult]) -> set[str]:
     return {keys[later] for later, _ in find_duplicates(np.concatenate(prints))}
 
 
-def _write_split(imported: Import, split: str, made: Sequence[ShardResult], repeats: set[str], folder: Path) -> int:
-    """Move a split's shards to their place, without the repeats, and index them; returns the number of clips."""
+def _write_split(imported: Import, split: str, results: Sequence[ShardResult], keys: set[str], folder: Path) -> int:
+    """Move a split's shards to their place, with its clips alone, and index them; returns the number of clips."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[Shard] = []
     name = imported.out.name.encode(errors="replace")[:MOST_NAME].decode(errors="ignore")
-    for result in made:
-        assert result.shard is not None
-        kept = {sample.key for sample in result.shard.samples} - repeats
-        if not kept:
+    for result in results:
+        kept = {sample.key for sample in result.shard.samples} & keys if result.shard else set()
+        if result.shard is None or not kept:
             continue
         tar = imported.work / result.shard.name
         place = folder / f"{name}-{split}-{len(shards):06d}.tar"
@@ -251,11 +273,12 @@ def _write_card(imported: Import, final: Path, splits: Sequence[str], results: S
         for name, values in result.attributes.items():
             labels.setdefault(name, set()).update(values)
     cutting, options = imported.cutting, imported.options
+    seen = f" Every picture shows the cameras {imported.views}." if imported.views else ""
     card = DatasetCard(
         name=imported.out.name,
         domain=options.domain or "",
         description=options.description
-        or f"Footage of {imported.source.name}, imported from the format {imported.format}.",
+        or f"Footage of {imported.source.name}, imported from the format {imported.format}.{seen}",
         splits={split: final / split for split in splits},
         frames=cutting.frames,
         height=cutting.height,
@@ -273,6 +296,7 @@ def _write_card(imported: Import, final: Path, splits: Sequence[str], results: S
             "format": imported.format,
             "recordings": _asked_for(imported),
             "cutting": asdict(cutting),
+            **({"views": imported.views} if imported.views else {}),
         },
     )
     write_card(card, final / CARD_NAME)

@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
-from itertools import repeat
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple, TypeVar
 
 import av
 import numpy as np
 
-from anyflow.data.clip import MAX_GOP
-from anyflow.data.decode import DecodeError, FrameFitter, frames_from, open_stream, resampled, shown_size, with_ends
-from anyflow.data.importing.recording import Footage, ImageFiles, ParquetCell, Recording, VideoFile
-from anyflow.data.safety import inside
+from anyflow.data.decode import DecodeError, open_stream, timed_frames
+from anyflow.data.frame_times import ODDITIES, PAUSE, Clock, Shown, Stamp, decide, follow, resampled
+from anyflow.data.importing.cells import picture_cells, picture_times, read_cell
+from anyflow.data.importing.recording import Footage, ImageFiles, ParquetCell, ParquetImages, Recording, VideoFile
+from anyflow.data.picture import MIN_SIDE, FrameFitter, Note, progressive, require_footage, shown_size
 from anyflow.errors import first_line
 
+T = TypeVar("T")
+
+PROGRESSIVE = (0, 1)
+"""Orders of fields, in FFmpeg's numbers: unknown, and none."""
 KEPT_GOP = 30
 """The longest distance between key frames with which a file is kept as it is: a clip is cut out of it at random."""
-
-MAX_GAP = 10
-"""Seconds that one picture may stay: two frames that are a year apart would be filled up with still ones."""
 PIXEL_BUDGET = 10**13
 """Pixels of one recording: a hundred hours of 832x480 at 60 frames a second, or a bomb."""
-
+MICROSECOND = Fraction(1, 1_000_000)
+RATE_APART = 0.01
+"""A video's rate may differ by this share from the one that its description states (29.97 for 30)."""
 PLAYLISTS = ("concat", "hls", "dash", "imf", "sdp")
 """What FFmpeg reads other files for, whatever its name ends in."""
-
-Shown = tuple[tuple[av.VideoFrame, float], Fraction]
-"""(frame, width of its pixels over their height), and the time at which the next one takes its place."""
 
 
 @dataclass(frozen=True)
@@ -50,116 +49,224 @@ class Facts:
     seconds: float | None
 
 
+class Moment(NamedTuple):
+    """A picture, uint8 [H, W, 3], the seconds after the recording's start at which it is on show, and whether what
+    came before is apart from it: a pause, or a clock that was set back.
+    """
+
+    picture: np.ndarray
+    time: float
+    apart: bool
+
+
 def probe(recording: Recording) -> Facts:
-    """Read the header of a recording's footage.
+    """Read the header of a recording's footage, and its first pictures' times.
 
     Raises:
-        DecodeError: it cannot be read.
+        DecodeError: it cannot be read, or shows nothing.
     """
-    if isinstance(recording.footage, ImageFiles):
-        times = recording.footage.times
-        if len(times) < 2 or times[-1] <= times[0]:
-            raise DecodeError("it has fewer than two pictures")
-        with _opened(VideoFile(recording.footage.paths[0]), None) as (_, stream):
-            height, width = stream.height, stream.width
-        return Facts((len(times) - 1) / (times[-1] - times[0]), height, width, times[-1] - times[0])
-    with _opened(recording.footage, recording.fps) as (container, stream):
-        rate = _rate(stream, recording.fps)
-        seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
+    try:
+        return _probed(recording)
+    except (av.FFmpegError, ValueError, IndexError, OverflowError, ZeroDivisionError, OSError) as error:
+        raise DecodeError(f"the video cannot be decoded ({first_line(error)})") from error
+
+
+def _probed(recording: Recording) -> Facts:
+    if isinstance(recording.footage, ImageFiles | ParquetImages):
+        return _probed_pictures(recording, recording.footage)
+    with _opened(_source(recording.footage), recording.fps) as (container, stream):
+        seconds = _seconds(stream)
         if seconds is None and container.duration:
             seconds = container.duration / av.time_base
         if recording.end is not None:
             seconds = recording.end
         left = max(0.0, seconds - recording.start) if seconds is not None and not recording.fps else None
-        height, width = shown_size(stream, next(iter(container.decode(stream)), None))
-        return Facts(float(rate), height, width, left)
+        clock, shown = timed_frames(container, stream, declared=recording.fps)
+        first = next(shown, None)
+        if first is None:
+            raise DecodeError("it holds no pictures")
+        height, width = shown_size(stream, first.item)
+        if min(height, width) < MIN_SIDE:
+            raise DecodeError(f"its pictures are shown as {width}x{height}")
+        require_footage(first.item)
+        return Facts(float(clock.rate), height, width, left)
 
 
-def frames_at(recording: Recording, fps: float, height: int, width: int) -> Iterator[np.ndarray]:
-    """The frames on show at 0, 1 / fps, 2 / fps, ... seconds after the recording's start, until it ends.
+def _probed_pictures(recording: Recording, images: ImageFiles | ParquetImages) -> Facts:
+    times, sources = _pictures_of(images)
+    if len(times) < 2 or max(times) <= times[0]:
+        raise DecodeError("it has fewer than two pictures")
+    source = next(iter(sources))
+    with _opened(source, None) as (container, stream):
+        picture = _only(source, container, stream)
+        require_footage(picture)
+        height, width = shown_size(stream, picture)
+    end = max(times) if recording.end is None else recording.end
+    clock = _picture_clock(_microseconds(times))
+    return Facts(float(clock.rate), height, width, end - max(times[0], recording.start))
 
-    Yields:
-        uint8 [H, W, 3], RGB, scaled and cropped to the size, never stretched; a new array each.
+
+def frames_at(
+    recording: Recording, fps: float, height: int, width: int, note: Note = lambda text: None
+) -> Iterator[Moment]:
+    """The pictures on show every 1 / fps seconds, from the recording's first frame on, and anew after every pause.
+
+    Args:
+        recording: its footage.
+        fps: pictures a second. height, width: theirs: scaled and cropped, never stretched; a new array each.
+        note: is told what had to be guessed or converted.
 
     Raises:
         DecodeError: while iterating, where the footage cannot be read any further.
     """
     try:
-        if isinstance(recording.footage, ImageFiles):
-            shown = _shown_images(recording.footage)
-        else:
-            shown = _shown_frames(recording)
-        yield from _pictures(shown, Fraction(fps).limit_denominator(100_000), height, width)
+        if isinstance(recording.footage, ImageFiles | ParquetImages):
+            shown = _shown_images(recording, recording.footage, note)
+            yield from _pictures(shown, fps, FrameFitter(height, width, 1.0, note))
+            return
+        with _opened(_source(recording.footage), recording.fps) as (container, stream):
+            fitter = FrameFitter(height, width, float(stream.sample_aspect_ratio or 1), note)
+            yield from _pictures(progressive(_shown(recording, container, stream, note), note), fps, fitter)
     except (av.FFmpegError, ValueError, IndexError, OverflowError, ZeroDivisionError, OSError) as error:
         raise DecodeError(f"the video cannot be decoded ({first_line(error)})") from error
 
 
-def _pictures(shown: Iterator[Shown], fps: Fraction, height: int, width: int) -> Iterator[np.ndarray]:
-    """Each frame, scaled, as often as the times k / fps fall on it."""
-    fitter: FrameFitter | None = None
+def _pictures(shown: Iterator[Shown[av.VideoFrame]], fps: float, fitter: FrameFitter) -> Iterator[Moment]:
+    """Each frame, scaled, as often as it is on show at the instants of the rate."""
     pixels = 0
-    for (frame, aspect), count in resampled(shown, fps):
-        if count > MAX_GAP * fps + 1:
-            raise DecodeError(f"a picture stands still for {float(count / fps):.0f} s: time stamps are off")
+    for frame, count, time, apart in resampled(shown, fps):
         pixels += frame.width * frame.height
         if pixels > PIXEL_BUDGET:
             raise DecodeError("it decodes to more pixels than any recording has")
-        fitter = fitter or FrameFitter(height, width, aspect)
-        picture = np.empty((height, width, 3), dtype=np.uint8)
+        picture = np.empty((fitter.height, fitter.width, 3), dtype=np.uint8)
         fitter.write(frame, picture)
-        yield from repeat(picture, count)
+        for number in range(count):
+            yield Moment(picture, time + number / fps, apart and number == 0)
+    if not pixels:
+        raise DecodeError("it holds no pictures")
 
 
-def _shown_frames(recording: Recording) -> Iterator[Shown]:
+def _shown(recording: Recording, container: Any, stream: Any, note: Note) -> Iterator[Shown[av.VideoFrame]]:
+    """A video's frames with their times after the recording's start.
+
+    Raises:
+        DecodeError: its description counts at another rate.
+    """
     start = Fraction(recording.start).limit_denominator(1_000_000)
-    length = None if recording.end is None else Fraction(recording.end).limit_denominator(1_000_000) - start
-    assert not isinstance(recording.footage, ImageFiles)
-    with _opened(recording.footage, recording.fps) as (container, stream):
-        rate = _rate(stream, recording.fps)
-        aspect = float(stream.sample_aspect_ratio or 1)
-        frames = frames_from(container, stream, rate, start) if start else container.decode(stream)
-        for frame, until in with_ends(frames, stream, rate, start, stamped=recording.fps is None):
-            # The last frame of a recording that ends in the middle of a file is the one that ends with it.
-            if length is not None and until > length + 1 / (4 * rate):
-                return
-            yield (frame, aspect), until
+    clock, frames = timed_frames(container, stream, start, recording.fps)
+    _compare_rates(clock, recording.stated_fps)
+    for text in clock.notes:
+        note(text)
+    wanted = None if recording.end is None else recording.end - recording.start
+    interval = float(1 / clock.rate)
+    reached = 0.0
+    for shown in _until(wanted, frames, interval):
+        if shown.why:
+            note(ODDITIES[shown.why])
+        lasts = float(shown.item.duration * clock.tick) if shown.item.duration else 0.0
+        reached = max(shown.until, shown.start + lasts)
+        yield shown
+    whole = _seconds(stream) if wanted is None else wanted
+    if whole is not None and clock.how != "counted" and reached + PAUSE * interval < whole:
+        note("footage that ends before its header says, as if truncated: what there is was taken")
 
 
-def _shown_images(images: ImageFiles) -> Iterator[Shown]:
+def _compare_rates(clock: Clock, stated: float | None) -> None:
+    if stated and abs(float(clock.rate) / stated - 1) > RATE_APART:
+        raise DecodeError(
+            f"its description states {stated:g} frames a second, its video has {float(clock.rate):.5g}: "
+            "times and pictures would be apart"
+        )
+
+
+def _seconds(stream: Any) -> float | None:
+    """How long a stream is, as its header says; Matroska has it as a text."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    try:
+        hours, minutes, seconds = map(float, stream.metadata["DURATION"].split(":"))
+    except (KeyError, ValueError):
+        return None
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def _shown_images(
+    recording: Recording, images: ImageFiles | ParquetImages, note: Note
+) -> Iterator[Shown[av.VideoFrame]]:
     """Each picture with the time at which the next takes its place; the last one stays as long as most do."""
-    usual = float(np.median(np.diff(images.times))) if len(images.times) > 1 else 0.1
-    ends = [*images.times[1:], images.times[-1] + usual]
-    for path, until in zip(images.paths, ends, strict=True):
-        with _opened(VideoFile(path), None) as (container, stream):
-            picture = next(iter(container.decode(stream)), None)
-        if picture is None:
-            raise DecodeError(f"{Path(path).name} holds no picture")
-        # A little less, as for a video's frames: a time that falls on the border belongs to the next picture.
-        yield (picture, 1.0), Fraction(until - usual / 4).limit_denominator(1_000_000)
+    times, sources = _pictures_of(images)
+    stamps = _microseconds(times)
+    clock = _picture_clock(stamps)
+    wanted = None if recording.end is None else recording.end - recording.start
+    shown = follow(zip(sources, stamps, strict=True), clock, round(recording.start / MICROSECOND))
+    for source, start, until, why in _until(wanted, shown, float(1 / clock.rate)):
+        if until <= 0:
+            continue
+        if why:
+            note(ODDITIES[why])
+        with _opened(source, None) as (container, stream):
+            picture = _only(source, container, stream)
+        yield Shown(picture, start, until, why)
+
+
+def _until(end: float | None, shown: Iterator[Shown[T]], interval: float) -> Iterator[Shown[T]]:
+    """The frames up to a recording's end, which may lie in the middle of its footage: the last one ends with it."""
+    for frame in shown:
+        if end is None:
+            yield frame
+        elif frame.start > end - interval / 2:
+            return
+        else:
+            yield frame._replace(until=min(frame.until, end))
+
+
+def _picture_clock(stamps: Sequence[int]) -> Clock:
+    return decide([Stamp(stamp, stamp) for stamp in stamps], MICROSECOND, None, reorders=False)
+
+
+def _microseconds(times: Sequence[float]) -> list[int]:
+    return [round(time / MICROSECOND) for time in times]
+
+
+def _pictures_of(images: ImageFiles | ParquetImages) -> tuple[Sequence[float], Iterable[str | bytes]]:
+    """(their seconds, the file of each or its bytes)."""
+    if isinstance(images, ImageFiles):
+        return images.times, images.paths
+    return picture_times(images), picture_cells(images)
+
+
+def _only(source: str | bytes, container: Any, stream: Any) -> av.VideoFrame:
+    """The picture of an image file."""
+    picture: av.VideoFrame | None = next(iter(container.decode(stream)), None)
+    if picture is None:
+        raise DecodeError(f"{Path(source).name if isinstance(source, str) else 'a cell'} holds no picture")
+    return picture
+
+
+def _source(footage: Footage) -> str | bytes:
+    """What is opened: a file's path, or the bytes of one that lies in another file."""
+    return footage.path if isinstance(footage, VideoFile) and footage.size is None else read_bytes(footage)
 
 
 @contextmanager
-def _opened(footage: VideoFile | ParquetCell, fps: float | None) -> Iterator[tuple[Any, Any]]:
-    """(container, video stream), one thread, errors not painted over."""
+def _opened(source: str | bytes, fps: float | None) -> Iterator[tuple[Any, Any]]:
+    """(container, video stream) of a path or a file's bytes, one thread, errors not painted over."""
     # A picture's name is its name, not a pattern of many ("%d").
     options = {"pattern_type": "none", **({"framerate": f"{fps:g}"} if fps else {})}
-    source: str | IO[bytes] | io.BytesIO
+    if isinstance(source, str) and not Path(source).is_file():
+        raise DecodeError(f"there is no {Path(source).name}")
+    if not (Path(source).stat().st_size if isinstance(source, str) else source):
+        raise DecodeError("the file is empty")
     try:
-        if isinstance(footage, VideoFile) and footage.size is None:
-            source = footage.path
-        else:
-            source = io.BytesIO(read_bytes(footage))
-        if isinstance(source, str) and not Path(source).is_file():
-            raise DecodeError("there is no such file")
-        if not (Path(source).stat().st_size if isinstance(source, str) else len(source.getvalue())):
-            raise DecodeError("the file is empty")
         # A path with a colon would be taken for a protocol.
-        with av.open(f"file:{source}" if isinstance(source, str) else source, "r", options=options) as container:
-            if container.format.name in PLAYLISTS:
-                raise DecodeError("it is a list of other files, not a video")
-            yield container, open_stream(container)
+        file = f"file:{source}" if isinstance(source, str) else io.BytesIO(source)
+        container = av.open(file, "r", options=options)
     except (av.FFmpegError, ValueError, OSError) as error:
         raise DecodeError(f"the video cannot be opened ({first_line(error)})") from error
+    with container:
+        if container.format.name in PLAYLISTS:
+            raise DecodeError("it is a list of other files, not a video")
+        yield container, open_stream(container)
 
 
 def read_bytes(footage: Footage) -> bytes:
@@ -169,8 +276,8 @@ def read_bytes(footage: Footage) -> bytes:
         DecodeError: they cannot be read.
     """
     if isinstance(footage, ParquetCell):
-        return _read_cell(footage)
-    if isinstance(footage, ImageFiles):
+        return read_cell(footage)
+    if not isinstance(footage, VideoFile):
         raise DecodeError("pictures are no video file")
     try:
         with open(footage.path, "rb") as file:
@@ -183,34 +290,6 @@ def read_bytes(footage: Footage) -> bytes:
     return data
 
 
-@lru_cache(maxsize=1)
-def _column(path: str, row_group: int, column: str) -> Any:
-    import pyarrow.parquet as parquet
-
-    with parquet.ParquetFile(path) as file:
-        return file.read_row_group(row_group, [column]).column(column)
-
-
-def _read_cell(cell: ParquetCell) -> bytes:
-    try:
-        value = _column(cell.path, cell.row_group, cell.column)[cell.row].as_py()
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise DecodeError(f"the table cannot be read ({first_line(error)})") from error
-    data = value.get("bytes") if isinstance(value, dict) else value
-    if data is None and isinstance(value, dict) and isinstance(value.get("path"), str):
-        return read_bytes(VideoFile(str(inside(Path(cell.path).parent, value["path"]))))
-    if not isinstance(data, bytes):
-        raise DecodeError("the table's cell holds no bytes")
-    return data
-
-
-def _rate(stream: av.VideoStream, assumed: float | None) -> Fraction:
-    rate = Fraction(assumed).limit_denominator(100_000) if assumed else stream.average_rate or stream.guessed_rate
-    if not rate or rate <= 0:
-        raise DecodeError("the video does not tell its frame rate")
-    return rate
-
-
 def shard_ready_bytes(recording: Recording, frames: int, fps: float, height: int, width: int) -> bytes | None:
     """A recording's file, if it can be stored as it is: all of it, H.264 in mp4 of just this shape, key frames close
     enough, no sound. None if it must be encoded anew.
@@ -218,7 +297,7 @@ def shard_ready_bytes(recording: Recording, frames: int, fps: float, height: int
     footage = recording.footage
     if not isinstance(footage, VideoFile) or recording.start or recording.end is not None or recording.fps:
         return None
-    with _opened(footage, None) as (container, stream):
+    with _opened(_source(footage), None) as (container, stream):
         context = stream.codec_context
         ready = (
             "mp4" in container.format.name
@@ -226,19 +305,26 @@ def shard_ready_bytes(recording: Recording, frames: int, fps: float, height: int
             and len(container.streams) == 1
             and context.name == "h264"
             and context.pix_fmt == "yuv420p"
+            and context.field_order in PROGRESSIVE
             and (stream.height, stream.width) == (height, width)
             and (stream.sample_aspect_ratio or 1) == 1
             and stream.frames == frames
             and abs(float(stream.average_rate or 0) - fps) < 1e-3
-            and _longest_gop(container, stream) <= max(KEPT_GOP, MAX_GOP)
+            and _is_steady(container, stream, fps)
         )
     return read_bytes(footage) if ready else None
 
 
-def _longest_gop(container: Any, stream: Any) -> int:
+def _is_steady(container: Any, stream: Any, fps: float) -> bool:
+    """Whether key frames are close enough, and frames as far apart as the rate says: whoever reads it counts them."""
     longest, since = 0, 0
+    stamps = []
     for packet in container.demux(stream):
         if packet.size:
             since = 1 if packet.is_keyframe else since + 1
             longest = max(longest, since)
-    return longest
+            stamps.append(packet.pts)
+    if longest > KEPT_GOP or None in stamps or not stream.time_base:
+        return False
+    times = np.sort(np.array(stamps, dtype=np.float64)) * float(stream.time_base) * fps
+    return bool(np.abs(times - times[:1] - np.arange(len(times))).max(initial=0.0) < 0.5)

@@ -10,7 +10,7 @@ import base64
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 
 from anyflow.data.decode import DecodeError
+from anyflow.data.faults import NotColourError
 from anyflow.data.importing.cutting import CutReport, Cutting, cut
 from anyflow.data.importing.formats.known import source_of
-from anyflow.data.importing.recording import ImageFiles, Recording, Unusable
+from anyflow.data.importing.recording import Recording, Unusable, files_of
 from anyflow.data.shards import Shard, shard_from_dict, shard_to_dict, write_tar
 from anyflow.errors import UserError, first_line
 from anyflow.system.files import placing
 
-JOB_VERSION = 2
+JOB_VERSION = 3
 PARSE_ERRORS = (OSError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError, RecursionError)
 """What libraries raise when they parse damaged files; it concerns that recording alone."""
 MOST_VALUES = 20
@@ -79,6 +80,7 @@ class ShardResult:
         attributes: label -> its values, up to MOST_VALUES + 1 of them.
         controls: those that at least one clip has.
         without: recordings that gave no clip though they could be read -> why.
+        notes: what had to be guessed or converted -> the recordings that it was.
     """
 
     digest: str
@@ -90,6 +92,7 @@ class ShardResult:
     attributes: Mapping[str, list[str]] = field(default_factory=dict)
     controls: tuple[str, ...] = ()
     without: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def run_job(job: ShardJob) -> ShardResult:
@@ -116,6 +119,7 @@ def run_job(job: ShardJob) -> ShardResult:
         {name: sorted(values)[: MOST_VALUES + 1] for name, values in sorted(writer.attributes.items())},
         tuple(sorted(writer.controls)),
         writer.without,
+        {text: list(names) for text, names in sorted(writer.report.notes.items())},
     )
     with placing(job.work / f"{digest}.json") as place:
         place.write_text(json.dumps(_to_dict(result)))
@@ -156,7 +160,7 @@ class _Writer:
 
     def _recording(self, recording: Recording) -> Iterator[tuple[str, dict[str, bytes]]]:
         job = self.job
-        clips, still = 0, self.report.dropped["still"]
+        clips, dropped = 0, self.report.dropped.copy()
         try:
             tracks = self.source.controls(job.folder, recording)
             for made in cut(recording, job.cutting, job.domain, job.licence, tracks, self.report):
@@ -166,7 +170,10 @@ class _Writer:
                 clips += 1
                 yield made.clip.key, parts
             if not clips:
-                self.without[recording.name] = "still" if self.report.dropped["still"] > still else "too short"
+                reasons = (self.report.dropped - dropped).most_common(1)
+                self.without[recording.name] = reasons[0][0] if reasons else "too short"
+        except NotColourError as error:
+            self.without[recording.name] = str(error)
         except (DecodeError, UserError, *PARSE_ERRORS) as error:
             after = f" after {clips} good clips" if clips else ""
             self.unusable.append(Unusable(recording.name, first_line(error) + after))
@@ -181,10 +188,8 @@ class _Writer:
 
 def _files(recording: Recording) -> list[Path]:
     """The files that a recording's clips come from: the footage, and those that its details name."""
-    footage = recording.footage
-    paths = footage.paths if isinstance(footage, ImageFiles) else (footage.path,)
     named = (value for value in recording.details.values() if isinstance(value, str))
-    return [Path(path) for path in (*paths, *named)]
+    return [Path(path) for path in (*files_of(recording.footage), *named)]
 
 
 def _add(digest: Any, value: Any) -> None:
@@ -216,6 +221,7 @@ def _to_dict(result: ShardResult) -> dict[str, Any]:
         "attributes": dict(result.attributes),
         "controls": list(result.controls),
         "without": dict(result.without),
+        "notes": dict(result.notes),
     }
 
 
@@ -231,4 +237,5 @@ def _from_dict(document: dict[str, Any]) -> ShardResult:
         document["attributes"],
         tuple(document["controls"]),
         document["without"],
+        document["notes"],
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from anyflow.errors import UserError
 from anyflow.system.option import option
 
-_FORMATS = "lerobot, nuscenes, comma2k19, vpt, gf-minecraft, bdd100k, cosmos, huggingface, webdataset or folder"
+_FORMATS = "lerobot, nuscenes, comma2k19, vpt, gf-minecraft, bdd100k, irasim, cosmos, huggingface, webdataset or folder"
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class ImportOptions:
         None, "For recordings without any; 'domain': the domain's own. Else they are refused."
     )
     frames: int = option(81, "Frames of a clip.", low=1)
-    fps: float | None = option(None, "Frames a second; without it those of the first recording.")
-    size: tuple[int, int] | None = option(None, "WIDTHxHEIGHT; without it that of the first recording.")
+    fps: float | None = option(None, "Frames a second; without it those of most of the first recordings.")
+    size: tuple[int, int] | None = option(None, "WIDTHxHEIGHT; without it that of most of the first recordings.")
     stride: float | None = option(None, "Seconds from clip to clip; without it end to end.")
     scene_cuts: float = option(30.0, "Change, in levels of 255, that is a scene cut; 0: none.", low=0)
     min_motion: float = option(0.0, "Leave out clips that change less from frame to frame.", low=0)
@@ -33,6 +33,7 @@ class ImportOptions:
     heldout: float = option(0.05, "Share of episodes, scenes or routes that is held out.", low=0, high=0.9)
     group_by: str | None = option(None, "Field that says what is never torn apart.")
     cameras: tuple[str, ...] = option((), "Cameras, with commas; without it all.")
+    views: str = option("apart", "Cameras of one moment: apart, or as one picture: wide, grid, or front+wrist.")
     limit: int = option(0, "Recordings at most, for a trial; 0: all.", low=0)
     licence: str = option("", "Of the footage, for the card.")
     description: str = option("", "A sentence for the card.")

@@ -42,7 +42,48 @@ class ParquetCell:
     column: str
 
 
-Footage = VideoFile | ImageFiles | ParquetCell
+@dataclass(frozen=True)
+class ParquetImages:
+    """The rows of a parquet table that hold a recording's pictures, one row a picture, in the order of time.
+
+    Attributes:
+        path: the table. column: of pictures: an image file's bytes, or {bytes, path}.
+        root: the folder from which such a path leads.
+        where: (column, value) of the rows that belong to the recording. clock: the column of their seconds.
+    """
+
+    path: str
+    column: str
+    root: str
+    where: tuple[str, int]
+    clock: str
+
+
+@dataclass(frozen=True)
+class Views:
+    """What several cameras saw of one moment, as one picture.
+
+    Attributes:
+        parts: a recording a camera, in the picture's order; they begin together.
+        columns: cameras side by side in one row.
+    """
+
+    parts: tuple[Recording, ...]
+    columns: int
+
+
+Footage = VideoFile | ImageFiles | ParquetCell | ParquetImages | Views
+
+
+def files_of(footage: Footage) -> Iterator[str]:
+    """The files that pictures come from."""
+    if isinstance(footage, Views):
+        for part in footage.parts:
+            yield from files_of(part.footage)
+    elif isinstance(footage, ImageFiles):
+        yield from footage.paths
+    else:
+        yield footage.path
 
 
 @dataclass(frozen=True)
@@ -72,8 +113,10 @@ class Recording:
         footage: the pictures.
         start, end: seconds within the footage; None for its end.
         fps: the rate of a stream that carries no time stamps; None where it does.
+        stated_fps: the rate that the source's description states and counts its times by; None where it states none.
         caption: from the source, if it has one; of several, each clip takes one (:meth:`caption_of`).
-        camera: which of several.
+        camera: which of several. Recordings of one group with several cameras show one moment.
+        clock: seconds after the moment's beginning at which this recording starts.
         split: "train" or "heldout", if the source says so itself.
         fields: plain values, for caption templates and as the clips' labels.
         details: what the importer's ``controls`` needs again; nobody else looks into it.
@@ -85,8 +128,10 @@ class Recording:
     start: float = 0.0
     end: float | None = None
     fps: float | None = None
+    stated_fps: float | None = None
     caption: str | Sequence[str] | None = None
     camera: str = ""
+    clock: float = 0.0
     split: str | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
@@ -114,6 +159,7 @@ class Unusable:
 
     name: str
     reason: str
+    footage: Footage | None = None
 
 
 @dataclass(frozen=True)

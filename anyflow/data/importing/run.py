@@ -7,9 +7,9 @@ goes on from the jobs that it had finished.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -21,13 +21,15 @@ from anyflow.data.decode import DecodeError
 from anyflow.data.importing.captions import DEFAULTS, Captions, captions_of, notes_on
 from anyflow.data.importing.cutting import Cutting
 from anyflow.data.importing.finish import REPORT_NAME, Import, ImportReport, assemble, write_report
-from anyflow.data.importing.footage import Facts, probe
+from anyflow.data.importing.footage import Facts
 from anyflow.data.importing.formats.huggingface import licence_of
-from anyflow.data.importing.formats.known import detect_format, snapshot, source_of
+from anyflow.data.importing.formats.known import controls_of, detect_format, snapshot, source_of
+from anyflow.data.importing.heldout import count_of, in_order_of_draw
 from anyflow.data.importing.jobs import PARSE_ERRORS, ShardJob, ShardResult, load_result, run_job
 from anyflow.data.importing.options import ImportOptions
 from anyflow.data.importing.recording import Found, LeftOut, Recording, Unread, Unusable
 from anyflow.data.importing.survey import Survey, survey
+from anyflow.data.importing.views import APART, described, probe, together
 from anyflow.errors import UserError, first_line
 from anyflow.system.engines import Engine, Work, values
 from anyflow.system.locks import claimed
@@ -121,7 +123,7 @@ def _import(
     """The import itself, in a working folder of this process's own."""
     module = source_of(format)
     try:
-        found = list(_limited(module.recordings(folder), options))
+        found = list(_limited(together(module.recordings(folder), options.views, options.cameras), options))
     except (DecodeError, *PARSE_ERRORS) as error:
         raise UserError(f"source {str(source)!r} cannot be read ({format}): {first_line(error)}") from error
     files = None if options.limit else survey(folder, format, found)
@@ -132,7 +134,8 @@ def _import(
         raise UserError(f"source {str(source)!r} holds no recordings ({format}: {module.LOOKS_FOR})")
     cutting, facts = _cutting(recordings, options)
     notes = tuple(_notes(options, captions, found, recordings, files))
-    imported = Import(source, format, out, work, cutting, options, dict(module.CONTROLS), found, files, notes)
+    controls, views = controls_of(module, folder), described(recordings)
+    imported = Import(source, format, out, work, cutting, options, controls, found, files, notes, views)
     jobs = list(_jobs(imported, folder, split_groups(recordings, options), facts))
     results = _run(jobs, unusable, options, total, progress, engine)
     return assemble(imported, jobs, results, unusable)
@@ -173,7 +176,7 @@ def _limited(found: Iterable[Found], options: ImportOptions) -> Iterator[Found]:
     for item in found:
         if isinstance(item, Recording):
             cameras.add(item.camera)
-            if options.cameras and item.camera not in options.cameras:
+            if options.cameras and options.views == APART and item.camera not in options.cameras:
                 yield LeftOut(item.name, f"another camera ({item.camera or 'without a name'})", item.footage)
                 continue
             if item.key in seen:
@@ -185,7 +188,7 @@ def _limited(found: Iterable[Found], options: ImportOptions) -> Iterator[Found]:
         if options.limit and count >= options.limit:
             return
     missing = sorted(set(options.cameras) - cameras)
-    if missing:
+    if missing and options.views == APART:
         raise UserError(f"--cameras {','.join(missing)}: the source has {', '.join(sorted(cameras)) or 'no cameras'}")
 
 
@@ -224,16 +227,11 @@ def split_groups(recordings: Sequence[Recording], options: ImportOptions) -> dic
                 "--heldout: all recordings are of one group, so none can be held out whole; import more, "
                 "name a field by --group-by, or give --heldout 0"
             )
-        count = min(len(groups) - 1, max(1, round(options.heldout * len(groups))))
-        held = set(sorted(groups, key=lambda group: _draw(options.seed, group))[:count])
+        held = set(in_order_of_draw(groups, options.seed)[: count_of(len(groups), options.heldout)])
     parts: dict[str, list[Recording]] = {split: [] for split in SPLITS}
     for recording in recordings:
         parts["heldout" if recording.group in held else "train"].append(recording)
     return parts
-
-
-def _draw(seed: int, group: str) -> str:
-    return hashlib.blake2b(f"{seed}/{group}".encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
 def _cutting(recordings: Sequence[Recording], options: ImportOptions) -> tuple[Cutting, list[Facts]]:
@@ -253,8 +251,10 @@ def _cutting(recordings: Sequence[Recording], options: ImportOptions) -> tuple[C
             break
     if not facts:
         raise UserError(f"none of the first recordings can be read ({reason}): check the source")
-    fps = options.fps or round(facts[0].fps, 3)
-    width, height = options.size or (facts[0].width // 2 * 2, facts[0].height // 2 * 2)
+    # Those of most: an odd one that happens to be the first shapes no other.
+    fps = options.fps or Counter(round(fact.fps, 3) for fact in facts).most_common(1)[0][0]
+    sizes = Counter((fact.width // 2 * 2, fact.height // 2 * 2) for fact in facts)
+    width, height = options.size or sizes.most_common(1)[0][0]
     stride = options.frames if options.stride is None else max(1, round(options.stride * fps))
     cutting = Cutting(
         options.frames, fps, height, width, stride, options.scene_cuts, options.min_motion, options.clips, options.seed

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyflow.data.importing.recording import Footage, Found, ImageFiles, LeftOut, Recording, Unread, Unusable
+from anyflow.data.importing.recording import Found, LeftOut, Unread, Unusable, files_of
 from anyflow.data.importing.walk import is_video, stem_of, walk
 
 ARCHIVES = ".zip .7z .rar .gz .tgz .bz2 .tbz2 .xz .txz .zst .lz4 .br .cab .iso"
@@ -56,7 +56,7 @@ class Survey:
 
 def survey(folder: Path, format: str, found: Sequence[Found]) -> Survey:
     """Look at every file below a source's folder."""
-    held = (item.footage for item in found if isinstance(item, Recording | LeftOut))
+    held = (item.footage for item in found if not isinstance(item, Unread))
     footage = {path for item in held if item is not None for path in files_of(item)}
     told = {item.name: item.reason for item in found if isinstance(item, Unread)}
     bad = {item.name for item in found if isinstance(item, Unusable | LeftOut)}
@@ -90,11 +90,6 @@ def survey(folder: Path, format: str, found: Sequence[Found]) -> Survey:
         tuple(unread),
         tuple(odd),
     )
-
-
-def files_of(footage: Footage) -> tuple[str, ...]:
-    """The files that footage lies in."""
-    return footage.paths if isinstance(footage, ImageFiles) else (footage.path,)
 
 
 def _why_not(path: Path, format: str) -> str:

@@ -19,6 +19,7 @@ FORMATS = {
     "vpt": "anyflow.data.importing.formats.vpt",
     "gf-minecraft": "anyflow.data.importing.formats.gf_minecraft",
     "bdd100k": "anyflow.data.importing.formats.bdd100k",
+    "irasim": "anyflow.data.importing.formats.irasim",
     "cosmos": "anyflow.data.importing.formats.cosmos",
     "huggingface": "anyflow.data.importing.formats.huggingface",
     "webdataset": "anyflow.data.importing.formats.webdataset",
@@ -36,6 +37,11 @@ def source_of(name: str) -> Source:
     if name not in FORMATS:
         raise UserError(f"--format {name!r} is unknown: choose one of {', '.join(FORMATS)}")
     return cast(Source, importlib.import_module(FORMATS[name]))
+
+
+def controls_of(source: Source, folder: Path) -> dict[str, str]:
+    """What a data set's controls hold, for the card: the format's words, made precise where it can read more."""
+    return {**source.CONTROLS, **getattr(source, "described_controls", lambda folder: {})(folder)}
 
 
 def snapshot(folder: Path) -> Path:

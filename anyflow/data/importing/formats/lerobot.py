@@ -1,11 +1,13 @@
-"""LeRobot data sets, v3.0 (many episodes a file) and v2.0/v2.1 (an episode a file): every camera, actions, state, task.
+"""LeRobot data sets, v3.0 (many episodes a file) and v2.0/v2.1 (one a file): colour cameras, actions, state, task.
 
 The layout is that of https://github.com/huggingface/lerobot (``datasets/lerobot_dataset.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,17 @@ from typing import Any
 import numpy as np
 
 from anyflow.data.decode import DecodeError
-from anyflow.data.importing.recording import Found, Recording, Track, Unusable, VideoFile
+from anyflow.data.importing.labels import rows_of
+from anyflow.data.importing.recording import (
+    Found,
+    ImageFiles,
+    LeftOut,
+    ParquetImages,
+    Recording,
+    Track,
+    Unusable,
+    VideoFile,
+)
 from anyflow.data.safety import inside, read_json_object
 from anyflow.data.tables import read_rows
 from anyflow.errors import UserError
@@ -24,8 +36,14 @@ CONTROLS = {
     "actions": "per frame: the action vector of the robot, as the data set's feature 'action' has it",
     "state": "per frame: the state vector of the robot, as the feature 'observation.state' has it",
 }
-TRACKS = {"actions": "action", "state": "observation.state"}
+TRACKS = {"actions": ("action", "actions"), "state": ("observation.state", "state")}
+"""Control -> its feature, as LeRobot's own data sets name it and as others do."""
+COLUMNS = ("timestamp", "episode_index", *(name for names in TRACKS.values() for name in names))
 CHUNK = 1000
+"""Episodes of a chunk in v2, unless info.json has ``chunks_size``."""
+PICTURES = ("video", "image")
+
+log = logging.getLogger(__name__)
 
 
 def detect(folder: Path) -> bool:
@@ -40,87 +58,169 @@ def recordings(folder: Path) -> Iterator[Found]:
     """Every camera of every episode.
 
     Raises:
-        UserError: an unknown version, no video, or damaged descriptions.
+        UserError: an unknown version, no pictures, or damaged descriptions.
     """
-    try:
-        info = read_json_object(folder / "meta" / "info.json")
-        version = str(info["codebase_version"])
-        cameras = [name for name, feature in info["features"].items() if feature["dtype"] == "video"]
-        held = _held_out(info.get("splits") or {})
-        shared = {"robot": str(info.get("robot_type") or "robot")}
-        float(info["fps"])
-    except (DecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{str(folder)!r}: meta/info.json is damaged ({error!r}): fetch it again") from error
-    if not version.startswith(("v2.", "v3.")):
-        raise UserError(f"{str(folder)!r} is LeRobot {version}: v2.0, v2.1 and v3.0 are read; convert it by lerobot")
-    if not cameras:
-        raise UserError(f"{str(folder)!r} has no feature of dtype video: pictures in tables are not read; convert it")
-    episodes = _episodes_v3(folder) if version.startswith("v3.") else _episodes_v2(folder)
+    layout = _layout(folder)
+    episodes = _episodes_v3(folder) if layout.version.startswith("v3.") else _episodes_v2(folder)
     for number, episode in enumerate(episodes):
         if isinstance(episode, DecodeError):
             yield Unusable(f"episode {number}", str(episode))
             continue
-        for camera in cameras:
+        for camera in (*layout.cameras, *layout.depth):
             place = f"episode_{episode.get('episode_index', number)}"
             try:
-                index = int(episode["episode_index"])
-                place = f"episode_{index:06d}"
-                start, end = 0.0, None
-                if version.startswith("v3."):
-                    start = float(episode[f"videos/{camera}/from_timestamp"])
-                    end = float(episode[f"videos/{camera}/to_timestamp"])
-                footage = inside(folder, _path(info["video_path"], episode, f"videos/{camera}/", camera))
-                table = inside(folder, _path(info["data_path"], episode, "data/", camera))
-                task = "; ".join(str(task) for task in episode["tasks"])
-                yield Recording(
-                    name=f"{place}/{camera.removeprefix('observation.images.').removeprefix('observation.')}",
-                    group=place,
-                    footage=VideoFile(str(footage)),
-                    start=start,
-                    end=end,
-                    caption=task,
-                    camera=camera.removeprefix("observation.images.").removeprefix("observation."),
-                    split=None if held is None else "heldout" if index in held else "train",
-                    fields={"task": task, **shared},
-                    details={"table": str(table), "episode": index},
-                )
-            except (DecodeError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-                yield Unusable(f"{place}/{camera}", f"its description is damaged ({error!r})"[:300])
+                place = f"episode_{int(episode['episode_index']):06d}"
+                recording = _recording(folder, layout, episode, place, camera)
+                is_depth = camera in layout.depth
+                yield LeftOut(recording.name, "a depth map", recording.footage) if is_depth else recording
+            except (DecodeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+                yield Unusable(f"{place}/{_plain(camera)}", f"its description is damaged ({error!r})"[:300])
 
 
 def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
     """Actions and state at the episode's time stamps."""
-    episode = recording.details["episode"]
     table = _table(recording.details["table"])
-    if "timestamp" not in table or "episode_index" not in table:
-        raise DecodeError("its table has no column timestamp or episode_index")
-    rows = np.flatnonzero(table["episode_index"] == episode)
-    times = table["timestamp"][rows].astype(np.float64)
-    return {name: Track(times, table[column][rows]) for name, column in TRACKS.items() if column in table}
+    for name in ("timestamp", "episode_index"):
+        if name not in table.column_names:
+            raise DecodeError(f"its table has no column {name}")
+    rows = np.flatnonzero(table.column("episode_index").to_numpy() == recording.details["episode"])
+    length = recording.details["length"]
+    if isinstance(length, int) and len(rows) != length:
+        raise DecodeError(f"its table has {len(rows)} rows, its description {length} frames")
+    taken = table.take(rows)
+    times = rows_of("timestamp", taken.column("timestamp").to_pylist())
+    bad = np.flatnonzero(~np.isfinite(times))
+    if len(bad):
+        raise DecodeError(f"its timestamp is no number in {len(bad)} of {len(rows)} rows, first in row {bad[0]}")
+    present = _present(table.column_names)
+    return {name: Track(times, rows_of(column, taken.column(column).to_pylist())) for name, column in present.items()}
+
+
+def described_controls(folder: Path) -> dict[str, str]:
+    """The controls with the names and the rate that ``meta/info.json`` gives them."""
+    info = read_json_object(folder / "meta" / "info.json")
+    words = {}
+    for control, column in _present(info["features"]).items():
+        names = info["features"][column].get("names")
+        if isinstance(names, dict):
+            names = next(iter(names.values()), None)
+        if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+            listed = ", ".join(names)[:500]
+            words[control] = f"{CONTROLS[control]} ({listed}; {float(info['fps']):g} a second in the source)"
+    return words
+
+
+def _present(columns: Container[str]) -> dict[str, str]:
+    """Control -> its feature, of those that are there."""
+    found = {control: next((name for name in names if name in columns), None) for control, names in TRACKS.items()}
+    return {control: name for control, name in found.items() if name is not None}
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What ``meta/info.json`` says of all episodes.
+
+    Attributes:
+        cameras: colour cameras, feature -> dtype (video or image). depth: those that see depth.
+        held_out: episodes of splits that are not train.
+    """
+
+    version: str
+    cameras: Mapping[str, str]
+    depth: Mapping[str, str]
+    video_path: str
+    data_path: str
+    chunk: int
+    fps: float
+    robot: str
+    held_out: frozenset[int] | None
+
+
+def _layout(folder: Path) -> _Layout:
+    """Read ``meta/info.json``; cameras that see depth are left out, and named."""
+    try:
+        info = read_json_object(folder / "meta" / "info.json")
+        version, features = str(info["codebase_version"]), info["features"]
+        cameras = {name: feature["dtype"] for name, feature in features.items() if feature["dtype"] in PICTURES}
+        depth = [name for name in cameras if _is_depth(features[name])]
+        layout = _Layout(
+            version,
+            {name: dtype for name, dtype in cameras.items() if name not in depth},
+            {name: cameras[name] for name in depth},
+            str(info.get("video_path") or ""),
+            str(info["data_path"]),
+            int(info.get("chunks_size") or CHUNK),
+            float(info["fps"]),
+            str(info.get("robot_type") or "robot"),
+            _held_out(info.get("splits") or {}),
+        )
+    except (DecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{str(folder)!r}: meta/info.json is damaged ({error!r}): fetch it again") from error
+    if not version.startswith(("v2.", "v3.")):
+        raise UserError(f"{str(folder)!r} is LeRobot {version}: v2.0, v2.1 and v3.0 are read; convert it by lerobot")
+    if not layout.cameras:
+        also = f", but for the depth maps {', '.join(depth)}" if depth else ""
+        raise UserError(f"{str(folder)!r} has no feature of dtype video or image{also}: there is nothing to see")
+    if depth:
+        log.warning("depth maps are no colour and were left out: %s", ", ".join(map(_plain, depth)))
+    return layout
+
+
+def _is_depth(feature: Mapping[str, Any]) -> bool:
+    """Whether a camera's feature says that it is a depth map; where it does so has changed between versions."""
+    said = {**feature, **(feature.get("video_info") or {}), **(feature.get("info") or {})}
+    flagged = said.get("is_depth_map") or said.get("video.is_depth_map")
+    return bool(flagged) or str(said.get("video.pix_fmt")).startswith("gray1")  # gray10, gray12, gray16
+
+
+def _plain(camera: str) -> str:
+    return camera.removeprefix("observation.images.").removeprefix("observation.")
+
+
+def _recording(folder: Path, layout: _Layout, episode: Mapping[str, Any], place: str, camera: str) -> Recording:
+    """One camera of one episode."""
+    index, start, end = int(episode["episode_index"]), 0.0, None
+    table = str(inside(folder, _path(layout.data_path, episode, "data/", camera, layout.chunk)))
+    footage: VideoFile | ImageFiles | ParquetImages
+    if {**layout.cameras, **layout.depth}[camera] == "image":
+        files = sorted((folder / "images" / camera).glob(f"episode[_-]{index:06d}/frame[_-]*"))
+        if len(files) == episode.get("length"):
+            footage = ImageFiles(tuple(map(str, files)), tuple(place / layout.fps for place in range(len(files))))
+        else:
+            footage = ParquetImages(table, camera, str(folder), ("episode_index", index), "timestamp")
+    else:
+        path = _path(layout.video_path, episode, f"videos/{camera}/", camera, layout.chunk)
+        footage = VideoFile(str(inside(folder, path)))
+        if layout.version.startswith("v3."):
+            start = float(episode[f"videos/{camera}/from_timestamp"])
+            end = float(episode[f"videos/{camera}/to_timestamp"])
+    task = "; ".join(str(task) for task in episode["tasks"])
+    return Recording(
+        name=f"{place}/{_plain(camera)}",
+        group=place,
+        footage=footage,
+        start=start,
+        end=end,
+        stated_fps=layout.fps,
+        caption=task,
+        camera=_plain(camera),
+        split=None if layout.held_out is None else "heldout" if index in layout.held_out else "train",
+        fields={"task": task, "robot": layout.robot},
+        details={"table": table, "episode": index, "length": episode.get("length")},
+    )
 
 
 @lru_cache(maxsize=1)
-def _table(path: str) -> dict[str, np.ndarray]:
-    """The columns that are needed of a file of rows: vectors as [N, D]. The last file is kept: episodes share one."""
-    import pyarrow as arrow
+def _table(path: str) -> Any:
+    """The columns that are needed of a file of rows. The last file is kept: episodes share one."""
     import pyarrow.parquet as parquet
 
     try:
         with parquet.ParquetFile(path) as file:
             names = set(file.schema_arrow.names)
-            wanted = [name for name in ("timestamp", "episode_index", *TRACKS.values()) if name in names]
-            table = file.read(wanted)
+            return file.read([name for name in COLUMNS if name in names])
     except (OSError, ValueError, LookupError) as error:
         raise DecodeError(f"its table cannot be read ({str(error)[:100]})") from error
-    columns = {}
-    for name in wanted:
-        column = table.column(name).combine_chunks()
-        if arrow.types.is_nested(column.type):
-            flat = column.flatten().to_numpy(zero_copy_only=False)
-            columns[name] = flat.reshape(len(column), -1) if len(column) else flat.reshape(0, 1)
-        else:
-            columns[name] = column.to_numpy(zero_copy_only=False)
-    return columns
 
 
 def _episodes_v3(folder: Path) -> Iterator[dict[str, Any] | DecodeError]:
@@ -150,12 +250,12 @@ def _episodes_v2(folder: Path) -> Iterator[dict[str, Any] | DecodeError]:
         raise UserError(f"{str(folder)!r}: meta/{error}: fetch the data set whole") from error
 
 
-def _path(template: str, episode: Mapping[str, Any], prefix: str, camera: str) -> str:
-    """A template of info.json filled in; v2 counts chunks of a thousand episodes."""
+def _path(template: str, episode: Mapping[str, Any], prefix: str, camera: str, chunk: int) -> str:
+    """A template of info.json filled in; v2 counts chunks of ``chunk`` episodes."""
     index = int(episode["episode_index"])
     values = {
         "episode_index": index,
-        "episode_chunk": index // CHUNK,
+        "episode_chunk": index // chunk,
         "video_key": camera,
         "chunk_index": episode.get(f"{prefix}chunk_index"),
         "file_index": episode.get(f"{prefix}file_index"),
@@ -163,10 +263,8 @@ def _path(template: str, episode: Mapping[str, Any], prefix: str, camera: str) -
     return template.format_map(values)
 
 
-def _held_out(splits: Mapping[str, Any]) -> range | None:
-    """The episodes of a split that is not called train, such as ``{"train": "0:40", "val": "40:50"}``."""
-    for name, text in splits.items():
-        if name != "train" and isinstance(text, str):
-            first, _, last = text.partition(":")
-            return range(int(first), int(last))
-    return None
+def _held_out(splits: Mapping[str, Any]) -> frozenset[int] | None:
+    """The episodes of all splits that are not called train, such as ``{"train": "0:40", "val": "40:50"}``."""
+    others = [text for name, text in splits.items() if name != "train" and isinstance(text, str)]
+    ranges = [range(*(int(bound) for bound in text.split(":"))) for text in others]
+    return frozenset(index for numbers in ranges for index in numbers) if ranges else None

@@ -1,4 +1,4 @@
-"""nuScenes: json tables of scenes, camera pictures (12 Hz) and ego poses; the CAN bus expansion if it is there.
+"""nuScenes: json tables of scenes, camera pictures (12 Hz, or key frames alone at 2 Hz) and ego poses; the CAN bus.
 
 The layout is that of https://www.nuscenes.org/nuscenes#data-format: a folder ``v1.0-*`` of tables beside ``samples``,
 ``sweeps`` and, optionally, ``can_bus``.
@@ -6,7 +6,9 @@ The layout is that of https://www.nuscenes.org/nuscenes#data-format: a folder ``
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ CONTROLS = {
 }
 MICROSECONDS = 1e6
 SMALLEST_GAP = 1e-4
+
+log = logging.getLogger(__name__)
 
 Rows = dict[str, dict[str, Any]]
 
@@ -47,7 +51,7 @@ def recordings(folder: Path) -> Iterator[Found]:
 
 def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
     """Pose and speed at the pictures' times; steering if the CAN bus was recorded."""
-    times, path = recording.details["times"], recording.details["path"]
+    times, path = recording.details["times"] - recording.start, recording.details["path"]
     tracks = {"trajectory": Track(times, path, linear=True, relative=True)}
     if len(times) > 1 and np.diff(times).min() > SMALLEST_GAP:
         velocity = np.gradient(path[:, :2], times, axis=0)
@@ -61,7 +65,8 @@ def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
         except (KeyError, TypeError, ValueError) as error:
             raise DecodeError(f"{steering.name} is damaged ({error!r})") from error
         if len(clock):
-            tracks["steering"] = Track((clock - recording.details["begin"]) / MICROSECONDS, angle, linear=True)
+            seconds = (clock - recording.details["begin"]) / MICROSECONDS - recording.start
+            tracks["steering"] = Track(seconds, angle, linear=True)
     return tracks
 
 
@@ -80,42 +85,83 @@ def _scenes(folder: Path, tables: Path) -> Iterator[Found]:
         if sensor["modality"] == "camera":
             pictures.setdefault((samples[row["sample_token"]]["scene_token"], sensor["channel"]), []).append(row)
     poses = _rows(tables, "ego_pose")
+    lacking: list[str] = []
+    keyframes = 0
     for token, scene in scenes.items():
-        log = logs.get(scene.get("log_token", ""), {})
-        for channel in sorted(channel for of, channel in pictures if of == token):
+        log_row = logs.get(scene.get("log_token", ""), {})
+        channels = sorted(channel for of, channel in pictures if of == token)
+        begin = min((row["timestamp"] for channel in channels for row in pictures[token, channel]), default=0)
+        for channel in channels:
             rows = sorted(pictures[token, channel], key=lambda row: row["timestamp"])
             try:
-                yield _recording(folder, scene, channel, rows, poses, log)
-            except DecodeError as error:
-                yield Unusable(f"{scene['name']}/{channel}", str(error))
+                camera = _Camera(folder, scene, channel, rows, begin, log_row)
+                yield from camera.recordings(poses)
+            except (DecodeError, KeyError, TypeError, ValueError) as error:
+                reason = str(error) if isinstance(error, DecodeError) else f"a row is damaged ({error!r})"
+                yield Unusable(f"{scene['name']}/{channel}", reason)
+            else:
+                keyframes += camera.keyframes_alone
+                lacking += camera.lacking
+    if keyframes:
+        log.warning("of %d cameras' scenes key frames alone are taken, for most others are not here", keyframes)
+    if lacking:
+        log.warning("%d pictures are missing (%s, ...): scenes are cut in two there", len(lacking), lacking[0])
 
 
-def _recording(
-    folder: Path,
-    scene: Mapping[str, Any],
-    channel: str,
-    rows: list[dict[str, Any]],
-    poses: Rows,
-    log: Mapping[str, Any],
-) -> Recording:
-    begin = rows[0]["timestamp"]
-    times = np.array([(row["timestamp"] - begin) / MICROSECONDS for row in rows])
-    path = np.array([_pose(poses[row["ego_pose_token"]]) for row in rows])
-    path[:, 2] = np.degrees(np.unwrap(path[:, 2]))
-    files = [inside(folder, row["filename"]) for row in rows]
-    missing = next((file for file in files if not file.is_file()), None)
-    if missing is not None:
-        raise DecodeError(f"there is no {missing.relative_to(folder).as_posix()}")
-    fields = {"location": log.get("location"), "scene": scene["name"]}
-    return Recording(
-        name=f"{scene['name']}/{channel}",
-        group=scene["name"],
-        footage=ImageFiles(tuple(map(str, files)), tuple(times.tolist())),
-        caption=scene.get("description"),
-        camera=channel,
-        fields={name: value for name, value in fields.items() if value},
-        details={"times": times, "path": path, "begin": begin},
-    )
+class _Camera:
+    """What a camera saw of a scene: one stretch of pictures, or several where pictures are missing.
+
+    Attributes:
+        keyframes_alone: whether most pictures between key frames are not here, as when ``samples`` alone was fetched;
+            then key frames alone are taken.
+        lacking: names of the other pictures that are not here.
+
+    Raises:
+        DecodeError: none is here.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        scene: Mapping[str, Any],
+        channel: str,
+        rows: list[dict[str, Any]],
+        begin: int,
+        log_row: Mapping[str, Any],
+    ) -> None:
+        files = {row["token"]: inside(folder, row["filename"]) for row in rows}
+        here = {token for token, file in files.items() if file.is_file()}
+        if not here:
+            raise DecodeError(f"there is no {rows[0]['filename']}, nor any other picture of it")
+        between = [row["token"] in here for row in rows if not row["is_key_frame"]]
+        self.keyframes_alone = 2 * sum(between) < len(between)
+        rows = [row for row in rows if row["is_key_frame"] or not self.keyframes_alone]
+        self.lacking = [row["filename"] for row in rows if row["token"] not in here]
+        self.stretches = [
+            list(stretch) for present, stretch in groupby(rows, key=lambda row: row["token"] in here) if present
+        ]
+        self.scene, self.channel, self.files, self.begin = scene, channel, files, begin
+        fields = {"location": log_row.get("location"), "scene": scene["name"]}
+        self.fields = {name: value for name, value in fields.items() if value}
+
+    def recordings(self, poses: Rows) -> Iterator[Recording]:
+        """One a stretch."""
+        name = f"{self.scene['name']}/{self.channel}"
+        for number, rows in enumerate(self.stretches):
+            begin = rows[0]["timestamp"]
+            times = np.array([(row["timestamp"] - begin) / MICROSECONDS for row in rows])
+            path = np.array([_pose(poses[row["ego_pose_token"]]) for row in rows])
+            path[:, 2] = np.degrees(np.unwrap(path[:, 2]))
+            yield Recording(
+                name=name if len(self.stretches) == 1 else f"{name}/{number:03d}",
+                group=self.scene["name"],
+                footage=ImageFiles(tuple(str(self.files[row["token"]]) for row in rows), tuple(times.tolist())),
+                caption=self.scene.get("description"),
+                camera=self.channel,
+                clock=(begin - self.begin) / MICROSECONDS,
+                fields=self.fields,
+                details={"times": times, "path": path, "begin": begin},
+            )
 
 
 def _pose(row: Mapping[str, Any]) -> tuple[float, float, float]:

@@ -56,6 +56,7 @@ def recordings(folder: Path) -> Iterator[Found]:
             relative,
             session,
             VideoFile(str(video)),
+            stated_fps=TICKS_PER_SECOND,
             fields={"session": Path(session).name},
             details={"ticks": str(video.with_suffix(".jsonl"))},
         )

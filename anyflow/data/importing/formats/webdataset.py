@@ -144,6 +144,7 @@ def _recording(tar: Path, place: str, key: str, parts: Mapping[str, Span], alone
         name=f"{place.removesuffix('.tar')}/{key}",
         group=key if alone else place,
         footage=VideoFile(str(tar), *parts[video]),
+        stated_fps=_rate(description),
         caption=caption,
         split=split_of(Path(place)),
         fields={
@@ -153,6 +154,12 @@ def _recording(tar: Path, place: str, key: str, parts: Mapping[str, Span], alone
         },
         details={"tar": str(tar), "json": parts.get("json"), "fps": description.get("fps")},
     )
+
+
+def _rate(description: Mapping[str, Any]) -> float | None:
+    """Values a second of the controls that shards of this project have, one a frame."""
+    fps = description.get("fps")
+    return fps if description.get("controls") and isinstance(fps, int | float) and fps > 0 else None
 
 
 def _json(tar: str, span: Span) -> dict[str, Any]:
