@@ -91,6 +91,8 @@ def test_version(anyflow: Run) -> None:
         (["doctor", "--out", "/proc/x.jsonl"], "--out in /proc: nothing can be written there"),
         (["export", "recipes", "--to", "build/x", "--precision", "int8"], "--precision 'int8'"),
         (["export", "recipes", "--to", "build/x", "--lora"], "is not a run"),
+        (["export", "recipes", "--to", "build/x", "--lora", "--layout", "kohya"], "--layout 'kohya' is not known"),
+        (["export", "recipes", "--to", "build/x", "--layout", "comfyui"], "--layout comfyui is for adapters"),
         (["data", "show", "nothing"], "nothing"),
         (["data", "make", "cooking"], "cooking"),
         (["mlflow", "--uri", "sqlite:///no/such.db"], "there is no such database"),

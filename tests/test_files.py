@@ -7,18 +7,27 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from anyflow.errors import UserError, explain
 from anyflow.recipe import load_recipe, save_recipe
 from anyflow.system import files
 from anyflow.system.files import partial_folder, replacing, require_place, write_atomically
-from anyflow.tracking.checkpoints import clear_leftovers, latest_checkpoint, readable
+from anyflow.tracking.checkpoints import (
+    SHARDS,
+    clear_leftovers,
+    damage,
+    latest_checkpoint,
+    readable,
+    require_whole,
+    write_sums,
+)
 from anyflow.training.callbacks.checkpoints import save_state
 
 
@@ -153,19 +162,142 @@ def test_leftovers_of_killed_checkpoints_go_and_no_whole_one_is_lost(tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000004"]
 
 
-@pytest.mark.parametrize("size", [0, 300])
-def test_a_damaged_checkpoint_is_named_and_the_whole_one_before_it(size: int, tmp_path: Path) -> None:
+def cut(place: Path) -> None:
+    (place / "state.ckpt").write_bytes((place / "state.ckpt").read_bytes()[:300])
+
+
+def empty(place: Path) -> None:
+    (place / "state.ckpt").write_bytes(b"")
+
+
+def missing(place: Path) -> None:
+    (place / "state.ckpt").unlink()
+
+
+def flip(place: Path, name: str = "state.ckpt") -> None:
+    """One bit of a weight, which torch and safetensors read as if nothing were wrong."""
+    content = bytearray((place / name).read_bytes())
+    content[content.index(torch.ones(64).numpy().tobytes()) + 40] ^= 4
+    (place / name).write_bytes(content)
+
+
+def no_checkpoint(place: Path) -> None:
+    torch.save([1, 2], place / "state.ckpt", _use_new_zipfile_serialization=False)
+
+
+SHARD = "shard-00002-model-00001-of-00001.safetensors"
+
+
+def lacks_a_shard(place: Path) -> None:
+    (place / SHARD).unlink()
+
+
+def lacks_a_shard_and_its_sum(place: Path) -> None:
+    """torch would leave that part of each weight as it is."""
+    (place / SHARD).unlink()
+    (place / "shard-00002-of-00002.sha256").unlink()
+
+
+def cut_shard(place: Path) -> None:
+    (place / SHARD).write_bytes((place / SHARD).read_bytes()[:-40])
+
+
+def flip_shard(place: Path) -> None:
+    flip(place, SHARD)
+
+
+def all_shards_are_gone(place: Path) -> None:
+    for path in place.glob("shard-*"):
+        path.unlink()
+
+
+def is_of_before_sums(place: Path) -> None:
+    """A checkpoint without sums, of which one shard is lacking."""
+    save_state({"anyflow": {}}, place / "state.ckpt")
+    for path in place.glob("*.sha256"):
+        path.unlink()
+    (place / "shard-00001-model-00001-of-00001.safetensors").unlink()
+
+
+DAMAGES = [cut, empty, missing, flip, no_checkpoint]
+SHARDED_DAMAGES = [
+    lacks_a_shard,
+    lacks_a_shard_and_its_sum,
+    cut_shard,
+    flip_shard,
+    all_shards_are_gone,
+    is_of_before_sums,
+    missing,
+]
+
+
+def sharded(place: Path) -> Path:
+    """Two ranks' files beside the plain values."""
+    for rank in range(2):
+        weight = torch.ones(64) if rank else torch.zeros(64)
+        save_file({"w": weight}, place / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors")
+        write_sums(place, rank, 2)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("is_sharded", "spoil"), [*((False, d) for d in DAMAGES), *((True, d) for d in SHARDED_DAMAGES)]
+)
+def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one(
+    is_sharded: bool, spoil: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoints"
+    for name in ("step_00000002", "step_00000004", "step_00000006", "step_00000008"):
+        place = checkpoint(folder, name, {"anyflow": {}, "w": torch.ones(64), **({SHARDS: 2} if is_sharded else {})})
+        if is_sharded:
+            sharded(place)
+        assert damage(place) == ""
+    write_atomically(folder / "latest", "step_00000008")
+    require_whole(folder)
+    spoil(folder / "step_00000008")
+    empty(folder / "step_00000006")
+    sentence = r"step_00000008.*; step_00000004 is the newest whole checkpoint: go on from it by --resume auto --out "
+    with pytest.raises(UserError, match=sentence) as caught:
+        require_whole(folder)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value).rpartition("--out")[2]
+    require_whole(folder, else_older=True)
+    assert latest_checkpoint(folder) == folder / "step_00000004" / "state.ckpt"
+    told = capsys.readouterr().err
+    assert "put aside (step_00000008.damaged, step_00000006.damaged), and the run goes on from step_00000004" in told
+    assert {path.name for path in folder.iterdir()} == {
+        *("latest", "step_00000002", "step_00000004", "step_00000006.damaged", "step_00000008.damaged")
+    }
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_touched(tmp_path: Path) -> None:
+    for name in ("step_00000002", "step_00000004"):
+        empty(checkpoint(tmp_path, name))
+    with pytest.raises(UserError, match=r"step_00000004.*is empty, and no other checkpoint is whole: start a new run"):
+        require_whole(tmp_path, else_older=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000004"]
+
+
+def test_what_damages_a_checkpoint_while_it_is_read_is_told_too(tmp_path: Path) -> None:
     from anyflow.training.callbacks.sharded import read_checkpoint
 
     checkpoint(tmp_path, "step_00000002")
-    damaged = checkpoint(tmp_path, "step_00000004") / "state.ckpt"
-    with open(damaged, "r+b") as file:
-        file.truncate(size)
-    write_atomically(tmp_path / "latest", "step_00000004")
-    with pytest.raises(UserError, match=r"damaged.*delete .*step_00000004, and the run goes on from step_00000002"):
-        read_checkpoint(damaged)
-    with pytest.raises(UserError, match="set it back"), readable(damaged):
+    damaged = checkpoint(tmp_path, "step_00000004")
+    with pytest.raises(UserError, match=r"cannot be read \(no run of anyflow has written it\)"):
+        read_checkpoint(damaged / "state.ckpt")
+    cut(damaged)
+    with pytest.raises(UserError, match=r"step_00000004.*cut off or changed.*step_00000002 is the newest whole"):
+        read_checkpoint(damaged / "state.ckpt")
+    with pytest.raises(UserError, match="set it back"), readable(damaged / "state.ckpt"):
         raise UserError("set it back")
+
+
+@pytest.mark.parametrize("pointer", [None, "", "\0\0", "step_00000009"])
+def test_a_lost_pointer_loses_no_checkpoint(pointer: str | None, tmp_path: Path) -> None:
+    checkpoint(tmp_path, "step_00000002")
+    newest = checkpoint(tmp_path, "step_00000004")
+    if pointer is not None:
+        (tmp_path / "latest").write_text(pointer)
+    assert latest_checkpoint(tmp_path) == newest / "state.ckpt"
 
 
 def test_replacing_gives_the_name_at_the_end_alone(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from anyflow.tracking.mlflow import PARENT_TAG, close_tracking, log_curve, open_
 from anyflow.tracking.runs import RunFolder
 from anyflow.tracking.sync import DONE_TAG, LOCAL_TAG, sync
 
+PROJECT = Path(__file__).resolve().parents[1]
 ROWS = [{"num_steps": n, "sliced_w1": 1.0 / n, "nothing": None} for n in (1, 4, 32)]
 
 
@@ -147,13 +148,144 @@ def check_rewritten(local: str, to: str) -> None:
         path.write_text(written)
 
 
-@pytest.mark.parametrize("to", ["", "127.0.0.1:5000", "file:/tmp/mlruns", "http://"])
+@pytest.mark.parametrize("to", ["", " ", "127.0.0.1:5000", "file:/tmp/mlruns", "http://", "runs/mlflow.db", "ftp://a"])
 def test_what_is_no_server_is_refused(to: str, local: str) -> None:
     """An empty address was a new database in the working folder; the others were tracebacks."""
     from anyflow.cli.sync import sync as command
 
     with pytest.raises(UserError, match="is no server's address: give one such as http"):
         command(to=to, uri=local)
+
+
+@pytest.mark.parametrize(
+    "uri", ["", "mlruns", "file:mlruns", "127.0.0.1:5000", "sqlite://", "sqlite:///", "mysql://a/b"]
+)
+def test_what_is_no_store_is_refused_by_every_command(uri: str, local: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow takes an empty address for a new database in the working folder."""
+    from anyflow.cli.compare import compare
+    from anyflow.cli.sync import sync as command
+    from anyflow.cli.tracking import mlflow
+    from anyflow.recipe import load_recipe
+
+    monkeypatch.setattr("anyflow.recipe.load.recipes_folder", lambda: PROJECT / "recipes")
+    sentence = "is no store of runs: give sqlite:///PATH.db, or a server such as http"
+    with pytest.raises(UserError, match=sentence):
+        command(to="http://127.0.0.1:9", uri=uri)
+    with pytest.raises(UserError, match=sentence):
+        mlflow(uri=uri)
+    with pytest.raises(UserError, match=sentence):
+        compare(["0" * 32, "1" * 32], uri=uri)
+    if uri:
+        with pytest.raises(UserError, match=f"run.tracking_uri='{uri}' {sentence}"):
+            load_recipe("finetune/driving", overrides=[f"run.tracking_uri={uri}"])
+    assert not list(Path.cwd().iterdir())
+
+
+def test_what_is_no_database_is_told(local: str) -> None:
+    from anyflow.cli.tracking import mlflow
+
+    Path("notes.db").write_text("shopping list")
+    with pytest.raises(UserError, match=r"notes\.db is no SQLite database"):
+        mlflow(uri="sqlite:///notes.db")
+    with pytest.raises(UserError, match="is a folder: name the database's file in it"):
+        mlflow(uri="sqlite:///.")
+    content = bytearray(Path(local.removeprefix("sqlite:///")).read_bytes())
+    content[100:8000] = b"\xff" * 7900
+    Path("broken.db").write_bytes(content)
+    for call in (lambda: mlflow(uri="sqlite:///broken.db"), lambda: sync("sqlite:///broken.db", "http://127.0.0.1:9")):
+        with pytest.raises(UserError, match=r"broken\.db cannot be read \(.*name another store by --uri") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_home_folder_in_an_address_is_meant(local: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from anyflow.system.addresses import check_store
+    from anyflow.tracking.mlflow import local_store
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert local_store("sqlite:///~/deep/mlflow.db")[0] == f"sqlite:///{tmp_path}/deep/mlflow.db"
+    assert check_store("sqlite:///~/new.db", "--uri", is_there=False) == f"sqlite:///{tmp_path}/new.db"
+
+
+def test_long_parameters_are_recorded_whole_and_longer_ones_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A list of fifty cards was cut at 500 characters without a word."""
+    monkeypatch.chdir(tmp_path)
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    parameters = {"data.card": "a" * 6000, "model.negative_prompt": "b" * 6001}
+    logger = open_tracking(run, uri="sqlite:///mlflow.db", experiment="", parameters=parameters, tags={})
+    close_tracking(logger, "FINISHED")
+    stored = MlflowClient(tracking_uri="sqlite:///mlflow.db").get_run(run.status["mlflow_run_id"]).data.params
+    assert stored == {"data.card": "a" * 6000, "model.negative_prompt": "b" * 6000}
+    assert (
+        capsys.readouterr().err == "MLflow takes 6000 of model.negative_prompt's 6001 characters; recipe.yaml has all\n"
+    )
+
+
+STARTS = """
+import sys, time
+from pathlib import Path
+from anyflow.tracking.mlflow import close_tracking, open_tracking
+from anyflow.tracking.runs import RunFolder
+import mlflow, sqlalchemy, alembic
+run = RunFolder(Path(sys.argv[1]))
+run.path.mkdir()
+print("ready", flush=True)
+sys.stdin.readline()
+close_tracking(open_tracking(run, uri="sqlite:///mlflow.db", experiment="study", parameters={}, tags={}), "FINISHED")
+"""
+
+
+def test_trainings_that_start_together_make_one_database(tmp_path: Path) -> None:
+    """Each made tables of its own accord; none could use what came of it, then or later."""
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    others = [
+        subprocess.Popen([sys.executable, "-c", STARTS, f"run-{n}"], cwd=tmp_path, env=environment, **pipes)  # type: ignore[call-overload]
+        for n in range(2)
+    ]
+    assert [other.stdout.readline() for other in others] == ["ready\n"] * 2
+    for other in others:
+        other.stdin.write("go\n")
+        other.stdin.flush()
+    told = [other.communicate(timeout=120)[1] for other in others]
+    assert not any("does not take" in text for text in told), told
+    assert set(runs_of(f"sqlite:///{tmp_path}/mlflow.db")) == {"study", "run-0", "run-1"}
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_an_experiment_that_was_deleted_at_the_server_is_one_sentence(local: str, tmp_path: Path) -> None:
+    to = f"sqlite:///{tmp_path}/server.db"
+    server = MlflowClient(tracking_uri=to)
+    server.delete_experiment(server.create_experiment("study"))
+    with pytest.raises(UserError, match=r"'study' was deleted at the server: restore it there \(mlflow experiments"):
+        sync(local, to)
+
+
+def test_what_cannot_be_served_is_one_sentence(local: str) -> None:
+    from anyflow.cli.tracking import mlflow
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port {port} cannot be served on .*: give another one"):
+            mlflow(uri=local, serve=True, port=port)
+    with pytest.raises(UserError, match="is a server already: open it in a browser"):
+        mlflow(uri="http://127.0.0.1:9", serve=True)
+
+
+def test_runs_are_sent_by_one_process_at_a_time(local: str) -> None:
+    """Two at once would each make the runs that the server lacks."""
+    from anyflow.cli.sync import sync as command
+    from anyflow.tracking.sync import sending_alone
+
+    with sending_alone(local), pytest.raises(UserError, match="another process is sending the runs of sqlite"):
+        command(to="http://127.0.0.1:9", uri=local)
+    with pytest.raises(UserError, match="nothing listens there"):
+        command(to="http://127.0.0.1:9", uri=local)
 
 
 def test_a_dead_server_is_one_sentence(local: str) -> None:
@@ -232,3 +364,13 @@ def is_alive(number: int) -> bool:
         return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_an_adapters_file_has_a_fingerprint_of_its_own(tmp_path: Path) -> None:
+    """A run that starts from another adapter under the same name is another run."""
+    from anyflow.tracking.fingerprints import model_fingerprint
+
+    (tmp_path / "style.safetensors").write_bytes(b"one")
+    before = model_fingerprint(str(tmp_path / "style.safetensors"))
+    (tmp_path / "style.safetensors").write_bytes(b"two")
+    assert before and before != model_fingerprint(str(tmp_path / "style.safetensors"))

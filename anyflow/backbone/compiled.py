@@ -18,7 +18,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -231,8 +233,17 @@ def compile_blocks(backbone: FlowMapBackbone, backend: str = "inductor") -> None
         backbone: its adapters are on it already.
         backend: of ``torch.compile``.
     """
+    _keep_code()
     for block in backbone.transformer.blocks:
         block.forward = CompiledBlock(block, backend)
+
+
+def _keep_code() -> None:
+    """Let compiled code lie in the user's cache; torch would put it into the folder for temporary files."""
+    cache = Path.home() / ".cache" / "anyflow" / "compiled"
+    with suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 
 def graph_count() -> int:

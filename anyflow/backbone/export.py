@@ -25,18 +25,12 @@ from torch import Tensor
 
 from anyflow.backbone import far_pipeline
 from anyflow.backbone.codec import Codec
+from anyflow.backbone.files import LORA_FILE
 from anyflow.backbone.full import FULL_FILE, full_names
 from anyflow.backbone.load import GUIDANCE_KEYS, SAMPLER_KEY
-from anyflow.backbone.lora import (
-    ADAPTER,
-    FULL_KEY,
-    LORA_FILE,
-    lora_full_state,
-    lora_metadata,
-    lora_state,
-    merged_state,
-)
-from anyflow.backbone.model_card import ModelCard
+from anyflow.backbone.lora import ADAPTER, lora_full_state, lora_metadata, lora_state, merged_state
+from anyflow.backbone.lora_files import FULL_KEY, write_comfyui
+from anyflow.backbone.model_card import ModelCard, for_comfyui
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.errors import UserError
 from anyflow.system.files import partial_folder, write_atomically
@@ -134,6 +128,27 @@ def export_lora(
         told = replace(card, causal=is_causal, full=full)
         write_atomically(target / "README.md", told.render(lora=True))
     return target / LORA_FILE
+
+
+def rename_for_comfyui(folder: Path, name: str) -> int:
+    """Make an exported adapter's folder one for ComfyUI: ``name.safetensors`` for its ``models/loras``, and a README.
+
+    Returns:
+        How many layers ComfyUI's Wan does not have, and will leave out.
+
+    Raises:
+        UserError: modules were trained in full beside the adapter, for which ComfyUI has no place.
+    """
+    if (folder / FULL_FILE).exists():
+        raise UserError(
+            "--layout comfyui: modules were trained in full beside this adapter, and ComfyUI has no causal network: "
+            "leave --layout out, or export it with --merge"
+        )
+    lost = write_comfyui(folder / LORA_FILE, folder / f"{name}.safetensors")
+    (folder / LORA_FILE).unlink()
+    if (folder / "README.md").exists():
+        write_atomically(folder / "README.md", for_comfyui((folder / "README.md").read_text(encoding="utf-8"), name))
+    return lost
 
 
 def _float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,6 +17,8 @@ from anyflow.errors import UserError, first_line
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name that ``pipeline.load_lora_weights(folder)`` looks for."""
+PEFT_FILE = "adapter_model.safetensors"
+"""PEFT's own name for an adapter's weights."""
 
 
 def resolve_folder(path: str | Path, parts: Sequence[str] = ("transformer",)) -> Path:
@@ -33,7 +35,7 @@ def resolve_folder(path: str | Path, parts: Sequence[str] = ("transformer",)) ->
         return _download(str(path), parts)
     if any((folder / part).is_dir() for part in parts):
         return folder
-    if (folder / LORA_FILE).is_file():
+    if any((folder / name).is_file() for name in (LORA_FILE, PEFT_FILE)):
         raise UserError(
             f"{folder} holds a LoRA adapter and no network: name its run's folder, export that with --merge, or load "
             "the adapter onto its base in Python (its README.md says how)"

@@ -8,27 +8,26 @@ Modules that are trained in full beside it (:mod:`anyflow.backbone.full`) come a
 from __future__ import annotations
 
 import math
+import os
+import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from anyflow.backbone.files import LORA_FILE
 from anyflow.backbone.full import FULL_FILE, add_full, copy_name, full_names, full_state, stored_name
+from anyflow.backbone.lora_files import find_lora, matching, read_lora
 from anyflow.backbone.options import LoraOptions
 from anyflow.backbone.protocol import FlowMapBackbone
-from anyflow.errors import UserError, first_line
+from anyflow.errors import UserError
 
 ADAPTER = "default"
-
-FULL_KEY = "anyflow_full"
-"""In the header of an adapter's file: the modules that were trained in full beside it, so that none is lost unseen."""
 
 
 @dataclass(frozen=True)
@@ -57,30 +56,36 @@ def add_lora(backbone: FlowMapBackbone, settings: LoraSettings, seed: int = 0, a
     Raises:
         UserError: a target names no linear layer of the network, or a module to be trained in full is none of it.
     """
-    from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     transformer = backbone.transformer
     for target in settings.targets:
-        matching = [transformer.get_submodule(name) for name in _matching(transformer, [target])]
-        if not matching or not all(isinstance(module, torch.nn.Linear | BaseTunerLayer) for module in matching):
+        found = [transformer.get_submodule(name) for name in matching(transformer, [target])]
+        if not found or not all(isinstance(module, torch.nn.Linear | BaseTunerLayer) for module in found):
             raise UserError(
                 f"lora.targets has {target}, which is no linear layer: choose from {_endings(transformer)}."
             )
-    config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.targets), lora_dropout=0.0
-    )
     for name, parameter in transformer.named_parameters():
         if ".lora_" not in name:
             parameter.requires_grad_(False)
+    _attach(transformer, settings, adapter)
+    _start_adapter(transformer, adapter, seed)
+    add_full(transformer, settings.full, adapter)
+    return sum(parameter.numel() for parameter in backbone.parameters() if parameter.requires_grad)
+
+
+def _attach(transformer: Any, settings: LoraSettings, adapter: str) -> None:
+    """Put PEFT's layers of that shape on the network; what they hold is still to be set."""
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.targets), lora_dropout=0.0
+    )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "Already found a `peft_config`"
         )  # several adapters are what roles are made of
         transformer.add_adapter(config, adapter)
-    _start_adapter(transformer, adapter, seed)
-    add_full(transformer, settings.full, adapter)
-    return sum(parameter.numel() for parameter in backbone.parameters() if parameter.requires_grad)
 
 
 def _start_adapter(transformer: torch.nn.Module, adapter: str, seed: int) -> None:
@@ -140,7 +145,7 @@ def lora_metadata(backbone: FlowMapBackbone, adapter: str = ADAPTER) -> dict[str
 
 
 def load_lora(backbone: FlowMapBackbone, path: str | Path, adapter: str = ADAPTER) -> None:
-    """Put an exported adapter on a network, ready to sample or to train on.
+    """Put an adapter of ours, or of another trainer, on a network, ready to sample or to train on.
 
     Args:
         backbone: the network that the adapter was trained on.
@@ -150,53 +155,21 @@ def load_lora(backbone: FlowMapBackbone, path: str | Path, adapter: str = ADAPTE
     Raises:
         UserError: no such file, or it belongs to another network, or what was trained beside it is missing.
     """
-    file = find_lora(path)
     transformer = backbone.transformer
-    source = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
-    source["low_cpu_mem_usage"] = backbone.stored is not None  # else its weights would vanish on meta, as the network's
-    try:
-        with safe_open(file, framework="pt") as stored:
-            expected = {name.removeprefix("transformer.") for name in stored.keys()}  # noqa: SIM118 (no mapping)
-            full = [name for name in (stored.metadata() or {}).get(FULL_KEY, "").split(",") if name]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")
-            transformer.load_lora_adapter(str(file.parent), adapter_name=adapter, **source)
-    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"{file} does not fit this network: {first_line(error)}") from error
-    adapted = {name.rpartition(".lora_")[0] for name in lora_state(backbone, adapter)}
-    stored_for = {name.rpartition(".lora_")[0] for name in expected}
-    targets = transformer.peft_config[adapter].target_modules
-    wanted = adapted if isinstance(targets, str) else set(_matching(transformer, targets))
-    differing = (stored_for ^ adapted) | (wanted ^ adapted)  # diffusers only warns of these
-    if differing:
-        raise UserError(f"{file} does not fit this network: {min(differing)} is in one of them only.")
-    _place(transformer, {_placed_name(name, adapter): weight for name, weight in load_file(file).items()})
-    if full:
-        _load_full(transformer, file.with_name(FULL_FILE), full, adapter)
+    found = read_lora(find_lora(path), transformer)
+    if found.told and int(os.environ.get("RANK", "0")) == 0:
+        print(found.told, file=sys.stderr)
+    _attach(transformer, LoraSettings(found.rank, found.alpha, found.targets), adapter)
+    weights: dict[str, Tensor] = {}
+    for name, (down, up) in found.layers.items():
+        weights |= {f"{name}.lora_A.{adapter}.weight": down, f"{name}.lora_B.{adapter}.weight": up}
+    _place(transformer, weights)
+    if found.full:
+        _load_full(transformer, found.path.with_name(FULL_FILE), found.full, adapter)
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad_(".lora_" in name)
         if ".lora_" in name:
             parameter.data = parameter.data.float()
-
-
-def find_lora(path: str | Path) -> Path:
-    """The safetensors file of an adapter: itself, in a folder, or in the folder ``lora`` of one of our runs.
-
-    Raises:
-        UserError: there is none.
-    """
-    place = Path(path)
-    if place.is_dir() and not (place / LORA_FILE).is_file() and (place / "recipe.yaml").is_file():
-        if not (place / "lora" / LORA_FILE).is_file():
-            raise UserError(
-                f"{path} is a run without an adapter: let it finish, or take one that trains adapters "
-                "(model.lora.enabled=true)."
-            )
-        place = place / "lora"
-    file = place / LORA_FILE if place.is_dir() else place
-    if not file.is_file() or file.suffix != ".safetensors":
-        raise UserError(f"No LoRA at {path}: give a folder with {LORA_FILE}, or the safetensors file itself.")
-    return file
 
 
 def _load_full(transformer: Any, file: Path, modules: list[str], adapter: str) -> None:
@@ -219,12 +192,6 @@ def _load_full(transformer: Any, file: Path, modules: list[str], adapter: str) -
     if wrong or stored:
         raise UserError(f"{file} does not fit this network: {min([*wrong, *stored])} differs.")
     _place(transformer, {name: weight for name, weight in weights.items() if weight is not None})
-
-
-def _placed_name(name: str, adapter: str) -> str:
-    """``transformer.X.lora_A.weight`` in a file as ``X.lora_A.NAME.weight`` in a network."""
-    owner, _, last = name.removeprefix("transformer.").rpartition(".")
-    return f"{owner}.{adapter}.{last}"
 
 
 def _place(transformer: Any, weights: Mapping[str, Tensor]) -> None:
@@ -270,13 +237,6 @@ def merged_state(
 
 def _scale(config: Any) -> float:
     return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-
-
-def _matching(transformer: torch.nn.Module, targets: Iterable[str]) -> list[str]:
-    """The modules that PEFT takes the targets to mean: those of that name, or with that ending."""
-    endings = tuple(f".{target}" for target in targets)
-    names = (name for name, _ in transformer.named_modules() if not name.endswith(".base_layer"))
-    return [name for name in names if f".{name}".endswith(endings)]
 
 
 def _endings(transformer: torch.nn.Module) -> str:

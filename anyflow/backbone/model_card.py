@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -95,6 +96,16 @@ class ModelCard:
         if self.causal:
             hints.append(_CAUSAL_HINT)
         return "\n".join(["```python", *code, "```", "", "\n\n".join(hints)])
+
+
+def for_comfyui(readme: str, name: str) -> str:
+    """An adapter's README, whose use is that of the file ``name.safetensors`` in ComfyUI."""
+    use = (
+        f"Put `{name}.safetensors` into ComfyUI's `models/loras`, and load it onto the base.\n\n"
+        "ComfyUI's Wan knows one time, so it leaves `delta_embedding` out and says so in its log. There the adapter "
+        "brings its domain at a usual number of steps. For few steps, sample by `anyflow sample` or diffusers."
+    )
+    return re.sub(r"(?<=## Use\n\n).*?(?=\n\n## |\Z)", lambda _: use, readme, count=1, flags=re.DOTALL)
 
 
 _LORA_HINT = (

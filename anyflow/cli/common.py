@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from anyflow.errors import UserError
+from anyflow.system.claims import claim_numbered, give_up_claim
 from anyflow.system.files import partial_folder, require_place
 from anyflow.system.places import find_shipped
 
@@ -77,6 +78,8 @@ def parse_names(text: str) -> tuple[str, ...]:
 def fresh_folder(out: Path | None, default: str = "", option: str = "--out") -> Path:
     """The folder to write results in: ``out``, which must be free, or ``default``, numbered if taken. Nothing is made.
 
+    Of several processes that start together each is given a number of its own.
+
     Raises:
         UserError: ``out`` is no folder that can be written, or holds something already.
     """
@@ -86,10 +89,7 @@ def fresh_folder(out: Path | None, default: str = "", option: str = "--out") -> 
             raise UserError(f"{option} {out} is not empty: choose another folder")
         return out
     require_place(Path(default), "the folder for results,")
-    number = 1
-    while _is_used(folder := Path(default if number == 1 else f"{default}-{number}")):
-        number += 1
-    return folder
+    return claim_numbered(Path(default), _is_used)
 
 
 @contextmanager
@@ -107,6 +107,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         if folder.is_dir():
             folder.rmdir()
         partial.rename(folder)
+    give_up_claim(folder)
 
 
 def _is_used(folder: Path) -> bool:

@@ -91,21 +91,28 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     clip = facts["clip"]
     lines = [
         f"{facts['name']} ({facts['domain']}): {facts['description']}",
-        f"  clips      {clip['frames']} frames of {clip['width']}x{clip['height']} at {clip['fps']:g} frames a second",
+        f"  clips      {clip['frames']} frames of {clip['width']}x{clip['height']} at {clip['fps']:g} frames a second"
+        if clip["frames"] and clip["fps"]
+        else "  clips      of any length and size: the card does not say",
         f"  licence    {facts['licence']}",
     ]
     lines += [f"  {name:<10} {text}" for name, text in facts["controls"].items()]
     replaced = " (the card's stands for all of them)" if facts["replace_captions"] else ""
     for split, part in facts["splits"].items():
         captions = part["captions"]
-        size = f"{part['shards']} shards, {part['bytes'] / 1e6:.1f} MB, {part['hours']:.2g} h"
+        hours = "" if part["hours"] is None else f", {part['hours']:.2g} h"
+        size = f"{part['shards']} shards, {part['bytes'] / 1e6:.1f} MB{hours}"
+        shapes = ", ".join(f"{shape} {share:.1%}" for shape, share in part["shapes"].items()) or "not noted"
         lines += [
             f"\n{split}: {part['clips']} clips in {size}",
-            f"  shapes     {', '.join(f'{shape} {share:.1%}' for shape, share in part['shapes'].items())}",
+            f"  shapes     {shapes}",
             f"  captions   {captions['distinct']} distinct, {captions['missing']} missing{replaced}, "
             f"{captions['mean_words']} words on average, vocabulary {captions['vocabulary']}",
             f"             often: {', '.join(captions['top_words'])}",
         ]
+        if part.get("read", part["clips"]) < part["clips"]:
+            lines.append(f"             of the first {part['read']} clips; the others were not read")
+        lines += [f"  {line}" for line in part.get("left_out", ())]
         for label, values in part["attributes"].items():
             told = ", ".join(f"{value} {n}" for value, n in values.items()) if isinstance(values, dict) else values
             lines.append(f"  {label:<10} {told}")

@@ -1,7 +1,8 @@
-"""``anyflow data encode``: latents and prompt embeddings beforehand, on every GPU."""
+"""``anyflow data encode``: latents and prompt embeddings beforehand, on every GPU of a machine or a cluster."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import typer
 
 from anyflow.cli.common import Card, Json, print_json
 from anyflow.cli.options import with_options
+from anyflow.errors import UserError
 from anyflow.evaluation.models import check_model
 from anyflow.recipe import load_recipe, parse_shape
+from anyflow.system.engine_options import EngineOptions, engine_of
 from anyflow.system.files import require_place
 from anyflow.system.option import option
-from anyflow.system.ranks import end_with_watcher, needs_watcher, watch
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,14 @@ class EncodeOptions:
             require_place(self.out, "--out")
         if self.precision:
             load_recipe("finetune/driving", overrides=[f"hardware.precision={self.precision}"])  # or its sentence
+        if not self.splits:
+            raise UserError("--splits names none: give for example --splits train,heldout")
         for text in self.buckets:
             parse_shape(text, "--buckets")
 
 
 @with_options
-def encode(card: Card, options: EncodeOptions, as_json: Json = False) -> None:
+def encode(card: Card, options: EncodeOptions, engine: EngineOptions, as_json: Json = False) -> None:
     """Encode clips and captions once, on all GPUs: training with data.precompute=true then needs no VAE and no text
     encoder in memory (it also encodes by itself, on one device). Broken off, the same command goes on.
 
@@ -57,17 +61,16 @@ def encode(card: Card, options: EncodeOptions, as_json: Json = False) -> None:
       anyflow data encode driving
       anyflow data encode driving --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --splits train,heldout
       anyflow data encode driving --frames 17 --size 96x64 --buckets 9x64x96 --devices 2
+      anyflow data encode /shared/drives/card.yaml --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --engine ray
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "data encode starts its own processes, one a GPU: start it once, without torchrun; on several machines by "
+            "--engine ray"
+        )
+    engine.check(options.devices)
     options.check()
-    if options.devices > 1 and needs_watcher(options.devices):
-        raise typer.Exit(watch(options.devices, 1))
-    from anyflow.training.encoding import devices_here
-
-    _, count = devices_here()
-    if not options.devices and needs_watcher(count):
-        raise typer.Exit(watch(count, 1))
-    end_with_watcher()
-    folders = _encode(card, options, options.devices or count)
+    folders = _encode(card, options, engine)
     if as_json:
         print_json({"card": card, "model": options.model, "caches": folders})
     else:
@@ -75,34 +78,33 @@ def encode(card: Card, options: EncodeOptions, as_json: Json = False) -> None:
             typer.echo(f"{split}: {folder}")
 
 
-def _encode(card: str, options: EncodeOptions, devices: int) -> dict[str, Path]:
-    """Split -> its cache; called on every rank."""
-    from anyflow.backbone.codec import Codec, codec_dtypes
-    from anyflow.backbone.parallelize import leave_ranks
+def _encode(card: str, options: EncodeOptions, chosen: EngineOptions) -> dict[str, Path]:
+    """Split -> its cache."""
+    from anyflow.backbone.codec import codec_dtypes
     from anyflow.data.decode import ClipShape
-    from anyflow.data.encode import Encoding
     from anyflow.evaluation.models import native_shape, recipe_of
     from anyflow.system.console import quiet_libraries
-    from anyflow.training.encoding import devices_here, encode_on_ranks
+    from anyflow.training.encoding import EncodingJob, devices_here, encode
 
     quiet_libraries()
+    kind, count = devices_here()
+    if kind == "gpu" and options.devices > count:
+        raise UserError(f"--devices {options.devices}: this machine has {count} GPU{'s' * (count > 1)}: ask for fewer")
     width, height = options.size or (None, None)
     own = native_shape(options.model, frames=options.frames, height=height, width=width, fps=options.fps)
     recipe = recipe_of(options.model)
-    accelerator, _ = devices_here()
-    usual = recipe.hardware.precision if recipe else "bf16-mixed" if accelerator == "gpu" else "32-true"
+    processes = options.devices or count
+    engine = engine_of(chosen, processes if processes > 1 else 0, gpus=kind == "gpu")
+    usual = recipe.hardware.precision if recipe else "bf16-mixed" if engine.has_gpus() else "32-true"
     # training refuses what was made in another precision than its own
-    dtype, text_dtype = codec_dtypes(options.precision or usual)
-    codec = Codec.from_folder(options.model, dtype=dtype, text_dtype=text_dtype, stored=True)
-    shapes = [own, *(ClipShape(*parse_shape(text, "--buckets"), own.fps) for text in options.buckets)]
+    dtypes = codec_dtypes(options.precision or usual)
+    shapes = (own, *(ClipShape(*parse_shape(text, "--buckets"), own.fps) for text in options.buckets))
+    prompts = (recipe.model.negative_prompt if recipe else "",)
+    jobs = {
+        split: EncodingJob(card, split, options.model, *dtypes, shapes, options.out, prompts)
+        for split in options.splits
+    }
+    codec = next(iter(jobs.values())).codec()
     for shape in shapes:
         codec.check_video_shape(shape.frames, shape.height, shape.width)
-    folders = {}
-    for split in options.splits:
-        encoding = Encoding(
-            card, split, codec, shapes, options.out, prompts=[recipe.model.negative_prompt if recipe else ""]
-        )
-        encode_on_ranks(encoding, codec, accelerator, devices)
-        folders[split] = encoding.folder
-    leave_ranks()
-    return folders
+    return {split: encode(job, engine) for split, job in jobs.items()}

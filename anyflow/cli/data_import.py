@@ -11,6 +11,7 @@ import typer
 from anyflow.cli.common import Json, print_json
 from anyflow.cli.options import with_options
 from anyflow.data.importing.options import ImportOptions
+from anyflow.system.engine_options import EngineOptions, engine_of
 from anyflow.system.files import require_place
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def import_footage(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The data set's folder.")],
     to: Annotated[Path, typer.Option(help="The new data set's folder.")],
     options: ImportOptions,
+    engine: EngineOptions,
     as_json: Json = False,
 ) -> None:
     """Cut footage into clips with captions and controls: shards, a card and a held-out split. Broken off, it goes on.
@@ -39,6 +41,7 @@ def import_footage(
     Examples:
       anyflow data import ~/lerobot/aloha --to data/shards/aloha --frames 81 --fps 15 --size 832x480
       anyflow data import /mnt/comma2k19 --to my-drives --default-caption domain --stride 10
+      anyflow data import /shared/bdd100k --to /shared/drives --default-caption domain --engine ray
       anyflow data import my-videos --to my-data --domain games --caption "{title}. {caption}" --licence "own footage"
     """
     from anyflow.data.importing.run import import_dataset
@@ -50,7 +53,7 @@ def import_footage(
         def shown(done: Progress) -> None:
             on_progress(done.recordings, done.of, f"{done.clips} clips, {done.clips_per_second:.1f} clips/s")
 
-        report = import_dataset(source, to, options, shown)
+        report = import_dataset(source, to, options, shown, engine_of(engine, options.workers))
     if as_json:
         print_json({"card": report.card, **report.to_dict()})
         return

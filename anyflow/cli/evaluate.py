@@ -15,6 +15,7 @@ from anyflow.cli.options import with_options
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
 from anyflow.evaluation.models import check_model
 from anyflow.evaluation.options import WayOptions
+from anyflow.system.engine_options import EngineOptions, engine_of
 from anyflow.system.option import option
 from anyflow.system.ranks import end_with_watcher, needs_watcher, watch
 from anyflow.system.signals import Terminated, sigterm_raises
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from anyflow.evaluation.heldout import Prompts
     from anyflow.evaluation.kept_samples import KeptSamples
     from anyflow.evaluation.measurement import Measurement
+    from anyflow.system.engines import Engine
 
 SAMPLES = Path("runs/evaluations/.samples")
 """Where what is sampled lies until all of it is measured."""
@@ -67,6 +69,7 @@ def evaluate(
     model: Model,
     options: EvaluateOptions,
     way: WayOptions,
+    engine: EngineOptions,
     out: Annotated[Path | None, typer.Option(help="A new folder; without it one under runs/evaluations.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -80,6 +83,7 @@ def evaluate(
       anyflow evaluate --model data/models/tiny --data driving --given-frames 1
       anyflow evaluate --model data/models/tiny --data robotics --probe --encoder efficientnet-lite
       anyflow evaluate --model runs/tiny-forward --data games --steps 1,4,16 --out curves/games --json
+      anyflow evaluate --model runs/wan-forward --data /shared/drives/card.yaml --prompts 256 --engine ray
       anyflow evaluate --model runs/tiny-forward-001 --against runs/tiny-teacher-001 --data games --guidance 2
     \b
     --guidance is of networks that have none in their weights; of two models it guides such a one alone.
@@ -88,14 +92,16 @@ def evaluate(
     folder = fresh_folder(out, f"runs/evaluations/{Path(options.data).stem}")
     _check_clips(model, options)
     _check_shapes(model, options)
-    if needs_watcher(count := _devices(options)):
+    engine.check(options.devices)
+    if not engine.is_ray and needs_watcher(count := _devices(options)):
         raise typer.Exit(watch(count, 1, AGAIN))
     end_with_watcher()
     from anyflow.evaluation.kept_samples import KeptSamples
 
     kept = KeptSamples(SAMPLES)
     with _goes_on():
-        before, after = _measured(model, options, way, kept)
+        cluster = engine_of(engine, 0) if engine.is_ray else None
+        before, after = _measured(model, options, way, kept, cluster)
     if after is not None:
         _report(folder, model, options, before, after)
         kept.clear()
@@ -177,7 +183,7 @@ def _devices(options: EvaluateOptions) -> int:
 
 
 def _measured(
-    model: str, options: EvaluateOptions, way: WayOptions, kept: KeptSamples
+    model: str, options: EvaluateOptions, way: WayOptions, kept: KeptSamples, cluster: Engine | None
 ) -> tuple[CurveResult | None, CurveResult | None]:
     """The curves before (if there is one to compare with) and after; None for both on all ranks but the first."""
     from anyflow.backbone.parallelize import join_ranks, leave_ranks, rank_and_size
@@ -206,7 +212,7 @@ def _measured(
         label = "before" if name != model else "after" if options.against else "model"
         sampler, guidance = ways[name]
         own = replace(asked, label=label, sampler=sampler, guidance=guidance)
-        curves[label] = _curve(name, way.precision, prompts, own, kept)
+        curves[label] = _curve(name, way.precision, prompts, own, kept, cluster)
     is_first = rank_and_size()[0] == 0
     leave_ranks()
     before, after = curves.get("before"), curves["after" if options.against else "model"]
@@ -230,17 +236,23 @@ def _ways(models: list[str], way: WayOptions) -> dict[str, tuple[Any, Guidance]]
     return {model: way_of(model, way.sampler, *own[model]) for model in models}
 
 
-def _curve(model: str, precision: str, prompts: Prompts, asked: Measurement, kept: KeptSamples) -> CurveResult:
+def _curve(
+    model: str, precision: str, prompts: Prompts, asked: Measurement, kept: KeptSamples, cluster: Engine | None
+) -> CurveResult:
     """A model's curve."""
+    from anyflow.evaluation.handed_out import curve_by_engine
     from anyflow.evaluation.heldout import curve_of
     from anyflow.evaluation.models import load_model
     from anyflow.system.console import progress_line
     from anyflow.tracking.fingerprints import model_fingerprint
     from anyflow.tracking.mlflow import code_version
 
+    made_by = f"{model_fingerprint(model)}, {prompts.shape}, {sorted(code_version().items())}"
+    if cluster is not None:
+        with progress_line(f"sampling {asked.label}") as show:
+            return curve_by_engine(cluster, model, precision, prompts, asked, kept, made_by, show)
     codec, backbone, shift = load_model(model, precision)
     computed = f"on {codec.device.type} in {str(backbone.dtype).removeprefix('torch.')}"
-    made_by = f"{model_fingerprint(model)} {computed}, {prompts.shape}, {sorted(code_version().items())}"
     with progress_line(f"sampling {asked.label}") as on_progress:
         return curve_of(
             backbone,
@@ -248,7 +260,7 @@ def _curve(model: str, precision: str, prompts: Prompts, asked: Measurement, kep
             prompts,
             replace(asked, shift=shift),
             device=codec.device,
-            kept=kept.of(made_by),
+            kept=kept.of(f"{made_by} {computed}"),
             divide=True,
             on_progress=on_progress,
         )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from anyflow.recipe import Recipe
 
 PRECISIONS = ("bfloat16", "float16", "float32")
+LAYOUTS = ("diffusers", "comfyui")
 
 
 def export(
@@ -30,6 +31,9 @@ def export(
     lora: Annotated[
         bool, typer.Option("--lora/--merge", help="The adapter alone, or a whole pipeline with the adapter merged.")
     ] = False,
+    layout: Annotated[
+        str, typer.Option(help=f"Whose names an adapter's weights get: {' or '.join(LAYOUTS)}; with --lora.")
+    ] = LAYOUTS[0],
     single_file: Annotated[
         bool, typer.Option("--single-file", help="All of the network's weights in one file, however large.")
     ] = False,
@@ -42,15 +46,23 @@ def export(
     Examples:
       anyflow export runs/finetune-driving-tiny-001 --to models/driving
       anyflow export runs/finetune-driving-wan --to models/driving-lora --lora
+      anyflow export runs/finetune-driving-wan --to models/driving-comfyui --lora --layout comfyui
       anyflow export Wan-AI/Wan2.1-T2V-1.3B-Diffusers --to models/wan-as-flow-map
     \b
     Then, in Python: diffusers.AnyFlowPipeline.from_pretrained("models/driving"); for a causal model see its README.md
     """
     if precision not in PRECISIONS:
         raise UserError(f"--precision {precision!r} is not known: give one of {', '.join(PRECISIONS)}")
+    if layout not in LAYOUTS:
+        raise UserError(f"--layout {layout!r} is not known: give one of {', '.join(LAYOUTS)}")
+    if layout != LAYOUTS[0] and not lora:
+        raise UserError(f"--layout {layout} is for adapters: add --lora, or leave it out")
     target = fresh_folder(to, option="--to")
     if (Path(source) / "recipe.yaml").is_file():
-        _export_run(Path(source), target, lora, precision, single_file)
+        with whole_folder(target) if lora else nullcontext(target) as place:
+            _export_run(Path(source), place, lora, precision, single_file)
+            if layout == "comfyui":
+                _rename_for_comfyui(place, target.name)
     elif lora:
         raise UserError(
             f"--lora: {source} is not a run, so no adapter is known of it: name a run's folder, or use --merge"
@@ -59,7 +71,9 @@ def export(
         check_model(source, "RUN|PATH")
         _export_model(source, target, precision, single_file)
     if as_json:
-        print_json({"source": source, "folder": target, "kind": "lora" if lora else "pipeline"})
+        print_json({"source": source, "folder": target, "kind": "lora" if lora else "pipeline", "layout": layout})
+    elif layout == "comfyui":
+        typer.echo(f"{target / target.name}.safetensors   (put it into ComfyUI's models/loras)")
     else:
         is_causal = (target / "pipeline.py").is_file()
         loader = "AnyFlowFARPipeline.from_pretrained" if is_causal else "AnyFlowPipeline.from_pretrained"
@@ -72,6 +86,7 @@ def _export_run(run: Path, target: Path, lora: bool, precision: str, single_file
     from anyflow.backbone.export import export_lora, export_pipeline
     from anyflow.recipe import load_recipe
     from anyflow.system.console import quiet_libraries
+    from anyflow.tracking.checkpoints import require_whole
     from anyflow.tracking.runs import RunFolder
     from anyflow.training.finish import model_card
 
@@ -85,6 +100,7 @@ def _export_run(run: Path, target: Path, lora: bool, precision: str, single_file
     checkpoint = RunFolder(run).checkpoint
     if checkpoint is None:
         raise UserError(f"{run} has neither a finished model nor a checkpoint: train it first")
+    require_whole(checkpoint.parent.parent)
     quiet_libraries()
     codec, backbone, stage = _restored(recipe, checkpoint)
     card = model_card(recipe, {})
@@ -94,6 +110,14 @@ def _export_run(run: Path, target: Path, lora: bool, precision: str, single_file
         else:
             form: dict[str, Any] = {"dtype": _dtype(precision), "single_file": single_file}
             export_pipeline(target, backbone.transformer, codec, recipe.model.shift, card, **form)
+
+
+def _rename_for_comfyui(folder: Path, name: str) -> None:
+    """An exported adapter's folder in ComfyUI's layout, and what that loses."""
+    from anyflow.backbone.export import rename_for_comfyui
+
+    if lost := rename_for_comfyui(folder, name):
+        typer.echo(f"ComfyUI leaves {lost} layers of delta_embedding out (README.md says what that means)", err=True)
 
 
 def _restored(recipe: Recipe, checkpoint: Path) -> tuple[Any, Any, Any]:

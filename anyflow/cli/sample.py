@@ -15,11 +15,14 @@ from anyflow.cli.options import with_options
 from anyflow.errors import UserError
 from anyflow.evaluation.models import check_model
 from anyflow.evaluation.options import WayOptions
+from anyflow.system.engine_options import EngineOptions, engine_of
 from anyflow.system.option import option
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from anyflow.backbone.guidance import Guidance
+    from anyflow.data.decode import ClipShape
     from anyflow.evaluation.loaded import LoadedModel
 
 
@@ -63,6 +66,7 @@ def sample(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What the clips show, one text a prompt.")],
     options: SampleOptions,
     way: WayOptions,
+    engine: EngineOptions,
     model: Model = "data/models/tiny",
     out: Annotated[Path | None, typer.Option(help="A new folder; without it one under runs/samples.")] = None,
     as_json: Json = False,
@@ -83,33 +87,71 @@ def sample(
     folder = fresh_folder(out, "runs/samples/sample")
     check_model(model)
     options.check()
-    loaded, given = _load(model, options, way)
-    seconds, clips = sample_prompts(loaded, prompts, sorted(options.steps), options.seed, given)
+    engine.check()
+    made = _by_engine(engine, model, prompts, options, way) if engine.is_ray else _here(model, prompts, options, way)
     with whole_folder(folder) as partial:
-        names = _write(partial, prompts, clips, loaded.shape.fps or 8.0, options.num_given)
-    num_given = 0 if given is None else given.shape[1]
+        names = _write(partial, prompts, made.clips, made.shape.fps or 8.0, options.num_given)
     found = {
-        "nfe": {count: loaded.calls(count, num_given) for count in clips},
-        "seconds": seconds,
+        "nfe": made.calls,
+        "seconds": made.seconds,
         "files": {kind: [folder / name for name in written] for kind, written in names.items()},
     }
     if as_json:
-        asked = {"model": model, "prompts": prompts, "seed": options.seed, "guidance": loaded.guidance.scale}
+        asked = {"model": model, "prompts": prompts, "seed": options.seed, "guidance": made.guidance.scale}
         print_json({**asked, **found})
     else:
-        _show(found, loaded.guidance.told)
+        _show(found, made.guidance.told)
 
 
-def _load(model: str, options: SampleOptions, way: WayOptions) -> tuple[LoadedModel, Tensor | None]:
-    """The model, and the latents ``[1, k, C, H, W]`` that its clips begin with."""
-    from anyflow.evaluation.loaded import LoadedModel, given_pixels
+@dataclass(frozen=True)
+class _Made:
+    """By step count: clips (uint8 ``[n, F, H, W, 3]``), their seconds and network calls; and what made them."""
+
+    seconds: Mapping[int, float]
+    clips: Mapping[int, Any]
+    calls: Mapping[int, int]
+    shape: ClipShape
+    guidance: Guidance
+
+
+def _wanted(model: str, options: SampleOptions) -> tuple[ClipShape, Tensor | None]:
+    """The shape of the clips, and the pixel frames that all of them begin with."""
+    from anyflow.evaluation.loaded import given_pixels
     from anyflow.evaluation.models import native_shape
 
     shape = native_shape(model, frames=options.frames, height=options.height, width=options.width, fps=options.fps)
     beginning = options.image or options.video
-    pixels = None if beginning is None else given_pixels(beginning, options.num_given, shape)
+    return shape, None if beginning is None else given_pixels(beginning, options.num_given, shape)
+
+
+def _here(model: str, prompts: Sequence[str], options: SampleOptions, way: WayOptions) -> _Made:
+    """Sample in this process."""
+    from anyflow.evaluation.loaded import LoadedModel
+
+    shape, pixels = _wanted(model, options)
     loaded = LoadedModel.of(model, way, shape)
-    return loaded, None if pixels is None else loaded.given_latents(pixels)
+    given = None if pixels is None else loaded.given_latents(pixels)
+    seconds, clips = sample_prompts(loaded, prompts, sorted(options.steps), options.seed, given)
+    calls = {count: loaded.calls(count, 0 if given is None else given.shape[1]) for count in clips}
+    return _Made(seconds, clips, calls, shape, loaded.guidance)
+
+
+def _by_engine(
+    engine: EngineOptions, model: str, prompts: Sequence[str], options: SampleOptions, way: WayOptions
+) -> _Made:
+    """Sample on a cluster's workers."""
+    from anyflow.evaluation.handed_out import sample_by_engine
+    from anyflow.evaluation.models import way_of
+    from anyflow.system.console import progress_line
+
+    shape, pixels = _wanted(model, options)
+    taken, steps = way_of(model, way.sampler, way.guidance, way.negative), sorted(options.steps)
+    cluster = engine_of(engine, 0)
+    with progress_line("sampling") as show:
+        found = sample_by_engine(
+            cluster, model, way.precision, prompts, steps, options.seed, shape, taken, pixels, show
+        )
+    return _Made(*found, shape, taken[1])
 
 
 def sample_prompts(
@@ -153,7 +195,9 @@ def _show(found: Mapping[str, Any], guidance: str) -> None:
     typer.echo(f"side by side: {' and '.join(map(str, files['all']))}")
 
 
-def _write(folder: Path, prompts: Sequence[str], clips: dict[int, Any], fps: float, given: int) -> dict[str, list[str]]:
+def _write(
+    folder: Path, prompts: Sequence[str], clips: Mapping[int, Any], fps: float, given: int
+) -> dict[str, list[str]]:
     """One mp4 a prompt and step count, and ``all`` of them in one picture and one film; the names of the files."""
     from anyflow.evaluation.report.picture import Grid, Prompt, save_mp4, save_png, strips, write_mp4
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from anyflow.cli.common import LOCAL_DATABASE, Json, print_json
 from anyflow.errors import UserError
+from anyflow.system.addresses import check_store, is_server
 
 
 def sync(
@@ -29,16 +28,16 @@ def sync(
     Runs are always recorded on this machine first, so that no server can stop or slow a training. Start it again after
     an interruption: it goes on. Exit code 2: the server does not answer; nothing is lost.
     """
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise UserError(f"--uri {uri}: there is no such database: train something first, or name another one")
+    uri = check_store(uri, "--uri")
     if to == uri:
         raise UserError(f"--to {to} is the local database itself: name a server")
-    if not re.fullmatch(r"https?://[^/\s]+\S*", to):
+    if not is_server(to):
         raise UserError(f"--to {to!r} is no server's address: give one such as http://tracking:5000")
     from anyflow.system.console import progress_line
+    from anyflow.tracking.sync import sending_alone
     from anyflow.tracking.sync import sync as copy
 
-    with progress_line("sending") as on_progress:
+    with sending_alone(uri), progress_line("sending") as on_progress:
         sent = copy(uri, to, timeout=timeout, on_progress=on_progress)
     if as_json:
         print_json({"to": to, **asdict(sent)})

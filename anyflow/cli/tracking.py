@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from anyflow.cli.common import LOCAL_DATABASE, Json, print_json
 from anyflow.errors import UserError
+from anyflow.system.addresses import check_store, is_server
 from anyflow.system.processes import begin, end
 from anyflow.system.signals import sigterm_raises
 
@@ -32,10 +33,9 @@ def mlflow(
       anyflow mlflow --serve --port 5001
       anyflow mlflow --last 3 --json
     """
-    database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-    if database is not None and not database.is_file():
-        raise UserError(f"--uri {uri}: there is no such database: train something first, or name another one")
+    uri = check_store(uri, "--uri")
     if serve:
+        _check_servable(uri, port)
         typer.echo(f"serving {uri} at http://127.0.0.1:{port} (Ctrl-C ends it)", err=True)
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
         raise typer.Exit(serve_until_stopped([*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]))
@@ -49,6 +49,22 @@ def mlflow(
         loss = f"loss {run['metrics']['loss']:.4g}" if "loss" in run["metrics"] else ""
         typer.echo(f"{run['started']}  {run['status']:<9} {run['name']:<40} {loss}")
     typer.echo(f"\nthe newest runs of {uri} ({len(runs)}); open them with: make mlflow   (or anyflow mlflow --serve)")
+
+
+def _check_servable(uri: str, port: int) -> None:
+    """Refuse what MLflow's server would end by with a traceback.
+
+    Raises:
+        UserError: the store is a server itself, or the port is taken.
+    """
+    if is_server(uri):
+        raise UserError(f"--serve: {uri} is a server already: open it in a browser, or name a database")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise UserError(f"--port {port} cannot be served on ({error.strerror}): give another one") from error
 
 
 def serve_until_stopped(command: list[str]) -> int:

@@ -72,14 +72,26 @@ def train(
 
 
 def _check_cards(recipe: Recipe) -> None:
-    """That cards and shards are there and the cards make sense, before weights are loaded."""
+    """That cards and shards are there and the cards make sense, before weights are loaded; tars are indexed here."""
     from anyflow.data.card import load_card
+    from anyflow.data.find import is_tars
+    from anyflow.data.reader import find_split
 
+    splits = []
     for card in recipe.data.card:
-        cache = load_card(card).path.parent / "cache"
+        loaded = load_card(card)
+        if is_tars(card) and os.environ.get("RANK", "0") == "0":
+            print(loaded.description, file=sys.stderr)
+        how = {"index": not recipe.data.streaming, "shapes": len(recipe.data.shapes) > 1}
+        splits.append(find_split(card, recipe.data.split, **how))
+        cache = splits[-1].home / "cache"
         if recipe.data.precompute and not any(cache.glob("*/cache.json")):
             remedy = "set data.precompute=false, or copy the card, with full paths in its splits, to another disk"
             require_place(cache, "what data.precompute=true encodes lies beside the card, in", remedy)
+    if recipe.data.streaming:
+        from anyflow.data.lanes import check_lanes, tars_of
+
+        check_lanes(len(tars_of(splits)), recipe.world_size, max(1, recipe.data.num_workers))
 
 
 def _train(recipe: Recipe, options: TrainOptions, on_open: Callable[[RunFolder], None] | None = None) -> int:

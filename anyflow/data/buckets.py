@@ -15,13 +15,13 @@ from itertools import pairwise
 
 import numpy as np
 
+from anyflow.data.batches import Batch, BatchDataset, ClipDataset, check_clips
 from anyflow.data.cache import LatentShape
 from anyflow.data.decode import ClipShape
 from anyflow.data.mixture import BLOCK, MixedOrder, order_of
 from anyflow.data.order import ORDER_VERSION, Order, OrderIdentity, digest, raw_bits
 from anyflow.data.reader import ShardReader, Split
 from anyflow.data.shapes import choose_shape, tokens
-from anyflow.data.stream import Batch, BatchDataset, ClipDataset
 from anyflow.errors import UserError
 
 KEPT_EPOCHS = 2
@@ -260,6 +260,8 @@ class BucketDataset(BatchDataset):
     """
 
     order: BucketOrder
+    split_in: int = 1
+    """Passes that one of the order's batches is divided into."""
 
     def __init__(
         self, buckets: Sequence[Bucket], seed: int, base_batch: int, rank: int = 0, world_size: int = 1
@@ -274,32 +276,46 @@ class BucketDataset(BatchDataset):
             ClipDataset(bucket.reader, order, bucket.shape, self.rank, self.world_size, bucket.latent_shape)
             for bucket, order in zip(self.buckets, self.order.orders, strict=True)
         ]
+        for part in self.parts:
+            part.batch = part.order.global_batch // self.split_in
+        self.batch = base_batch // self.split_in
 
     def __getitem__(self, index: int) -> Batch:
-        bucket, number = self.order.locate(index)
-        return {**self.parts[bucket][number], "position": index, "place": self.place(index)}
+        whole, part = divmod(index, self.split_in)
+        bucket, number = self.order.locate(whole)
+        found = self.parts[bucket][number * self.split_in + part]
+        return {**found, "position": index, "place": self.place(index)}
 
     def clips_of(self, index: int) -> int:
-        return self.order.orders[self.order.locate(index)[0]].global_batch
+        return self.parts[self.order.locate(index // self.split_in)[0]].batch
 
-    def adopt(self, saved: OrderIdentity) -> None:
-        """Take the sizes of the batches from a checkpoint, which may have been written by another number of ranks.
+    def whole_batches(self, index: int) -> int:
+        return index // self.split_in
+
+    def pass_after(self, whole: int) -> int:
+        return whole * self.split_in
+
+    def adopt(self, saved: OrderIdentity, clips: int | None = None) -> None:
+        """Take the sizes of the batches from a checkpoint: of another number of ranks, or of larger passes.
 
         Raises:
-            UserError: these ranks do not divide them.
+            UserError: these ranks and passes do not divide them.
         """
-        sizes_of = dict(entry.split(":") for entry in filter(None, saved.buckets.split(", ")))
-        names, sizes = tuple(sizes_of), tuple(sizes_of.values())
-        if names != self.order.names or saved.global_batch != self.order.base_batch:
+        check_clips(clips, self.batch * self.passes)
+        sizes = {name: int(size) for name, size in (part.split(":") for part in saved.buckets.split(", ") if part)}
+        if tuple(sizes) != self.order.names:
             return  # another order: told by whoever compares them
-        for name, size in zip(names, sizes, strict=True):
-            if int(size) % self.world_size:
+        split = saved.global_batch // self.batch
+        for name, size in sizes.items():
+            if split * self.batch != saved.global_batch or size % (split * self.world_size):
                 raise UserError(
-                    f"The batch of {size} clips of {name} cannot be divided among {self.world_size} ranks: go on with "
-                    "as many ranks as before, or half of them."
+                    f"data.buckets: The batch of {size} clips of {name} cannot be divided among {self.world_size} "
+                    f"ranks in passes of data.batch_size={self.batch // self.world_size}: go on with the ranks and "
+                    "the data.batch_size of before, or half of one of them."
                 )
-        self.buckets = [replace(b, global_batch=int(size)) for b, size in zip(self.buckets, sizes, strict=True)]
-        self._arrange(self.order.seed, self.order.base_batch)
+        self.split_in = split
+        self.buckets = [replace(b, global_batch=size) for b, size in zip(self.buckets, sizes.values(), strict=True)]
+        self._arrange(self.order.seed, saved.global_batch)
 
 
 def tell_buckets(buckets: Sequence[Bucket], clips: int) -> list[str]:

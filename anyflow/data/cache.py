@@ -24,7 +24,7 @@ from anyflow.data.decode import ClipShape, DecodeError
 from anyflow.data.order import digest
 from anyflow.data.reader import ShardReader, Split
 from anyflow.data.shards import Sample
-from anyflow.data.stream import Skip
+from anyflow.data.skips import Skip
 from anyflow.errors import UserError
 from anyflow.system.files import write_atomically
 
@@ -162,5 +162,5 @@ def cache_name(split: Split, split_name: str, shapes: Sequence[ClipShape], sourc
 def source_digest(reader: ShardReader, caption: str | None) -> str:
     """Digest of the footage's shards, and of what stands in for captions."""
     caption = caption_identity(caption)
-    text = "\n".join(f"{shard.name} {shard.sha256}" for _, shard in reader.shards)
+    text = "\n".join(f"{shard.name} {shard.content}" for _, shard in reader.shards)
     return hashlib.sha256(f"{text}\n{caption}".encode() if caption else text.encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from anyflow.data import remote
 from anyflow.data.card import DatasetCard, check_shards, load_card
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
 from anyflow.data.reader import ShardReader
+from anyflow.data.shapes import note_file
 from anyflow.data.shards import Sample, load_index
 from anyflow.errors import UserError
 from anyflow.system.console import OnProgress
@@ -66,20 +68,36 @@ def _check_clips(card: str, split: str, decode: bool, numbers: range) -> list[st
     return problems
 
 
+def shape_of(card: DatasetCard, video: bytes) -> ClipShape:
+    """All of a clip: as its card says of every clip, else as the video itself says.
+
+    Raises:
+        DecodeError: neither does.
+    """
+    if card.frames and card.height and card.width:
+        return ClipShape(card.frames, card.height, card.width)
+    noted = note_file(io.BytesIO(video))
+    if not noted:
+        raise DecodeError("the video cannot be read, or does not say how long it is")
+    frames, height, width = (int(side) for side in noted[:3])
+    return ClipShape(frames, height, width)
+
+
 def _reasons(reader: ShardReader, shard: int, sample: Sample, card: DatasetCard, decode: bool) -> Iterator[str]:
     """Why a clip does not hold what its card says."""
     try:
         description = reader.describe(shard, sample)
         fps, controls = description.get("fps"), description.get("controls") or {}
-        if not isinstance(fps, int | float) or abs(fps - card.fps) > 1e-3 * card.fps:
+        if card.fps and (not isinstance(fps, int | float) or abs(fps - card.fps) > 1e-3 * card.fps):
             yield f"its rate is {fps!r}, the card says {card.fps:g}"
         for name, values in controls.items() if isinstance(controls, dict) else ():
-            if isinstance(values, list) and len(values) < card.frames:
+            if isinstance(values, list) and card.frames and len(values) < card.frames:
                 yield f"its {name} have {len(values)} values, fewer than its {card.frames} frames"
     except DecodeError as error:
         yield str(error)
-    if decode and "mp4" in sample.parts:
+    if decode and ("mp4" in sample.parts or reader.shards[shard][1].place):
         try:
-            decode_clip(reader.read(shard, sample, "mp4"), ClipShape(card.frames, card.height, card.width))
+            video = reader.video(shard, sample)
+            decode_clip(video, shape_of(card, video))
         except DecodeError as error:
             yield str(error)

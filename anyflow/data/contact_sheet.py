@@ -8,12 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from anyflow.data.card import DatasetCard, iterate, load_card
+from anyflow.data.card import DatasetCard, load_card
+from anyflow.data.check import shape_of
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
-from anyflow.data.shards import read_clip
+from anyflow.data.reader import ShardReader
+from anyflow.data.tar_index import ready
 from anyflow.errors import UserError
 
 FRAMES_SHOWN = 5
+MOST_FRAMES = 161
+"""Of somebody else's clip, which may be long: its beginning is shown."""
 THUMBNAIL_WIDTH = 192
 FONT_SIZE, LINE_HEIGHT, MARGIN = 14, 18, 6
 
@@ -29,19 +33,33 @@ def contact_sheet(card: DatasetCard | str | Path, split: str, count: int, path: 
     loaded = card if isinstance(card, DatasetCard) else load_card(card)
     if count < 1:
         raise UserError(f"count {count}: give at least 1")
-    shape = ClipShape(frames=loaded.frames, height=loaded.height, width=loaded.width)
+    if split not in loaded.splits:
+        raise UserError(f"card {loaded.name!r} has no split {split!r}: choose one of {', '.join(loaded.splits)}")
+    folder = loaded.splits[split]
+    ready(folder)
+    reader = ShardReader([folder], [loaded.stand_in or NO_CAPTION])
+    samples = ((number, sample) for number, (_, shard) in enumerate(reader.shards) for sample in shard.samples)
     strips = []
-    for folder, shard, sample in islice(iterate(loaded, split), count):
-        clip = read_clip(folder, shard, sample)
-        assert clip.mp4 is not None
+    for number, sample in islice(samples, count):
         try:
-            frames = decode_clip(clip.mp4, shape)
+            video = reader.video(number, sample)
+            frames = decode_clip(video, _small(shape_of(loaded, video)))
+            caption = reader.describe(number, sample)["caption"]
         except DecodeError as error:
-            raise UserError(f"clip {clip.key!r} in {str(folder / shard.name)!r}: {error}") from error
-        strips.append(_strip(frames, f"{clip.key}: {loaded.caption if loaded.replace_captions else clip.caption}"))
+            raise UserError(f"clip {sample.key!r} in {str(reader.shards[number][0])!r}: {error}") from error
+        strips.append(_strip(frames, f"{sample.key}: {caption}"))
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(strips)).save(path, "PNG")
     return path
+
+
+NO_CAPTION = "(no caption)"
+
+
+def _small(shape: ClipShape) -> ClipShape:
+    """The beginning of a clip, no larger than it is shown."""
+    scale = min(1.0, 2 * THUMBNAIL_WIDTH / shape.width)
+    return ClipShape(min(shape.frames, MOST_FRAMES), round(shape.height * scale), round(shape.width * scale))
 
 
 def _strip(frames: np.ndarray, text: str) -> np.ndarray:

@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from anyflow.data import remote
 from anyflow.data.card import DatasetCard, iterate, load_card
+from anyflow.data.decode import DecodeError
+from anyflow.data.reader import ShardReader
 from anyflow.data.shards import load_index, read_parts
+from anyflow.data.tar_index import left_out_of, ready, told_left_out
 
 TOP_WORDS = 20
 MOST_VALUES = 20
 """A label with more values than this is told by their number."""
+MOST_READ = 2000
+"""Clips of somebody else's tars whose captions and labels are read: there may be millions, each a request."""
 
 
 def describe_card(card: DatasetCard | str | Path) -> dict[str, Any]:
@@ -40,20 +47,40 @@ def describe_card(card: DatasetCard | str | Path) -> dict[str, Any]:
 
 
 def _describe_split(card: DatasetCard, split: str) -> dict[str, Any]:
-    index = load_index(card.splits[split])
-    descriptions = [
-        json.loads(read_parts(folder, shard, sample, ("json",))["json"])
-        for folder, shard, sample in iterate(card, split)
-    ]
+    folder = card.splits[split]
+    ready(folder)
+    index = load_index(folder)
+    is_tars = remote.stands_for_tars(folder)
+    if is_tars:
+        descriptions = _read_in_tars(card, folder)
+    else:
+        descriptions = [
+            json.loads(read_parts(folder, shard, sample, ("json",))["json"])
+            for folder, shard, sample in iterate(card, split)
+        ]
     return {
         "clips": index.count,
         "shards": len(index.shards),
         "bytes": index.bytes,
-        "hours": round(index.count * card.frames / card.fps / 3600, 4),
+        "hours": round(index.count * card.frames / card.fps / 3600, 4) if card.frames and card.fps else None,
         "shapes": _shapes(card, split),
+        **({"read": len(descriptions), "left_out": told_left_out(left_out_of(folder))} if is_tars else {}),
         "captions": _describe_captions([_caption(card, d) for d in descriptions]),
         "attributes": _histograms([d.get("attributes") or {} for d in descriptions]),
     }
+
+
+def _read_in_tars(card: DatasetCard, folder: Path) -> list[dict[str, Any]]:
+    """What the first clips of somebody else's tars say; nothing of those that cannot be read."""
+    reader = ShardReader([folder], [card.stand_in or ""], tolerant=True)
+    samples = ((number, sample) for number, (_, shard) in enumerate(reader.shards) for sample in shard.samples)
+    found: list[dict[str, Any]] = []
+    for number, sample in islice(samples, MOST_READ):
+        try:
+            found.append(reader.describe(number, sample))
+        except DecodeError:
+            found.append({})
+    return found
 
 
 def _caption(card: DatasetCard, description: dict[str, Any]) -> str:
@@ -63,7 +90,9 @@ def _caption(card: DatasetCard, description: dict[str, Any]) -> str:
 
 def _shapes(card: DatasetCard, split: str) -> dict[str, float]:
     """FRAMESxHEIGHTxWIDTH -> its share of the clips, the largest first; by the index, else by the card."""
-    usual = (card.frames, card.height, card.width)
+    if not card.frames and not any(sample.shape for _, _, sample in iterate(card, split)):
+        return {}
+    usual = (card.frames or 0, card.height or 0, card.width or 0)
     counts = Counter("x".join(f"{side:g}" for side in (s.shape[:3] or usual)) for _, _, s in iterate(card, split))
     return {shape: round(count / counts.total(), 4) for shape, count in counts.most_common()}
 

@@ -1,14 +1,15 @@
-"""``anyflow data encode``: footage and captions to a cache of latents and embeddings, in jobs that ranks share.
+"""``anyflow data encode``: footage and captions to a cache of latents and embeddings, in jobs for any engine's workers.
 
 Every clip is encoded by itself, from its beginning, and every distinct caption once: what is written depends on nothing
 else. A job is one shard; a note beside it says that it is whole. Broken off, encoding goes on after the whole shards,
-with any number of ranks.
+with any number of workers.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,6 +24,7 @@ from torch import Tensor
 from anyflow.data.buckets import sort_clips
 from anyflow.data.cache import TEXTS, LatentCache, LatentShape, cache_name, is_whole, source_digest, text_key
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
+from anyflow.data.encoding_cost import EncodingCost, TimedTexts
 from anyflow.data.order import digest
 from anyflow.data.reader import TAR_BLOCK, ShardReader, check_length, find_split
 from anyflow.data.shapes import tokens
@@ -31,17 +33,22 @@ from anyflow.data.shards import (
     Sample,
     Shard,
     ShardIndex,
+    dotless,
     shard_from_dict,
     shard_to_dict,
     write_tar,
 )
-from anyflow.data.stream import Skip, enforce_budget
+from anyflow.data.skips import Skip, enforce_budget
+from anyflow.data.tar_stream import left_out_within
 from anyflow.errors import UserError
-from anyflow.system.files import write_atomically
+from anyflow.system.files import placing, write_atomically
 from anyflow.system.locks import locked
+from anyflow.system.pool import batches
 
 CLIPS_PER_SHARD = 256
 """Clips, or captions, that one shard is made from: what is lost when encoding is broken off."""
+PIXELS_PER_SHARD, LEAST_CLIPS = 2**30, 16
+"""Large clips make smaller shards: 33 of 81 x 480 x 832, which keep a GPU busy for minutes rather than half an hour."""
 TIMED_TEXTS = 4
 
 log = logging.getLogger(__name__)
@@ -66,31 +73,20 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class CachePart:
-    """One shard: ``kind`` "latents" or "texts", its number, and the clips or captions that it is made from."""
+    """One shard: ``kind`` "latents" or "texts", its number, and the clips or captions that it is made from.
+
+    A worker need not know all captions: ``texts`` are those of a shard of texts.
+    """
 
     kind: str
     number: int
     items: range
+    texts: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """``latents-000003``."""
         return f"{self.kind}-{self.number:06d}"
-
-
-@dataclass(frozen=True)
-class EncodingCost:
-    """What encoding takes: clips, distinct captions, bytes on disk, seconds on one device of this machine."""
-
-    clips: int
-    texts: int
-    bytes: int
-    seconds: float
-
-    def told(self, devices: int = 1) -> str:
-        """In words, for so many devices."""
-        minutes = self.seconds / 60 / devices
-        return f"{self.clips} clips, {self.texts} prompts, about {self.bytes / 1e6:.1f} MB and {minutes:.1f} min"
 
 
 class Encoding:
@@ -120,7 +116,7 @@ class Encoding:
         prompts: Sequence[str] = (),
         error_budget: float = 0.01,
     ) -> None:
-        footage = find_split(card, split)
+        footage = find_split(card, split, shapes=len(shapes) > 1)
         self.title = f"{card} {split}"
         self.codec, self.shapes, self.prompts, self.error_budget = codec, tuple(shapes), tuple(prompts), error_budget
         self.reader = ShardReader([footage.folder], [footage.caption])
@@ -133,6 +129,7 @@ class Encoding:
         self.partial = parent / f".{self.folder.name}.part"
         self.report = self.partial / "skipped.json"
         self.lock = parent / f".{self.folder.name}.lock"
+        self.left_out = left_out_within(footage.folder, error_budget)
         self.skipped: list[Skip] = []
         self.done = 0
 
@@ -160,13 +157,22 @@ class Encoding:
                 continue  # told when its turn to be encoded comes
         return list(texts)
 
+    @property
+    def timed_texts(self) -> TimedTexts:
+        """What an estimate needs of the captions."""
+        return TimedTexts(tuple(self.texts[-TIMED_TEXTS:]), len(self.texts))
+
     @cached_property
     def jobs(self) -> list[CachePart]:
         """All shards to write."""
+        largest = max(shape.frames * shape.height * shape.width for shape in self.shapes)
+        clips = min(CLIPS_PER_SHARD, max(LEAST_CLIPS, PIXELS_PER_SHARD // largest))
         return [
-            CachePart(kind, number, range(start, min(start + CLIPS_PER_SHARD, total)))
-            for kind, total in (("texts", len(self.texts)), ("latents", len(self.places)))
-            for number, start in enumerate(range(0, total, CLIPS_PER_SHARD))
+            *(
+                CachePart("texts", number, items, tuple(self.texts[items.start : items.stop]))
+                for number, items in enumerate(batches(len(self.texts), CLIPS_PER_SHARD))
+            ),
+            *(CachePart("latents", *numbered) for numbered in enumerate(batches(len(self.places), clips))),
         ]
 
     def open_jobs(self) -> list[CachePart]:
@@ -186,70 +192,9 @@ class Encoding:
         with _told(self.folder):
             (self.partial / TEXTS).mkdir(parents=True, exist_ok=True)
 
-    def run(self, job: CachePart, progress: Callable[[int, int], None] | None = None) -> None:
-        """Write one shard, unless it is there; ``progress`` is called with (clips done by this process, of all).
-
-        Raises:
-            UserError: too many clips are bad, or the folder cannot be written.
-        """
-        tar = self._home(job) / f"{job.name}.tar"
-        if self._done(job) is not None:
-            self.done += len(job.items) if job.kind == "latents" else 0
-            return
-        before = len(self.skipped)
-        latent_shapes: dict[int, LatentShape] = {}
-        with _told(self.folder):
-            if job.kind == "texts":
-                shard = write_tar(self._embedded(job.items), tar)
-            else:
-                shard = write_tar(self._encoded(job.items, latent_shapes, progress), tar)
-            skipped = [asdict(skip) for skip in self.skipped[before:]]
-            note = {"shard": shard_to_dict(shard), "skipped": skipped, "latent_shapes": list(latent_shapes.items())}
-            write_atomically(tar.with_suffix(".done"), json.dumps(note).encode())
-
-    def finish(self) -> None:
-        """Put the shards together as the cache; it appears whole or not at all.
-
-        Raises:
-            UserError: too many clips are bad, none could be encoded, or the folder cannot be written.
-        """
-        skipped: list[Skip] = []
-        shards: dict[str, list[Shard]] = {"texts": [], "latents": []}
-        latent_shapes: dict[int, LatentShape] = {}
-        with _told(self.folder):
-            for job in self.jobs:
-                note = self._done(job)
-                assert note is not None, f"{job.name} is not done"
-                skipped += [Skip(**skip) for skip in note["skipped"]]
-                latent_shapes |= {number: tuple(shape) for number, shape in note["latent_shapes"]}
-                shard = shard_from_dict(note["shard"])
-                if shard.samples:
-                    shards[job.kind].append(replace(shard, made_from=self._made_from(shard)))
-                else:
-                    (self._home(job) / shard.name).unlink(missing_ok=True)
-            enforce_budget(skipped, len(self.places), len(self.places), self.error_budget, self.report)
-            self.report.unlink(missing_ok=True)
-            if not shards["latents"]:
-                raise UserError(f"card {self.title}: no clip can be encoded")
-            for kind, folder in (("texts", self.partial / TEXTS), ("latents", self.partial)):
-                index = ShardIndex(tuple(shards[kind])).to_dict()
-                write_atomically(folder / INDEX_NAME, json.dumps(index, separators=(",", ":")).encode())
-            shapes = tuple(latent_shapes.get(number) for number in range(len(self.shapes)))
-            cache = LatentCache(self.fingerprint, self.source, self.shapes, shapes, len(self.texts), tuple(skipped))
-            cache.save(self.partial)
-            for note_path in self.partial.rglob("*.done"):
-                note_path.unlink()
-            self.partial.rename(self.folder)
-        for skip in skipped:
-            log.warning("not encoded: %s", skip)
-
-    def _made_from(self, shard: Shard) -> str:
-        """What a shard was computed from: a run goes on where its cache had to be made again."""
-        return digest("\n".join([self.source, self.fingerprint, *(f"{s.key} {s.shape}" for s in shard.samples)]))
-
     @contextmanager
-    def held(self, waits: bool = True) -> Iterator[None]:
-        """Keep other processes from encoding the same, or wait for the one that does.
+    def held(self, waits: bool = True) -> Iterator[bool]:
+        """Keep other processes from encoding the same, or wait for the one that does; whether there is anything to do.
 
         Raises:
             UserError: another one does and ``waits`` is False, or the folder cannot be written.
@@ -266,7 +211,81 @@ class Encoding:
                         ) from error
                     log.warning("card %s is being encoded by another process: waiting for it", self.title)
                     stack.enter_context(locked(self.lock, passing=True))
-            yield
+            yield not self.is_whole()
+
+    def run(self, job: CachePart, progress: Callable[[int, int], None] | None = None) -> list[Skip]:
+        """Write one shard, unless it is there; ``progress`` is called with (clips done by this process, of all).
+
+        Returns:
+            The clips that could not be encoded.
+
+        Raises:
+            UserError: too many clips are bad, or the folder cannot be written.
+        """
+        tar = self._home(job) / f"{job.name}.tar"
+        if (known := self._done(job)) is not None:
+            self.done += len(job.items) if job.kind == "latents" else 0
+            return [Skip(**skip) for skip in known["skipped"]]
+        before = len(self.skipped)
+        latent_shapes: dict[int, LatentShape] = {}
+        with _told(self.folder):
+            with placing(tar) as place:  # a worker that was believed lost may still be at it
+                if job.kind == "texts":
+                    shard = write_tar(self._embedded(job.texts), place)
+                else:
+                    shard = write_tar(self._encoded(job.items, latent_shapes, progress), place)
+            note = {
+                "items": [job.items.start, job.items.stop],
+                "shard": shard_to_dict(shard),
+                "skipped": [asdict(skip) for skip in self.skipped[before:]],
+                "latent_shapes": list(latent_shapes.items()),
+            }
+            with placing(tar.with_suffix(".done")) as place:
+                place.write_text(json.dumps(note))
+        return self.skipped[before:]
+
+    def finish(self) -> None:
+        """Put the shards together as the cache; it appears whole or not at all.
+
+        Raises:
+            UserError: too many clips are bad, none could be encoded, or the folder cannot be written.
+        """
+        skipped = list(self.left_out)
+        shards: dict[str, list[Shard]] = {"texts": [], "latents": []}
+        latent_shapes: dict[int, LatentShape] = {}
+        with _told(self.folder):
+            for job in self.jobs:
+                note = self._done(job)
+                assert note is not None, f"{job.name} is not done"
+                skipped += [Skip(**skip) for skip in note["skipped"]]
+                latent_shapes |= {number: tuple(shape) for number, shape in note["latent_shapes"]}
+                shard = shard_from_dict(note["shard"])
+                if shard.samples:
+                    shards[job.kind].append(replace(shard, made_from=self._made_from(shard)))
+                else:
+                    (self._home(job) / shard.name).unlink(missing_ok=True)
+            total = len(self.places) + len(self.left_out)
+            enforce_budget(skipped, total, total, self.error_budget, self.report)
+            self.report.unlink(missing_ok=True)
+            if not shards["latents"]:
+                raise UserError(f"card {self.title}: no clip can be encoded")
+            for kind, folder in (("texts", self.partial / TEXTS), ("latents", self.partial)):
+                index = ShardIndex(tuple(shards[kind])).to_dict()
+                write_atomically(folder / INDEX_NAME, json.dumps(index, separators=(",", ":")).encode())
+            shapes = tuple(latent_shapes.get(number) for number in range(len(self.shapes)))
+            cache = LatentCache(self.fingerprint, self.source, self.shapes, shapes, len(self.texts), tuple(skipped))
+            cache.save(self.partial)
+            for note_path in self.partial.rglob("*.done"):
+                note_path.unlink()
+            for leftover in self.partial.rglob(".*"):  # of killed workers
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            self.partial.rename(self.folder)
+        for skip in skipped:
+            log.warning("not encoded: %s", skip)
+
+    def _made_from(self, shard: Shard) -> str:
+        """What a shard was computed from: a run goes on where its cache had to be made again."""
+        return digest("\n".join([self.source, self.fingerprint, *(f"{s.key} {s.shape}" for s in shard.samples)]))
 
     def all(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Everything in this process, unless it is there; who calls holds it (:meth:`held`) where others may too."""
@@ -277,15 +296,18 @@ class Encoding:
             self.run(job, progress)
         self.finish()
 
-    def estimate(self) -> EncodingCost:
+    def estimate(self, timed: TimedTexts | None = None) -> EncodingCost:
         """Encode the first usable clip twice, once to warm up, and a few captions, and multiply.
+
+        Args:
+            timed: the captions, where this process need not read all of them.
 
         Raises:
             UserError: none of the first clips can be used.
         """
         text_seconds, text_bytes = 0.0, 0
-        timed = self.texts[-TIMED_TEXTS:]
-        for text in timed:
+        timed = timed or self.timed_texts
+        for text in timed.texts:
             started = time.perf_counter()
             text_bytes += len(_save("text", self.codec.embed(text))) + 4 * TAR_BLOCK
             text_seconds += time.perf_counter() - started
@@ -297,11 +319,11 @@ class Encoding:
                 size = sum(map(len, parts.values())) + 3 * TAR_BLOCK
                 # A clip of another shape costs by its tokens.
                 clips = sum(tokens(self.shapes[other]) for _, _, other in self.places) / tokens(self.shapes[chosen])
-                texts = len(self.texts) / max(len(timed), 1)
+                texts = timed.of / max(len(timed.texts), 1)
                 self.skipped, self.done = [], 0
                 return EncodingCost(
                     len(self.places),
-                    len(self.texts),
+                    timed.of,
                     round(clips * size + texts * text_bytes),
                     clips * seconds + texts * text_seconds,
                 )
@@ -316,7 +338,7 @@ class Encoding:
             self.done += 1
             try:
                 description = self.reader.describe(shard, sample)
-                frames = decode_clip(self.reader.read(shard, sample, "mp4"), self.shapes[chosen])
+                frames = decode_clip(self.reader.video(shard, sample), self.shapes[chosen])
             except DecodeError as error:
                 self.skipped.append(Skip(self.reader.shards[shard][1].name, sample.key, str(error)))
                 enforce_budget(self.skipped, self.done, len(self.places), self.error_budget, self.report)
@@ -324,13 +346,13 @@ class Encoding:
             latents = self.codec.encode_video(torch.from_numpy(frames)[None])[0].half().cpu()
             latent_shapes[chosen] = tuple(latents.shape)  # type: ignore[assignment]
             text = json.dumps(description, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-            yield sample.key, {"safetensors": _save("latents", latents), "json": text.encode()}
+            yield dotless(sample.key), {"safetensors": _save("latents", latents), "json": text.encode()}
             if progress is not None:
                 progress(self.done, len(self.places))
 
-    def _embedded(self, numbers: range) -> Iterator[tuple[str, dict[str, bytes]]]:
+    def _embedded(self, texts: Sequence[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
         """(key, members) of some captions."""
-        for text in (self.texts[number] for number in numbers):
+        for text in texts:
             embedding = _save("text", self.codec.embed(text))
             yield text_key(text), {"safetensors": embedding, "json": json.dumps({"caption": text}).encode()}
 
@@ -343,7 +365,8 @@ class Encoding:
             note = json.loads((self._home(job) / f"{job.name}.done").read_text())
             shard = shard_from_dict(note["shard"])
             whole = not shard.samples or (self._home(job) / shard.name).stat().st_size == shard.bytes
-            return note if whole and {"skipped", "latent_shapes"} <= note.keys() else None
+            same = note["items"] == [job.items.start, job.items.stop]
+            return note if same and whole and {"skipped", "latent_shapes"} <= note.keys() else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 

@@ -11,12 +11,16 @@ import lightning.pytorch as pl
 from lightning.pytorch.accelerators import CUDAAccelerator
 from torch.utils.data import DataLoader
 
+from anyflow.data.batches import Batch, BatchDataset, ClipDataset
 from anyflow.data.buckets import BucketDataset, make_buckets, sort_clips, sort_latents, tell_buckets
 from anyflow.data.cache import LatentShape, load_cache
 from anyflow.data.decode import ClipShape
+from anyflow.data.lanes import LaneOrder, TarDataset, tars_of
 from anyflow.data.mixture import order_of
 from anyflow.data.reader import ShardReader, check_length, find_split
-from anyflow.data.stream import Batch, BatchDataset, ClipDataset, ClipStream, Skip
+from anyflow.data.skips import Skip
+from anyflow.data.stream import ClipStream
+from anyflow.data.tar_stream import TarStream, left_out_within
 from anyflow.errors import UserError
 
 
@@ -37,6 +41,8 @@ class VideoDataModule(pl.LightningDataModule):
         weights: each card's share of the clips that are seen; empty reads the cards as one, clip by clip.
         buckets: further shapes (frames, height, width): a clip comes in the one that fits it best, a batch is of one,
             and has as many clips as fit into the tokens of ``batch_size`` clips of the run's own shape.
+        streaming: read the cards' tars as they come, without an index (:mod:`anyflow.data.lanes`).
+        shuffle_buffer: clips that each worker shuffles together then.
         prefetch: batches that each worker prepares ahead.
         cache: folders of latents made by :class:`anyflow.data.encode.Encoding`; they replace the cards' footage.
         codec_hash: fingerprint of the autoencoder that the caches must carry, if it is given.
@@ -63,6 +69,8 @@ class VideoDataModule(pl.LightningDataModule):
         error_budget: float = 0.01,
         weights: Sequence[float] = (),
         buckets: Sequence[tuple[int, int, int]] = (),
+        streaming: bool = False,
+        shuffle_buffer: int = 100,
         prefetch: int = 2,
         cache: str | Path | Sequence[str | Path] | None = None,
         codec_hash: str | None = None,
@@ -75,6 +83,7 @@ class VideoDataModule(pl.LightningDataModule):
         self.steps, self.passes, self.seed = steps, passes, seed
         self.num_workers, self.prefetch = num_workers, prefetch
         self.error_budget = error_budget
+        self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
         self.weights = tuple(weights)
         self.shapes = [self.shape, *(ClipShape(*size, fps) for size in buckets)]
         self.caches = [Path(folder) for folder in _as_list(cache or [])]
@@ -93,16 +102,32 @@ class VideoDataModule(pl.LightningDataModule):
         if self.stream is not None:
             return
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        dataset, skipped = self._open(rank, world_size)
-        dataset.passes = self.passes
-        self.stream = ClipStream(dataset, self.steps, self.error_budget, skipped)
-        if skipped:  # encoded under another budget, perhaps
-            self.stream.check_budget()
+        if self.streaming:
+            streamed = self._open_tars(rank, world_size)
+            streamed.passes = self.passes
+            self.stream = TarStream(streamed, self.steps, self.error_budget)
+        else:
+            dataset, skipped = self._open(rank, world_size)
+            dataset.passes = self.passes
+            self.stream = ClipStream(dataset, self.steps, self.error_budget, skipped)
+            if skipped:  # encoded under another budget, perhaps
+                self.stream.check_budget()
         if self._pending is not None:
             self.stream.load_state_dict(self._pending)
         if self.trainer:
             # First in the list, so that a checkpoint written at the end of a batch has the position behind it.
             self.trainer.callbacks.insert(0, _StreamPosition(self))  # type: ignore[attr-defined]
+
+    def _open_tars(self, rank: int, world_size: int) -> TarDataset:
+        """The batches of this rank from tars as they come.
+
+        Raises:
+            UserError: a card is missing, or there are fewer tars than workers.
+        """
+        tars = tars_of([find_split(card, self.split, index=False) for card in self.cards])
+        batch, workers = self.batch_size * world_size, max(1, self.num_workers)
+        order = LaneOrder(tars, self.seed, batch, world_size, workers, self.shuffle_buffer)
+        return TarDataset(order, self.shape, rank, world_size)
 
     def _open(self, rank: int, world_size: int) -> tuple[BatchDataset, list[Skip]]:
         """The batches of this rank, and the clips that encoding left out.
@@ -111,19 +136,21 @@ class VideoDataModule(pl.LightningDataModule):
             UserError: as :meth:`setup`.
         """
         latent_shapes, skipped = self._check_caches() if self.caches else (None, [])
-        splits = [] if self.caches else [find_split(card, self.split) for card in self.cards]
+        need_shapes = len(self.shapes) > 1
+        splits = [] if self.caches else [find_split(card, self.split, shapes=need_shapes) for card in self.cards]
+        skipped += [skip for split in splits for skip in left_out_within(split.folder, self.error_budget)]
         reader = ShardReader(self.caches or [s.folder for s in splits], [s.caption for s in splits] or None)
-        base_batch, parts = self.batch_size * world_size, 1
+        base_batch = self.batch_size * world_size
         if len(self.shapes) == 1:
             for split in splits:
                 check_length(split, self.shape)
             shards = reader.identities()
-            if base_batch * self.passes <= sum(shard.samples for shard in shards):
-                parts = self.passes
-            order = order_of(shards, reader.counts, self.weights, self.seed, base_batch * parts)
+            update = base_batch * self.passes  # ordered as one, so that its clips are the same however it is split
+            whole = update if update <= sum(shard.samples for shard in shards) else base_batch
+            order = order_of(shards, reader.counts, self.weights, self.seed, whole)
             latent_shape = latent_shapes[0] if latent_shapes else None
             dataset = ClipDataset(reader, order, self.shape, rank, world_size, latent_shape)
-            dataset.split_in = parts
+            dataset.batch = base_batch
             return dataset, skipped
         kept = sort_latents(reader, latent_shapes) if latent_shapes else sort_clips(reader, splits, self.shapes)
         buckets = make_buckets(reader, kept, self.shapes, self.batch_size, world_size, self.weights, latent_shapes)

@@ -46,12 +46,13 @@ class OrderIdentity:
     window: int
     shares: str = ""
     buckets: str = ""
+    lanes: str = ""
 
     @property
     def hash(self) -> str:
         """Hexadecimal digest of all inputs: two orders with the same hash give the same order."""
         inputs = asdict(self)
-        for later in ("shares", "buckets"):
+        for later in ("shares", "buckets", "lanes"):
             if not inputs[later]:  # as before there were any: older checkpoints still fit
                 del inputs[later]
         return digest(json.dumps(inputs, sort_keys=True))
@@ -191,6 +192,7 @@ def describe_difference(saved: OrderIdentity, current: OrderIdentity) -> str:
         "window": "shuffle window",
         "shares": "shares of the cards",
         "buckets": "shapes of the batches",
+        "lanes": "ranks x workers",
     }
     differences: list[str] = []
     for name, words in names.items():

@@ -17,10 +17,14 @@ import numpy as np
 from anyflow.data import remote
 from anyflow.data.card import CARD_NAME, CaptionOverride, load_card
 from anyflow.data.decode import ClipShape, DecodeError
+from anyflow.data.find import is_tars
+from anyflow.data.members import Members
 from anyflow.data.order import ShardIdentity
 from anyflow.data.safety import clean_caption
 from anyflow.data.shapes import Noted, frames_needed
 from anyflow.data.shards import INDEX_NAME, Sample, Shard, load_index
+from anyflow.data.tar_index import ready
+from anyflow.data.tars import load_set
 from anyflow.errors import UserError, first_line
 from anyflow.system.files import file_sha256
 
@@ -56,12 +60,15 @@ class ShardReader:
     ) -> None:
         self.shards: list[tuple[Path, Shard]] = []
         self._captions: list[str | None] = []
+        self._members: list[Members | None] = []
         self.counts: list[int] = []
         """Shards of each folder."""
         for folder, caption in zip(folders, captions or [None] * len(folders), strict=True):
             shards = load_index(folder).shards
-            self.shards += [(folder / shard.name, shard) for shard in shards]
+            self.shards += [(shard.path(folder), shard) for shard in shards]
             self._captions += [caption] * len(shards)
+            tarset = load_set(folder)
+            self._members += [tarset.members if tarset else None] * len(shards)
             self.counts.append(len(shards))
         for path, shard in () if tolerant else self.shards:
             if remote.url_of(path.parent) is not None:
@@ -73,7 +80,7 @@ class ShardReader:
                 raise UserError(
                     f"shard {str(path)!r} has {size} bytes, its index says {shard.bytes}: fetch or write it again"
                 )
-            if verify and file_sha256(path) != shard.sha256:
+            if verify and shard.sha256 and file_sha256(path) != shard.sha256:
                 raise UserError(f"shard {str(path)!r} is damaged, its sha256 is not its index's: fetch it again")
         self._descriptors: OrderedDict[int, int] = OrderedDict()
         self._damaged: dict[int, str] = {}
@@ -93,6 +100,7 @@ class ShardReader:
             path, shard = self.shards[number]
             part.shards.append((path, replace(shard, samples=tuple(shard.samples[n] for n in kept[number]))))
         part._captions = [self._captions[number] for number in chosen]
+        part._members = [self._members[number] for number in chosen]
         ends = np.cumsum([0, *self.counts])
         part.counts = [sum(start <= number < end for number in chosen) for start, end in pairwise(ends)]
         part._descriptors, part._damaged = OrderedDict(), {}
@@ -117,11 +125,18 @@ class ShardReader:
             raise DecodeError(f"the shard cannot be read ({error.strerror or first_line(error)})") from error
         if len(data) < TAR_BLOCK + size:
             raise DecodeError("the shard is truncated")
-        name = f"{sample.key}.{extension}"
-        # Other than ASCII names stand in an extended header, and here only in part.
-        if name.isascii() and data[:TAR_NAME_LENGTH].rstrip(b"\0") != name.encode()[:TAR_NAME_LENGTH]:
+        if not _names(data, self.shards[shard][1].member(sample, extension)):
             raise DecodeError("the shard does not match its index")
         return data[TAR_BLOCK:]
+
+    def video(self, shard: int, sample: Sample) -> bytes:
+        """Read the member that holds a sample's video.
+
+        Raises:
+            DecodeError: as :meth:`read`.
+        """
+        members = self._members[shard]
+        return self.read(shard, sample, members.video_of(sample.parts) if members else "mp4")
 
     def describe(self, shard: int, sample: Sample) -> dict[str, Any]:
         """Read a sample's description: caption, attributes, controls, ...
@@ -129,6 +144,10 @@ class ShardReader:
         Raises:
             DecodeError: it cannot be read, or there is no caption.
         """
+        members = self._members[shard]
+        if members is not None:
+            told = members.describe(sample.parts, lambda extension: self.read(shard, sample, extension))
+            return checked_metadata(told, self._captions[shard])
         return parse_metadata(self.read(shard, sample, "json"), self._captions[shard])
 
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
@@ -154,7 +173,7 @@ class ShardReader:
             raise DecodeError(self._damaged[shard])
         path, entry = self.shards[shard]
         try:
-            local = remote.fetch_shard(path.parent, entry.name, entry.bytes, entry.sha256)
+            local = remote.fetch_shard(path.parent, path.name, entry.bytes, entry.sha256, entry.version)
         except remote.Damaged as error:
             self._damaged[shard] = str(error)
             raise DecodeError(str(error)) from error
@@ -178,6 +197,17 @@ class ShardReader:
             self.close()
 
 
+def _names(block: bytes, name: str) -> bool:
+    """Whether a header names a member; extensions are compared in lower case.
+
+    Other than ASCII names, and long ones, stand in an extended header, and in this one only in part.
+    """
+    if not name.isascii() or len(name) > TAR_NAME_LENGTH:
+        return True
+    known, folder = block[:TAR_NAME_LENGTH].rstrip(b"\0").lower(), block[345:500].rstrip(b"\0").lower()
+    return name.lower().encode() in (known, folder + b"/" + known)
+
+
 def parse_metadata(data: bytes, default_caption: str | None = None) -> dict[str, Any]:
     """A sample's json member; ``default_caption`` stands in for a missing one, a :class:`CaptionOverride` for any.
 
@@ -192,6 +222,15 @@ def parse_metadata(data: bytes, default_caption: str | None = None) -> dict[str,
         raise DecodeError("its json member is malformed") from error
     if not isinstance(metadata, dict):
         raise DecodeError("its json member is malformed")
+    return checked_metadata(metadata, default_caption)
+
+
+def checked_metadata(metadata: dict[str, Any], default_caption: str | None = None) -> dict[str, Any]:
+    """What a sample's members say of it, with a caption; see :func:`parse_metadata`.
+
+    Raises:
+        DecodeError: there is no caption and no default, or the attributes are malformed.
+    """
     caption = None if isinstance(default_caption, CaptionOverride) else metadata.get("caption")
     if not isinstance(caption, str) or not caption.strip():
         if default_caption is None:
@@ -252,19 +291,27 @@ class Split:
         return ()
 
 
-def find_split(card: str | Path, split: str) -> Split:
+def find_split(card: str | Path, split: str, *, index: bool = True, shapes: bool = False) -> Split:
     """A split of a card, given by name or path; a folder of shards, or of splits, stands for itself.
 
+    Args:
+        card: name, path, address, or tars.
+        split: one of its own.
+        index: make the index of tars, if it names such, or bring it up to date.
+        shapes: note in it what shape each clip has, as well.
+
     Raises:
-        UserError: there is no such card or split.
+        UserError: there is no such card or split, or its tars cannot be indexed.
     """
     given = Path(card)
-    for folder in () if remote.is_url(card) else (given, given / split):
+    for folder in () if remote.is_url(card) or is_tars(card) else (given, given / split):
         if (folder / INDEX_NAME).is_file() and not (given / CARD_NAME).is_file():
             return Split(given.name, folder, given)
     found = load_card(card)
     if split not in found.splits:
         raise UserError(f"card {str(card)!r} has no split {split!r}: choose one of {', '.join(sorted(found.splits))}.")
+    if index:
+        ready(found.splits[split], shapes)
     return Split(
         found.name,
         found.splits[split],

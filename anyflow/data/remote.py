@@ -28,11 +28,16 @@ CACHE_VARIABLE = "ANYFLOW_CACHE"
 LIMIT_VARIABLE = "ANYFLOW_CACHE_GB"
 DEFAULT_LIMIT_GB = 50.0
 MARK = "remote.json"
+TARS = "tars.json"
+"""Written here alone, by :mod:`anyflow.data.tars`."""
 SCHEMES = ("http", "https", "s3", "gs", "gcs", "hf")
 URL = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+)://")
 
 BLOCK = 8 * 2**20
 """Bytes of one request: what is lost when a connection breaks."""
+TARS_AT_ONCE = 32
+"""Tars of somebody else's, which may be large, that the cache must have room for: two windows of an order. Where it has
+not, they would be fetched again and again; they are read clip by clip."""
 TRIES = 6
 TIMEOUT = 60.0
 """Seconds for one block; a connection that stalls for longer is given up and tried anew."""
@@ -57,13 +62,12 @@ def join(url: str, name: str) -> str:
     return f"{url.rstrip('/')}/{name}"
 
 
-def mirror(url: str) -> Path:
-    """The folder in the cache that stands for the folder at ``url``; made, but nothing is fetched yet.
+def check_address(url: str) -> None:
+    """Refuse an address that is of an unknown kind, or holds credentials.
 
     Raises:
-        UserError: the address is of an unknown kind, or holds credentials.
+        UserError: it is such a one.
     """
-    url = url.rstrip("/")
     match = URL.match(url)
     scheme = match[1].lower() if match else ""
     rest = url.partition("://")[2]
@@ -74,6 +78,17 @@ def mirror(url: str) -> Path:
             f"an address of {scheme}:// holds a name, a password or a signature: leave them out and give credentials "
             "by the environment (such as AWS_ACCESS_KEY_ID or HF_TOKEN)"
         )
+
+
+def mirror(url: str) -> Path:
+    """The folder in the cache that stands for the folder at ``url``; made, but nothing is fetched yet.
+
+    Raises:
+        UserError: as :func:`check_address`.
+    """
+    url = url.rstrip("/")
+    check_address(url)
+    rest = url.partition("://")[2]
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", rest)[-60:].strip("-")
     folder = cache_root() / f"{name}-{hashlib.blake2b(url.encode(), digest_size=6).hexdigest()}"
     if not (folder / MARK).is_file():
@@ -114,6 +129,11 @@ def url_of(folder: Path) -> str | None:
         return None
 
 
+def stands_for_tars(folder: Path) -> bool:
+    """Whether a folder of the cache stands for tars that lie anywhere; an index that came from elsewhere never does."""
+    return folder.parent == cache_root() and (folder / TARS).is_file()
+
+
 _fresh: set[tuple[int, Path]] = set()
 
 
@@ -140,31 +160,33 @@ def fetch_small(folder: Path, name: str) -> Path:
     return path
 
 
-def fetch_shard(folder: Path, name: str, size: int, sha256: str) -> Path | None:
+def fetch_shard(folder: Path, name: str, size: int, sha256: str, version: str = "") -> Path | None:
     """A shard's file, fetched and verified if the folder is elsewhere; None if it is too large for the cache.
+
+    One without ``sha256`` is verified by its size; its copy is kept under its ``version``.
 
     Raises:
         Damaged: what is there differs from the index, also when fetched again.
         UserError: it cannot be fetched.
     """
-    path = folder / name
     url = url_of(folder)
     if url is None:
-        return path
+        return folder / name
+    path = folder / (name if sha256 else f"{version}-{name}")
     if _touch(path, size):
         return path
-    if size > cache_limit():
+    if size * (1 if sha256 else TARS_AT_ONCE) > cache_limit():
         return None
-    with locked(folder / f".{name}.lock"):
+    with locked(folder / f".{path.name}.lock"):
         if _touch(path, size):
             return path
-        partial = folder / f"{name}.{size}.part"
+        partial = folder / f"{path.name}.{size}.part"
         for _ in range(2):  # a proxy or a broken wire may spoil one copy; twice the same is what lies there
             with locked(cache_root() / ".lock"):
                 _make_room(size, partial)
                 partial.touch()
             _download(join(url, name), partial, size)
-            if file_sha256(partial) == sha256:
+            if not sha256 or file_sha256(partial) == sha256:
                 partial.replace(path)
                 return path
             partial.unlink()
@@ -179,8 +201,35 @@ def read_range(folder: Path, name: str, offset: int, size: int) -> bytes:
     """
     url = url_of(folder)
     assert url is not None
-    address = join(url, name)
-    return _persist(lambda: _range(address, offset, offset + size), address)
+    return read_at(join(url, name), offset, offset + size)
+
+
+def read_at(address: str, start: int, end: int) -> bytes:
+    """The bytes from ``start`` to ``end`` of a file elsewhere.
+
+    Raises:
+        FileNotFoundError: it is not there. UserError: they cannot be fetched.
+    """
+    return _persist(lambda: _range(address, start, end), address)
+
+
+def ask(address: str, method: str, **named: Any) -> Any:
+    """Call a method of the file system that an address is of, such as ``_info``, as often as it takes.
+
+    Raises:
+        FileNotFoundError: it is not there. UserError: there is no answer.
+    """
+
+    def call() -> Any:
+        files, place = _filesystem(address)
+        try:
+            return _within(files, method, place, **named)
+        except FileNotFoundError as error:
+            if error.__cause__ is not None and not isinstance(error.__cause__, FileNotFoundError):
+                raise error.__cause__ from None  # fsspec's way of telling that a web server failed
+            raise
+
+    return _persist(call, address)
 
 
 def _download(address: str, partial: Path, size: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import av
 
@@ -26,20 +27,25 @@ SAME_CROP = 0.05
 def note_shape(parts: Mapping[str, bytes]) -> Noted:
     """The shape of a sample, given by its members; empty if they cannot be read."""
     if "mp4" in parts:
-        return _of_footage(parts["mp4"])
+        return note_file(io.BytesIO(parts["mp4"]))
     if "safetensors" in parts:
         return _of_latents(parts["safetensors"])
     return ()
 
 
-def _of_footage(data: bytes) -> Noted:
+def note_file(file: Any) -> Noted:
+    """The shape of a video, given by its file; empty if it cannot be read."""
     try:
-        with av.open(io.BytesIO(data), "r") as container:
+        with av.open(file, "r") as container:
             stream = open_stream(container)
             first = next(iter(container.decode(stream)), None)
-            if first is None or not stream.frames or not stream.average_rate:
+            if first is None or not stream.average_rate:
                 return ()
-            return stream.frames, *shown_size(stream, first), round(float(stream.average_rate), 3)
+            # A Matroska file counts no frames.
+            frames = stream.frames or int((container.duration or 0) / 1e6 * stream.average_rate + 0.01)
+            if frames < 1:
+                return ()
+            return frames, *shown_size(stream, first), round(float(stream.average_rate), 3)
     except (av.FFmpegError, DecodeError, ValueError, IndexError, OverflowError):
         return ()
 

@@ -5,6 +5,8 @@ A folder of shards holds ``PREFIX-000000.tar``, ``PREFIX-000001.tar``, ... and `
     {"version": 1, "shards": [{"name", "bytes", "sha256", "made_from" (of computed samples),
                                "samples": [{"key", "parts": {"mp4": [offset, size], ...}, "shape": [...]}]}]}
 
+An index of somebody else's tars (:mod:`anyflow.data.tar_index`) says of each its ``place`` as well.
+
 Offsets are those of the members' data in the tar, so a sample is read with a seek, without unpacking. The tars are
 plain WebDataset shards and can be read without the index as well.
 """
@@ -58,6 +60,9 @@ class Shard:
         samples: in order.
         made_from: of samples that were computed, a digest of what from: computed again, elsewhere or on more threads,
             they are the same samples but for rounding. Empty: the samples are what they are.
+        place: path or address of somebody else's tar; ``sha256`` is then empty and ``made_from`` of its headers.
+            Empty: it lies beside its index.
+        version: of such a tar, by what its server or disk says of it: copies of other versions are not taken for it.
     """
 
     name: str
@@ -65,6 +70,27 @@ class Shard:
     sha256: str
     samples: tuple[Sample, ...]
     made_from: str = ""
+    place: str = ""
+    version: str = ""
+
+    @property
+    def content(self) -> str:
+        """Digest of what is in it, by its bytes or, where they were not read, by its headers."""
+        return self.sha256 or self.made_from
+
+    def path(self, folder: Path) -> Path:
+        """Its file, or what stands for that in the cache; ``folder`` is that of its index."""
+        if not self.place:
+            return folder / self.name
+        if not remote.is_url(self.place):
+            return Path(self.place)
+        parent, _, name = self.place.rpartition("/")
+        return remote.mirror(parent) / name
+
+    def member(self, sample: Sample, extension: str) -> str:
+        """The name that a sample's member has in the tar, but for the case of its extension."""
+        key = sample.key.removeprefix(f"{self.name.removesuffix('.tar')}/") if self.place else sample.key
+        return f"{key}.{extension}"
 
 
 @dataclass(frozen=True)
@@ -140,6 +166,8 @@ def load_index(folder: Path) -> ShardIndex:
         document = json.loads(remote.fetch_small(folder, INDEX_NAME).read_text())
         if document["version"] != INDEX_VERSION:
             raise UserError(f"{path}: version {document['version']!r} is unknown; this release reads {INDEX_VERSION}")
+        if not remote.stands_for_tars(folder) and any("place" in entry for entry in document["shards"]):
+            raise ValueError("a shard lies elsewhere")
         return ShardIndex(tuple(shard_from_dict(entry) for entry in document["shards"]))
     except FileNotFoundError as error:
         raise UserError(f"no {INDEX_NAME} in {str(folder)!r}: render the data set, or correct the folder") from error
@@ -233,6 +261,7 @@ def shard_to_dict(shard: Shard) -> dict[str, Any]:
         "bytes": shard.bytes,
         "sha256": shard.sha256,
         **({"made_from": shard.made_from} if shard.made_from else {}),
+        **({"place": shard.place, "version": shard.version} if shard.place else {}),
         "samples": [_sample_to_dict(sample) for sample in shard.samples],
     }
 
@@ -259,14 +288,17 @@ def shard_from_dict(entry: Mapping[str, Any]) -> Shard:
             places a sample outside of its shard.
     """
     name, size = entry["name"], int(entry["bytes"])
-    if not isinstance(name, str) or not name or name.startswith(".") or any(c in name for c in "/\\\0"):
+    place = str(entry.get("place", ""))
+    unsafe = not isinstance(name, str) or not name or name.startswith(".") or any(c in name for c in "/\\\0")
+    if unsafe and not place:
         raise ValueError(f"{name!r} is no shard's name")
     samples = tuple(_sample_from_dict(sample) for sample in entry["samples"])
     for sample in samples:
         for offset, length in sample.parts.values():
             if offset < 0 or not 0 <= length <= MAX_MEMBER or offset + length > size:
                 raise ValueError(f"sample {sample.key!r} lies outside of {name!r}")
-    return Shard(name, size, str(entry["sha256"]), samples, str(entry.get("made_from", "")))
+    made_from, version = str(entry.get("made_from", "")), str(entry.get("version", ""))
+    return Shard(str(name), size, str(entry["sha256"]), samples, made_from, place, version)
 
 
 def write_tar(batch: Iterable[tuple[str, Mapping[str, bytes]]], path: Path) -> Shard:
@@ -285,6 +317,12 @@ def write_tar(batch: Iterable[tuple[str, Mapping[str, bytes]]], path: Path) -> S
         samples = tuple(replace(sample, shape=shapes.get(sample.key, ())) for sample in _read_members(temporary))
         shard = Shard(path.name, temporary.stat().st_size, file_sha256(temporary), samples)
     return shard
+
+
+def dotless(key: str) -> str:
+    """A key that a tar of ours can hold: those of somebody else's clips may have dots, and ours end at the first."""
+    folder, slash, base = key.rpartition("/")
+    return folder + slash + base.replace(".", "%2E")
 
 
 def _compare_members(path: Path, shard: Shard) -> list[str]:
@@ -306,6 +344,8 @@ def _read_members(path: Path) -> tuple[Sample, ...]:
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     with tarfile.open(path) as tar:
         for member in tar:
-            key, _, extension = member.name.partition(".")
+            folder, slash, base = member.name.rpartition("/")  # keys of somebody else's clips may have folders
+            key, _, extension = base.partition(".")
+            key = folder + slash + key
             samples.setdefault(key, {})[extension] = (member.offset_data, member.size)
     return tuple(Sample(key, parts) for key, parts in samples.items())

@@ -6,162 +6,22 @@ it. The stream's state is its position and the clips skipped so far; it holds fo
 
 from __future__ import annotations
 
-import json
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
-from anyflow.data.decode import ClipShape, DecodeError, decode_clip
-from anyflow.data.mixture import MixedOrder
-from anyflow.data.order import Order, OrderIdentity, describe_difference, sample_seed
-from anyflow.data.reader import ShardReader, load_latents
-from anyflow.data.shards import Sample
+from anyflow.data.batches import Batch, BatchDataset
+from anyflow.data.order import OrderIdentity, describe_difference
+from anyflow.data.skips import Skip, enforce_budget
 from anyflow.errors import UserError
-from anyflow.system.files import write_atomically
 
-Batch = dict[str, Any]
-
-BUDGET_FLOOR = 1000
-"""The budget is counted against at least this many clips: one bad clip among the first ten does not make 10 %."""
 SYNC_EVERY = 64
 """Batches between two exchanges of skipped clips among ranks, so that all of them stop at the same batch."""
-MAX_TRIES = 64
-NAMED_OFFENDERS = 5
-
-
-@dataclass(frozen=True)
-class Skip:
-    """A clip that could not be used, and why."""
-
-    shard: str
-    key: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.shard}:{self.key} ({self.reason})"
-
-
-class BatchDataset(Dataset[Batch]):
-    """Map-style data set over global batch numbers, in the order that it is given."""
-
-    order: Any
-    """An :class:`Order`, or what answers as one."""
-    rank: int
-    world_size: int
-    passes: int = 1
-    """Batches whose gradients make one update."""
-    first: int = 0
-    """A batch that an update begins with."""
-    split_in: int = 1
-    """Batches that one of the order's is divided into: those of an update, so that its clips are the same however it is
-    split; 1 where a batch is ordered by itself."""
-
-    def clips_of(self, index: int) -> int:
-        """Clips of a batch over all ranks."""
-        return self.order.global_batch // self.split_in
-
-    def passes_before(self, index: int) -> int:
-        """How many batches of its update come before a batch."""
-        return (index - self.first) % self.passes
-
-    def place(self, index: int) -> tuple[int, int]:
-        """Where a batch stands in that of its update: the clips before it, and all of them, over all ranks."""
-        before = self.passes_before(index)
-        sizes = [self.clips_of(number) for number in range(index - before, index - before + self.passes)]
-        return sum(sizes[:before]), sum(sizes)
-
-    def adopt(self, saved: OrderIdentity) -> None:
-        """Take over what a checkpoint's order may set; nothing, in general."""
-
-
-class ClipDataset(BatchDataset):
-    """Map-style data set over global batch numbers: item ``n`` is this rank's part of global batch ``n``.
-
-    Args:
-        reader: the shards.
-        order: the order.
-        shape: what a decoded clip looks like; ignored for latents.
-        rank, world_size: which part of each batch.
-        latent_shape: (F, C, H, W) if the shards hold latents instead of footage.
-
-    An item is ``{"frames": uint8 [B, F, H, W, 3] | "latents": float32 [B, F, C, H, W], "caption", "key",
-    "attributes", "position", "place", "skipped"}``. A failure is returned as ``{"error": sentence}``: an exception that
-    crosses from a worker to the main process would arrive as a traceback.
-    """
-
-    def __init__(
-        self,
-        reader: ShardReader,
-        order: Order | MixedOrder,
-        shape: ClipShape,
-        rank: int = 0,
-        world_size: int = 1,
-        latent_shape: tuple[int, int, int, int] | None = None,
-    ) -> None:
-        self.reader, self.order, self.shape = reader, order, shape
-        self.rank, self.world_size = rank, world_size
-        self.latent_shape = latent_shape
-
-    def __getitem__(self, index: int) -> Batch:
-        whole, part = divmod(index, self.split_in)
-        epoch, positions = self.order.batch_positions(whole, self.rank, self.world_size)
-        size = len(positions) // self.split_in
-        positions = positions[part * size : (part + 1) * size]
-        pixels = self._allocate(len(positions))
-        bad: dict[tuple[int, int], Skip] = {}
-        try:
-            metadata = [self._fill(epoch, position, pixels[row], bad) for row, position in enumerate(positions)]
-        except UserError as error:
-            return {"error": str(error), "position": index}
-        return {
-            "latents" if self.latent_shape else "frames": torch.from_numpy(pixels),
-            "caption": [entry["caption"] for entry in metadata],
-            "key": [entry["key"] for entry in metadata],
-            "attributes": [entry["attributes"] for entry in metadata],
-            "position": index,
-            "place": self.place(index),
-            "skipped": [asdict(skip) for skip in bad.values()],
-        }
-
-    def _allocate(self, count: int) -> np.ndarray:
-        if self.latent_shape:
-            return np.empty((count, *self.latent_shape), dtype=np.float32)
-        return np.empty((count, self.shape.frames, self.shape.height, self.shape.width, 3), dtype=np.uint8)
-
-    def _fill(self, epoch: int, position: int, out: np.ndarray, bad: dict[tuple[int, int], Skip]) -> dict[str, Any]:
-        """Write the clip at ``position``, or the first good one of its replacements, into ``out``."""
-        for candidate in (position, *self.order.replacements(position)[:MAX_TRIES]):
-            own_epoch, shard, number = self.order.occurrence(epoch, candidate)
-            if (shard, number) in bad:
-                continue
-            sample = self.reader.sample(shard, number)
-            try:
-                return self.load(own_epoch, shard, sample, out)
-            except DecodeError as error:
-                bad[shard, number] = Skip(self.reader.shards[shard][1].name, sample.key, str(error))
-        named = _name_offenders(list(bad.values()))
-        raise UserError(f"{len(bad)} clips in a row cannot be used: {named}; repair the shards.")
-
-    def load(self, epoch: int, shard: int, sample: Sample, out: np.ndarray) -> dict[str, Any]:
-        """Read one sample into ``out``; return its description with its key.
-
-        Raises:
-            DecodeError: with the reason why the clip cannot be used.
-        """
-        metadata = self.reader.describe(shard, sample)
-        if self.latent_shape:
-            load_latents(self.reader.read(shard, sample, "safetensors"), out)
-        else:
-            seed = sample_seed(self.order.seed, epoch, sample.key)
-            decode_clip(self.reader.read(shard, sample, "mp4"), self.shape, seed, out)
-        return {**metadata, "key": sample.key}
 
 
 class ClipStream:
@@ -214,11 +74,11 @@ class ClipStream:
         order = self.dataset.order
         total = order.num_samples + self.left_out
         batches = (self.position if position is None else position) + 1
-        read = batches * order.global_batch // self.dataset.split_in
+        read = batches * self.dataset.batch
         enforce_budget(list(self.skipped.values()), total if self.left_out else read, total, self.error_budget)
 
     def state_dict(self) -> dict[str, Any]:
-        """{epoch, batch, plan_hash, plan, skipped}: the place in the stream, for any number of ranks and workers.
+        """{epoch, batch, plan_hash, plan, clips, skipped}: the place in the stream, for any ranks and workers.
 
         It is where the update under way began, if some of its batches are still to come: a stop loses their gradients.
         With several ranks all of them must call this together, as they do for a checkpoint.
@@ -226,12 +86,13 @@ class ClipStream:
         self.gather()
         order = self.dataset.order
         begun = self.position - self.dataset.passes_before(self.position)
-        epoch, batch = order.epoch_and_batch(begun // self.dataset.split_in)
+        epoch, batch = order.epoch_and_batch(self.dataset.whole_batches(begun))
         return {
             "epoch": epoch,
             "batch": batch,
             "plan_hash": order.identity.hash,
             "plan": asdict(order.identity),
+            "clips": self.dataset.batch * self.dataset.passes,
             "skipped": [asdict(skip) for skip in self.skipped.values()],
         }
 
@@ -242,13 +103,13 @@ class ClipStream:
             UserError: the order is another one; names the difference.
         """
         saved = OrderIdentity(**state["plan"])
-        self.dataset.adopt(saved)
+        self.dataset.adopt(saved, state.get("clips"))  # checkpoints of before do not say
         order = self.dataset.order
         if state["plan_hash"] != order.identity.hash:
             difference = describe_difference(saved, order.identity)
             raise UserError(f"The checkpoint's place in the data does not fit: {difference} changed; set it back.")
         whole = state["epoch"] * order.batches_per_epoch + state["batch"]
-        self.position = self.dataset.first = whole * self.dataset.split_in
+        self.position = self.dataset.first = self.dataset.pass_after(whole)
         self.skipped = {}
         self._record(state["skipped"])
 
@@ -273,11 +134,19 @@ class ClipStream:
         """Share the skipped clips among ranks, together; every rank then has the same record in the same order."""
         if self.dataset.world_size == 1 or not torch.distributed.is_initialized():
             return
-        parts: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, [asdict(skip) for skip in self.skipped.values()])
+        parts = gathered([asdict(skip) for skip in self.skipped.values()], self.dataset.world_size)
         self.skipped = {}
         for part in parts:
             self._record(part)
+
+
+def gathered(part: Any, world_size: int) -> list[Any]:
+    """What every rank gives, together; by one alone its own."""
+    if world_size == 1 or not torch.distributed.is_initialized():
+        return [part]
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, part)
+    return parts
 
 
 def _leave_stopping_to_the_trainer(worker: int) -> None:
@@ -318,40 +187,13 @@ class _Loader(DataLoader[Batch]):
         self.stream = stream
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        return map(self.stream.check, super().__iter__())
+        return _checked(self.stream, super().__iter__())
 
 
-def enforce_budget(
-    skipped: Sequence[Skip], read: int, total: int, error_budget: float, report: Path | None = None
-) -> None:
-    """Compare the distinct bad clips with the clips read so far.
-
-    Args:
-        skipped: the bad clips, each once.
-        read: clips read so far.
-        total: clips there are.
-        error_budget: largest share that is tolerated.
-        report: file that names all of them then.
-
-    Raises:
-        UserError: the budget is spent; names the first offenders.
-    """
-    if len(skipped) > error_budget * min(max(read, BUDGET_FLOOR), total):
-        if report is not None:
-            write_skipped(report, skipped)
-        everywhere = f"; all of them in {str(report)!r}" if report is not None else ""
-        raise UserError(
-            f"{len(skipped)} of {total} clips cannot be used, more than error_budget {error_budget:g} allows: "
-            f"{_name_offenders(skipped)}{everywhere}; repair the shards or raise error_budget."
-        )
-
-
-def write_skipped(path: Path, skipped: Iterable[Skip]) -> None:
-    """Name every clip that could not be used, and why, in a JSON file for people."""
-    write_atomically(path, json.dumps([asdict(skip) for skip in skipped], indent=1, ensure_ascii=False).encode())
-
-
-def _name_offenders(skipped: Sequence[Skip]) -> str:
-    named = "; ".join(str(skip) for skip in skipped[:NAMED_OFFENDERS])
-    rest = len(skipped) - NAMED_OFFENDERS
-    return named + (f"; and {rest} more" if rest > 0 else "")
+def _checked(stream: ClipStream, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Whole batches; the workers end with the first that is not, for at exit nobody would end them."""
+    try:
+        yield from map(stream.check, batches)
+    finally:
+        if hasattr(batches, "_shutdown_workers"):
+            batches._shutdown_workers()

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.parallelize import join_rows, own_rows, rank_and_size
+from anyflow.data.batches import ClipDataset
 from anyflow.data.decode import ClipShape, DecodeError
 from anyflow.data.order import Order
 from anyflow.data.reader import ShardReader, find_split
-from anyflow.data.stream import ClipDataset
-from anyflow.errors import UserError
+from anyflow.errors import UserError, first_line
 from anyflow.evaluation.curve import CurveResult, HeldOut
 from anyflow.evaluation.kept_samples import KeptSamples
 from anyflow.evaluation.measure import OnProgress, measure_curve, sampler_of
@@ -143,12 +143,14 @@ def curve_of(
         model = replace(model, sampler=_divided(model.sampler), codec=_DividedCodec(codec))
     shape = prompts.shape
     fitting = backbone.clips_at_once(codec.latent_shape(shape.frames, shape.height, shape.width))
-    asked = replace(
-        asked,
-        batch_size=clips_a_pass(fitting, ranks, asked.batch_size),
-        judges=replace(asked.judges, notes=[*asked.judges.notes, *note]),
-    )
+    asked = fitted(asked, fitting, note, ranks)
     return measure_curve(model, items, reference, asked, kept=kept, on_progress=on_progress)
+
+
+def fitted(asked: Measurement, fitting: int, note: Sequence[str] = (), ranks: int = 1) -> Measurement:
+    """What is asked, in passes of as many clips as fit on each of so many ranks, with what else is to be said."""
+    judges = replace(asked.judges, notes=[*asked.judges.notes, *note])
+    return replace(asked, batch_size=clips_a_pass(fitting, ranks, asked.batch_size), judges=judges)
 
 
 def check_held_out(cards: Sequence[str], split: str, prompts: int, where: str = "prompts") -> None:
@@ -207,13 +209,20 @@ class _DividedCodec:
 
 
 def load_curve(folder: Path, label: str, asked: Mapping[str, Any] | None = None) -> CurveResult | None:
-    """A curve and its samples saved by :func:`save_curve`, or None: also if another one was ``asked`` for then."""
+    """A curve and its samples saved by :func:`save_curve`, or None: also if another one was ``asked`` for then.
+
+    One that is damaged is told, and as good as none: it is measured again.
+    """
     path = folder / f"{label}.pt"
     if not path.exists():
         return None
     from anyflow.evaluation.curve import Curve
 
-    saved = torch.load(path, weights_only=True)
+    try:
+        saved = torch.load(path, weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds
+        print(f"{path} is damaged ({first_line(error)[:80]}) and does not count", file=sys.stderr)
+        return None
     if asked is not None and saved.get("asked", asked) != asked:
         return None
     shown = tuple(HeldOut(**item) for item in saved["shown"])

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import islice
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -102,18 +103,28 @@ def measure_curve(
     Raises:
         ValueError: if there are no items or seeds, or fewer reference clips than items.
     """
+    return curve_by(Here(model, asked, kept), items, reference, asked, on_progress)
+
+
+@torch.no_grad()
+def curve_by(
+    maker: Maker,
+    items: Sequence[HeldOut],
+    reference: Sequence[HeldOut],
+    asked: Measurement,
+    on_progress: OnProgress | None = None,
+) -> CurveResult:
+    """The same (:func:`measure_curve`) of what a maker makes."""
     if not items or not asked.seeds or len(reference) < len(items):
         raise ValueError(f"{len(items)} prompts need as many reference clips, got {len(reference)}, and a seed")
-    counts = sorted(set(asked.steps))
-    work = len(asked.seeds) * sum(_work(asked.guidance.calls * num_steps) for num_steps in counts) + 2 * _work(0)
-    progress = _Progress(work * -(-len(items) // asked.batch_size), on_progress)
-    runner = _Runner(model, asked, progress, kept)
     reference = reference[: len(items)]
+    runner = _Runner(maker, asked, BatchProgress(asked, len(items), on_progress))
     real_clips, other_clips = _stack(items), _stack(reference)
     real_latents, decoded = runner.encode_and_decode(real_clips)
     other_latents, _ = runner.encode_and_decode(other_clips, decode=False)
     judge = Judge(items, reference, other_clips, other_latents, asked)
-    rows, shown = _rows(asked, partial(runner.sample, items, real_latents), partial(judge, real=real_clips))
+    samples = runner.samples(items, real_latents)
+    rows, shown = _rows(samples, partial(judge, real=real_clips), asked.show)
     curve = Curve(
         label=asked.label,
         domain="+".join(sorted({item.domain for item in items})),
@@ -135,110 +146,197 @@ def measure_curve(
 
 
 def _rows(
-    asked: Measurement,
-    sample: Callable[[int, int], tuple[Tensor, Tensor, dict[str, float]]],
-    judge: Callable[..., Marks],
+    samples: Iterable[tuple[int, int, Tensor, Tensor, dict[str, float]]], judge: Callable[..., Marks], show: int
 ) -> tuple[list[CurveRow], dict[int, Tensor]]:
-    """Sample and judge each step count with each seed, and keep the first seed's samples.
+    """Judge the samples of each step count and seed, and keep ``show`` of the first seed's.
 
     The most steps come first: they are what the previews of the same noise are compared with.
     """
-    rows: list[CurveRow] = []
+    rows: dict[int, list[CurveRow]] = {}
     kept: dict[int, Tensor] = {}
     finals: dict[int, Tensor] = {}
-    for num_steps in sorted(set(asked.steps), reverse=True):
-        of_seeds = []
-        for seed in asked.seeds:
-            clips, latents, cost = sample(num_steps, seed)
-            marks = judge(clips, latents, finals=finals.setdefault(seed, latents)).to_json()
-            of_seeds.append(CurveRow.from_json({**marks, "num_steps": num_steps, **cost}))
-            kept.setdefault(num_steps, clips[: asked.show].clone())
-        rows.insert(0, over_seeds(of_seeds))
-    return rows, dict(sorted(kept.items()))
+    for num_steps, seed, clips, latents, cost in samples:
+        marks = judge(clips, latents, finals=finals.setdefault(seed, latents)).to_json()
+        rows.setdefault(num_steps, []).append(CurveRow.from_json({**marks, "num_steps": num_steps, **cost}))
+        kept.setdefault(num_steps, clips[:show].clone())
+    return [over_seeds(of_seeds) for _, of_seeds in sorted(rows.items())], dict(sorted(kept.items()))
 
 
-def _work(calls: int) -> int:
-    """What a batch costs, in network calls: those of its steps, and the codec's share."""
-    return calls + CODEC_CALLS
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that are sampled in one pass.
+
+    Attributes:
+        captions, keys: of the prompts.
+        shape: of one clip's latents ``(F, C, H, W)``.
+        given: latents that the clips begin with, ``[B, k, C, H, W]`` on the CPU; None: no frames are given.
+    """
+
+    captions: list[str]
+    keys: list[str]
+    shape: tuple[int, ...]
+    given: Tensor | None
+    num_steps: int
+    seed: int
+
+    def noise(self) -> Tensor:
+        """What sampling begins with."""
+        return prompt_noise(self.shape, self.keys, self.seed)
+
+    def name(self, kept: KeptSamples, asked: Measurement) -> str:
+        """What its samples are kept by."""
+        guided = () if asked.guidance.scale == 1 else (asked.guidance,)
+        facts = (self.captions, self.keys, self.seed, self.num_steps, asked.shift, asked.sampler, *guided)
+        return kept.name((self.noise(), self.given), facts)
 
 
-class _Progress:
-    """Counts what is done of all batches, in network calls."""
+@dataclass(frozen=True)
+class Made:
+    """What became of a batch: latents, clips on the CPU, and the seconds that both took."""
 
-    def __init__(self, total: int, on_progress: OnProgress | None) -> None:
-        self.done, self.total, self.on_progress = 0, total, on_progress
+    latents: Tensor
+    clips: Tensor
+    sampling: float
+    decoding: float
 
-    def __call__(self, what: str, work: int) -> None:
-        self.done += work
+
+class Maker(Protocol):
+    """Runs codec and sampler, here or elsewhere."""
+
+    def code(self, batches: Sequence[Tensor], decode: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Latents of each batch of clips, and the clips after the codec (as given, if they are not to be decoded)."""
+        ...
+
+    def make(self, batches: Sequence[Batch]) -> Iterator[Made]:
+        """What becomes of each batch."""
+        ...
+
+    def calls(self, num_steps: int, num_frames: int, num_given: int) -> int:
+        """Network calls of a clip."""
+        ...
+
+
+@dataclass(frozen=True)
+class Here:
+    """Runs them in this process; of several ranks, on all."""
+
+    model: SampledModel
+    asked: Measurement
+    kept: KeptSamples | None = None
+
+    def code(self, batches: Sequence[Tensor], decode: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Latents of each batch of clips, and the clips after the codec."""
+        for batch in batches:
+            encoded = self.model.codec.encode_video(batch.to(self.model.device))
+            yield encoded.float().cpu(), self.model.codec.decode(encoded).cpu() if decode else batch
+
+    def make(self, batches: Sequence[Batch]) -> Iterator[Made]:
+        """What becomes of each batch, or became of it if it is kept."""
+        for batch in batches:
+            if self.kept is None:
+                yield self.decoded(*self.sampled(batch))
+                continue
+            name = batch.name(self.kept, self.asked)
+            known = self.kept.load(name)
+            if known is None:
+                known = self.sampled(batch)
+                self.kept.save(name, *known)
+            yield self.decoded(*known)
+
+    def sampled(self, batch: Batch) -> tuple[Tensor, float]:
+        """A batch's latents, and the seconds that they take."""
+        asked, device = self.asked, self.model.device
+        given = None if batch.given is None else batch.given.to(device)
+        way = {} if asked.sampler == "flowmap" else {"take": take_of(asked.sampler, batch.keys, batch.seed)}
+        noise = batch.noise().to(device)
+        begin = _now(device)
+        latents = self.model.sampler(batch.captions, noise, batch.num_steps, asked.shift, given, **way)
+        return latents, _now(device) - begin
+
+    def decoded(self, latents: Tensor, sampling: float) -> Made:
+        """A batch that is sampled, decoded."""
+        begin = _now(self.model.device)
+        clips = self.model.codec.decode(latents.to(self.model.device)).cpu()
+        return Made(latents.cpu(), clips, sampling, _now(self.model.device) - begin)
+
+    def calls(self, num_steps: int, num_frames: int, num_given: int) -> int:
+        """Network calls of a clip."""
+        return self.model.calls(num_steps, num_frames, num_given)
+
+
+class BatchProgress:
+    """Counts what is done of all batches, in network calls: those of its steps, and the codec's share."""
+
+    def __init__(self, asked: Measurement, items: int, on_progress: OnProgress | None) -> None:
+        self.asked, self.done, self.on_progress = asked, 0, on_progress
+        works = [self._work(num_steps) for num_steps in set(asked.steps)]
+        self.total = (len(asked.seeds) * sum(works) + 2 * self._work(0)) * -(-items // asked.batch_size)
+
+    def __call__(self, what: str, num_steps: int) -> None:
+        """A batch is done: sampled in so many steps (0: real clips), and decoded."""
+        self.done += self._work(num_steps)
         if self.on_progress is not None:
             self.on_progress(self.done, self.total, what)
+
+    def sampled(self, num_steps: int) -> None:
+        """A batch is sampled and decoded."""
+        self(f"{num_steps} step{'s' if num_steps > 1 else ''}", num_steps)
+
+    def _work(self, num_steps: int) -> int:
+        return self.asked.guidance.calls * num_steps + CODEC_CALLS
 
 
 @dataclass(frozen=True)
 class _Runner:
-    """Runs codec and sampler batch by batch; what comes out lies on the CPU."""
+    """Goes through a curve's batches; what comes out lies on the CPU."""
 
-    model: SampledModel
+    maker: Maker
     asked: Measurement
-    progress: _Progress
-    kept: KeptSamples | None
+    progress: BatchProgress
 
     def encode_and_decode(self, clips: Tensor, decode: bool = True) -> tuple[Tensor, Tensor]:
         """Return the clips' latents, and the clips after the codec (as given, if they are not to be decoded)."""
-        latents, decoded = [], []
-        for batch in clips.split(self.asked.batch_size):
-            encoded = self.model.codec.encode_video(batch.to(self.model.device))
-            latents.append(encoded.float().cpu())
-            decoded.append(self.model.codec.decode(encoded).cpu() if decode else batch)
-            self.progress("real clips through the codec" if decode else "reference clips", _work(0))
+        coded = []
+        for pair in self.maker.code(clips.split(self.asked.batch_size), decode):
+            coded.append(pair)
+            self.progress("real clips through the codec" if decode else "reference clips", 0)
+        latents, decoded = zip(*coded, strict=True)
         return torch.cat(latents), torch.cat(decoded)
 
-    def sample(
-        self, items: Sequence[HeldOut], like: Tensor, num_steps: int, seed: int
-    ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Sample every prompt; return clips, latents, and what a clip costs.
+    def samples(
+        self, items: Sequence[HeldOut], like: Tensor
+    ) -> Iterator[tuple[int, int, Tensor, Tensor, dict[str, float]]]:
+        """(steps, seed, clips, latents, what a clip costs) of every prompt, the most steps first.
 
         ``like`` are the prompts' real latents, which the samples are shaped as and begin with where frames are given.
         """
-        clips, all_latents = [], []
-        sampling = decoding = 0.0
+        rows = [(steps, seed) for steps in sorted(set(self.asked.steps), reverse=True) for seed in self.asked.seeds]
+        made = self.maker.make([batch for row in rows for batch in self._batches(items, like, *row)])
+        for num_steps, seed in rows:
+            own = []
+            for batch in islice(made, -(-len(items) // self.asked.batch_size)):
+                own.append(batch)
+                self.progress.sampled(num_steps)
+            nfe = self.asked.guidance.calls * self.maker.calls(num_steps, like.shape[1], self.asked.given_frames)
+            seconds = {
+                "sampling_seconds": sum(batch.sampling for batch in own) / len(items),
+                "decoding_seconds": sum(batch.decoding for batch in own) / len(items),
+            }
+            latents = torch.cat([batch.latents.float() for batch in own])
+            yield num_steps, seed, torch.cat([batch.clips for batch in own]), latents, {"nfe": nfe, **seconds}
+
+    def _batches(self, items: Sequence[HeldOut], like: Tensor, num_steps: int, seed: int) -> Iterator[Batch]:
         for start in range(0, len(items), self.asked.batch_size):
             batch = items[start : start + self.asked.batch_size]
-            given = like[start : start + self.asked.batch_size, : self.asked.given_frames].to(self.model.device)
-            first_frames = given if self.asked.given_frames else None
-            latents, seconds = self._latents(batch, like.shape[1:], first_frames, num_steps, seed)
-            begin = _now(self.model.device)
-            clips.append(self.model.codec.decode(latents).cpu())
-            sampling, decoding = sampling + seconds, decoding + _now(self.model.device) - begin
-            all_latents.append(latents.float().cpu())
-            work = _work(self.asked.guidance.calls * num_steps)
-            self.progress(f"{num_steps} step{'s' if num_steps > 1 else ''}", work)
-        nfe = self.asked.guidance.calls * self.model.calls(num_steps, like.shape[1], self.asked.given_frames)
-        cost = {"nfe": nfe, "sampling_seconds": sampling / len(items), "decoding_seconds": decoding / len(items)}
-        return torch.cat(clips), torch.cat(all_latents), cost
-
-    def _latents(
-        self, batch: Sequence[HeldOut], shape: Sequence[int], first_frames: Tensor | None, num_steps: int, seed: int
-    ) -> tuple[Tensor, float]:
-        """A batch's latents and the seconds that they take, or took if they are kept."""
-        asked, shift = self.asked, self.asked.shift
-        captions, keys = [item.caption for item in batch], [item.key for item in batch]
-        noise, name = prompt_noise(shape, keys, seed), ""
-        if self.kept is not None:
-            given = None if first_frames is None else first_frames.cpu()
-            guided = () if asked.guidance.scale == 1 else (asked.guidance,)
-            name = self.kept.name((noise, given), (captions, keys, seed, num_steps, shift, asked.sampler, *guided))
-            found = self.kept.load(name)
-            if found is not None:
-                return found[0].to(self.model.device), found[1]
-        way = {} if asked.sampler == "flowmap" else {"take": take_of(asked.sampler, keys, seed)}
-        noise = noise.to(self.model.device)
-        begin = _now(self.model.device)
-        latents = self.model.sampler(captions, noise, num_steps, shift, first_frames, **way)
-        seconds = _now(self.model.device) - begin
-        if self.kept is not None:
-            self.kept.save(name, latents, seconds)
-        return latents, seconds
+            given = like[start : start + self.asked.batch_size, : self.asked.given_frames]
+            yield Batch(
+                [item.caption for item in batch],
+                [item.key for item in batch],
+                tuple(like.shape[1:]),
+                given if self.asked.given_frames else None,
+                num_steps,
+                seed,
+            )
 
 
 def _stack(items: Sequence[HeldOut]) -> Tensor:

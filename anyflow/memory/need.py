@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -300,11 +301,12 @@ def warn_in_background(recipe: Recipe) -> None:
     memory = memory_here() if recipe.hardware.accelerator != "cpu" else None
     if memory is None:
         return
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
-        path = Path(file.name)
-    save_recipe(recipe, path)
-    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    subprocess.Popen([sys.executable, "-m", "anyflow.memory.need", str(path), str(memory)], env=hidden)
+    with suppress(OSError):  # a warning may fail: the folder for temporary files may be full
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
+            path = Path(file.name)
+        save_recipe(recipe, path)
+        hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        subprocess.Popen([sys.executable, "-m", "anyflow.memory.need", str(path), str(memory)], env=hidden)
 
 
 def warning(need: Need) -> str | None:

@@ -14,6 +14,7 @@ from anyflow.errors import UserError
 from anyflow.recipe.fields import FieldInfo, all_fields, value_of
 from anyflow.recipe.schema import Recipe
 from anyflow.stages.checks import check_frames, nearest
+from anyflow.system.addresses import check_store
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?")
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
@@ -29,6 +30,8 @@ def check_recipe(recipe: Recipe) -> None:
     for key, info in all_fields().items():
         check_range(info, value_of(recipe, key), recipe.sources.get(key, "default"))
     _check_names(recipe)
+    if recipe.run.tracking_uri:
+        check_store(recipe.run.tracking_uri, "run.tracking_uri", is_there=False)
     _check_geometry(recipe)
     _check_adapters(recipe)
     for check in recipe.declared.checks:
@@ -154,6 +157,7 @@ def _check_geometry(recipe: Recipe) -> None:
         raise UserError(
             f"data.weights has {len(data.weights)} values for {len(data.card)} cards: give one for each of data.card"
         )
+    _check_streaming(recipe)
     check_frames("data.frames", data.frames)
     latent_frames = (data.frames - 1) // 4 + 1
     if recipe.sampling.given_frames >= latent_frames:
@@ -171,6 +175,16 @@ def _check_geometry(recipe: Recipe) -> None:
             raise UserError(
                 f"{where}data.height={height} and data.width={width} are too small for a causal network: it makes "
                 "tokens of 4 x 4 latents: give at least 32 pixels a side"
+            )
+
+
+def _check_streaming(recipe: Recipe) -> None:
+    """What needs to know every clip beforehand cannot be had of tars that are read as they come."""
+    data = recipe.data
+    for field, given in (("precompute", data.precompute), ("buckets", data.buckets), ("weights", data.weights)):
+        if data.streaming and given:
+            raise UserError(
+                f"data.{field}={given} needs an index of the clips, and data.streaming=true makes none: leave out one"
             )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from anyflow.data.find import BETWEEN, SUFFIXES, is_tars
 from anyflow.errors import UserError
 from anyflow.recipe.check import check_recipe, fit_batch, fit_strategy
 from anyflow.recipe.fields import FieldInfo, all_fields, flatten, group_keys
@@ -53,6 +54,7 @@ def load_recipe(
     Raises:
         UserError: an unknown name or key, a wrong type, a value out of range, or fields that contradict each other.
     """
+    _refuse_expanded(overrides)
     path = _find(name)
     stage = read_yaml(path)
     complete = stage.pop("complete", False)
@@ -82,6 +84,7 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def _finish(recipe: Recipe) -> Recipe:
+    recipe = _fit_tars(recipe)
     check_recipe(recipe)
     fitted = fit_strategy(fit_batch(recipe))
     sources = dict(recipe.sources)
@@ -95,6 +98,30 @@ def _finish(recipe: Recipe) -> Recipe:
         if getattr(getattr(fitted, group), name) != getattr(getattr(recipe, group), name):
             sources[key] = DERIVED
     return dataclasses.replace(fitted, sources=sources)
+
+
+def _fit_tars(recipe: Recipe) -> Recipe:
+    """A list of tars is one data set, unless each has its weight; streamed ones are not encoded beforehand.
+
+    A stage file's ``precompute`` yields to ``streaming``; that of the command line is refused later.
+    """
+    data, sources = recipe.data, dict(recipe.sources)
+    if len(data.card) > 1 and not data.weights and all(is_tars(card) for card in data.card):
+        data = dataclasses.replace(data, card=[BETWEEN.join(data.card)])
+    if data.streaming and data.precompute and sources.get("data.precompute") != COMMAND_LINE:
+        data = dataclasses.replace(data, precompute=False)
+        sources["data.precompute"] = DERIVED
+    return dataclasses.replace(recipe, data=data, sources=sources)
+
+
+def _refuse_expanded(overrides: Sequence[str]) -> None:
+    """Tell a pattern of tars that the shell has made several overrides of, of which only the last would count."""
+    tars = [text for text in overrides if text.startswith("data.card=") and text.endswith(SUFFIXES)]
+    if len(tars) > 1:
+        raise UserError(
+            f"data.card is given {len(tars)} times ({tars[0]}, ...), as a shell makes of braces: put the whole in "
+            "quotes, such as 'data.card=set/{000..099}.tar'"
+        )
 
 
 def _merge(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Recipe:

@@ -65,7 +65,10 @@ class DataRecipe:
     """Which clips, in which shape."""
 
     card: list[str] = _option(
-        [], "dataset cards: names in data/, paths, or addresses (s3://..., https://...)", is_path=True
+        [],
+        "dataset cards: names in data/, paths, or addresses (s3://..., https://...); "
+        "or WebDataset tars as they are: a path, a pattern (set/{000..099}.tar), several with :: between, a folder",
+        is_path=True,
     )
     weights: list[float] = _option(
         [], "share of each card among the clips that are seen; empty: by their size", above=0
@@ -91,6 +94,10 @@ class DataRecipe:
     error_budget: float = _option(
         0.01, "share of bad clips that stops the run; fewer are skipped and named", low=0, high=1
     )
+    streaming: bool = _option(
+        False, "read tars as they come, in WebDataset's own pipeline, without the index that is made of them otherwise"
+    )
+    shuffle_buffer: int = _option(100, "clips that each worker shuffles together while data.streaming=true", low=1)
     precompute: bool = _option(
         False, "train on latents and texts encoded beforehand (anyflow data encode), without VAE and text encoder"
     )

@@ -145,7 +145,7 @@ def render(count: int, split: SplitName, seed: int, workers: int = 2, look: str 
     ]
     waiting: dict[int, Clip] = {}
     following = 0
-    for clips in run_jobs(partial(_render_batch, camera, split, seed), jobs, workers, jobs_per_process=1):
+    for clips in run_jobs(partial(_render_batch, camera, split, seed), jobs, workers, fresh=True):
         waiting.update((int(clip.key.rsplit("-", 1)[1]), clip) for clip in clips)
         while following in waiting:
             yield waiting.pop(following)

@@ -64,6 +64,21 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def placing(path: Path) -> Iterator[Path]:
+    """As :func:`replacing`, for a file that several processes, on any machines, may write at once: the last one stays.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with partial_folder(path) as folder:
+        place = folder / path.name
+        yield place
+        with naming(path):
+            sync(place)
+            place.replace(path)
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a small file in one step.
 

@@ -20,6 +20,10 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 """What a disk answers that knows no locks: some network disks, or as they are mounted."""
 
 
+class NoLocks(UserError):
+    """A disk that has no locks, and the remedy; who can do without goes on, and says so."""
+
+
 @contextmanager
 def locked(path: Path, patience: float | None = None, *, passing: bool = False) -> Iterator[TextIO]:
     """Hold the lock of ``path``, a file that is made if need be; a child process that is given the file holds it too.
@@ -30,7 +34,7 @@ def locked(path: Path, patience: float | None = None, *, passing: bool = False) 
         passing: whether the file goes with the lock. Who waited for it then holds a new one.
 
     Raises:
-        BlockingIOError: another process still holds it. UserError: the disk has no locks.
+        BlockingIOError: another process still holds it. NoLocks: the disk has no locks.
     """
     deadline = None if patience is None else time.monotonic() + patience
     for attempt in count():
@@ -77,7 +81,7 @@ def _lock(file: TextIO, path: Path, deadline: float | None) -> None:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            raise UserError(
+            raise NoLocks(
                 f"{path}: its disk knows no file locks, which keep two processes apart ({error.strerror}): mount it "
                 "with locks (Lustre: -o flock; NFS: with its lock service), or write to another disk"
             ) from error

@@ -1,76 +1,192 @@
-"""Work for several processes at once: results in order, few jobs in flight, a killed process replaced."""
+"""Work for several processes of this machine; a killed process is replaced."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
-from typing import TypeVar
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
 
 from anyflow.errors import UserError
+from anyflow.system.engines import Done, Results, Staff, Work, WorkerLost, in_order, map_by, values
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-MAX_DEATHS = 3
-"""Processes of a rendering that may be killed one after another without a clip between."""
+FEWER = "give fewer --workers, or close other programs"
+
+
+@dataclass(frozen=True)
+class LocalEngine:
+    """Processes of this machine.
+
+    Attributes:
+        processes: so many; 0: the work is done in this one.
+        gpus: they have GPUs, one each.
+    """
+
+    processes: int
+    gpus: bool = False
+
+    def __post_init__(self) -> None:
+        if self.processes < 0:
+            raise UserError(f"workers {self.processes}: give at least 0")
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this process does the work itself."""
+        return self.processes == 0
+
+    def workers(self, gpu: bool = False) -> int:
+        """Tasks that are done at a time."""
+        return max(self.processes, 1)
+
+    def has_gpus(self) -> bool:
+        """Whether they have GPUs."""
+        return self.gpus
+
+    def map_unordered(self, work: Work, tasks: Iterable[Any]) -> Results:
+        """The end of every task, as they come; few tasks are in flight, so memory stays small."""
+        return map_by(self.staff(work), tasks) if self.processes else _here(work, tasks)
+
+    def staff(self, work: Work, most: int = sys.maxsize) -> Staff:
+        """Workers for several lists of tasks."""
+        return _Processes(work, min(self.workers(), most), self.gpus and work.gpu)
 
 
 def run_jobs(
-    function: Callable[[Item], Result], jobs: Iterable[Item], workers: int, jobs_per_process: int | None = None
+    function: Callable[[Item], Result],
+    jobs: Sequence[Item],
+    workers: int,
+    fresh: bool = False,
 ) -> Iterator[Result]:
-    """Results in the order of the jobs, from ``workers`` processes; few jobs are in flight, so memory stays small.
+    """Results in the order of the jobs, from ``workers`` processes.
 
-    ``jobs_per_process=1`` gives each job a process of its own, for simulators that cannot be opened twice. A process
-    that is killed is replaced, and its jobs are done again.
+    ``fresh`` gives each job a process of its own, for simulators that cannot be opened twice.
 
     Raises:
-        UserError: no worker, or processes that are killed again and again.
+        UserError: no worker, or a job whose process is killed again and again.
     """
     if workers < 1:
         raise UserError(f"workers {workers}: give at least 1")
-    context = multiprocessing.get_context("spawn")
-    remaining, waiting, deaths = iter(jobs), list[Item](), 0
-    while deaths < MAX_DEATHS:
-        with ProcessPoolExecutor(
-            workers, mp_context=context, initializer=_end_with_parent, max_tasks_per_child=jobs_per_process
-        ) as pool:
-            waiting += islice(remaining, 2 * workers - len(waiting))
-            try:
-                pending: list[Future[Result]] = [pool.submit(function, job) for job in waiting]
-                while pending:
-                    result = pending.pop(0).result()
-                    waiting.pop(0)
-                    deaths = 0
-                    for job in islice(remaining, 1):
-                        waiting.append(job)
-                        pending.append(pool.submit(function, job))
-                    yield result
-                return
-            except BrokenProcessPool:
-                deaths += 1
-    raise UserError(
-        f"a process that renders was killed {MAX_DEATHS} times in a row, by a lack of memory or from outside: "
-        "give fewer --workers, or close other programs"
-    )
-
-
-def _end_with_parent() -> None:
-    """End this worker when the process that started it is killed: nobody else would ever tell it to."""
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+    done = LocalEngine(workers).map_unordered(Work(function, fresh=fresh), jobs)
+    yield from in_order(values(done, "number {}".format, FEWER))
 
 
 def batches(count: int, size: int) -> list[range]:
     """The numbers 0..count-1 in runs of ``size``."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+class Hand:
+    """Does tasks of some work in its own process, with what the setup made."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self._state: list[Any] = []
+
+    def do(self, task: Any) -> Any:
+        """What comes of a task."""
+        if self.work.setup is None:
+            return self.work.function(task)
+        if not self._state:
+            self._state.append(self.work.setup())
+        return self.work.function(self._state[0], task)
+
+
+def _here(work: Work, tasks: Iterable[Any]) -> Results:
+    hand = Hand(work)
+    for number, task in enumerate(tasks):
+        try:
+            done = Done(number, hand.do(task))
+        except Exception as error:
+            done = Done(number, error=error)
+        yield done
+
+
+class _Processes:
+    """A staff of processes: one executor for each, so that it is known whose task a killed one had."""
+
+    def __init__(self, work: Work, count: int, gpus: bool) -> None:
+        self._work, self._gpus = work, gpus
+        self._idle = list(reversed(range(count)))
+        self._executors: dict[int, ProcessPoolExecutor] = {}
+        self._busy: dict[Future[Any], int] = {}
+        self._reader, self._writer = multiprocessing.Pipe(duplex=False)
+
+    def start(self, task: Any) -> Hashable | None:
+        if not self._idle:
+            return None
+        place = self._idle.pop()
+        try:
+            future = (self._executors.get(place) or self._new(place)).submit(_do, task)
+        except BrokenProcessPool:  # killed while it had nothing to do
+            future = self._new(place).submit(_do, task)
+        self._busy[future] = place
+        return future
+
+    def finished(self) -> list[tuple[Hashable, Any, Exception | None]]:
+        ended: list[tuple[Hashable, Any, Exception | None]] = []
+        for future in wait(self._busy, return_when=FIRST_COMPLETED).done:
+            place = self._busy.pop(future)
+            self._idle.append(place)
+            error = future.exception()
+            is_lost = isinstance(error, BrokenProcessPool)
+            if self._work.fresh or is_lost:
+                self._executors.pop(place).shutdown(wait=False)
+            if error is None:
+                ended.append((future, future.result(), None))
+            else:
+                ended.append((future, None, WorkerLost() if is_lost or not isinstance(error, Exception) else error))
+        return ended
+
+    def close(self) -> None:
+        self._writer.close()  # all of them end
+        for executor in self._executors.values():
+            executor.shutdown(cancel_futures=True)
+        self._reader.close()
+
+    def _new(self, place: int) -> ProcessPoolExecutor:
+        self._executors[place] = ProcessPoolExecutor(
+            1,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_begin,
+            initargs=(self._work, self._reader, _gpu(place) if self._gpus else None),
+        )
+        return self._executors[place]
+
+
+_hand: Hand | None = None
+
+
+def _begin(work: Work, ends: Connection, gpu: str | None) -> None:
+    """A worker's first act. It ends with the process that started it, and when that closes the pipe."""
+    global _hand
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+
+    def leave() -> None:
+        try:
+            ends.recv()
+        except (EOFError, OSError):
+            os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
+    _hand = Hand(work)
+
+
+def _do(task: Any) -> Any:
+    assert _hand is not None
+    return _hand.do(task)
+
+
+def _gpu(place: int) -> str:
+    """The GPU of a worker, of those that this process may use."""
+    own = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return own[place % len(own)] if own else str(place)

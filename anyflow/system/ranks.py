@@ -70,7 +70,7 @@ def watch(devices: int, nodes: int, again: str = RESUME) -> int:
         UserError: a run over several nodes does not say which node this is, or where the first one is.
     """
     node = _node(nodes)
-    _clear_dead_watchers()
+    _clear_dead_watchers()  # reports and logs alone, which are small: what is large lies beside its place
     with tempfile.TemporaryDirectory(prefix=f"{_FOLDER}{os.getpid()}-") as folder:
         shared = {
             "WORLD_SIZE": str(devices * nodes),
@@ -110,16 +110,19 @@ def leave_place(run: Path) -> None:
     """Leave the watcher, if there is one, the run's place: a rank that is killed cannot note its end."""
     place = os.environ.get(REPORT)
     if place is not None:
-        (Path(place).parent / PLACE).write_text(str(run.resolve()), encoding="utf-8")
+        with suppress(OSError):  # the folder for temporary files may be full
+            (Path(place).parent / PLACE).write_text(str(run.resolve()), encoding="utf-8")
 
 
 def leave_report(text: str | None = None) -> bool:
-    """A failing rank's last words, for its watcher: ``text`` or the current traceback; False if nobody watches."""
+    """A failing rank's last words, for its watcher: ``text`` or the current traceback; False if they cannot be left."""
     place = os.environ.get(REPORT)
     if place is None:
         return False
-    Path(place).write_text(text if text is not None else traceback.format_exc(), encoding="utf-8")
-    return True
+    with suppress(OSError):  # the folder for temporary files may be full: then they go to the screen
+        Path(place).write_text(text if text is not None else traceback.format_exc(), encoding="utf-8")
+        return True
+    return False
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,7 @@ def build(kind: type[T], tree: Mapping[str, Any], where: str, prefix: str = "", 
             raise UserError(f"{where}unknown key {f'{prefix}{key}' if prefix else key!r}: {hint}")
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     needed = [item.name for item in fields if item.default is item.default_factory is dataclasses.MISSING]
+    needed = [name for name in needed if name not in beside]
     for key in needed:
         if key not in tree:
             raise UserError(f"{where}missing key {prefix + key!r}: {', '.join(needed)} are needed")

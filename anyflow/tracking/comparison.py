@@ -22,6 +22,8 @@ from anyflow.evaluation.intervals import wilson_interval
 from anyflow.evaluation.statistics import Estimate, estimate
 from anyflow.recipe import load_recipe, to_dict
 from anyflow.recipe.fields import flatten
+from anyflow.system.addresses import check_store
+from anyflow.tracking.mlflow import readable_store
 from anyflow.tracking.runs import RunFolder
 
 MEASURED = "measured: "
@@ -254,11 +256,13 @@ def _from_mlflow(run_id: str, uri: str) -> Side:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    client = MlflowClient(tracking_uri=uri)
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        raise UserError(f"there is no run {run_id} in {uri} ({first_line(error)}): check --uri") from None
+    uri = check_store(uri, "--uri")
+    with readable_store(uri):
+        client = MlflowClient(tracking_uri=uri)
+        try:
+            run = client.get_run(run_id)
+        except MlflowException as error:
+            raise UserError(f"there is no run {run_id} in {uri} ({first_line(error)}): check --uri") from None
     tags, parameters = run.data.tags, run.data.params
     cards = tags.get("anyflow.cards", "").split() or re.findall(r"[^\s\[\]',]+", parameters.get("data.card", ""))
     figures: Figures = {}

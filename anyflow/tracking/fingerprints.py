@@ -13,6 +13,7 @@ from typing import Any
 from anyflow.data.card import caption_identity
 from anyflow.data.reader import find_split
 from anyflow.data.shards import load_index
+from anyflow.data.tars import load_set
 from anyflow.evaluation.encoders import FRAMES, PROBE
 from anyflow.recipe import Recipe, is_hub_id
 from anyflow.recipe.fields import value_of
@@ -23,20 +24,29 @@ ENDS = 2**20
 """Bytes at each end of a file that are read: training changes every weight, so nothing hides between."""
 
 
-def data_fingerprint(card: str, split: str) -> str:
-    """Of the bytes of a split's shards, as its index knows them.
+def data_fingerprint(card: str, split: str, streaming: bool = False) -> str:
+    """Of the bytes of a split's shards, as its index knows them; of tars that are streamed, of their names.
 
     Raises:
         UserError: there is no such card or split.
     """
-    found = find_split(card, split)
-    names = [f"{shard.name} {shard.bytes} {shard.sha256}" for shard in load_index(found.folder).shards]
+    found = find_split(card, split, index=not streaming)
+    tarset = load_set(found.folder)
+    if streaming and tarset is not None:
+        names = list(tarset.names())
+    else:
+        names = [f"{shard.name} {shard.bytes} {shard.content}" for shard in load_index(found.folder).shards]
     return _digest("\n".join([str(caption_identity(found.caption)), *names]).encode())
 
 
 def model_fingerprint(model: str) -> str:
-    """Of a model folder's weights and settings; a hub id is its own, and a folder that is not there has none."""
+    """Of a model folder's weights and settings, or of an adapter's file; a hub id is its own.
+
+    What is not there has none.
+    """
     folder = Path(model).expanduser()
+    if folder.is_file():  # an adapter of another tool
+        return file_sha256(folder)[:DIGITS]
     if not folder.is_dir():
         return model if is_hub_id(model) else ""
     folder = folder / "model" if (folder / "model").is_dir() else folder
@@ -70,7 +80,7 @@ def facts_of(recipe: Recipe) -> dict[str, str]:
     Raises:
         UserError: a card is missing.
     """
-    data = [data_fingerprint(card, recipe.data.split) for card in recipe.data.card]
+    data = [data_fingerprint(card, recipe.data.split, recipe.data.streaming) for card in recipe.data.card]
     starts = [recipe.model.weights] if recipe.model.init == "weights" else []
     starts += filter(None, [recipe.model.codec, recipe.model.lora.start])
     facts = {"data": " ".join(data), "start": " ".join(model_fingerprint(start) for start in starts)}

@@ -12,14 +12,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from anyflow.errors import first_line
+from anyflow.errors import UserError, first_line
+from anyflow.system.addresses import DATABASE, database_file
+from anyflow.system.files import replacing
+from anyflow.system.locks import locked
 from anyflow.tracking.run_log import RunLogger, check_database
 from anyflow.tracking.runs import RunFolder
 
@@ -33,8 +36,10 @@ PARENT_TAG = "mlflow.parentRunId"
 TREE = ("--", ":(top)", ":(top,exclude)experiments/results")
 """The part of the repository that results depend on, for git."""
 ROLE_TAG = "anyflow.role"
-MAX_PARAM = 500
-"""Characters of a parameter's value; MLflow refuses long ones."""
+MAX_PARAM = 6000
+"""Characters of a parameter's value; MLflow refuses longer ones."""
+MAKING = 60.0
+"""Seconds to wait for another process that makes the database."""
 
 
 def local_store(uri: str) -> tuple[str, str]:
@@ -42,12 +47,30 @@ def local_store(uri: str) -> tuple[str, str]:
 
     A server's address gives the usual database of this machine, and a line that says how the runs get there.
     """
-    if not uri.startswith("sqlite:///"):
+    file = database_file(uri)
+    if file is None:
         print(f"runs are recorded in {LOCAL_STORE}; send them by: anyflow sync --to {uri}", file=sys.stderr)
-        uri = LOCAL_STORE
-    store = Path(uri.removeprefix("sqlite:///")).resolve()
+    store = (file or Path(LOCAL_STORE.removeprefix(DATABASE))).resolve()
     store.parent.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{store}", (store.parent / "mlflow-artifacts").as_uri()
+    return f"{DATABASE}{store}", (store.parent / "mlflow-artifacts").as_uri()
+
+
+@contextmanager
+def _alone_with(store: str) -> Iterator[None]:
+    """Within the block nobody else makes the database or an experiment in it; the database is there, and whole.
+
+    MLflow makes its tables one by one, and two that do so at once leave a database that neither can use. One that is
+    killed meanwhile leaves one, too: so it is made beside its place.
+    """
+    database = _database(store)
+    with locked(database.with_name(f".{database.name}.lock"), MAKING):
+        if not database.exists():
+            from mlflow import MlflowClient
+
+            with replacing(database) as partial:
+                partial.unlink(missing_ok=True)
+                MlflowClient(tracking_uri=f"{DATABASE}{partial}").search_experiments(max_results=1)
+        yield
 
 
 def open_tracking(
@@ -66,8 +89,9 @@ def open_tracking(
         return None
 
     def connect() -> tuple[Any, str, bool]:
-        parent = {PARENT_TAG: experiment_run(store, artifacts, experiment)[1]} if experiment else {}
-        client, number = _experiment(store, artifacts, experiment or EXPERIMENT)
+        with _alone_with(store):
+            parent = {PARENT_TAG: experiment_run(store, artifacts, experiment)[1]} if experiment else {}
+            client, number = _experiment(store, artifacts, experiment or EXPERIMENT)
         run_id = _known_run(client, run.status.get("mlflow_run_id"))
         if run_id is not None:
             client.set_terminated(run_id, status="RUNNING")  # a resumed run would otherwise stay FINISHED
@@ -82,7 +106,7 @@ def open_tracking(
 
 
 def _database(store: str) -> Path:
-    return Path(store.removeprefix("sqlite:///"))
+    return Path(store.removeprefix(DATABASE))
 
 
 def _experiment(store: str, artifacts: str, name: str) -> tuple[Any, str]:
@@ -179,7 +203,9 @@ def _with_experiment(uri: str, experiment: str, action: Any) -> None:
     try:
         store, artifacts = local_store(uri)
         check_database(_database(store))
-        action(*experiment_run(store, artifacts, experiment))
+        with _alone_with(store):
+            found = experiment_run(store, artifacts, experiment)
+        action(*found)
     except Exception as error:
         print(f"MLflow did not take this: {first_line(error)}", file=sys.stderr)
 
@@ -236,7 +262,11 @@ def _log_rows(client: Any, run_id: str, name: str, rows: Iterable[Mapping[str, A
 def _log_params(client: Any, run_id: str, parameters: Mapping[str, Any]) -> None:
     from mlflow.entities import Param
 
-    params = [Param(key, str(value)[:MAX_PARAM]) for key, value in parameters.items()]
+    texts = {key: str(value) for key, value in parameters.items()}
+    for key, text in texts.items():
+        if len(text) > MAX_PARAM:
+            print(f"MLflow takes {MAX_PARAM} of {key}'s {len(text)} characters; recipe.yaml has all", file=sys.stderr)
+    params = [Param(key, text[:MAX_PARAM]) for key, text in texts.items()]
     for start in range(0, len(params), 50):
         client.log_batch(run_id, params=params[start : start + 50])
 
@@ -277,14 +307,19 @@ def machine() -> dict[str, str]:
 
 
 def newest_runs(uri: str, count: int) -> list[dict[str, Any]]:
-    """Name, state, start, figures and id of the newest runs of all experiments."""
+    """Name, state, start, figures and id of the newest runs of all experiments.
+
+    Raises:
+        UserError: the store cannot be read.
+    """
     from datetime import datetime
 
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri=uri)
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    found = client.search_runs(experiments, max_results=count, order_by=["attributes.start_time DESC"])
+    with readable_store(uri):
+        client = MlflowClient(tracking_uri=uri)
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        found = client.search_runs(experiments, max_results=count, order_by=["attributes.start_time DESC"])
     return [
         {
             "name": run.info.run_name,
@@ -295,3 +330,18 @@ def newest_runs(uri: str, count: int) -> list[dict[str, Any]]:
         }
         for run in found
     ]
+
+
+@contextmanager
+def readable_store(uri: str) -> Iterator[None]:
+    """Within the block a store is read; whatever is wrong with it becomes one sentence.
+
+    Raises:
+        UserError: see above.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # MLflow's own, the database's, the network's
+        raise UserError(f"{uri} cannot be read ({first_line(error)[:200]}): name another store by --uri") from error

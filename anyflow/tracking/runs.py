@@ -12,17 +12,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyflow.errors import UserError
+from anyflow.errors import UserError, first_line
 from anyflow.recipe import Recipe, load_recipe, to_dict
 from anyflow.recipe.fields import flatten
 from anyflow.system.files import write_atomically
-from anyflow.system.locks import locked
+from anyflow.system.locks import NoLocks, locked
 from anyflow.tracking.checkpoints import clear_leftovers, latest_checkpoint
 
 FREE_ON_RESUME = (
@@ -72,9 +73,18 @@ class RunFolder:
 
     @property
     def status(self) -> dict[str, Any]:
-        """What is known of the run: ``state``, ``mlflow_run_id`` and whatever was noted; empty before it starts."""
+        """What is known of the run: ``state``, ``mlflow_run_id`` and whatever was noted; empty before it starts.
+
+        Raises:
+            UserError: its file is damaged.
+        """
         path = self.path / "status.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        except ValueError as error:
+            raise UserError(
+                f"{path} is damaged ({first_line(error)}): delete it, only notes on the run are in it"
+            ) from error
 
     def note(self, **facts: Any) -> None:
         """Add facts to the status, atomically."""
@@ -84,16 +94,11 @@ class RunFolder:
         """Where the samples of a curve lie that is being measured."""
         return self.path / "curves" / f".{label}"
 
-    def clear_leftovers(self, total_steps: int, *, is_new: bool, is_changed: bool) -> None:
+    def clear_leftovers(self, total_steps: int, *, is_changed: bool) -> None:
         """Remove what killed processes have left; who calls holds the run.
 
         Samples stay for a curve that is to be measured now with the very same weights.
-
-        Raises:
-            UserError: the run was to be a new one, and another process has begun it meanwhile.
         """
-        if is_new and self.recipe.exists():
-            raise UserError(f"{self.path} was begun by another process meanwhile: choose another --out, or none")
         clear_leftovers(self.checkpoints)
         checkpoint = self.checkpoint
         step = checkpoint.parent.name if checkpoint is not None else "before"
@@ -105,7 +110,7 @@ class RunFolder:
     def give_back(self) -> None:
         """Remove the folder if nothing was begun in it, and nobody is about to."""
         if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= {".lock"}:
-            with suppress(BlockingIOError), locked(self.path / ".lock", 0.0):
+            with suppress(BlockingIOError, FileNotFoundError, NoLocks), locked(self.path / ".lock", 0.0):
                 shutil.rmtree(self.path, ignore_errors=True)
 
     @contextmanager
@@ -122,6 +127,8 @@ class RunFolder:
         with ExitStack() as stack:
             try:
                 stack.enter_context(locked(self.path / ".lock", patience))
+            except NoLocks as error:
+                print(f"{error}. The run goes on: start no other one in {self.path}", file=sys.stderr)
             except BlockingIOError as error:
                 raise UserError(
                     f"{self.path} is being trained by another process: stop that one first, or start a new run"
@@ -132,6 +139,23 @@ class RunFolder:
     def checkpoint(self) -> Path | None:
         """The newest whole checkpoint, or None."""
         return latest_checkpoint(self.checkpoints)
+
+
+@contextmanager
+def taken_run(root: Path, name: str, *, out: Path | None, resume: str | None) -> Iterator[RunFolder]:
+    """The folder to train in, found and locked in one act; it goes if nothing was begun in it. As :func:`open_run`.
+
+    Raises:
+        UserError: as there, or another process trains in it, or has begun it meanwhile.
+    """
+    run = open_run(root, name, out=out, resume=resume)
+    try:
+        with run.held():
+            if resume is None and run.recipe.exists():
+                raise UserError(f"{run.path} was begun by another process meanwhile: choose another --out, or none")
+            yield run
+    finally:
+        run.give_back()
 
 
 def open_run(root: Path, name: str, *, out: Path | None, resume: str | None) -> RunFolder:
@@ -147,6 +171,7 @@ def open_run(root: Path, name: str, *, out: Path | None, resume: str | None) -> 
     Raises:
         UserError: The chosen folder is in use, or the run to resume does not exist.
     """
+    root, out = root.expanduser(), out.expanduser() if out is not None else None
     if resume is None or resume == "auto":
         candidate = out if out is not None else _newest(root, name)
         if resume == "auto" and candidate is not None and (candidate / "recipe.yaml").exists():
@@ -154,7 +179,7 @@ def open_run(root: Path, name: str, *, out: Path | None, resume: str | None) -> 
         if out is not None and out.exists() and any(out.iterdir()):
             raise UserError(f"--out {out} is not empty; choose another folder, or --resume auto to go on with it")
         return RunFolder(out if out is not None else _claimed(root, name))
-    for path in (Path(resume), root / resume):
+    for path in (Path(resume).expanduser(), root / resume):
         if (path / "recipe.yaml").exists():
             return RunFolder(path)
     known = ", ".join(sorted(path.parent.name for path in root.glob("*/recipe.yaml"))) or "none yet"

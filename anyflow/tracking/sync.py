@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +20,10 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from anyflow.errors import UserError, first_line
-from anyflow.system.files import file_sha256
-from anyflow.tracking.mlflow import PARENT_TAG
+from anyflow.system.addresses import database_file
+from anyflow.system.files import file_sha256, partial_folder
+from anyflow.system.locks import NoLocks, locked
+from anyflow.tracking.mlflow import PARENT_TAG, readable_store
 
 LOCAL_TAG = "anyflow.local_run"
 """At the server: the id of the local run."""
@@ -60,7 +63,10 @@ def sync(
 
     for name in ("mlflow", "urllib3", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    local, server = MlflowClient(tracking_uri=store), MlflowClient(tracking_uri=to)
+    with readable_store(store):
+        local = MlflowClient(tracking_uri=store)
+        local.search_experiments(max_results=1)
+    server, home = MlflowClient(tracking_uri=to), (database_file(store) or Path("sync")).parent
     sent, total = Sent(), 0
     try:
         with _patience(timeout, retries=0):
@@ -74,8 +80,10 @@ def sync(
                 if experiment.name not in known:
                     known[experiment.name] = _remote_experiment(server, experiment.name)
                 number, there = known[experiment.name]
-                copy = _Copy(local, server, run, remote_of)
-                remote_of[run.info.run_id] = copy.send(number, there.get(run.info.run_id), sent)
+                # never into the system's folder for temporary files, which may be small
+                with nullcontext() if _folder_of(run) else partial_folder(home / "sync") as scratch:
+                    copy = _Copy(local, server, run, remote_of, scratch)
+                    remote_of[run.info.run_id] = copy.send(number, there.get(run.info.run_id), sent)
                 if on_progress is not None:
                     on_progress(done + 1, total, run.info.run_name)
     except (MlflowException, RequestException, OSError) as error:
@@ -85,6 +93,24 @@ def sync(
             "nothing here is lost: start it again when the server answers"
         ) from error
     return sent
+
+
+@contextmanager
+def sending_alone(store: str) -> Iterator[None]:
+    """Within the block no other process sends a store's runs: two at once would each make them at the server.
+
+    Raises:
+        UserError: another one does.
+    """
+    with ExitStack() as stack:
+        try:
+            place = (database_file(store) or Path("sync")).with_name(".sync.lock")
+            stack.enter_context(locked(place, 0, passing=True))
+        except BlockingIOError as error:
+            raise UserError(f"another process is sending the runs of {store}: wait for its end") from error
+        except (NoLocks, OSError):  # a disk without locks, or a read-only one
+            pass
+        yield
 
 
 class _patience:
@@ -111,12 +137,19 @@ class _patience:
 
 @dataclass
 class _Copy:
-    """One run on its way; ``remote_of`` maps local ids to the server's, of parents that were sent before."""
+    """One run on its way.
+
+    Attributes:
+        local, server: the stores. run: the local one.
+        remote_of: maps local ids to the server's, of parents that were sent before.
+        scratch: where copies of artifacts lie that are in no folder here.
+    """
 
     local: Any
     server: Any
     run: Any
     remote_of: Mapping[str, str]
+    scratch: Path | None
 
     @cached_property
     def histories(self) -> dict[str, list[Any]]:
@@ -162,10 +195,11 @@ class _Copy:
 
     def place(self, path: str) -> str:
         """The local file of an artifact: where it lies, or, if the local store has its files elsewhere, a copy."""
-        address = urlparse(self.run.info.artifact_uri)
-        if address.scheme in ("", "file"):
-            return str(Path(url2pathname(address.path)) / path)
-        return self.local.download_artifacts(self.run.info.run_id, path)
+        folder = _folder_of(self.run) or self.scratch
+        assert folder is not None
+        if folder == self.scratch and not (folder / path).exists():
+            self.local.download_artifacts(self.run.info.run_id, path, str(folder))
+        return str(folder / path)
 
     def send_params(self, there: Any) -> None:
         """Parameters that the server does not have."""
@@ -198,11 +232,26 @@ class _Copy:
         return len(missing)
 
 
+def _folder_of(run: Any) -> Path | None:
+    """Where a run's artifacts lie on this machine; None if they lie elsewhere."""
+    address = urlparse(run.info.artifact_uri)
+    return Path(url2pathname(address.path)) if address.scheme in ("", "file") else None
+
+
 def _remote_experiment(server: Any, name: str) -> tuple[str, dict[str, Any]]:
-    """The server's experiment of a name, made if need be, and its runs that came from here by their local id."""
+    """The server's experiment of a name, made if need be, and its runs that came from here by their local id.
+
+    Raises:
+        UserError: somebody deleted it there.
+    """
     found = server.get_experiment_by_name(name)
     if found is None:
         return server.create_experiment(name), {}
+    if found.lifecycle_stage == "deleted":
+        raise UserError(
+            f"the experiment {name!r} was deleted at the server: restore it there (mlflow experiments restore "
+            f"--experiment-id {found.experiment_id}), and start this again"
+        )
     runs = {run.data.tags.get(LOCAL_TAG): run for run in _runs(server, found.experiment_id)}
     return found.experiment_id, {local: run for local, run in runs.items() if local}
 

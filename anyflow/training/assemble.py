@@ -240,6 +240,8 @@ def build_data(recipe: Recipe, codec: Codec, *, encode: bool = True) -> VideoDat
         error_budget=data.error_budget,
         weights=data.weights,
         buckets=data.shapes[1:],
+        streaming=data.streaming,
+        shuffle_buffer=data.shuffle_buffer,
         cache=caches,
         codec_hash=encodings[0].fingerprint if encodings else None,
     )

@@ -1,88 +1,131 @@
-"""Encoding on one device or on many: the shards of a cache, shared among ranks through Lightning's predict."""
+"""Encoding by an engine's workers, each with a codec of its own: this process, one a GPU, or those of a cluster."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
-import lightning
 import torch
-from lightning.pytorch.plugins.environments import TorchElasticEnvironment
-from torch.utils.data import DataLoader
 
 from anyflow.backbone.codec import Codec
-from anyflow.backbone.parallelize import from_rank_zero, join_ranks, rank_and_size, wait_for_all
+from anyflow.data.decode import ClipShape
 from anyflow.data.encode import CachePart, Encoding
+from anyflow.data.encoding_cost import EncodingCost, TimedTexts
+from anyflow.data.skips import Skip, enforce_budget
+from anyflow.errors import UserError
 from anyflow.system.console import progress_line
+from anyflow.system.engines import Engine, Work, values
+
+AGAIN = "free memory on its machine, and start the same command again to go on"
 
 
-class JobRunner(lightning.LightningModule):
-    """A prediction is a shard, written to its place; a batch is its number among ``jobs``."""
+@dataclass(frozen=True)
+class EncodingJob:
+    """An encoding that any process can take part in.
 
-    def __init__(
-        self, encoding: Encoding, jobs: Sequence[CachePart], progress: Callable[[int, int], None] | None
-    ) -> None:
-        super().__init__()
-        self.encoding, self.jobs, self.progress = encoding, jobs, progress
+    Attributes:
+        card, split: the footage.
+        model: whose codec encodes.
+        dtype, text_dtype: precision of its autoencoder and text encoder.
+        shapes: of the clips.
+        out: where the cache is made; beside the card by default.
+        prompts: further prompts to embed.
+    """
 
-    def predict_step(self, batch: int, batch_index: int) -> bool:
-        """Write one shard; True, for Lightning warns of nothing."""
-        self.encoding.run(self.jobs[batch], self.progress)
-        return True
+    card: str
+    split: str
+    model: str
+    dtype: torch.dtype
+    text_dtype: torch.dtype
+    shapes: tuple[ClipShape, ...]
+    out: Path | None = None
+    prompts: tuple[str, ...] = ()
+
+    def codec(self, device: str = "cpu", stored: bool = True) -> Codec:
+        """The model's codec; ``stored`` leaves it in its files.
+
+        Raises:
+            UserError: the model has none.
+        """
+        return Codec.from_folder(self.model, dtype=self.dtype, text_dtype=self.text_dtype, device=device, stored=stored)
+
+    def encoding(self, codec: Codec) -> Encoding:
+        """The encoding itself; nothing is done yet.
+
+        Raises:
+            UserError: the footage is missing or too short.
+        """
+        return Encoding(self.card, self.split, codec, self.shapes, self.out, prompts=self.prompts)
 
 
-def encode_on_ranks(encoding: Encoding, codec: Codec, accelerator: str, devices: int) -> None:
-    """Encode what is missing, each rank its share of the shards; called on every rank.
-
-    Args:
-        encoding: what of.
-        codec: it comes to this rank's device, and leaves it again if it is stored.
-        accelerator, devices: this machine's, one a rank.
+def encode(job: EncodingJob, engine: Engine) -> Path:
+    """The folder of the cache; encode what is missing of it.
 
     Raises:
-        UserError: too many clips are bad, the cache cannot be written, or another process encodes the same.
+        UserError: too many clips are bad, the cache cannot be written, workers cannot do it, or others are at it.
     """
-    device = join_ranks(accelerator)
-    rank = rank_and_size()[0]
-    if from_rank_zero(encoding.is_whole() if rank == 0 else None):
-        return
-    with encoding.held(waits=False) if rank == 0 else nullcontext():
-        _encode_missing(encoding, codec, accelerator, devices, device)
-
-
-def _encode_missing(encoding: Encoding, codec: Codec, accelerator: str, devices: int, device: torch.device) -> None:
-    rank, ranks = rank_and_size()
-    with codec.lent(device):
-        if rank == 0:
+    codec = job.codec()
+    encoding = job.encoding(codec)
+    if encoding.is_whole():
+        return encoding.folder
+    with encoding.held(waits=False) as is_open:
+        if is_open:
             encoding.begin()
-            print(f"{encoding.title}: {encoding.estimate().told(ranks)}", file=sys.stderr, flush=True)
-        jobs = from_rank_zero(encoding.open_jobs() if rank == 0 else None)
-        before = len(encoding.places) - sum(len(job.items) for job in jobs if job.kind == "latents")
-        with progress_line(f"encoding {encoding.title}") as show:
+            _run(job, encoding, engine)
+            encoding.finish()
+    return encoding.folder
 
-            def progress(done: int, total: int) -> None:
-                show(min(before + done * ranks, total), total)
 
-            trainer = lightning.Trainer(
-                accelerator=accelerator,
-                devices=devices,
-                strategy="ddp" if ranks > 1 else "auto",
-                plugins=[TorchElasticEnvironment()] if ranks > 1 else None,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                use_distributed_sampler=False,
-                inference_mode=False,  # the codec is used as in training
-            )
-            runner = JobRunner(encoding, jobs, progress if rank == 0 else None)
-            own: DataLoader[int] = DataLoader(range(rank, len(jobs), ranks), batch_size=None)  # type: ignore[arg-type]
-            trainer.predict(runner, own, return_predictions=False)
-    wait_for_all()
-    if rank == 0:
-        encoding.finish()
-    wait_for_all()
+def _run(job: EncodingJob, encoding: Encoding, engine: Engine) -> None:
+    parts = encoding.open_jobs()
+    total = len(encoding.places)
+    clips = {number: len(part.items) for number, part in enumerate(parts, start=1) if part.kind == "latents"}
+    done = before = total - sum(clips.values())
+    skipped: list[Skip] = []
+    with progress_line(f"encoding {encoding.title}") as show:
+        work = Work(
+            partial(_do, (lambda done, _: show(before + done, total)) if engine.is_here else None),
+            partial(_begin, job, encoding.folder.name),
+            gpu=True,
+            sees=tuple(path for path in (encoding.reader.shards[0][0].parent, Path(job.model)) if path.is_dir()),
+            writes=encoding.partial,
+        )
+        ends = engine.map_unordered(work, [encoding.timed_texts, *parts] if parts else [])
+        with closing(values(ends, lambda number: parts[number - 1].name, AGAIN)) as results:
+            for number, value in results:
+                if isinstance(value, EncodingCost):
+                    print(f"{encoding.title}: {value.told(engine.workers(gpu=True))}", file=sys.stderr, flush=True)
+                    continue
+                skipped += value
+                done += clips.get(number, 0)
+                enforce_budget(skipped, done, total, encoding.error_budget, encoding.report)
+                if number in clips and not engine.is_here:
+                    show(done, total)
+
+
+def _begin(job: EncodingJob, name: str) -> Encoding:
+    """What a worker keeps: the encoding, with a codec on its device.
+
+    Raises:
+        UserError: footage or model are not the same here.
+    """
+    codec = job.codec("cuda" if torch.cuda.is_available() else "cpu", stored=False)
+    encoding = job.encoding(codec)
+    if encoding.folder.name != name:
+        found = f"{encoding.folder.name}, not {name}"
+        raise UserError(f"a worker finds other footage or another model ({found}): give all machines the same files")
+    return encoding
+
+
+def _do(
+    progress: Callable[[int, int], None] | None, encoding: Encoding, task: CachePart | TimedTexts
+) -> EncodingCost | list[Skip]:
+    """A worker's task: how long it takes, or a shard."""
+    return encoding.estimate(task) if isinstance(task, TimedTexts) else encoding.run(task, progress)
 
 
 def devices_here() -> tuple[str, int]:

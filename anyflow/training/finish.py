@@ -25,7 +25,7 @@ from anyflow.backbone.wan_vae import encode_moments
 from anyflow.data.card import load_card
 from anyflow.data.decode import ClipShape
 from anyflow.data.module import VideoDataModule
-from anyflow.data.stream import write_skipped
+from anyflow.data.skips import write_skipped
 from anyflow.evaluation.curve import CurveResult
 from anyflow.evaluation.further_judges import judges_of
 from anyflow.evaluation.heldout import Prompts, TooFewClips, curve_of, held_out, load_curve, save_curve
@@ -240,9 +240,7 @@ def describe_parts(recipe: Recipe, parts: Parts) -> Iterator[str]:
     if "frames" in batch and not recipe.declared.trains_codec:
         yield f"latents     {[len(batch['caption']), *parts.codec.latent_shape(*batch['frames'].shape[1:4])]}"
     if parts.data.stream is not None:
-        dataset = parts.data.stream.dataset
-        batches = dataset.order.batches_per_epoch * dataset.split_in
-        yield f"data        {dataset.order.num_samples} clips, {batches} batches an epoch"
+        yield f"data        {parts.data.stream.dataset.told()}"
     yield from (f"bucket      {line}" for line in parts.data.shares)
     if parts.stage.shares is not None:
         yield f"intervals   {parts.stage.shares.told(recipe.global_batch)}"

@@ -37,11 +37,11 @@ from anyflow.recipe.fields import flatten
 from anyflow.system.console import quiet_libraries
 from anyflow.system.ranks import leave_place
 from anyflow.system.signals import Listener, Terminated, signals_raise
-from anyflow.tracking.checkpoints import clear_leftovers
+from anyflow.tracking.checkpoints import clear_leftovers, require_whole
 from anyflow.tracking.fingerprints import facts_of
 from anyflow.tracking.mlflow import close_tracking, code_version, log_artifact, open_tracking
 from anyflow.tracking.run_log import RunLogger
-from anyflow.tracking.runs import RunFolder, changed_fields, open_run
+from anyflow.tracking.runs import RunFolder, changed_fields, taken_run
 from anyflow.training.assemble import Parts, assemble, batches_of
 from anyflow.training.callbacks.background import BackgroundWriter, Writer
 from anyflow.training.callbacks.changes import KeepSettings
@@ -85,36 +85,35 @@ def train(
             print(line)
         return 0
     join_ranks(recipe.hardware.accelerator)
-    rank = rank_and_size()[0]
-    run = from_rank_zero(open_run(Path(recipe.run.out), recipe.run.name, out=out, resume=resume) if rank == 0 else None)
-    if rank == 0:
-        leave_place(run.path)
-    if on_open is not None:
-        on_open(run)
-    changed = _refuse_another_recipe(run, recipe, accept_changes)
-    if run.status.get("state") == "finished":
-        print(f"{run.path} is finished already: nothing to resume.\n")
-        print(summary(run))
-        return 0
-    wait_for_all()  # nobody writes before all have read
-    try:
-        with signals_raise():  # outside of the training loop; the loop has its own
-            return _train(recipe, run, [KeepSettings()] if changed else [])
-    except Terminated as stop:
-        return _stopped(run, stop.received)
-    finally:
-        if rank == 0:
-            run.give_back()
+    is_first = rank_and_size()[0] == 0
+    where = partial(taken_run, Path(recipe.run.out), recipe.run.name, out=out, resume=resume)
+    with where() if is_first else nullcontext() as mine:
+        if mine is not None:
+            leave_place(mine.path)
+        run = from_rank_zero(mine)
+        if on_open is not None:
+            on_open(run)
+        changed = _refuse_another_recipe(run, recipe, accept_changes)
+        if run.status.get("state") == "finished":
+            print(f"{run.path} is finished already: nothing to resume.\n")
+            print(summary(run))
+            return 0
+        if is_first:
+            require_whole(run.checkpoints, else_older=resume == "auto")
+        wait_for_all()  # nobody writes before all have read
+        try:
+            with signals_raise():  # outside of the training loop; the loop has its own
+                return _train(recipe, run, [KeepSettings()] if changed else [])
+        except Terminated as stop:
+            return _stopped(run, stop.received)
 
 
 def _train(recipe: Recipe, run: RunFolder, more: list[Any]) -> int:
-    was_new = not run.recipe.exists()
     parts = assemble(recipe)
-    with run.held() if rank_and_size()[0] == 0 else nullcontext():
-        if rank_and_size()[0] == 0:
-            run.clear_leftovers(recipe.total_steps, is_new=was_new, is_changed=bool(more))
-        wait_for_all()
-        return _train_parts(recipe, run, parts, more)
+    if rank_and_size()[0] == 0:
+        run.clear_leftovers(recipe.total_steps, is_changed=bool(more))
+    wait_for_all()
+    return _train_parts(recipe, run, parts, more)
 
 
 def _train_parts(recipe: Recipe, run: RunFolder, parts: Parts, more: list[Any]) -> int:

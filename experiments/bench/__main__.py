@@ -12,8 +12,8 @@ from anyflow.cli.main import main
 from anyflow.errors import UserError
 from anyflow.system.files import require_place
 
-FIGURES = ("step", "onpolicy", "stream", "loader", "latents", "start")
-ON_DEMAND = ("memory", "import")
+FIGURES = ("step", "onpolicy", "stream", "loader", "latents", "tars", "start")
+ON_DEMAND = ("memory", "import", "engines")
 """Measured only when they are asked for: minutes, or footage of the user's."""
 
 
@@ -33,7 +33,8 @@ def bench(
 ) -> None:
     """Measure training steps, streaming, the data and the start, each beside a plainer way of work or its limit.
 
-    memory: a decoding worker over 10 epochs. import: importing a folder of footage beside bare decoding.
+    memory: a decoding worker over 10 epochs. import: importing a folder of footage beside bare decoding. engines: an
+    import and an encoding by this process, its pool and Ray workers (needs: pip install -e '.[cluster]').
 
     \b
     Examples:
@@ -43,6 +44,7 @@ def bench(
       python -m experiments.bench --only loader --data games --json
       python -m experiments.bench --only memory --out runs/bench
       python -m experiments.bench --only import --footage my-drives
+      python -m experiments.bench --only engines
     """
     wanted = [name.strip() for name in only.split(",")]
     for name in wanted:
@@ -73,6 +75,10 @@ def _measure(name: str, data: str, recipe: str, batch_size: int, footage: Path |
         from experiments.bench.loader import loader_benchmark
 
         return loader_benchmark(data)
+    if name == "tars":
+        from experiments.bench.tars import tars_benchmark
+
+        return tars_benchmark(data)
     if name == "latents":
         from experiments.bench.latents import latents_benchmark
 
@@ -81,6 +87,10 @@ def _measure(name: str, data: str, recipe: str, batch_size: int, footage: Path |
         from experiments.bench.worker_memory import memory_benchmark
 
         return memory_benchmark(data, out)
+    if name == "engines":
+        from experiments.bench.engines import engines_benchmark
+
+        return engines_benchmark(data)
     if name == "import" and footage is not None:
         from experiments.bench.footage import import_benchmark, usual_options
 
@@ -123,6 +133,8 @@ def _told(name: str, result: dict[str, Any]) -> list[str]:
     if name == "latents":
         rates = f"{result['clips_per_second']:.0f} clips/s, bare reading {result['reading_clips_per_second']:.0f}"
         return [f"cached latents: {rates} ({result['bytes_per_clip']} bytes a clip, seconds of one core)"]
+    if name == "tars":
+        return _told_tars(result)
     if name == "memory":
         told = ", ".join(f"{size:.1f}" for size in result["mib"])
         slope = f"{result['slope_mib_per_epoch']:+.3f} MiB an epoch after the first"
@@ -137,6 +149,10 @@ def _told(name: str, result: dict[str, Any]) -> list[str]:
         return [f"start: {result['total']:.1f} s from the command to the end of the first training step", *parts]
     if name == "stream":
         return _told_stream(result)
+    if name == "engines":
+        from experiments.bench import engines
+
+        return engines.told(result)
     if name == "onpolicy":
         return _told_onpolicy(result["step"], result["weights"])
     return [line for terms, figures in result.items() for line in _told_step(terms, figures)]
@@ -169,6 +185,18 @@ def _told_onpolicy(step: dict[str, Any], weights: list[dict[str, Any]]) -> list[
     for held in weights:
         sizes = f"{held['one_base_bytes'] / 1e9:.3f} GB of {held['three_copies_bytes'] / 1e9:.3f} GB"
         lines.append(f"  {held['network']:<16} rank {held['rank']:<4} {held['ratio']:.3f} ({sizes})")
+    return lines
+
+
+def _told_tars(result: dict[str, Any]) -> list[str]:
+    """The figures of somebody else's tars in words, each beside WebDataset's bare pipeline."""
+    lines = [f"tars of {result['clips']} clips, read where they lie (the machine's load was {result['load']:.1f}):"]
+    for place, ways in (("this disk", result["disk"]), ("an S3 server", result["s3"])):
+        for way, rates in ways.items():
+            rate = "cpu_clips_per_second" if "cpu_clips_per_second" in rates else "clips_per_second"
+            unit = "clips a CPU second" if rate.startswith("cpu") else "clips/s"
+            share = rates[rate] / ways["webdataset"][rate]
+            lines.append(f"  {way:<11} from {place:<13} {rates[rate]:7.1f} {unit}, {share:.2f} of webdataset's")
     return lines
 
 

@@ -69,7 +69,8 @@ def _ways(folder: Path, clips: int, batch_size: int) -> dict[str, Callable[[], N
     from anyflow.data.decode import ClipShape
     from anyflow.data.order import Order
     from anyflow.data.reader import ShardReader
-    from anyflow.data.stream import ClipDataset, ClipStream
+    from anyflow.data.batches import ClipDataset
+    from anyflow.data.stream import ClipStream
 
     reader = ShardReader([folder])
     plan = Order(reader.identities(), seed=0, global_batch=batch_size)

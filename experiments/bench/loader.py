@@ -17,7 +17,8 @@ from av.video.reformatter import VideoReformatter
 from anyflow.data.decode import ClipShape
 from anyflow.data.order import Order
 from anyflow.data.reader import ShardReader, split_folders
-from anyflow.data.stream import ClipDataset, ClipStream
+from anyflow.data.batches import ClipDataset
+from anyflow.data.stream import ClipStream
 
 WARM_UP = 3
 

@@ -27,7 +27,8 @@ def memory_benchmark(card: str, folder: Path, epochs: int = 10, batch_size: int 
     from anyflow.data.decode import ClipShape
     from anyflow.data.order import Order
     from anyflow.data.reader import ShardReader, find_split
-    from anyflow.data.stream import ClipDataset, ClipStream
+    from anyflow.data.batches import ClipDataset
+    from anyflow.data.stream import ClipStream
 
     split = find_split(card, "train")
     shape = ClipShape(split.frames or 17, split.height or 64, split.width or 96)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -198,3 +200,14 @@ def test_a_pipeline_still_runs_compiled_blocks() -> None:
     times = timestep[:, None].repeat(1, 3)
     found, expected = (net(latents, times, times, conditions.text.embeddings).sample for net in (twin, plain))
     assert torch.equal(found, expected)
+
+
+def test_compiled_code_is_kept_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps hundreds of megabytes of it in the folder for temporary files, which may be small."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "theirs")
+    compile_here(network())
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "theirs", "what the user has set stays"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    compile_here(network())
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / ".cache" / "anyflow" / "compiled")

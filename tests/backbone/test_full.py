@@ -13,10 +13,10 @@ from torch import Tensor
 
 from anyflow.backbone.causal import CausalBackbone
 from anyflow.backbone.export import export_lora
+from anyflow.backbone.files import LORA_FILE
 from anyflow.backbone.full import FULL_FILE, FullModule
 from anyflow.backbone.load import load_backbone, new_backbone
 from anyflow.backbone.lora import (
-    LORA_FILE,
     LoraSettings,
     add_lora,
     load_lora,

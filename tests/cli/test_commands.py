@@ -181,6 +181,44 @@ def test_export_copies_a_finished_run(small_model: Path, tmp_path: Path) -> None
         call("export", str(run), "--to", str(tmp_path / "lora"), "--lora")
 
 
+def test_export_writes_an_adapter_for_comfyui(small_model: Path, tmp_path: Path) -> None:
+    """One file of the folder's name, which a training takes as its start again."""
+    from anyflow.backbone.export import export_lora
+    from anyflow.backbone.load import load_backbone
+    from anyflow.backbone.lora import LoraSettings, add_lora, load_lora, lora_state
+    from anyflow.backbone.model_card import ModelCard
+
+    run, to = tmp_path / "run", tmp_path / "mine"
+    backbone = load_backbone(small_model)
+    add_lora(backbone, LoraSettings(rank=4, alpha=2))
+    export_lora(run / "lora", backbone, ModelCard("an adapter"))
+    save_recipe(load_recipe("finetune/driving", overrides=["model.lora.enabled=true"]), run / "recipe.yaml")
+    told = json.loads(call("export", str(run), "--to", str(to), "--lora", "--layout", "comfyui", "--json"))
+    assert told["layout"] == "comfyui" and {path.name for path in to.iterdir()} == {"README.md", "mine.safetensors"}
+    again = load_backbone(small_model)
+    load_lora(again, to / "mine.safetensors")
+    ours, theirs = lora_state(backbone), lora_state(again)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    (run / "lora" / "full_weights.safetensors").touch()
+    with pytest.raises(UserError, match="ComfyUI has no causal network: leave --layout out"):
+        call("export", str(run), "--to", str(tmp_path / "causal"), "--lora", "--layout", "comfyui")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "run"], "nothing half-written is left"
+
+
+def test_a_training_starts_from_an_adapter_of_another_tool(small_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    name, file = "lora_unet_blocks_1_self_attn_q", tmp_path / "style.safetensors"
+    halves = {f"{name}.lora_down.weight": torch.randn(4, 192), f"{name}.lora_up.weight": torch.randn(192, 4)}
+    save_file({**halves, f"{name}.alpha": torch.tensor(2.0)}, file)
+    options = ["data.card=driving", "data.precompute=false", "data.num_workers=0", f"model.weights={small_model}"]
+    options += ["model.lora.enabled=true", f"model.lora.start={file}", "optimizer.name=adamw", "--dry-run"]
+    assert f"{2 * 4 * 192:,} trained" in call("train", "finetune/driving", *options)
+    save_file({**halves, f"{name}.lora_down.weight": torch.randn(4, 5120)}, file)
+    with pytest.raises(UserError, match=r"does not fit this network: blocks\.1\.attn1\.to_q has 5120 inputs"):
+        call("train", "finetune/driving", *options)
+
+
 def test_data_show_and_check(tmp_path: Path) -> None:
     sheet = tmp_path / "sheet.png"
     shown = json.loads(call("data", "show", "driving", "--count", "2", "--sheet", str(sheet), "--json"))

@@ -115,7 +115,7 @@ def test_training_takes_the_cache_and_leaves_the_codec_in_its_files(
     parts = assemble(recipe)
     parts.data.setup()
     batch = next(iter(parts.data.train_dataloader()))
-    data = parts.stage.prepare(batch)
+    data = parts.stage.batches.prepare(batch, parts.stage.device)
     assert parts.codec.is_stored and all(weight.is_meta for weight in parts.codec.parameters())
     assert data.clean.shape == (8, 2, 16, 4, 4) and data.text.embeddings.isfinite().all()
     with parts.codec.lent("cpu"):

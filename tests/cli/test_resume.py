@@ -42,6 +42,12 @@ def training(model: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
+def without_out(words: list[str]) -> list[str]:
+    """A training's words without the folder that it names."""
+    place = words.index("--out")
+    return [*words[:place], *words[place + 2 :]]
+
+
 def onpolicy_training(model: Path, out: Path, *more: str) -> list[str]:
     """On-policy distillation of a few seconds: three networks, two optimisers, two batches a step."""
     words = training(model, out, f"stage.onpolicy.teacher={model}", "data.card=driving", "checkpoint.every_steps=1")
@@ -98,6 +104,39 @@ def test_a_stopped_run_goes_on_bitwise(
     assert whole.keys() == resumed.keys()
     different = [name for name in whole if not torch.equal(whole[name], resumed[name])]
     assert not different
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_when_asked(
+    small_model: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """One bit of a weight is another one, which torch does not see; the end is bitwise that of an unharmed run."""
+    out = tmp_path / "cut"
+    start_and_stop(training(small_model, out, "checkpoint.every_steps=1"), out, signal.SIGTERM)
+    newest = latest_checkpoint(out / "checkpoints")
+    assert newest is not None
+    older = out / "checkpoints" / "step_00000000"
+    shutil.copytree(newest.parent, older)
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    for path in (out / "checkpoints").glob("step_*"):
+        if path not in (older, newest.parent):
+            shutil.rmtree(path)
+    words = training(small_model, out)
+    refused = run(*without_out(words), "--resume", str(out))
+    sentence = f"anyflow: {newest} is damaged"
+    assert refused.returncode == 2 and refused.stderr.splitlines()[-1].startswith(sentence), refused.stderr
+    remedy = f"step_00000000 is the newest whole checkpoint: go on from it by --resume auto --out {out}"
+    assert remedy in refused.stderr and "Traceback" not in refused.stderr
+    assert newest.parent.is_dir(), "nothing was moved"
+    export = run("export", str(out), "--to", str(tmp_path / "export"))
+    assert export.returncode == 2 and f"{newest} is damaged" in export.stderr and not (tmp_path / "export").exists()
+    finished = run(*words, "--resume", "auto")
+    assert finished.returncode == 0, finished.stderr
+    assert f"put aside ({newest.parent.name}.damaged), and the run goes on from step_00000000" in finished.stderr
+    whole, resumed = state(uninterrupted), state(out)
+    assert not [name for name in whole if not torch.equal(whole[name], resumed[name])]
+    assert not list((out / "checkpoints").glob("*.damaged")), "a newer checkpoint is there"
 
 
 @pytest.mark.parametrize(

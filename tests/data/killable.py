@@ -30,12 +30,21 @@ def rank_of(run: dict[str, Any], rank: int) -> VideoDataModule:
         num_workers=run["num_workers"],
         weights=run.get("weights", ()),
         buckets=[tuple(shape) for shape in run.get("buckets", ())],
+        streaming=run.get("streaming", False),
+        shuffle_buffer=7,
     )
     trainer = SimpleNamespace(global_rank=rank, world_size=run["world_size"], callbacks=[])
     data.trainer = trainer  # type: ignore[assignment]
     data.setup()
     data.trainer = None
     return data
+
+
+def state_of(ranks: list[VideoDataModule]) -> dict[str, Any]:
+    """What the first rank saves once all have told each other theirs."""
+    states = [data.state_dict() for data in ranks]
+    lanes = {lane: text for state in states for lane, text in state.get("lanes", {}).items()}
+    return {**states[0], "lanes": lanes} if lanes else states[0]
 
 
 def main(run: dict[str, Any]) -> None:
@@ -54,7 +63,7 @@ def main(run: dict[str, Any]) -> None:
         step = batches[0]["position"] + 1
         if step % EVERY == 0 or step == run["steps"]:
             beside = checkpoint.with_suffix(".part")
-            beside.write_text(json.dumps({"seen": seen, "state": ranks[0].state_dict()}))
+            beside.write_text(json.dumps({"seen": seen, "state": state_of(ranks)}))
             os.replace(beside, checkpoint)
         print(step, flush=True)
 

@@ -153,6 +153,41 @@ def test_a_checkpoints_own_sizes_of_batches_rule(mixed: Path) -> None:
         module(mixed, world_size=5, batch_size=2).load_state_dict(state)
 
 
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 2), (2, 2), (1, 4)])
+def test_half_the_clips_a_pass_are_the_same_clips_in_twice_the_passes(
+    mixed: Path, world_size: int, batch_size: int
+) -> None:
+    """Each pass is half of one of the order's batches, still of one shape; and a run may go back to whole ones."""
+    split = 4 // (world_size * batch_size)
+    options: dict[str, Any] = {"batch_size": batch_size, "passes": 2 * split, "steps": 14 * split}
+    whole = module(mixed, passes=2, steps=14)
+    before = read(whole, 4)
+    state = json.loads(json.dumps(whole.state_dict()))
+    expected = read(whole)
+    ranks = [module(mixed, world_size, rank, **options) for rank in range(world_size)]
+    for rank in ranks:
+        rank.load_state_dict(state)
+    parts = [read(rank) for rank in ranks]
+    dealt = [
+        [key for clips in zip(*keys, strict=True) for key in clips] for keys in zip(*map(keys, parts), strict=True)
+    ]
+    joined = [[key for part in dealt[first : first + split] for key in part] for first in range(0, len(dealt), split)]
+    assert before and joined == keys(expected)
+    assert [batch["place"][1] for batch in parts[0][::split]] == [batch["place"][1] for batch in expected]
+    assert [batch["place"][0] for batch in parts[0][::split]] == [batch["place"][0] for batch in expected]
+    again = module(mixed, passes=2, steps=14)
+    again.load_state_dict(ranks[0].state_dict())
+    assert again.stream is not None and again.stream.position == 14
+
+
+def test_a_pass_of_several_shapes_cannot_be_made_larger_or_be_cut_unevenly(mixed: Path) -> None:
+    state = module(mixed, passes=4).state_dict()
+    with pytest.raises(UserError, match=r"cannot be divided among 1 ranks in passes of data.batch_size=8: go on with"):
+        module(mixed, batch_size=8, passes=2).load_state_dict(state)
+    with pytest.raises(UserError, match=r"The batch of 4 clips of 5x32x48 cannot be divided among 4 ranks"):
+        module(mixed, world_size=4, batch_size=2, passes=2).load_state_dict(state)
+
+
 def test_another_list_of_shapes_does_not_go_on(mixed: Path) -> None:
     state = module(mixed).state_dict()
     with pytest.raises(UserError, match=r"shapes of the batches \(was 5x32x48:4, 5x48x32:4, 9x32x48:2, is 5x32x48:4"):

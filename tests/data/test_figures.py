@@ -17,6 +17,7 @@ from drive_files import comma2k19, vpt
 from footage_files import lerobot_v3
 from tiny_shards import card_of
 
+from experiments.bench import tars
 from experiments.bench.footage import import_benchmark, usual_options
 from experiments.bench.latents import latents_benchmark
 from experiments.bench.worker_memory import memory_benchmark
@@ -33,6 +34,13 @@ def test_latents_are_read_and_counted() -> None:
     figures = latents_benchmark(clips=64, batch_size=8, rounds=1)
     assert figures["clips"] == 64 and figures["clips_per_second"] > 0
     assert figures["bytes_per_clip"] > 2 * 5 * 16 * 8 * 12
+
+
+def test_tars_are_read_in_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tars, "_from_server", lambda folder, clips, rounds: {})  # seconds until it listens
+    figures = tars.tars_benchmark(clips=32, rounds=1)
+    assert set(figures["disk"]) == {"indexed", "streamed", "webdataset", "decoding"}
+    assert all(rates["cpu_clips_per_second"] > 0 for rates in figures["disk"].values())
 
 
 def test_a_workers_memory_is_followed_and_drawn(shards: Path, tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ from footage_files import lenient, lerobot_v2, lerobot_v3, put, put_csv, put_tar
 from robot_files import annotated, as_images, two_arms
 from tiny_shards import FRAMES, HEIGHT, WIDTH, card_of
 
+from anyflow.data.batches import ClipDataset
 from anyflow.data.check import check_card
 from anyflow.data.decode import ClipShape
 from anyflow.data.importing.formats.known import FORMATS
 from anyflow.data.importing.run import import_dataset
 from anyflow.data.order import Order
 from anyflow.data.reader import ShardReader
-from anyflow.data.stream import ClipDataset
 from anyflow.errors import UserError
 
 

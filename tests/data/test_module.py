@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -159,15 +160,21 @@ def test_the_benchmark_measures_both(shards: Path) -> None:
 
 
 def steps_of(
-    folder: Path, split: tuple[int, int, int], state: Any = None, steps: int = 6
+    folder: Path | list[Path], split: tuple[int, int, int], state: Any = None, steps: int = 6, **options: Any
 ) -> tuple[list[list[str]], Any]:
     """The clips of each step in their places, of so many (clips, ranks, passes), and a state after the first steps."""
     size, ranks, passes = split
     dealt: list[list[list[str]]] = []
     states: list[Any] = []
     for rank in range(ranks):
+        shape = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH}
         module = VideoDataModule(
-            folder, batch_size=size, passes=passes, steps=steps * passes, frames=FRAMES, height=HEIGHT, width=WIDTH
+            folder,  # type: ignore[arg-type]
+            batch_size=size,
+            passes=passes,
+            steps=steps * passes,
+            **shape,
+            **options,
         )
         module.trainer = type("Ranks", (), {"global_rank": rank, "world_size": ranks, "callbacks": []})()  # type: ignore[assignment]
         module.setup()
@@ -206,3 +213,39 @@ def test_a_step_of_more_clips_than_there_are_goes_through_them_again(shards: Pat
     count = len({clip for step in steps_of(shards, (1, 1, 1), steps=40)[0] for clip in step})
     merged, _ = steps_of(shards, (4, 1, 8), steps=4)
     assert count < 32 and all(len(step) == 32 for step in merged)
+
+
+@pytest.mark.parametrize("split", [(4, 1, 8), (2, 1, 16), (16, 1, 2), (2, 4, 4), (1, 1, 32)])
+def test_a_step_of_more_clips_than_there_are_goes_on_in_another_split(
+    shards: Path, split: tuple[int, int, int]
+) -> None:
+    """What one does after running out of memory: half the clips a pass, twice the passes, and the very same steps."""
+    expected, state = steps_of(shards, (8, 1, 4))
+    assert state["clips"] == 32 and state["plan"]["global_batch"] == 8
+    state = json.loads(json.dumps(state))
+    assert steps_of(shards, split, state)[0] == expected[3:]
+    back = steps_of(shards, split, state, steps=6)[1]
+    assert back["plan_hash"] == state["plan_hash"] and back["batch"] == steps_of(shards, (8, 1, 4), state)[1]["batch"]
+
+
+@pytest.mark.parametrize("split", [(8, 1, 3), (4, 1, 4), (8, 1, 1)])
+def test_a_step_of_other_clips_does_not_go_on(shards: Path, split: tuple[int, int, int]) -> None:
+    """Also where the order is the same: shares and averages are over a step's clips."""
+    state = steps_of(shards, (8, 1, 4))[1]
+    with pytest.raises(UserError, match=r"global batch \(was 32, is \d+\) changed; set data.global_batch=32"):
+        steps_of(shards, split, state)
+
+
+def test_a_checkpoint_of_before_goes_on_as_it_was_split(shards: Path) -> None:
+    expected, state = steps_of(shards, (8, 1, 4))
+    del state["clips"]
+    assert steps_of(shards, (8, 1, 4), state)[0] == expected[3:]
+
+
+def test_a_mixture_goes_on_in_another_split(shards: Path, make_shards: MakeShards) -> None:
+    """Of 23 and 23 clips, 48 in a step: more than there are."""
+    both: list[Path] = [shards, make_shards(name="more")]
+    expected, state = steps_of(both, (8, 1, 6), weights=(2.0, 1.0))
+    assert state["plan"]["shares"] and state["plan"]["global_batch"] == 8
+    for split in ((4, 1, 12), (16, 1, 3), (4, 2, 6)):
+        assert steps_of(both, split, state, weights=(2.0, 1.0))[0] == expected[3:]

@@ -15,13 +15,14 @@ from tiny_shards import FRAMES, HEIGHT, WIDTH, MakeShards
 from web import Web, serve
 
 from anyflow.data import remote
+from anyflow.data.batches import ClipDataset
 from anyflow.data.card import load_card
 from anyflow.data.check import check_card
 from anyflow.data.decode import ClipShape, DecodeError
 from anyflow.data.order import Order
 from anyflow.data.reader import ShardReader, find_split
 from anyflow.data.shards import load_index
-from anyflow.data.stream import ClipDataset, ClipStream
+from anyflow.data.stream import ClipStream
 from anyflow.errors import UserError
 
 CARD = {

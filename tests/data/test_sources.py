@@ -51,7 +51,7 @@ def test_a_killed_process_is_replaced_and_its_jobs_are_done_again(tmp_path: Path
 
 
 def test_processes_that_die_again_and_again_are_told() -> None:
-    with pytest.raises(UserError, match="killed 3 times in a row"):
+    with pytest.raises(UserError, match="was killed 3 times"):
         list(run_jobs(os._exit, [9, 9], workers=1))
 
 

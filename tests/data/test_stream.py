@@ -15,11 +15,13 @@ import torch
 from forked import on_ranks
 from tiny_shards import CLIPS, FRAMES, HEIGHT, WIDTH, MakeShards, clip_parts
 
+from anyflow.data.batches import Batch, ClipDataset
 from anyflow.data.decode import ClipShape, DecodeError
 from anyflow.data.order import Order
 from anyflow.data.reader import ShardReader, check_length, find_split, parse_metadata
 from anyflow.data.shards import load_index
-from anyflow.data.stream import Batch, ClipDataset, ClipStream, Skip, enforce_budget
+from anyflow.data.skips import Skip, enforce_budget
+from anyflow.data.stream import ClipStream
 from anyflow.errors import UserError
 
 SHAPE = ClipShape(FRAMES, HEIGHT, WIDTH)
@@ -116,9 +118,12 @@ def test_a_stop_between_passes_goes_back_to_the_first(shards: Path) -> None:
     resumed.load_state_dict(through_json(stream.state_dict()))
     again = run(resumed, 2)
     assert keys(again) == keys(trained[3:]) and [batch["place"] for batch in again] == [[0, 12], [4, 12]]
-    other = open_stream(shards, passes=2)  # a run may go on with another split: its update begins where it was left
+    other = open_stream(shards, global_batch=6, passes=2)  # a run may go on with another split of its update
     other.load_state_dict(through_json(stream.state_dict()))
-    assert [batch["place"] for batch in run(other, 2)] == [[0, 8], [4, 8]]
+    of_other, of_same = run(other, 4), run(resumed, 4)
+    assert [batch["place"] for batch in of_other] == [[0, 12], [6, 12]] * 2
+    clips = [key for batch in [*again, *of_same] for key in batch["key"]]
+    assert [key for batch in of_other for key in batch["key"]] == clips
 
 
 def test_resuming_on_other_ranks_keeps_the_order(shards: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from anyflow.cli.main import app
 from anyflow.errors import EXIT_PREEMPTED, UserError
 from anyflow.stages import update
 from anyflow.system.ranks import _Rank, _report, needs_watcher, watch
-from anyflow.tracking.checkpoints import latest_checkpoint
+from anyflow.tracking.checkpoints import damage, latest_checkpoint
 from anyflow.training.callbacks.sharded import is_sharded_checkpoint, read_checkpoint
 
 STEPS = 8
@@ -114,6 +115,24 @@ def test_a_killed_rank_ends_all_with_one_report(killed: tuple[Path, int, str, in
     assert not alive(first)
 
 
+def test_the_sums_beside_each_ranks_files_find_one_changed_bit(
+    killed: tuple[Path, int, str, int], tmp_path: Path
+) -> None:
+    """safetensors has no sums of its own, and torch leaves a weight as it is where a rank's file is not there."""
+    path = latest_checkpoint(killed[0] / "checkpoints")
+    assert path is not None and damage(path.parent) == ""
+    assert len(list(path.parent.glob("shard-*-of-00002.sha256"))) == 2
+    copied = tmp_path / path.parent.name
+    shutil.copytree(path.parent, copied)
+    last = sorted(copied.glob("*.safetensors"))[-1]
+    content = bytearray(last.read_bytes())
+    content[-3] ^= 1
+    last.write_bytes(content)
+    assert damage(copied) == f"{last} is damaged (its bytes have changed)"
+    last.unlink()
+    assert damage(copied) == f"{last} is missing"
+
+
 def test_one_process_exports_what_two_ranks_saved(
     killed: tuple[Path, int, str, int], small_model: Path, tmp_path: Path
 ) -> None:
@@ -144,8 +163,6 @@ def test_one_process_exports_what_two_ranks_saved(
 def test_what_two_ranks_saved_goes_on_bitwise_on_two_and_closely_on_one(
     killed: tuple[Path, int, str, int], small_model: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     out, alone = killed[0], tmp_path / "alone"
     shutil.copytree(out, alone)
     finish(training(small_model, out, "--resume", "auto"))
@@ -253,7 +270,7 @@ def test_torchrun_starts_the_ranks_too(small_model: Path, tmp_path: Path) -> Non
         "--nproc-per-node",
         "2",
         "-m",
-        "anyflow.cli.main",
+        "anyflow",
     ]
     done = subprocess.run(
         [*words, *training(small_model, tmp_path / "run")], capture_output=True, text=True, timeout=300

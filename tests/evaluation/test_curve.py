@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from models import BlockCodec, exact_sampler, held_out, measure_curve, sampler_over
 from torch import Tensor
 
+from anyflow.backbone.conditions import Conditions
 from anyflow.evaluation.curve import Curve, CurveResult, CurveRow, HeldOut, over_seeds
 from anyflow.evaluation.heldout import as_asked
 from anyflow.evaluation.measure import prompt_noise, sampler_of
@@ -310,4 +312,19 @@ def test_the_models_own_sampler_gets_the_captions_embeddings() -> None:
             return arguments
 
     noise = torch.ones(2)
-    assert sampler_of(Backbone(), Codec())(["a", "b"], noise, 4, 5.0, None) == ("a+b", noise, 4, 5.0, None)
+    assert sampler_of(Backbone(), Codec())(["a", "b"], noise, 4, 5.0, None) == (
+        Conditions("a+b", None),  # type: ignore[arg-type]
+        noise,
+        4,
+        5.0,
+    )
+
+
+def test_a_damaged_curve_is_told_and_measured_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from anyflow.evaluation.heldout import load_curve
+
+    for content in (b"", b"PK\x03\x04 cut off"):
+        (tmp_path / "before.pt").write_bytes(content)
+        assert load_curve(tmp_path, "before") is None
+        told = capsys.readouterr().err
+        assert "before.pt is damaged" in told and told.count("\n") == 1

@@ -24,7 +24,7 @@ from anyflow.data.importing.formats.known import source_of
 from anyflow.data.importing.recording import Recording, Unusable, files_of
 from anyflow.data.shards import Shard, shard_from_dict, shard_to_dict, write_tar
 from anyflow.errors import UserError, first_line
-from anyflow.system.files import write_atomically
+from anyflow.system.files import placing
 
 JOB_VERSION = 3
 PARSE_ERRORS = (OSError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError, RecursionError)
@@ -103,10 +103,11 @@ def run_job(job: ShardJob) -> ShardResult:
         return done
     writer = _Writer(job)
     tar = job.work / f"{digest}.tar"
-    shard: Shard | None = write_tar(writer.samples(), tar)
+    with placing(tar) as place:  # a worker that was believed lost may still be at it
+        shard: Shard | None = write_tar(writer.samples(), place)
     assert shard is not None
     if not shard.samples:
-        tar.unlink()
+        tar.unlink(missing_ok=True)
         shard = None
     result = ShardResult(
         digest,
@@ -120,7 +121,8 @@ def run_job(job: ShardJob) -> ShardResult:
         writer.without,
         {text: list(names) for text, names in sorted(writer.report.notes.items())},
     )
-    write_atomically(job.work / f"{digest}.json", json.dumps(_to_dict(result)).encode())
+    with placing(job.work / f"{digest}.json") as place:
+        place.write_text(json.dumps(_to_dict(result)))
     return result
 
 

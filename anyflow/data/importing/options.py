@@ -39,7 +39,7 @@ class ImportOptions:
     description: str = option("", "A sentence for the card.")
     error_budget: float = option(0.01, "Share of recordings that may be unusable.", low=0, high=1)
     seed: int = option(0, "Of the choice of what is held out.")
-    workers: int = option(2, "Processes.", low=0)
+    workers: int = option(2, "Processes of this machine; with --engine ray those of the cluster.", low=0)
 
     def check(self) -> None:
         """Compare every value with its range.

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,8 +31,9 @@ from anyflow.data.importing.recording import Found, LeftOut, Recording, Unread, 
 from anyflow.data.importing.survey import Survey, survey
 from anyflow.data.importing.views import APART, described, probe, together
 from anyflow.errors import UserError, first_line
+from anyflow.system.engines import Engine, Work, values
 from anyflow.system.locks import claimed
-from anyflow.system.pool import run_jobs
+from anyflow.system.pool import LocalEngine
 
 CLIPS_PER_JOB = 100
 PROBED = 8
@@ -52,7 +53,11 @@ class Progress:
 
 
 def import_dataset(
-    source: Path, out: Path, options: ImportOptions, progress: Callable[[Progress], None] | None = None
+    source: Path,
+    out: Path,
+    options: ImportOptions,
+    progress: Callable[[Progress], None] | None = None,
+    engine: Engine | None = None,
 ) -> ImportReport:
     """Import a folder; go on where an earlier call was broken off.
 
@@ -60,6 +65,7 @@ def import_dataset(
         source: the data set's folder.
         out: the new data set's folder.
         progress: called after every job.
+        engine: who works; without it ``options.workers`` processes of this machine.
 
     Raises:
         UserError: the folder is in no known format, ``out`` is in use, nothing usable is found, or more recordings
@@ -85,7 +91,8 @@ def import_dataset(
                     shutil.rmtree(work)
                     return ImportReport.load(out)
                 _refuse_in_use(out)
-                return _import(source, folder, name, out, work, options, captions, progress)
+                does = engine or LocalEngine(options.workers)
+                return _import(source, folder, name, out, work, options, captions, progress, does)
             finally:
                 if work.is_dir() and not _has_work(work):
                     shutil.rmtree(work, ignore_errors=True)  # nothing is done yet, so nothing is left
@@ -111,6 +118,7 @@ def _import(
     options: ImportOptions,
     captions: Captions,
     progress: Callable[[Progress], None] | None,
+    engine: Engine,
 ) -> ImportReport:
     """The import itself, in a working folder of this process's own."""
     module = source_of(format)
@@ -129,7 +137,7 @@ def _import(
     controls, views = controls_of(module, folder), described(recordings)
     imported = Import(source, format, out, work, cutting, options, controls, found, files, notes, views)
     jobs = list(_jobs(imported, folder, split_groups(recordings, options), facts))
-    results = _run(jobs, unusable, options, total, progress)
+    results = _run(jobs, unusable, options, total, progress, engine)
     return assemble(imported, jobs, results, unusable)
 
 
@@ -283,11 +291,12 @@ def _run(
     options: ImportOptions,
     total: int,
     progress: Callable[[Progress], None] | None,
+    engine: Engine,
 ) -> list[ShardResult]:
     """Every job's result, in order; those of a broken import are taken over.
 
     Raises:
-        UserError: the budget is spent, or a worker died.
+        UserError: the budget is spent, or jobs kill their workers.
     """
     known = [load_result(job.work, job.digest) for job in jobs]
     done = sum(len(job.recordings) for job, result in zip(jobs, known, strict=True) if result)
@@ -297,10 +306,12 @@ def _run(
     of = sum(len(job.recordings) for job in jobs)
     started, made, read = time.monotonic(), 0, 0
     enforce(bad, total, options.error_budget, jobs[0].work)
-    try:
-        todo = [job for _, job in open_jobs]
-        finished = run_jobs(run_job, todo, options.workers) if options.workers and todo else map(run_job, todo)
-        for (place, job), result in zip(open_jobs, finished, strict=True):
+    work = Work(run_job, sees=(jobs[0].folder,), writes=jobs[0].work)
+    done_again = "lower --workers or --size, and start it again with the same words to go on"
+    ends = engine.map_unordered(work, [job for _, job in open_jobs])
+    with closing(values(ends, lambda number: open_jobs[number][1].recordings[0].name, done_again)) as results:
+        for number, result in results:
+            place, job = open_jobs[number]
             known[place] = result
             bad += result.unusable
             made, read = made + _count(result), read + len(job.recordings)
@@ -309,11 +320,6 @@ def _run(
             if progress is not None:
                 progress(Progress(done + read, of, clips + made, made / seconds, left))
             enforce(bad, total, options.error_budget, job.work)
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker of the import died, perhaps for want of memory: lower --workers or --size, and start it again "
-            "with the same words to go on"
-        ) from error
     return [result for result in known if result is not None]
 
 

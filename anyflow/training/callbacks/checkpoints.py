@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Callback
 
 from anyflow.stages.update import gather, world
 from anyflow.system.files import PARTIAL, naming, sync_tree, write_atomically
-from anyflow.tracking.checkpoints import POINTER, STATE_FILE, finished, replaced
+from anyflow.tracking.checkpoints import POINTER, STATE_FILE, clear_damaged, finished, replaced
 from anyflow.training.callbacks.background import Writer
 
 
@@ -98,6 +98,7 @@ class Checkpoints(Callback):
     def _prune(self) -> None:
         for old in finished(self.folder)[: -self.keep]:
             shutil.rmtree(old)
+        clear_damaged(self.folder)
 
     def state_dict(self) -> dict[str, Any]:
         """The random state of every rank."""

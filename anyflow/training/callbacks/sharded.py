@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -23,7 +24,7 @@ from torch.optim import Optimizer
 
 from anyflow.backbone.parallelize import WAIT, gloo_group, part_of
 from anyflow.stages.base import check_complete
-from anyflow.tracking.checkpoints import readable
+from anyflow.tracking.checkpoints import SHARDS, readable, write_sums
 from anyflow.training.callbacks.background import Writer
 from anyflow.training.callbacks.checkpoints import save_state
 
@@ -69,18 +70,21 @@ class ShardedStrategy(ModelParallelStrategy):
             self._apart = self._apart or gloo_group()
             written = dcp.async_save(tensors, storage_writer=storage, process_group=self._apart)
             self.writer.later(_as_exception()(written.result))  # type: ignore[union-attr]
+            self.writer.later(lambda: write_sums(path.parent, self.global_rank, self.world_size))
+            self.writer.later(lambda: dist.barrier(group=self._apart))  # before the first rank gives it its name
         else:
             with _as_exception():
                 dcp.save(tensors, storage_writer=storage)
+            write_sums(path.parent, self.global_rank, self.world_size)  # Lightning has the ranks meet after it
         if self.is_global_zero:
-            plain = self.writer.stage(checkpoint)
+            plain = self.writer.stage({**checkpoint, SHARDS: self.world_size})
             self.writer.later(lambda: save_state(plain, path))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Put a checkpoint of either kind into the stage and its optimisers; returns the plain values."""
         path = Path(checkpoint_path)
         with readable(path):
-            plain = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            plain = _own(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
         if is_sharded_checkpoint(path):
             self._load_parts(path, plain)
         else:
@@ -166,7 +170,7 @@ def is_sharded_checkpoint(path: Path) -> bool:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The whole of a checkpoint (its ``state.ckpt``), put together in host memory if it is sharded."""
     with readable(path), _as_exception():
-        plain = torch.load(path, map_location="cpu", weights_only=True)
+        plain = _own(torch.load(path, map_location="cpu", weights_only=True))
         if not is_sharded_checkpoint(path):
             return plain
         stored = _stored(path)
@@ -180,6 +184,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         for index, _, key, field in _optimizer_entries(stored, saved, number):
             state.setdefault(index, {})[field] = tensors[key]
         plain["optimizer_states"][number] = {"state": state, "param_groups": _numbered(saved["param_groups"])}
+    return plain
+
+
+def _own(plain: Any) -> dict[str, Any]:
+    """What was read, if a run of ours has written it."""
+    if not isinstance(plain, dict) or "anyflow" not in plain:
+        raise ValueError("no run of anyflow has written it")
     return plain
 
 
