@@ -239,7 +239,7 @@ def _timed(part: Recording, fps: float, box: Box) -> Iterator[Timed]:
         for number, picture in enumerate(footage.frames_at(part, fps, box.height, box.width)):
             yield picture, number / fps, False
     except DecodeError as error:
-        raise DecodeError(f"camera {part.camera}: {error}") from error
+        raise type(error)(f"camera {part.camera}: {error}") from error
 
 
 def synchronised(
@@ -282,4 +282,4 @@ def _probed(part: Recording) -> Facts:
     try:
         return footage.probe(part)
     except DecodeError as error:
-        raise DecodeError(f"camera {part.camera}: {error}") from error
+        raise type(error)(f"camera {part.camera}: {error}") from error
