@@ -84,8 +84,8 @@ def _check_cards(recipe: Recipe) -> None:
             print(loaded.description, file=sys.stderr)
         how = {"index": not recipe.data.streaming, "shapes": len(recipe.data.shapes) > 1}
         splits.append(find_split(card, recipe.data.split, **how))
-        cache = loaded.path.parent / "cache"
-        if recipe.data.precompute and not is_tars(card) and not any(cache.glob("*/cache.json")):
+        cache = splits[-1].home / "cache"
+        if recipe.data.precompute and not any(cache.glob("*/cache.json")):
             remedy = "set data.precompute=false, or copy the card, with full paths in its splits, to another disk"
             require_place(cache, "what data.precompute=true encodes lies beside the card, in", remedy)
     if recipe.data.streaming:

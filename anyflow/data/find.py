@@ -19,9 +19,10 @@ def find_card(name: str, where: str = "data.card=") -> Path:
 
     Tars that come without a card stand for themselves.
     """
-    given, roots = Path(find_shipped(name)), folders_of("data")
-    if is_tars(name):
+    given = Path(find_shipped(name))
+    if is_tars(given):
         return given
+    roots = folders_of("data")
     for path in (given, given / "card.yaml", *(root / f"{name}.yaml" for root in roots)):
         if path.is_file():
             return path

@@ -307,5 +307,5 @@ def _versions() -> dict[str, str]:
 
 def _cause(error: BaseException) -> str:
     """What a failure of Ray's comes from, in a line."""
-    lines = [line for line in str(error).strip().split("\n") if line.strip()]
+    lines = [line for line in str(error).split("\n") if line.strip()]
     return lines[-1].strip() if lines else first_line(error)

@@ -116,7 +116,7 @@ def _missing(checkpoint: Path, shards: list[Path], ranks: int) -> Iterator[str]:
         if number not in numbers:
             yield f"{checkpoint} lacks the files of shard {number}"
     for path in listed:
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        for line in filter(None, path.read_text(encoding="utf-8", errors="replace").split("\n")):
             if not (checkpoint / line.rpartition("  ")[2]).is_file():
                 yield f"{checkpoint / line.rpartition('  ')[2]} is missing"
 

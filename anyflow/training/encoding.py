@@ -66,11 +66,12 @@ def encode(job: EncodingJob, engine: Engine) -> Path:
     """The folder of the cache; encode what is missing of it.
 
     Raises:
-        UserError: too many clips are bad, the cache cannot be written, another process encodes the same, or workers
-            cannot do it.
+        UserError: too many clips are bad, the cache cannot be written, workers cannot do it, or others are at it.
     """
     codec = job.codec()
     encoding = job.encoding(codec)
+    if encoding.is_whole():
+        return encoding.folder
     with encoding.held(waits=False) as is_open:
         if is_open:
             encoding.begin()
