@@ -6,7 +6,9 @@ it. The stream's state is its position and the clips skipped so far; it holds fo
 
 from __future__ import annotations
 
+import os
 import signal
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -20,6 +22,8 @@ from anyflow.data.order import OrderIdentity, describe_difference
 from anyflow.data.skips import Skip, enforce_budget
 from anyflow.errors import UserError
 
+LONGEST_TMPDIR = 107 - len("/pymp-abcdefgh/listener-abcdefgh")
+"""A socket's address has at most 107 bytes."""
 SYNC_EVERY = 64
 """Batches between two exchanges of skipped clips among ranks, so that all of them stop at the same batch."""
 
@@ -114,7 +118,13 @@ class ClipStream:
         self._record(state["skipped"])
 
     def loader(self, num_workers: int = 0, prefetch: int = 2, pin_memory: bool = False) -> DataLoader[Batch]:
-        """The batches from the position on, in order; ``len`` is the declared length whatever the position."""
+        """The batches from the position on, in order; ``len`` is the declared length whatever the position.
+
+        Raises:
+            UserError: workers could not send what they read.
+        """
+        if num_workers:
+            check_sockets(tempfile.gettempdir())
         return _Loader(
             self,
             batch_size=None,
@@ -157,6 +167,21 @@ def _leave_stopping_to_the_trainer(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def check_sockets(folder: str) -> None:
+    """Refuse a folder for temporary files in which workers' sockets would have too long an address.
+
+    They could not be opened there, and the trainer would wait for the first batch for ever.
+
+    Raises:
+        UserError: its name is too long.
+    """
+    if len(os.fsencode(folder)) > LONGEST_TMPDIR:
+        raise UserError(
+            f"TMPDIR={folder} is too long for the sockets of data workers: set one of at most {LONGEST_TMPDIR} "
+            "characters, or data.num_workers=0"
+        )
 
 
 class _FromPosition(DistributedSampler[int]):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 from shell import command, environment
 from test_resume import training
+
+from anyflow.data.stream import LONGEST_TMPDIR, check_sockets
+from anyflow.errors import UserError
 
 WATCH = """
 import os, sys
@@ -44,10 +49,10 @@ SMALL = re.compile(r"(anyflow-ranks-|pymp-|torch-).*|[a-z0-9_]{8}")
 def test_nothing_large_passes_through_the_folder_for_temporary_files(
     more: tuple[str, ...], small_model: Path, tmp_path: Path
 ) -> None:
-    for name in ("site", "tmp"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "site").mkdir()
+    folder = Path(tempfile.mkdtemp())  # whose name is short enough for sockets
     (tmp_path / "site" / "sitecustomize.py").write_text(WATCH)
-    variables = environment() | {"TMPDIR": str(tmp_path / "tmp"), "WATCHED": str(tmp_path / "log")}
+    variables = environment() | {"TMPDIR": str(folder), "WATCHED": str(tmp_path / "log")}
     variables["PYTHONPATH"] = f"{tmp_path / 'site'}:{Path(__file__).resolve().parents[2]}"
     database = f"run.tracking_uri=sqlite:///{tmp_path}/mlflow.db"
     words = training(small_model, tmp_path / "run", *more, database, "stage.steps=2", "data.precompute=true")
@@ -57,4 +62,12 @@ def test_nothing_large_passes_through_the_folder_for_temporary_files(
     assert (tmp_path / "run" / "checkpoints" / "latest").exists() and (tmp_path / "export" / "vae").exists()
     written = set((tmp_path / "log").read_text().split())
     assert not {path for path in written if not SMALL.fullmatch(path)}
-    assert not list((tmp_path / "tmp").glob("*.safetensors")) and not list((tmp_path / "tmp").glob("*.ckpt"))
+    assert not list(folder.glob("*.safetensors")) and not list(folder.glob("*.ckpt"))
+    shutil.rmtree(folder)
+
+
+def test_a_folder_too_long_for_sockets_is_refused() -> None:
+    """Workers could send nothing, and the first batch would be waited for in silence."""
+    check_sockets("/tmp/" + "x" * (LONGEST_TMPDIR - 5))
+    with pytest.raises(UserError, match=r"TMPDIR=/tmp/x+ is too long .* data.num_workers=0"):
+        check_sockets("/tmp/" + "x" * (LONGEST_TMPDIR - 4))
