@@ -29,6 +29,7 @@ MOST = 10**6
 HELD_OUT = ("test", "val", "valid", "validation", "eval", "heldout")
 """A folder, or the first word of a file's name, that tells held-out tars."""
 USUAL = Members()
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 LAST_CLIPS = 16
 """Clips of a single tar that are held out, at most; and at most a fifth of them."""
 
@@ -69,12 +70,15 @@ def expand(card: str | Sequence[str], home: str | Path = "") -> list[str]:
     texts = card.split(BETWEEN) if isinstance(card, str) else list(card)
     found: list[str] = []
     for text in texts:
+        too_many = f"{text!r} names more than {MOST} tars: correct the numbers in its braces"
+        if any(abs(int(last) - int(first)) >= MOST for first, last in _RANGE.findall(text)):  # else it takes minutes
+            raise UserError(too_many)
         try:
             places = list(islice(braceexpand(text), MOST + 1))
         except ValueError as error:
             raise UserError(f"{text!r} is no pattern of tars: write for example set/{{000000..000099}}.tar") from error
         if len(places) > MOST:
-            raise UserError(f"{text!r} names more than {MOST} tars: correct the numbers in its braces")
+            raise UserError(too_many)
         for place in places:
             found += _expand_place(place, home)
     names = set(found)

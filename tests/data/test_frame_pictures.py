@@ -84,35 +84,43 @@ def perceptual(nits: float) -> float:
     return ((c1 + c2 * power) / (1 + c3 * power)) ** m2
 
 
-def hdr(signal: Sequence[float], curve: int) -> av.VideoFrame:
-    """A frame of one BT.2020 colour, 10 bits."""
-    red, green, blue = signal
-    luma = 0.2627 * red + 0.678 * green + 0.0593 * blue
-    levels = [64 + 876 * luma, 512 + 896 * (blue - luma) / 1.8814, 512 + 896 * (red - luma) / 1.4746]
-    frame = av.VideoFrame(64, 64, "yuv420p10le")
-    for plane, level in zip(frame.planes, levels, strict=True):
-        plane.update(np.full((plane.height, plane.line_size // 2), round(level), dtype=np.uint16).tobytes())
+def hdr(*signals: Sequence[float], curve: int = 16) -> av.VideoFrame:
+    """A frame of BT.2020 colours, 10 bits, in bands from left to right."""
+    frame = av.VideoFrame(16 * len(signals), 32, "yuv420p10le")
+    bands = []
+    for red, green, blue in signals:
+        luma = 0.2627 * red + 0.678 * green + 0.0593 * blue
+        bands.append((64 + 876 * luma, 512 + 896 * (blue - luma) / 1.8814, 512 + 896 * (red - luma) / 1.4746))
+    for plane, levels in zip(frame.planes, zip(*bands, strict=True), strict=True):
+        row = np.repeat(np.round(levels).astype(np.uint16), plane.width // len(signals))
+        row = np.pad(row, (0, plane.line_size // 2 - len(row)))
+        plane.update(np.tile(row, plane.height).tobytes())
     frame.colorspace, frame.color_range, frame.color_trc, frame.color_primaries = 9, 1, curve, 9
     return frame
 
 
+def bands(frame: av.VideoFrame, notes: list[str] | None = None) -> np.ndarray:
+    """The colour in the middle of each band, ``[bands, 3]``; one frame, for FFmpeg makes a table for each."""
+    return shown(frame, frame.height, frame.width, notes)[16, 8::16].astype(int)
+
+
 def test_high_dynamic_range_keeps_its_greys_and_its_highlights() -> None:
     notes: list[str] = []
-    greys = [shown(hdr([perceptual(nits)] * 3, 16), notes=notes)[8, 8] for nits in (1, 10, 100, 203, 1000, 4000)]
+    greys = bands(hdr(*([perceptual(nits)] * 3 for nits in (1, 10, 100, 203, 1000, 4000))), notes)
     assert notes[0] == "HDR (PQ): mapped to BT.709"
     assert all(np.ptp(grey) <= 1 for grey in greys)
     levels = [int(grey[0]) for grey in greys]
     assert levels == sorted(set(levels)) and levels[-1] < 255  # not even 4000 nits are clipped
     assert levels[0] < 40 and 110 < levels[2] < 200  # black stays black; a lit room is neither dusk nor white
-    hlg = [int(shown(hdr([signal] * 3, 18), notes=notes)[8, 8, 0]) for signal in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    hlg = bands(hdr(*([signal] * 3 for signal in (0.0, 0.25, 0.5, 0.75, 1.0)), curve=18), notes)[:, 0].tolist()
     assert hlg == sorted(set(hlg)) and hlg[0] < 8 and "HDR (HLG): mapped to BT.709" in notes
 
 
 def test_wide_colours_keep_their_hue() -> None:
-    red = shown(hdr([perceptual(200), perceptual(5), perceptual(5)], 16))[8, 8].astype(int)
+    [red] = bands(hdr([perceptual(200), perceptual(5), perceptual(5)]))
     assert red[0] > 140 and red[0] > 2 * max(red[1], red[2])
-    sdr = hdr([0.8, 0.8, 0.8], 14)
-    assert np.abs(shown(sdr)[8, 8].astype(int) - 204).max() <= 4  # BT.2020 without HDR: the same greys
+    sdr = hdr([0.8, 0.8, 0.8], curve=14)
+    assert np.abs(bands(sdr)[0] - 204).max() <= 4  # BT.2020 without HDR: the same greys
 
 
 # --- transparency, depth, size ----------------------------------------------------------------------------------------
