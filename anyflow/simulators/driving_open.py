@@ -44,39 +44,39 @@ CONTROLS = {
     "car is the first, a car outside of the frame has places outside of it",
 }
 PALETTE: dict[str, Colour] = {
-    "red": (225, 40, 35),
-    "yellow": (235, 205, 40),
     "green": (50, 200, 0),
-    "cyan": (60, 220, 230),
-    "blue": (50, 80, 240),
-    "magenta": (215, 50, 200),
+    "blue": (100, 200, 255),
+    "yellow": (230, 200, 40),
+    "red": (165, 50, 40),
+    "white": (240, 240, 240),
+    "black": (25, 25, 25),
 }
-"""Hues at least 49 degrees apart."""
+"""As far apart as the embedded autoencoder can tell colours: it has seen no others, and turns them into these."""
 
 ATTRIBUTES: dict[str, str | list[str]] = {
     "lanes": "number of lanes, 2 to 4",
-    "road": ["meadow", "sand", "snow", "earth"],
+    "road": ["sand", "gravel", "clay", "concrete"],
     "cars": "number of other cars, 1 to 4",
     "colours": f"of every car, the first car's first: {', '.join(PALETTE)}",
 }
 ROADS: dict[str, tuple[Colour, Colour, float]] = {
-    "meadow": ((104, 122, 92), (84, 86, 90), 6.0),
-    "sand": ((166, 154, 132), (104, 102, 100), 9.0),
-    "snow": ((214, 218, 222), (122, 124, 128), 4.5),
-    "earth": ((72, 64, 56), (58, 60, 64), 7.5),
+    "sand": ((168, 148, 112), (100, 100, 100), 6.0),
+    "gravel": ((142, 142, 142), (96, 96, 98), 9.0),
+    "clay": ((132, 106, 86), (104, 102, 98), 7.5),
+    "concrete": ((162, 158, 150), (102, 104, 106), 4.5),
 }
-"""Colours of shoulder and asphalt, all of them far greyer than any car, and metres from dash to dash."""
+"""Colours of shoulder and asphalt, all of them greyer than any colour of a car, and metres from dash to dash."""
 
 LOOKS = {"mixed": tuple(ROADS), **{name: (name,) for name in ROADS}}
 
 PIXELS_PER_METRE = 3.6
-"""Four lanes fill the frame's height; a car of 5 x 2 m covers 18 x 7 pixels."""
+"""Four lanes fill the frame's height; a car covers 20 x 8.6 pixels."""
 
 HALF_VIEW = WIDTH / PIXELS_PER_METRE / 2
-CAR_LENGTH, CAR_WIDTH = 5.0, 2.0
+CAR_LENGTH, CAR_WIDTH = 5.6, 2.4
 CAMERA_SPEED = (8.0, 13.0)
-CLEARANCE = (CAR_LENGTH + 1.8, 3.0)
-"""Metres along and across the road; two cars are further apart in one of them."""
+CLEARANCE = (CAR_LENGTH + 1.6, 3.8)
+"""Metres along and across the road: two cars are further apart in one of them."""
 
 STEEPEST = 0.5
 """Radians by which a car may head across the road."""
@@ -123,7 +123,7 @@ def render_clip(roads: tuple[str, ...], split: SplitName, seed: int, number: int
     generator = clip_generator(seed, split, number)
     scene = draw_scene(generator, roads)
     shoulder, asphalt, dash_spacing = ROADS[scene.road]
-    road = Road(scene.lanes, dash_spacing, shoulder, asphalt, PIXELS_PER_METRE, focus=0.5)
+    road = Road(scene.lanes, dash_spacing, shoulder, asphalt, PIXELS_PER_METRE, 0.5, (CAR_LENGTH, CAR_WIDTH))
     cameras = 100.0 + float(generator.random()) * dash_spacing + scene.camera_speed * np.arange(FRAMES) / FPS
     states = [
         [_state(path, frame, float(camera)) for path in scene.paths] for frame, camera in enumerate(cameras.tolist())
@@ -185,9 +185,10 @@ def draw_path(generator: np.random.Generator, lanes: int, camera_speed: float) -
     across, sideways = LANE_WIDTH * (lane + (target - lane) * done), LANE_WIDTH * (target - lane) * rate
     relative = np.full(FRAMES, generator.uniform(-3.0, 3.0))
     if generator.random() < 0.4:  # brakes or speeds up, within half a second to one and a half
-        relative += generator.uniform(-5.0, 4.0) * lane_change(
-            int(generator.integers(0, 10)), int(generator.integers(4, 13))
-        )[0]
+        relative += (
+            generator.uniform(-5.0, 4.0)
+            * lane_change(int(generator.integers(0, 10)), int(generator.integers(4, 13)))[0]
+        )
     start = generator.uniform(-HALF_VIEW - 6, HALF_VIEW + 6)
     ahead = start + np.concatenate([[0.0], np.cumsum(relative[:-1])]) / FPS
     speed = camera_speed + relative

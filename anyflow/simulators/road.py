@@ -43,6 +43,7 @@ class Road:
         asphalt: colour of the road.
         pixels_per_metre: of a frame.
         focus: the camera's place along the frame, as a share of its width.
+        car: length and width of the cars in metres.
     """
 
     lanes: int
@@ -51,6 +52,7 @@ class Road:
     asphalt: Colour
     pixels_per_metre: float
     focus: float
+    car: tuple[float, float] = (5.0, 2.0)
 
     @property
     def middle(self) -> float:
@@ -103,6 +105,7 @@ def draw_frames(
         for car, colour in zip(cars, colours, strict=True):
             vehicle = Vehicle(None, (car.x, car.y), car.heading, car.speed)
             vehicle.color = colour
+            vehicle.LENGTH, vehicle.WIDTH = road.car
             VehicleGraphics.display(vehicle, surface, offscreen=True)
         image = np.transpose(pygame.surfarray.array3d(surface), (1, 0, 2))
         frames.append(area_downscale(image, SUPERSAMPLE))
