@@ -183,13 +183,13 @@ def draw_path(generator: np.random.Generator, lanes: int, camera_speed: float) -
         target = int(generator.choice([side for side in (lane - 1, lane + 1) if 0 <= side < lanes]))
     done, rate = lane_change(int(generator.integers(-4, 8)), int(generator.integers(12, 17)))
     across, sideways = LANE_WIDTH * (lane + (target - lane) * done), LANE_WIDTH * (target - lane) * rate
-    relative = np.full(FRAMES, generator.uniform(-3.0, 3.0))
+    relative = np.full(FRAMES, generator.uniform(-4.0, 4.0))
     if generator.random() < 0.4:  # brakes or speeds up, within half a second to one and a half
         relative += (
             generator.uniform(-5.0, 4.0)
             * lane_change(int(generator.integers(0, 10)), int(generator.integers(4, 13)))[0]
         )
-    start = generator.uniform(-HALF_VIEW - 6, HALF_VIEW + 6)
+    start = generator.uniform(-HALF_VIEW - 8, HALF_VIEW + 8)
     ahead = start + np.concatenate([[0.0], np.cumsum(relative[:-1])]) / FPS
     speed = camera_speed + relative
     return Path(ahead, across, np.arctan2(sideways, speed), speed)
@@ -198,7 +198,7 @@ def draw_path(generator: np.random.Generator, lanes: int, camera_speed: float) -
 def _is_drivable(path: Path, is_first: bool) -> bool:
     """Whether it heads along the road, and is in the picture: the first car always, another for half of the clip."""
     inside = np.abs(path.ahead) < HALF_VIEW - CAR_LENGTH / 2 - 0.3
-    return bool(np.abs(path.heading).max() < STEEPEST and (inside.all() if is_first else inside.mean() > 0.5))
+    return bool(np.abs(path.heading).max() < STEEPEST and (inside.all() if is_first else inside.mean() > 0.35))
 
 
 def are_clear(path: Path, other: Path) -> bool:
