@@ -1,8 +1,9 @@
 """Whole cars: what people see first in a clip of open driving, read from its pixels alone.
 
-A clip is whole if, in every frame, every car has one colour of the palette, a car's area and outline, and if cars come
-and go only at the left and right ends of the picture. So a ghost, two colours in one car, a car that melts, splits or
-is gone for a frame, or an empty road each make a clip one that is not whole. No training, no label, no memory of data.
+A clip is whole if, in every frame, every car is on the road and has one colour of the palette and a car's area and
+outline, and if cars come and go only at the left and right ends of the picture. So a ghost, two colours in one car, a
+car that melts, splits or is gone for a frame, or an empty road each make a clip one that is not whole. No training, no
+label, no memory of data.
 
 1. A pixel belongs to the nearest of the colours of cars and roads, if it is near enough.
 2. What is thinner than three pixels is no part of a car: so lane marks, white as white cars, are left out.
@@ -115,7 +116,7 @@ class Blob:
         if share > AREA_RANGE[1] or width > WIDTH_RANGE[1] or self.length > LENGTH_RANGE[1] * LENGTH:
             return "too large"
         if self.is_cut:
-            return None
+            return "too small" if self.right - self.left > DOOR and width < WIDTH_RANGE[0] else None
         if share < AREA_RANGE[0] or width < WIDTH_RANGE[0] or self.length < LENGTH_RANGE[0] * LENGTH:
             return "too small"
         return "ragged" if self.area < FILLED * self.length * self.width else None
@@ -134,11 +135,13 @@ def faults(frames: Frames) -> Iterator[str]:
     """
     if frames.shape[1:] != (HEIGHT, WIDTH, 3):
         raise ValueError(f"frames of {frames.shape[2]}x{frames.shape[1]}: whole cars are read at {WIDTH}x{HEIGHT}")
-    masks, strange = _masks(frames)
+    masks, strange, verge = _masks(frames)
     blobs = [blob for colour, mask in enumerate(masks) for blob in _blobs(mask, colour, frames)]
     for blob in blobs:
         if (fault := blob.fault()) is not None:
             yield _told(blob, fault)
+        elif verge[int(blob.centre[1])]:
+            yield _told(blob, "is beside the road")
     yield from (_told(ghost, "is a ghost") for ghost in _ghosts(strange, masks, frames))
     by_frame = [[blob for blob in blobs if blob.frame == frame] for frame in range(len(frames))]
     yield from (f"frame {frame}: no car" for frame, seen in enumerate(by_frame) if not seen)
@@ -153,16 +156,20 @@ def _told(blob: Blob, fault: str) -> str:
     )
 
 
-def _masks(frames: Frames) -> tuple[list[Mask], Mask]:
-    """Where each colour of the palette is, ``[F, H, W]`` each, and where there is something that is no road."""
+def _masks(frames: Frames) -> tuple[list[Mask], Mask, Mask]:
+    """Where each colour of the palette is, ``[F, H, W]``, where something is no road, and which rows ``[H]`` are none.
+
+    Those rows are the ones from each end of the picture up to the road, by what most of a row is in all frames.
+    """
     from scipy.ndimage import binary_closing, binary_opening
 
-    cars, shoulder, asphalt = (_distances(frames, some) for some in (COLOURS, SHOULDERS, ASPHALTS))
-    nearest, distance, asphalt = cars.argmin(0), cars.min(0), asphalt.min(0)
+    cars = _distances(frames, COLOURS)
+    shoulder, asphalt = (_distances(frames, some).min(0) for some in (SHOULDERS, ASPHALTS))
+    nearest, distance = cars.argmin(0), cars.min(0)
     is_car = (distance < NEAR) & (distance < COVER * asphalt)
-    rows = np.median(frames, axis=(0, 2))  # what most of a row is, in all frames
-    is_verge = _distances(rows, SHOULDERS).min(0) < _distances(rows, ASPHALTS).min(0)
-    road = np.where(is_verge[:, None], np.minimum(asphalt, shoulder.min(0)), asphalt)
+    like = ((shoulder < asphalt) & (shoulder < STRANGE)).mean((0, 2)) > 0.6
+    verge = np.asarray(np.logical_and.accumulate(like) | np.logical_and.accumulate(like[::-1])[::-1])
+    road = np.where(verge[:, None], np.minimum(asphalt, shoulder), asphalt)
     is_strange = road > STRANGE
     for found in (is_car, is_strange):
         found[:, :VERGE] = found[:, -VERGE:] = False
@@ -170,7 +177,7 @@ def _masks(frames: Frames) -> tuple[list[Mask], Mask]:
     for colour in range(len(COLOURS)):
         solid = binary_opening(is_car & (nearest == colour), square)
         masks.append(np.asarray(binary_closing(solid, square) | solid))
-    return masks, np.asarray(binary_opening(is_strange, np.ones((1, 5, 5), bool)))
+    return masks, np.asarray(binary_opening(is_strange, np.ones((1, 5, 5), bool))), verge
 
 
 def _distances(pixels: NDArray[Any], colours: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -176,6 +176,16 @@ def test_a_ghost(clip: Drawn, colour: str, opacity: float, x: float, lane: int, 
     assert not is_whole(frames)
 
 
+@flaws
+@given(st.sampled_from([clip for clip in SAMPLE if clip.lanes < 4]), st.sampled_from(list(PALETTE)), st.floats(20, 76))
+def test_a_car_beside_the_road(clip: Drawn, colour: str, x: float) -> None:
+    beside = replace(clip, cars=[[[x, 32 - clip.lanes * 7.2 - 5, 0.0]]] * FRAMES)
+    frames = clip.frames.copy()
+    for frame in range(FRAMES):
+        frames[frame][beside.body(frame, 0)] = PALETTE[colour]
+    assert not is_whole(frames)
+
+
 @pytest.mark.parametrize(
     ("name", "frames"),
     [
