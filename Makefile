@@ -90,7 +90,7 @@ bench: $(VENV)/.installed ## figures: training step, streaming, loader, start
 doctor: $(VENV)/.installed ## examine this machine, its GPU or its CPU, in 7 minutes: a line of JSON an item, and what is wrong
 	$(ANYFLOW) doctor $(ARGS)
 
-data: $(VENV)/.installed-sim ## render more clips: DOMAIN=driving|robotics|games CLIPS=1000
+data: $(VENV)/.installed-sim ## render more clips: DOMAIN=driving|driving-open|robotics|games CLIPS=1000
 	$(ANYFLOW) data make $(DOMAIN) --clips $(CLIPS) $(ARGS)
 
 # --- checking ---------------------------------------------------------------------------------------------------------

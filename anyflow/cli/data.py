@@ -22,7 +22,7 @@ app = typer.Typer(help="Render, import, show, check and encode footage.", rich_m
 @app.command("make")
 @with_options
 def make(
-    domain: Annotated[str, typer.Argument(metavar="DOMAIN", help="driving, robotics or games.")],
+    domain: Annotated[str, typer.Argument(metavar="DOMAIN", help="driving, driving-open, robotics or games.")],
     options: RenderOptions,
     out: Annotated[Path | None, typer.Option(help="A new folder; without it data/shards/DOMAIN.")] = None,
     as_json: Json = False,
@@ -32,6 +32,7 @@ def make(
     \b
     Examples:
       anyflow data make driving --clips 2000
+      anyflow data make driving-open --clips 3000
       anyflow data make games --clips 500 --seed 7 --out data/shards/games-7
       anyflow data make driving --clips 360 --look country --out data/shards/driving-country
     """

@@ -26,6 +26,7 @@ from anyflow.evaluation.distance import (
 from anyflow.evaluation.measurement import Measurement
 from anyflow.flowmap.samplers import SAMPLERS
 from anyflow.simulators.motion import MotionScore, Reading, asked_motion, mean_path_error, motion_accuracy
+from anyflow.simulators.sight import seen_shares
 
 
 class Judge:
@@ -33,7 +34,7 @@ class Judge:
 
     Frames that are given from the prompt's own clip are real, whatever the model: what compares sets of clips, and the
     previews, leave them out. A model that is given none can be compared with one that is if both leave the same out.
-    Labels are read from whole clips.
+    Labels, motion and whole cars are read from whole clips.
 
     Args:
         items: the prompts, with their own real clips.
@@ -86,7 +87,11 @@ class Judge:
             path_error=mean_path_error(motion.readings, self.asked(real)),
             given_frame_psnr=given,
             preview_error=None if ends is None else preview_error(made_latents, ends, self.latents),
-            more={**self._further_distances(made), **self._further_accuracies(clips)},
+            more={
+                **seen_shares(clips, [item.domain for item in self.items]),
+                **self._further_distances(made),
+                **self._further_accuracies(clips),
+            },
         )
 
     def of_real(self, real: Tensor, latents: Tensor) -> Marks:

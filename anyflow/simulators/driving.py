@@ -8,7 +8,6 @@ faster car's dashes would seem to run backwards. The paths are scripted; highway
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,20 +15,12 @@ from functools import partial
 import numpy as np
 
 from anyflow.data.clip import Clip, SplitName
-from anyflow.simulators.simulated import (
-    FRAMES,
-    HEIGHT,
-    WIDTH,
-    area_downscale,
-    choose_look,
-    clip_generator,
-    need_package,
-)
+from anyflow.simulators.road import FPS, LANE_WIDTH, LICENCE, PACKAGES, CarState, Road, draw_frames, lane_change
+from anyflow.simulators.simulated import FRAMES, WIDTH, choose_look, clip_generator, need_package
 from anyflow.system.pool import batches, run_jobs
 
-os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+__all__ = ["ATTRIBUTES", "CONTROLS", "DESCRIPTION", "FPS", "LICENCE", "LOOKS", "PACKAGES", "render"]
 
-FPS = 8.0
 DESCRIPTION = (
     "A road with three lanes seen from above (up is left). A green car keeps its lane or changes one lane to the left "
     "or right, at one of three speeds, beside one or two other cars."
@@ -44,33 +35,19 @@ ATTRIBUTES: dict[str, str | list[str]] = {
     "lane": ["left", "middle", "right"],
     "cars": "number of other cars, 1 or 2",
 }
-LICENCE = "MIT (rendered with highway-env)"
-PACKAGES = ("highway-env", "pygame-ce", "numpy", "av")
 
 LANES = ("left", "middle", "right")
-LANE_WIDTH = 4.0
 SPEEDS = {"slow": (6.0, 7.0), "medium": (9.0, 10.0), "fast": (12.0, 13.5)}
 SPEED_PHRASES = {"slow": "slowly", "medium": "at medium speed", "fast": "fast"}
 COLOURS = {"green": (50, 200, 0), "blue": (100, 200, 255), "yellow": (230, 200, 40)}
 
 PIXELS_PER_METRE = 4.5
-SUPERSAMPLE = 4
 CHANGE_FRAMES = 12
 EGO_X = 0.38
 """The green car's place along the frame, as a share of its width."""
 SHOULDER, ASPHALT = (168, 148, 112), (100, 100, 100)
 LOOKS = {"city": 6.0, "country": 9.0}
 """Metres from dash to dash; a fast car passes 1.7 m a frame, well under half of it."""
-
-
-@dataclass(frozen=True)
-class CarState:
-    """Metres along and across the road (downwards in the image is right), heading in radians, metres a second."""
-
-    x: float
-    y: float
-    heading: float
-    speed: float
 
 
 @dataclass(frozen=True)
@@ -111,7 +88,9 @@ def _render_clip(dash_spacing: float, split: SplitName, seed: int, number: int) 
         states = simulate(scene, float(generator.random()) * dash_spacing)
         if is_readable(states):
             break
-    frames, trajectory = draw_frames(scene, states, dash_spacing)
+    road = Road(len(LANES), dash_spacing, SHOULDER, ASPHALT, PIXELS_PER_METRE, EGO_X)
+    colours = [COLOURS["green"], *(COLOURS[colour] for colour, *_ in scene.others)]
+    frames = draw_frames(road, states, colours, [cars[0].x for cars in states])
     return Clip(
         key=f"driving-{split}-{number:06d}",
         caption=caption(scene, states),
@@ -120,7 +99,7 @@ def _render_clip(dash_spacing: float, split: SplitName, seed: int, number: int) 
         frames=frames,
         controls={
             "actions": [{"speed": round(cars[0].speed, 2), "heading": round(cars[0].heading, 3)} for cars in states],
-            "trajectory": trajectory,
+            "trajectory": [road.place(cars[0], cars[0].x) for cars in states],
         },
         attributes={
             "manoeuvre": scene.manoeuvre,
@@ -145,14 +124,13 @@ def draw_scene(generator: np.random.Generator, manoeuvre: str, lane: int, speed_
 def simulate(scene: Scene, dash_phase: float) -> list[list[CarState]]:
     """Where every car is in every frame; the green car is first.
 
-    The green car's sideways path is a minimum-jerk curve over ``CHANGE_FRAMES`` frames and its heading is tangent to
-    it, so a lane change is smooth and always complete. The others keep lane and speed.
+    The green car's sideways path takes ``CHANGE_FRAMES`` frames and its heading is tangent to it, so a lane change is
+    smooth and always complete. The others keep lane and speed.
     """
     times = np.arange(FRAMES) / FPS
-    progress = np.clip((np.arange(FRAMES) - scene.start_frame) / CHANGE_FRAMES, 0, 1)
+    done, rate = lane_change(scene.start_frame, CHANGE_FRAMES)
     step = (scene.target - scene.lane) * LANE_WIDTH
-    sideways = scene.lane * LANE_WIDTH + step * (10 * progress**3 - 15 * progress**4 + 6 * progress**5)
-    sideways_speed = step * 30 * (progress * (1 - progress)) ** 2 * FPS / CHANGE_FRAMES
+    sideways, sideways_speed = scene.lane * LANE_WIDTH + step * done, step * rate
     start = 100.0 + dash_phase
     states = []
     for frame, time in enumerate(times):
@@ -194,42 +172,3 @@ def caption(scene: Scene, states: list[list[CarState]]) -> str:
     for i, (colour, other_lane, _, _) in enumerate(scene.others, start=1):
         sentences.append(f"A {colour} car is {_relation(states[0], i)} in the {LANES[other_lane]} lane.")
     return " ".join(sentences)
-
-
-def draw_frames(
-    scene: Scene, states: list[list[CarState]], dash_spacing: float
-) -> tuple[np.ndarray, list[list[float]]]:
-    """uint8 [F, H, W, 3], and the green car's path [[x, y], ...] in pixels."""
-    import pygame
-    from highway_env.road.graphics import LaneGraphics, WorldSurface
-    from highway_env.road.road import RoadNetwork
-    from highway_env.vehicle.graphics import VehicleGraphics
-    from highway_env.vehicle.kinematics import Vehicle
-
-    class SparseLaneGraphics(LaneGraphics):
-        STRIPE_SPACING = dash_spacing
-
-    size = (WIDTH * SUPERSAMPLE, HEIGHT * SUPERSAMPLE)
-    surface = WorldSurface(size, 0, pygame.Surface(size))
-    surface.scaling = PIXELS_PER_METRE * SUPERSAMPLE
-    surface.centering_position = [EGO_X, 0.5]
-    lanes = RoadNetwork.straight_road_network(len(LANES)).lanes_list()
-    middle = LANE_WIDTH * (len(LANES) - 1) / 2
-    half_road = LANE_WIDTH * (len(LANES) / 2 + 0.1)
-    colours = ["green", *(colour for colour, *_ in scene.others)]
-    frames, trajectory = [], []
-    for cars in states:
-        surface.move_display_window_to(np.array([cars[0].x, middle]))
-        surface.fill(SHOULDER)
-        top, bottom = surface.pos2pix(0, middle - half_road)[1], surface.pos2pix(0, middle + half_road)[1]
-        surface.fill(ASPHALT, (0, top, size[0], bottom - top))
-        for lane in lanes:
-            SparseLaneGraphics.display(lane, surface)
-        for car, colour in zip(cars, colours, strict=True):
-            vehicle = Vehicle(None, (car.x, car.y), car.heading, car.speed)
-            vehicle.color = COLOURS[colour]
-            VehicleGraphics.display(vehicle, surface, offscreen=True)
-        image = np.transpose(pygame.surfarray.array3d(surface), (1, 0, 2))
-        frames.append(area_downscale(image, SUPERSAMPLE))
-        trajectory.append([round(EGO_X * WIDTH, 2), round(HEIGHT / 2 + (cars[0].y - middle) * PIXELS_PER_METRE, 2)])
-    return np.stack(frames), trajectory

@@ -15,7 +15,9 @@ class RenderOptions:
     heldout: int = option(64, "Held-out clips, of other scenes.", low=1)
     seed: int = option(0, "Seed of the scenes.", low=0)
     look: str | None = option(
-        None, "Driving: city, country. Robotics: middle, side. Games: high, low. First by default."
+        None,
+        "Driving: city, country. Driving-open: mixed, or sand, gravel, clay, concrete alone. Robotics: middle, side. "
+        "Games: high, low. First by default.",
     )
     workers: int = option(2, "Simulators at a time.", low=1)
 

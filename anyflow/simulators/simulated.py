@@ -24,6 +24,7 @@ FRAMES, HEIGHT, WIDTH = 17, 64, 96
 
 SIMULATORS = {
     "driving": "anyflow.simulators.driving",
+    "driving-open": "anyflow.simulators.driving_open",
     "robotics": "anyflow.simulators.robotics",
     "games": "anyflow.simulators.games",
 }

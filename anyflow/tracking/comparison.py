@@ -36,7 +36,7 @@ SETTINGS = {
 }
 """What must be the same for figures to compare, and what it is called."""
 
-SEEN_GIVEN = ("motion_accuracy", "motion_unread", "path_error", "sampling_seconds")
+SEEN_GIVEN = ("motion_accuracy", "motion_unread", "path_error", "whole_cars", "sampling_seconds")
 """Figures of whole clips, given frames included: being given some helps them."""
 
 NAMES_ALONE = ("run.name", "run.out", "run.tracking_uri", "run.recipe")

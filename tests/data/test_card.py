@@ -299,5 +299,7 @@ def test_make_refuses_numbers(tmp_path: Path, field: str, value: int) -> None:
 
 
 def test_make_of_an_unknown_domain(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'cooking' has no simulator: choose one of driving, robotics, games"):
+    with pytest.raises(
+        UserError, match="'cooking' has no simulator: choose one of driving, driving-open, robotics, games"
+    ):
         make.make_dataset("cooking", RenderOptions(1, 1), tmp_path / "set")

@@ -14,7 +14,7 @@ import pytest
 from anyflow.data.clip import Clip
 from anyflow.data.decode import ClipShape, decode_clip
 from anyflow.errors import UserError
-from anyflow.simulators import arena, driving, games, robotics
+from anyflow.simulators import arena, driving, driving_open, games, robotics
 from anyflow.simulators import simulated as sources
 from anyflow.system.pool import run_jobs
 
@@ -122,6 +122,59 @@ def test_driving_clips_show_what_they_say() -> None:
 def test_driving_repeats_itself() -> None:
     need("highway_env")
     assert driving._render_batch(COUNTRY, "train", 0, range(2)) == driving._render_batch(COUNTRY, "train", 0, range(2))
+
+
+def test_open_driving_draws_free_scenes_without_a_collision() -> None:
+    """Every number of lanes and cars, every road and colour; the first car stays in the picture, others come and go."""
+    generators = [sources.clip_generator(0, "train", number) for number in range(150)]
+    scenes = [driving_open.draw_scene(generator, driving_open.LOOKS["mixed"]) for generator in generators]
+    assert {scene.lanes for scene in scenes} == {2, 3, 4} and {scene.road for scene in scenes} == {*driving_open.ROADS}
+    assert {len(scene.paths) for scene in scenes} == {2, 3, 4, 5}
+    assert {colour for scene in scenes for colour in scene.colours} == {*driving_open.PALETTE}
+    edge = driving_open.HALF_VIEW - driving_open.CAR_LENGTH / 2
+    coming = [np.abs(path.ahead[[0, -1]]).max() > edge for scene in scenes for path in scene.paths[1:]]
+    changes = [abs(path.across[-1] - path.across[0]) > 1 for scene in scenes for path in scene.paths]
+    passing = [np.ptp(np.sign(path.ahead - scene.paths[0].ahead)) > 0 for scene in scenes for path in scene.paths[1:]]
+    assert np.mean(coming) > 0.2 and 0.1 < np.mean(changes) < 0.4 and np.mean(passing) > 0.1
+    for scene in scenes:
+        first, *others = scene.paths
+        assert np.abs(first.ahead).max() < driving_open.HALF_VIEW - driving_open.CAR_LENGTH / 2
+        for index, path in enumerate(others, start=1):
+            assert all(driving_open.are_clear(path, other) for other in scene.paths[:index])
+            assert path.speed.min() > 0 and np.abs(path.heading).max() < driving_open.STEEPEST
+            # a path's places follow from its speed
+            steps = np.diff(path.ahead) * driving_open.FPS
+            assert steps == pytest.approx(path.speed[:-1] - scene.camera_speed)
+
+
+def test_open_driving_clips_have_one_caption_and_show_their_cars() -> None:
+    need("highway_env")
+    looks = driving_open.LOOKS["mixed"]
+    clips = driving_open._render_batch(looks, "heldout", 3, range(3))
+    assert clips == driving_open._render_batch(looks, "heldout", 3, range(3))
+    assert clips[1:] == driving_open._render_batch(looks, "heldout", 3, range(1, 3))
+    assert {clip.caption for clip in clips} == {driving_open.CAPTION}
+    for clip in clips:
+        frames, colours = frames_of(clip), clip.attributes["colours"]
+        assert len(colours) == clip.attributes["cars"] + 1
+        for frame, cars in zip(frames, clip.controls["cars"], strict=True):
+            for (x, y, _), colour in zip(cars, colours, strict=True):
+                if 2 < x < 94:
+                    seen = frame[int(y) - 1 : int(y) + 2, int(x) - 1 : int(x) + 2].mean((0, 1))
+                    assert np.abs(seen - driving_open.PALETTE[colour]).max() < 30
+
+
+def test_the_shipped_clips_of_open_driving_are_what_their_card_makes() -> None:
+    """The clip of a number is the same however many are made; pixels may differ by what the encoder leaves."""
+    need("highway_env")
+    from anyflow.data.shards import load_index, read_clip
+
+    folder = Path(__file__).parents[2] / "data" / "starter" / "driving-open" / "heldout"
+    (shard, sample), *_ = load_index(folder)
+    shipped = read_clip(folder, shard, sample)
+    (made,) = driving_open._render_batch(driving_open.LOOKS["mixed"], "heldout", 1, range(1))
+    assert (made.key, made.attributes, made.controls) == (shipped.key, shipped.attributes, shipped.controls)
+    assert np.abs(frames_of(made).astype(int) - frames_of(shipped)).mean() < 1
 
 
 def test_the_arena_is_a_wad_and_reproducible() -> None:

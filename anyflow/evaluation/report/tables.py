@@ -15,6 +15,9 @@ from anyflow.system.tables import markdown_table
 COLUMNS = tuple(FIGURES[name] for name in ("motion_accuracy", "frame_frechet", "sliced_w1", "motion_energy"))
 """The measures of the first table, and of the plot."""
 
+WHOLE_CARS = FIGURES["whole_cars"]
+"""Leads both where a domain has it."""
+
 _FURTHER = ("frame_kernel", "spread", "temporal_consistency", "path_error", "given_frame_psnr", "preview_error")
 DETAILS = tuple(FIGURES[name] for name in _FURTHER)
 """The measures of the second table; figures that only some models have follow them."""
@@ -27,9 +30,14 @@ UNBOUNDED = 10_000
 """Letters of a line, more than any has: lines end where they are read."""
 
 
+def main_columns(curve: Curve) -> tuple[Figure, ...]:
+    """The columns of the first table."""
+    return (WHOLE_CARS, *COLUMNS) if _has(curve.real, WHOLE_CARS) else COLUMNS
+
+
 def detail_columns(curve: Curve) -> tuple[Figure, ...]:
     """The columns of the second table: those that the curve has any figure for."""
-    more = dict.fromkeys(name for marks in (*curve.rows, curve.real) for name in marks.more)
+    more = dict.fromkeys(name for marks in (*curve.rows, curve.real) for name in marks.more if name != WHOLE_CARS.name)
     further = [figure_of(name) or Figure(name, name.replace("_", " "), AS_REAL) for name in more]
     return tuple(figure for figure in (*DETAILS, *further) if any(_has(row, figure) for row in curve.rows))
 
@@ -86,7 +94,7 @@ def table_cells(
 def few_step_lines(before: Curve | None, after: Curve) -> list[str]:
     """What few steps cost in a word for each figure, and what is left of the few-step ability before."""
     lines = []
-    for column in (*COLUMNS, *detail_columns(after)):
+    for column in (*main_columns(after), *detail_columns(after)):
         if not column.compares:
             continue
         ratios = [few_step_ratio(curve, column.name) for curve in (before, after) if curve is not None]
@@ -103,7 +111,7 @@ def change_lines(before: Curve | None, after: Curve) -> list[str]:
     if before is None:
         return []
     lines = []
-    for column in (*COLUMNS, *detail_columns(after)):
+    for column in (*main_columns(after), *detail_columns(after)):
         if column.better != LOWER or not column.compares:
             continue
         found = {row.num_steps: change(before, after, column.name, row.num_steps) for row in after.rows}
@@ -157,7 +165,10 @@ def comparison_text(before: Curve | None, after: Curve) -> str:
     console = Console(file=sink, width=UNBOUNDED, color_system=None)
     details = detail_columns(after)
     parts = [details[start : start + ABREAST] for start in range(0, len(details), ABREAST)]
-    for title, columns in ((_title(before, after), COLUMNS), *(("More of the same samples", part) for part in parts)):
+    for title, columns in (
+        (_title(before, after), main_columns(after)),
+        *(("More of the same samples", part) for part in parts),
+    ):
         headings, rows = table_cells(before, after, columns)
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for heading in headings:
@@ -173,7 +184,7 @@ def comparison_text(before: Curve | None, after: Curve) -> str:
 def comparison_markdown(before: Curve | None, after: Curve) -> str:
     """Return the tables as Markdown, with the notes that a reader needs."""
     lines = [f"**{_title(before, after)}**"]
-    for columns in (COLUMNS, detail_columns(after)):
+    for columns in (main_columns(after), detail_columns(after)):
         if columns:
             lines += ["", *markdown_table(*table_cells(before, after, columns), "r")]
     if told := [*change_lines(before, after), *few_step_lines(before, after), *after.notes]:
@@ -183,6 +194,10 @@ def comparison_markdown(before: Curve | None, after: Curve) -> str:
         f"{after.clips} held-out prompts, {frames} frames of {width}x{height}, "
         f"seed {', '.join(map(str, after.all_seeds))}.",
         "Means over the seeds with their 95 % interval." if len(after.all_seeds) > 1 else "",
+        "Whole cars: clips in which every car keeps one colour, a car's area and outline in every frame, and comes and "
+        "goes at the picture's ends alone, read from the pixels."
+        if _has(after.real, WHOLE_CARS)
+        else "",
         "Motion right: the motion asked for, read from the pixels (95 % interval). Distances are to other real clips; "
         "lower is better; the row of real clips says what as many of them get. Frame Frechet is "
         "taken on fixed features of frames (it is not FVD). Motion energy: mean change from frame to frame in grey "
