@@ -237,6 +237,7 @@ close_tracking(open_tracking(run, uri="sqlite:///mlflow.db", experiment="study",
 """
 
 
+@pytest.mark.slow
 def test_trainings_that_start_together_make_one_database(tmp_path: Path) -> None:
     """Each made tables of its own accord; none could use what came of it, then or later."""
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}

@@ -74,7 +74,8 @@ def test_killed_while_indexing(kills: int, tmp_path: Path, project: Path, monkey
 
 
 @pytest.mark.parametrize(
-    ("kills", "ranks", "workers"), [(2, 1, 1), pytest.param(10, 1, 2, marks=TEN), pytest.param(10, 2, 2, marks=TEN)]
+    ("kills", "ranks", "workers"),
+    [pytest.param(2, 1, 1, marks=TEN), pytest.param(10, 1, 2, marks=TEN), pytest.param(10, 2, 2, marks=TEN)],
 )
 def test_killed_while_streaming(kills: int, ranks: int, workers: int, tmp_path: Path, project: Path) -> None:
     """Killed at random batches: the run sees what an uninterrupted one sees, each clip once an epoch."""
