@@ -104,8 +104,8 @@ class ClipDataset(BatchDataset):
         self.latent_shape = latent_shape
 
     def __getitem__(self, index: int) -> Batch:
-        places = [self._place_of(clip) for clip in range(self.batch * index, self.batch * (index + 1))]
-        places = places[self.rank :: self.world_size]
+        own = range(self.batch * index + self.rank, self.batch * (index + 1), self.world_size)
+        places = [self._place_of(clip) for clip in own]
         pixels = self._allocate(len(places))
         bad: dict[tuple[int, int], Skip] = {}
         try:
