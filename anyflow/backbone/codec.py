@@ -84,7 +84,7 @@ class Codec(nn.Module):
         self._dtypes = (torch.float32, torch.float32)
         self._text_cache: OrderedDict[str, Tensor] = OrderedDict()
         self._text_cache_bytes = 0
-        self._cut_prompts = 0
+        self._cut_prompts = CutPrompts()
         self.requires_grad_(False)
         self.train(False)
 
@@ -293,7 +293,7 @@ class Codec(nn.Module):
         if self.tokenizer is None or self.text_encoder is None:
             raise UserError("This codec has no text encoder: load it with text=True, or train on encoded captions.")
         prompt = clean_prompt(caption)
-        self._tell_of_cut(prompt)
+        self._cut_prompts.see(prompt, self.tokenizer)
         tokens = self.tokenizer(
             prompt,
             max_length=MAX_TEXT_TOKENS,
@@ -305,17 +305,24 @@ class Codec(nn.Module):
             output = self.text_encoder(tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device))
         return output.last_hidden_state[0].cpu()
 
-    def _tell_of_cut(self, prompt: str) -> None:
-        """Warn of a prompt that is read in part: of the first one, the tenth, the hundredth ..."""
+
+class CutPrompts:
+    """Warns of prompts that are read in part: of the first one, the tenth, the hundredth ..."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def see(self, prompt: str, tokenizer: Any) -> None:
+        """Count a prompt, if it has more tokens than are read."""
         if len(prompt.encode()) < MAX_TEXT_TOKENS:  # a token is a byte at least
             return
-        length = len(self.tokenizer(prompt, add_special_tokens=True).input_ids)
+        length = len(tokenizer(prompt, add_special_tokens=True).input_ids)
         if length > MAX_TEXT_TOKENS:
-            self._cut_prompts += 1
-            if str(self._cut_prompts).strip("0") == "1":
+            self.count += 1
+            if str(self.count).strip("0") == "1":
                 log.warning(
                     "prompts longer than the %d tokens that are read of one: %d so far; %r ... has %d",
-                    *(MAX_TEXT_TOKENS, self._cut_prompts, prompt[:60], length),
+                    *(MAX_TEXT_TOKENS, self.count, prompt[:60], length),
                 )
 
 

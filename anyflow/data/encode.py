@@ -261,39 +261,6 @@ class Encoding:
             self.run(job, progress)
         self.finish()
 
-    def estimate(self, timed: TimedTexts | None = None) -> EncodingCost:
-        """Encode the first usable clip twice, once to warm up, and a few captions, and multiply.
-
-        Args:
-            timed: the captions, where this process need not read all of them.
-
-        Raises:
-            UserError: none of the first clips can be used.
-        """
-        text_seconds, text_bytes = 0.0, 0
-        timed = timed or self.timed_texts
-        for text in timed.texts:
-            started = time.perf_counter()
-            text_bytes += len(_save("text", self.codec.embed(text))) + 4 * TAR_BLOCK
-            text_seconds += time.perf_counter() - started
-        for number, (_, _, chosen) in enumerate(self.places[:20]):
-            for _, parts in self._encoded(range(number, number + 1), {}, None):
-                started = time.perf_counter()
-                list(self._encoded(range(number, number + 1), {}, None))
-                seconds = time.perf_counter() - started
-                size = sum(map(len, parts.values())) + 3 * TAR_BLOCK
-                # A clip of another shape costs by its tokens.
-                clips = sum(tokens(self.shapes[other]) for _, _, other in self.places) / tokens(self.shapes[chosen])
-                texts = timed.of / max(len(timed.texts), 1)
-                self.skipped, self.done = [], 0
-                return EncodingCost(
-                    len(self.places),
-                    timed.of,
-                    round(clips * size + texts * text_bytes),
-                    clips * seconds + texts * text_seconds,
-                )
-        raise UserError(f"card {self.title}: none of the first clips can be encoded")
-
     def _encoded(
         self, numbers: range, latent_shapes: dict[int, LatentShape], progress: Callable[[int, int], None] | None
     ) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -334,6 +301,41 @@ class Encoding:
             return note if same and whole and {"skipped", "latent_shapes"} <= note.keys() else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
+
+
+def estimate(encoding: Encoding, timed: TimedTexts | None = None) -> EncodingCost:
+    """What it takes: encode the first usable clip twice, once to warm up, and a few captions, and multiply.
+
+    Args:
+        encoding: of what.
+        timed: the captions, where this process need not read all of them.
+
+    Raises:
+        UserError: none of the first clips can be used.
+    """
+    text_seconds, text_bytes = 0.0, 0
+    timed, places, shapes = timed or encoding.timed_texts, encoding.places, encoding.shapes
+    for text in timed.texts:
+        started = time.perf_counter()
+        text_bytes += len(_save("text", encoding.codec.embed(text))) + 4 * TAR_BLOCK
+        text_seconds += time.perf_counter() - started
+    for number, (_, _, chosen) in enumerate(places[:20]):
+        for _, parts in encoding._encoded(range(number, number + 1), {}, None):
+            started = time.perf_counter()
+            list(encoding._encoded(range(number, number + 1), {}, None))
+            seconds = time.perf_counter() - started
+            size = sum(map(len, parts.values())) + 3 * TAR_BLOCK
+            # A clip of another shape costs by its tokens.
+            clips = sum(tokens(shapes[other]) for _, _, other in places) / tokens(shapes[chosen])
+            texts = timed.of / max(len(timed.texts), 1)
+            encoding.skipped, encoding.done = [], 0
+            return EncodingCost(
+                len(places),
+                timed.of,
+                round(clips * size + texts * text_bytes),
+                clips * seconds + texts * text_seconds,
+            )
+    raise UserError(f"card {encoding.title}: none of the first clips can be encoded")
 
 
 def _save(name: str, tensor: Tensor) -> bytes:

@@ -137,7 +137,7 @@ def _merge(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Recipe:
             else:  # of a network's dimensions
                 values[field] = {**values.get(field, {}), key.removeprefix(f"{field}."): value}
     try:
-        values = resolved(values, to_dict(Recipe()))
+        values = resolved(values, lambda: to_dict(Recipe()))
     except KeyError as error:
         key, reason = error.args
         raise UserError(f"{key}={values[key]!r} ({sources[key]}) refers to nothing ({reason}): name a field") from None

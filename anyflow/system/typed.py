@@ -10,7 +10,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,12 +65,12 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(_one_line(error)) from None
 
 
-def resolved(values: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:
+def resolved(values: Mapping[str, Any], beside: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     """Values by dotted key, with OmegaConf's interpolations replaced: ``${stage.steps}``, ``${oc.env:HOME}``.
 
     Args:
         values: What was given.
-        beside: The nested tree of what holds otherwise, which interpolations may name too.
+        beside: Makes the nested tree of what holds otherwise, which interpolations may name too.
 
     Raises:
         KeyError: One of them names nothing; its arguments are the key and OmegaConf's reason.
@@ -80,7 +80,7 @@ def resolved(values: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, 
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    tree, found = OmegaConf.create(dict(beside)), {}
+    tree, found = OmegaConf.create(dict(beside())), {}
     for key, value in values.items():
         OmegaConf.update(tree, key, value, force_add=True)
     for key in values:

@@ -32,7 +32,7 @@ from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.backbone.roles import AdapterRoles, Roles, SeparateRoles
 from anyflow.data.cache import TextStore
 from anyflow.data.decode import ClipShape
-from anyflow.data.encode import Encoding
+from anyflow.data.encode import Encoding, estimate
 from anyflow.data.module import VideoDataModule
 from anyflow.data.reader import ShardReader, find_split
 from anyflow.recipe import Recipe
@@ -267,7 +267,7 @@ def make_cache(encoding: Encoding, codec: Codec, accelerator: str) -> None:
     with encoding.held(), codec.lent(join_ranks(accelerator)):
         if encoding.is_whole():  # another process has made it meanwhile
             return
-        print(f"encoding {encoding.title}: {encoding.estimate().told()}", file=sys.stderr)
+        print(f"encoding {encoding.title}: {estimate(encoding).told()}", file=sys.stderr)
         with progress_line(f"encoding {encoding.title}") as on_progress:
             encoding.all(on_progress)
 

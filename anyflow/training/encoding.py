@@ -13,7 +13,7 @@ import torch
 
 from anyflow.backbone.codec import Codec
 from anyflow.data.decode import ClipShape
-from anyflow.data.encode import Encoding
+from anyflow.data.encode import Encoding, estimate
 from anyflow.data.encode_parts import CachePart, EncodingCost, TimedTexts
 from anyflow.data.skips import Skip, enforce_budget
 from anyflow.errors import UserError
@@ -125,7 +125,7 @@ def _do(
     progress: Callable[[int, int], None] | None, encoding: Encoding, task: CachePart | TimedTexts
 ) -> EncodingCost | list[Skip]:
     """A worker's task: how long it takes, or a shard."""
-    return encoding.estimate(task) if isinstance(task, TimedTexts) else encoding.run(task, progress)
+    return estimate(encoding, task) if isinstance(task, TimedTexts) else encoding.run(task, progress)
 
 
 def devices_here() -> tuple[str, int]:

@@ -42,6 +42,13 @@ def here(*words: str) -> Any:
     return done
 
 
+def call(*words: str) -> str:
+    """What ``anyflow words...`` prints on stdout, in this process; its own exceptions come through."""
+    done = here(*words)
+    assert done.exit_code == 0, done.output
+    return str(done.stdout)
+
+
 def _app() -> Any:
     from anyflow.cli.main import app
 

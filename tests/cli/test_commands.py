@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
+from shell import call
 
-from anyflow.cli.main import app
 from anyflow.errors import UserError
 from anyflow.recipe import load_recipe, save_recipe
 
@@ -20,15 +19,6 @@ from anyflow.recipe import load_recipe, save_recipe
 @pytest.fixture(autouse=True)
 def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
-
-
-def call(*words: str) -> str:
-    """What the command prints on stdout; its own exceptions come through."""
-    done = CliRunner().invoke(app, list(words), catch_exceptions=True)
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    assert done.exit_code == 0, done.output
-    return done.stdout
 
 
 def test_sample_shows_step_counts_side_by_side(small_model: Path, tmp_path: Path) -> None:

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from shell import call
 
-from anyflow.cli.main import app
 from anyflow.data.card import load_card
 from anyflow.data.remote import cache_root
 from anyflow.errors import UserError
@@ -29,14 +28,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "home"
-
-
-def call(*words: str) -> str:
-    done = CliRunner().invoke(app, list(words), catch_exceptions=True)
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    assert done.exit_code == 0, done.output
-    return done.stdout
 
 
 @pytest.mark.parametrize(

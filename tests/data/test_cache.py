@@ -14,7 +14,7 @@ from torch import Tensor
 from anyflow.data import encode as encoding
 from anyflow.data.cache import CACHE_FILE, TextStore, load_cache
 from anyflow.data.decode import ClipShape
-from anyflow.data.encode import Encoding
+from anyflow.data.encode import Encoding, estimate
 from anyflow.data.module import VideoDataModule
 from anyflow.data.shards import check_folder, load_index
 from anyflow.errors import UserError
@@ -107,7 +107,7 @@ def test_a_run_goes_on_where_its_cache_was_computed_again(shards: Path, tmp_path
 
 def test_the_cost_is_told_beforehand(shards: Path) -> None:
     """Tar members are padded to blocks and a tar ends with some: the estimate is within a block or two a clip."""
-    cost = Encoding(shards, "train", MeanCodec(), [SHAPE]).estimate()
+    cost = estimate(Encoding(shards, "train", MeanCodec(), [SHAPE]))
     folder = encode(shards, MeanCodec())
     made = load_index(folder).bytes + load_index(folder / "texts").bytes
     assert cost.clips == cost.texts == CLIPS and cost.seconds > 0

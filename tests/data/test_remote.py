@@ -39,10 +39,8 @@ CARD = {
 
 
 @pytest.fixture(autouse=True)
-def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of the test's own, short waits, and blocks smaller than a shard."""
-    monkeypatch.setenv(remote.CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "BACK_OFF", 0.01)
+def quick(own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Besides, no long wait for an answer, and blocks smaller than a shard."""
     monkeypatch.setattr(remote, "TIMEOUT", 1.0)
     monkeypatch.setattr(remote, "BLOCK", 8192)
     monkeypatch.setattr(remote, "_fresh", set())
@@ -224,34 +222,14 @@ def test_a_senseless_bound_is_a_sentence(web: Web, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def bucket(make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The data set in a bucket of a real S3 server on this machine; credentials are in the environment."""
-    pytest.importorskip("s3fs", reason="pip install '.[dev]'")
-    server_module = pytest.importorskip("moto.server", reason="pip install '.[dev]'")
-    import boto3
-    import s3fs
-
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    address = "http://{}:{}".format(*server.get_host_and_port())
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test-key",
-        "AWS_SECRET_ACCESS_KEY": "test-secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": address,
-    }.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    client = boto3.client("s3", endpoint_url=address)
-    client.create_bucket(Bucket="footage")
+def bucket(make_shards: MakeShards, s3: Any) -> tuple[Any, Path]:
+    """The data set in a bucket, and its folder here."""
     folder = make_shards().parent
     (folder / "card.yaml").write_text(yaml.safe_dump(CARD))
     for path in sorted(folder.rglob("*.*")):
         if path.is_file() and "cache" not in path.parts:
-            client.upload_file(str(path), "footage", f"sets/tiny/{path.relative_to(folder).as_posix()}")
-    yield client, folder
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+            s3.upload_file(str(path), "footage", f"sets/tiny/{path.relative_to(folder).as_posix()}")
+    return s3, folder
 
 
 def test_a_data_set_in_a_bucket_reads_as_one_on_disk(bucket: Any, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from test_cache import MeanCodec, encode
 from typer.testing import CliRunner
 
 from anyflow.cli.main import app
-from anyflow.data import remote, tar_index
+from anyflow.data import tar_index
 from anyflow.data.card import check_shards
 from anyflow.data.check import check_card
 from anyflow.data.contact_sheet import contact_sheet
@@ -29,23 +28,7 @@ from anyflow.data.tar_index import left_out_of, scan
 from anyflow.data.tars import load_set
 from anyflow.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(remote.CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "BACK_OFF", 0.01)
-
-
-@pytest.fixture
-def again(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Forget what this process looked at: as a new one would begin."""
-
-    def forget() -> None:
-        tar_index._ready.clear()
-        if "s3fs" in sys.modules:
-            sys.modules["s3fs"].S3FileSystem.clear_instance_cache()
-
-    return forget
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # --- the index -------------------------------------------------------------------------------------------------------

@@ -15,16 +15,12 @@ import pytest
 from tar_files import sample, video, write_set, write_tar
 from tiny_shards import FRAMES, HEIGHT, WIDTH
 
-from anyflow.data import remote
 from anyflow.data.batches import Batch
 from anyflow.data.card import load_card
 from anyflow.data.module import VideoDataModule
 from anyflow.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(remote.CACHE_VARIABLE, str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def card_of(folder: Path, **changes: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from hypothesis import strategies as st
 from tar_cards import captions, card_of, reader_of
 from tar_files import sample, video, write_set, write_tar
 
-from anyflow.data import remote, tar_index
 from anyflow.data.card import check_shards, load_card
 from anyflow.data.decode import DecodeError
 from anyflow.data.find import is_tars
@@ -27,23 +25,7 @@ from anyflow.data.tars import load_set, short_name
 from anyflow.errors import UserError
 from anyflow.recipe import load_recipe
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(remote.CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "BACK_OFF", 0.01)
-
-
-@pytest.fixture
-def again(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Forget what this process looked at: as a new one would begin."""
-
-    def forget() -> None:
-        tar_index._ready.clear()
-        if "s3fs" in sys.modules:
-            sys.modules["s3fs"].S3FileSystem.clear_instance_cache()
-
-    return forget
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # --- naming them -----------------------------------------------------------------------------------------------------

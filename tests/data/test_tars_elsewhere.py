@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,13 @@ from tar_cards import captions, card_of, module_of, reader_of
 from tar_files import sample, write_set, write_tar
 from web import serve
 
-from anyflow.data import places, remote, tar_index
+from anyflow.data import places, remote
 from anyflow.data.card import load_card
 from anyflow.data.reader import find_split
 from anyflow.data.tars import expand
 from anyflow.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(remote.CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "BACK_OFF", 0.01)
-
-
-@pytest.fixture
-def again(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Forget what this process looked at: as a new one would begin."""
-
-    def forget() -> None:
-        tar_index._ready.clear()
-        if "s3fs" in sys.modules:
-            sys.modules["s3fs"].S3FileSystem.clear_instance_cache()
-
-    return forget
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_tars_on_a_web_server_are_indexed_by_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,32 +74,12 @@ def test_tars_on_a_web_server_are_streamed(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A bucket with three tars, of a real S3 server on this machine."""
-    pytest.importorskip("s3fs", reason="pip install '.[dev]'")
-    server_module = pytest.importorskip("moto.server", reason="pip install '.[dev]'")
-    import boto3
-    import s3fs
-
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    address = "http://{}:{}".format(*server.get_host_and_port())
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test-key",
-        "AWS_SECRET_ACCESS_KEY": "test-secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": address,
-    }.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    client = boto3.client("s3", endpoint_url=address)
-    client.create_bucket(Bucket="footage")
+def bucket(s3: Any, tmp_path: Path) -> Any:
+    """A bucket with three tars."""
     write_set(tmp_path / "set", [3, 3, 2])
     for path in (tmp_path / "set").iterdir():
-        client.upload_file(str(path), "footage", f"my/set/{path.name}")
-    yield client
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+        s3.upload_file(str(path), "footage", f"my/set/{path.name}")
+    return s3
 
 
 def test_tars_in_a_bucket(bucket: Any, tmp_path: Path, again: Any) -> None:
