@@ -30,7 +30,7 @@ class EncodeOptions:
     size: tuple[int, int] | None = option(None, "WIDTHxHEIGHT; without it the model's own.")
     fps: float | None = option(None, "Frames a second; without it the model's own.")
     buckets: tuple[str, ...] = option((), "Further shapes, FRAMESxHEIGHTxWIDTH with commas.")
-    devices: int = option(0, "Processes, one a device; 0: all GPUs, or one on the CPU.", low=0)
+    devices: int = option(0, "Processes, one a GPU, or of one CPU thread each; 0: all GPUs, or one on the CPU.", low=0)
     precision: str = option("", "hardware.precision of the training to come; without it that of the model's recipe.")
     out: Path | None = option(None, "Where the cache is made; without it beside the card.")
 

@@ -124,8 +124,17 @@ def _begin(job: EncodingJob, name: str) -> Encoding:
 def _do(
     progress: Callable[[int, int], None] | None, encoding: Encoding, task: CachePart | TimedTexts
 ) -> EncodingCost | list[Skip]:
-    """A worker's task: how long it takes, or a shard."""
-    return estimate(encoding, task) if isinstance(task, TimedTexts) else encoding.run(task, progress)
+    """A worker's task: how long it takes, or a shard.
+
+    By one thread, so that sums have one order and the bytes are the same wherever they are made; several workers of a
+    CPU would also fight for its cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return estimate(encoding, task) if isinstance(task, TimedTexts) else encoding.run(task, progress)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def devices_here() -> tuple[str, int]:

@@ -71,7 +71,8 @@ def _engines() -> Iterator[tuple[str, Engine]]:
 @contextmanager
 def _cluster(workers: int) -> Iterator[None]:
     """A Ray cluster in this machine alone, with a token of its own, while the block lasts."""
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # a process reads it once
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray's usual 15 would lose to whatever else runs here
     import ray
 

@@ -72,6 +72,23 @@ def test_two_ranks_make_the_same_cache(small_model: Path, alone: Path, tmp_path:
     assert contents(tmp_path / alone.name) == contents(alone)
 
 
+def test_a_worker_encodes_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the last bits of a cache depend on the machine's cores, and workers of a CPU fight for them."""
+    import torch
+
+    from anyflow.training import encoding
+
+    seen = []
+    monkeypatch.setattr(encoding, "estimate", lambda *_: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        encoding._do(None, object(), encoding.TimedTexts((), 0))  # type: ignore[arg-type]
+        assert seen == [1] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.slow
 def test_killed_ranks_go_on_where_they_stopped(small_model: Path, alone: Path, tmp_path: Path) -> None:
     """Two ranks are killed when a shard is whole; one process ends the work and does not touch that shard."""
