@@ -71,14 +71,14 @@ class Judge:
         """
         motion = _read(clips, self.items)
         made, made_latents = self._compared(clips), latents[:, self.left_out :]
-        features, several = frame_features(made), len(clips) > 1
+        features, several, spreads = frame_features(made), len(clips) > 1, len(self.latents) > 1
         given = given_frame_psnr(clips[:, : self.given_frames], real[:, : self.given_frames]) if self.given else None
-        ends = finals[:, self.left_out :] if finals is not None and self.has_previews else None
+        ends = finals[:, self.left_out :] if finals is not None and self.has_previews and spreads else None
         return Marks(
             sliced_w1=sliced_wasserstein(made_latents, self.latents),
             frame_frechet=frechet(self.features, features),
             frame_kernel=kernel_distance(self.features, features, clips=len(clips)) if several else None,
-            spread=spread_ratio(made_latents, self.latents) if several else None,
+            spread=spread_ratio(made_latents, self.latents) if several and spreads else None,
             motion_accuracy=motion.accuracy,
             motion_unread=motion.unread,
             motion_clips=motion.clips or None,

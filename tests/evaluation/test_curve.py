@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +235,13 @@ def test_a_preview_is_compared_with_the_same_noise_at_the_most_steps() -> None:
         return exact_sampler(ITEMS)(*arguments)
 
     assert measure_curve(renoised, BlockCodec(), ITEMS[:2], REFERENCE, **options).curve.rows[0].preview_error is None
+
+
+def test_one_clip_to_compare_with_has_no_spread() -> None:
+    """Figures in units of the reference's spread are left out, where they would divide by 0."""
+    curve = measure_curve(exact_sampler(ITEMS[:1]), BlockCodec(), ITEMS[:1], REFERENCE[:1], steps=(1, 2)).curve
+    assert (curve.rows[0].preview_error, curve.rows[0].spread, curve.real.spread) == (None, None, None)
+    assert "NaN" not in json.dumps(asdict(curve))
 
 
 def test_given_frames_come_from_the_prompts_own_clips() -> None:
