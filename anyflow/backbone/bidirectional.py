@@ -25,6 +25,7 @@ from anyflow.backbone.attention import (
     with_spare_token,
 )
 from anyflow.backbone.conditions import Conditions, Text
+from anyflow.backbone.controls import MODULE as CONTROLS
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.backbone.segments import SegmentMask
 
@@ -35,6 +36,7 @@ FLOAT32_PARTS = (
     "delta_emb_gate",
     "scale_shift_table",
     "norm2",
+    CONTROLS,
     "lora_",
 )
 """Parameters whose names contain one of these stay float32 at any precision.
@@ -83,7 +85,7 @@ class BidirectionalBackbone(FlowMapBackbone):
         hidden = self.transformer.patch_embedding(latents.to(self.dtype).transpose(1, 2))
         frames, height, width = hidden.shape[2:]
         hidden = hidden.flatten(2).transpose(1, 2)  # [B, L, dim], L = frames * height * width
-        time, modulation = self._embed_times(timestep, r_timestep, tokens_per_frame=height * width)
+        time, modulation = self._embed_times(timestep, r_timestep, height * width, conditions.controls)
         table = self._rotary_table((start + frames, height, width), hidden.device)
         rotary = tuple(part[:, -hidden.shape[1] :] for part in table)
         hidden = self._through_blocks(hidden, conditions.text, modulation, rotary, None, memories)  # type: ignore[arg-type]
@@ -126,11 +128,16 @@ class BidirectionalBackbone(FlowMapBackbone):
         return modulated.to(net.proj_out.weight.dtype)
 
     def _embed_times(
-        self, timestep: Tensor, r_timestep: Tensor, tokens_per_frame: int | Sequence[int]
+        self,
+        timestep: Tensor,
+        r_timestep: Tensor,
+        tokens_per_frame: int | Sequence[int],
+        controls: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Embedding ``[B, N, dim]`` and modulation ``[B, N, 6, dim]``, float32; N is 1, or L for times ``[B, F]``.
+        """Embedding ``[B, N, dim]`` and modulation ``[B, N, 6, dim]``, float32, of times and controls.
 
-        ``tokens_per_frame`` is one number, or one a frame where they differ.
+        N is 1, or L where frames differ: for times ``[B, F]``, or controls ``[B, F, P, W]`` of a network that knows
+        such. ``tokens_per_frame`` is one number, or one a frame where they differ.
         """
         embedder = self.transformer.condition_embedder
         second = r_timestep if embedder.deltatime_type == "r" else timestep - r_timestep
@@ -139,11 +146,15 @@ class BidirectionalBackbone(FlowMapBackbone):
             delta = _embed(embedder.timesteps_proj, embedder.delta_embedder, second)
             gate = embedder.delta_emb_gate
             embedding = (1 - gate) * time + gate * delta
+            embedding = embedding[:, None] if timestep.ndim == 1 else embedding
+            if (embed := getattr(embedder, CONTROLS, None)) is not None:
+                told = embed.nothing(len(timestep)) if controls is None else controls
+                embedding = embedding + embed(told)
             project = embedder.time_proj
             modulation = project(embedder.act_fn(embedding).to(project.weight.dtype)).float().unflatten(-1, (6, -1))
-        if timestep.ndim == 1:
-            return embedding[:, None], modulation[:, None]
-        frames = timestep.shape[1]
+        frames = embedding.shape[1]
+        if timestep.ndim == 1 and (embed is None or controls is None):
+            return embedding, modulation
         each = [tokens_per_frame] * frames if isinstance(tokens_per_frame, int) else list(tokens_per_frame)
         repeats, total = torch.tensor(each, device=timestep.device), sum(each)  # the total: nothing waits for a device
         return (

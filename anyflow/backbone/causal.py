@@ -14,9 +14,11 @@ under checkpointing are exact, and each answer equals that of the one-pass mode.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -133,7 +135,7 @@ class CausalBackbone(BidirectionalBackbone):
         hidden = torch.cat([part.flatten(2) for part in parts], dim=2).transpose(1, 2)
 
         sizes = [far_tokens] * context + [tokens] * (layout.num_frames - context)
-        time, modulation = self._embed_times(timestep, r_timestep, sizes)
+        time, modulation = self._embed_times(timestep, r_timestep, sizes, conditions.controls)
         mask = segment_mask(layout, tokens, far_tokens, self.attention)
         rotary = self._chunk_table(layout, grid, far_grid, hidden.device)
         hidden = self._through_blocks(hidden, conditions.text, modulation, rotary, mask, record)
@@ -179,12 +181,18 @@ class CausalBackbone(BidirectionalBackbone):
         asked = ask or self
 
         newest = lru_cache(maxsize=1)(lambda look: look())  # windows are large: one is kept
+        ends = list(accumulate(chunks))
+        done = 0
 
         def after(clean: Tensor, behind: Sequence[int]) -> BoundVelocity:
-            look = partial(self.look_back, clean, behind, conditions, ask)
-            return lambda z, t, r: asked(z, t, r, conditions, window=newest(look))
+            own = conditions.of_frames(slice(done, ends[bisect(ends, done)]))
+            earlier = conditions.of_frames(slice(done - clean.shape[1], done))
+            look = partial(self.look_back, clean, behind, earlier, ask)
+            return lambda z, t, r: asked(z, t, r, own, window=newest(look))
 
-        yield from follow_chunks(after, noise, jumps, chunks, conditions.first_frames, take, longest)
+        for part in follow_chunks(after, noise, jumps, chunks, conditions.first_frames, take, longest):
+            done += part.shape[1]
+            yield part
 
     def draw_layout(self, num_frames: int, uniforms: Tensor, long_context: float) -> ChunkLayout:
         limit = self.transformer.config.full_chunk_limit
@@ -202,7 +210,7 @@ class CausalBackbone(BidirectionalBackbone):
         Args:
             clean: latents ``[B, F, C, H, W]`` of the frames before, from the window's first on.
             chunks: their chunks.
-            conditions: what each sample is told.
+            conditions: what each sample is told, of these frames.
             ask: calls this network, in another role perhaps.
         """
         if not chunks:

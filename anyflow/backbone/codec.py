@@ -190,6 +190,11 @@ class Codec(nn.Module):
         config, spatial = self.vae.config, self.vae.config.scale_factor_spatial
         return (frames - 1) // config.scale_factor_temporal + 1, config.z_dim, height // spatial, width // spatial
 
+    @property
+    def temporal_factor(self) -> int:
+        """Pixel frames that a latent frame covers, but the first, which covers one."""
+        return self.vae.config.scale_factor_temporal
+
     def check_video_shape(self, frames: int, height: int, width: int) -> None:
         """Raise UserError for a clip that must be cropped first: not ``4n + 1`` frames, or a side that is not 16n."""
         config = self.vae.config

@@ -63,12 +63,19 @@ class Text(NamedTuple):
 
 
 class Conditions(NamedTuple):
-    """The conditions of a batch. Another kind of them is another field here, read by the network that knows it."""
+    """The conditions of a batch. Another kind of them is another field here, read by the network that knows it.
+
+    What belongs to frames belongs to those of the latents that go with it: :meth:`of_frames` takes the conditions of
+    some.
+    """
 
     text: Text
     """One prompt a sample."""
     first_frames: Tensor | None = None
     """``[B, k, C, H, W]``: clean latents that a rollout begins with, for image- or video-to-video; None: none."""
+    controls: Tensor | None = None
+    """``[B, F, P, W]`` float32: the W numbers of the P pixel frames that each latent frame covers, in their own units;
+    NaN: not known. None: none are."""
 
     @property
     def num_given(self) -> int:
@@ -77,13 +84,15 @@ class Conditions(NamedTuple):
 
     def select(self, rows: Tensor) -> Conditions:
         """Those of the given rows (int64 ``[n]``)."""
-        given = self.first_frames
-        return self._replace(text=self.text.select(rows), first_frames=None if given is None else given[rows])
+        return Conditions(self.text.select(rows), *(None if part is None else part[rows] for part in self[1:]))
+
+    def of_frames(self, frames: slice | Tensor) -> Conditions:
+        """For a call with these frames' latents alone."""
+        return self if self.controls is None else self._replace(controls=self.controls[:, frames])
 
     def with_negative(self, negative: Text) -> Conditions:
         """The batch twice: as it is, then with the negative prompt (one row) in place of each sample's own."""
         rows = torch.zeros(len(self.text.embeddings), dtype=torch.int64, device=self.text.embeddings.device)
         unprompted = negative.to(self.text.embeddings.device, self.text.embeddings.dtype).select(rows)
-        given = self.first_frames
         both = Text.concatenate([self.text, unprompted])
-        return self._replace(text=both, first_frames=None if given is None else torch.cat([given, given]))
+        return Conditions(both, *(None if part is None else torch.cat([part, part]) for part in self[1:]))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from anyflow.backbone.bidirectional import FLOAT32_PARTS, BidirectionalBackbone
 from anyflow.backbone.causal import CausalBackbone
+from anyflow.backbone.controls import CONFIG_KEY, ControlSettings, add_controls, new_weights
 from anyflow.backbone.files import read_json, read_weights, resolve_folder
 from anyflow.backbone.full import stored_name
 from anyflow.backbone.guidance import Guidance
@@ -63,6 +64,7 @@ def load_backbone(
     gradient_checkpointing: bool = False,
     leave_stored: bool = False,
     network: Mapping[str, Any] | None = None,
+    controls: ControlSettings | None = None,
 ) -> BidirectionalBackbone:
     """Load a network, converting a plain Wan transformer or a bidirectional network on the way.
 
@@ -75,14 +77,16 @@ def load_backbone(
         leave_stored: build on ``meta`` and leave the weights in their files until
             :func:`anyflow.backbone.parallelize.parallelize` lets every rank read its part.
         network: how a network that becomes causal divides videos: :data:`CHUNKING`; one that is causal knows.
+        controls: what it shall be told of each frame; one that has learnt this keeps the ranges that it learnt with.
+            None: what it has learnt.
 
     Raises:
         UserError: the folder is missing or incomplete, holds another kind of network, or its weights do not fit.
     """
     if not leave_stored:
-        transformer = load_transformer(path, dtype, architecture, network)
+        transformer = load_transformer(path, dtype, architecture, network, controls)
         return wrap(transformer, gradient_checkpointing).to(device)
-    found = read_transformer(path, None, architecture, network)
+    found = read_transformer(path, None, architecture, network, controls)
     backbone = wrap(_assemble(*found, assign=False), gradient_checkpointing)
     backbone.stored = StoredWeights(found.weights, lambda name: weight_precision(name, dtype))
     return backbone
@@ -111,13 +115,17 @@ class StoredWeights:
         return self  # files are shared: a copy of the network reads the same
 
 
-def new_backbone(config: dict[str, Any], seed: int, architecture: str = "bidirectional") -> BidirectionalBackbone:
+def new_backbone(
+    config: dict[str, Any], seed: int, architecture: str = "bidirectional", controls: ControlSettings | None = None
+) -> BidirectionalBackbone:
     """An untrained network of the given transformer configuration, with Wan's initialisation."""
     backbone, kind = backbone_class(architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformer = kind.from_config(dict(config))  # type: ignore[attr-defined]
+        transformer: Any = kind.from_config(dict(config))  # type: ignore[attr-defined]
         _initialise(transformer)
+        if controls is not None:
+            add_controls(transformer, controls).initialise(torch.Generator().manual_seed(seed))
     return backbone(transformer)
 
 
@@ -137,9 +145,11 @@ def load_transformer(
     dtype: torch.dtype = torch.float32,
     architecture: str | None = None,
     network: Mapping[str, Any] | None = None,
+    controls: ControlSettings | None = None,
 ) -> nn.Module:
     """diffusers' transformer of a checkpoint, on the CPU; see :func:`load_backbone`."""
-    return _assemble(*read_transformer(path, lambda name: weight_precision(name, dtype), architecture, network))
+    found = read_transformer(path, lambda name: weight_precision(name, dtype), architecture, network, controls)
+    return _assemble(*found)
 
 
 class Found(NamedTuple):
@@ -158,6 +168,7 @@ def read_transformer(
     precision: Callable[[str], torch.dtype] | None,
     architecture: str | None = None,
     network: Mapping[str, Any] | None = None,
+    controls: ControlSettings | None = None,
 ) -> Found:
     """What a checkpoint's folder holds, converted; see :func:`load_backbone` and ``read_weights``."""
     folder = resolve_folder(path)
@@ -183,7 +194,27 @@ def read_transformer(
     if wanted == "causal" and not is_causal:
         config = {**config, **{name: value for name, value in (network or {}).items() if name in CHUNKING}}
         weights = _with_far_patch(weights, config.get("compressed_patch_size", FAR_PATCH))
+    if controls is not None and check_controls(ControlSettings.of(config), controls, place):
+        weights = {**weights, **new_weights(controls, config["num_attention_heads"] * config["attention_head_dim"])}
+        config = {**config, CONFIG_KEY: controls.to_json()}
     return Found(target, config, weights, place)
+
+
+def check_controls(found: ControlSettings | None, asked: ControlSettings, place: Path | str) -> bool:
+    """Whether the controls that are asked for are new to a network.
+
+    Raises:
+        UserError: it was trained with others.
+    """
+    if found is None:
+        return True
+    (theirs, ours) = (
+        ", ".join(f"{name} ({facts['width']} numbers)" for name, facts in settings.controls.items())
+        for settings in (found, asked)
+    )
+    if theirs != ours or found.pixel_frames != asked.pixel_frames:
+        raise UserError(f"{place} was trained with the controls {theirs}; model.control asks for {ours}: name the same")
+    return False
 
 
 def read_shift(path: str | Path) -> float:
@@ -279,9 +310,12 @@ def _assemble(
 ) -> nn.Module:
     """Build without initialising (14 B random numbers take minutes), then put the weights in."""
     known = inspect.signature(kind.__init__).parameters
+    told = ControlSettings.of(config)
     config = {name: value for name, value in config.items() if name in known}
     with torch.device("meta"):
         transformer = kind.from_config(config)
+        if told is not None:
+            add_controls(transformer, told)
     _check_weights(transformer, weights, place)
     if assign:
         transformer.load_state_dict(weights, strict=True, assign=True)

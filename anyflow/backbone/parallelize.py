@@ -32,6 +32,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from anyflow.backbone.attention import KeptAttention
 from anyflow.backbone.compiled import compile_blocks
+from anyflow.backbone.controls import MODULE as CONTROLS
 from anyflow.backbone.load import StoredWeights
 from anyflow.backbone.options import ParallelOptions
 from anyflow.backbone.protocol import FlowMapBackbone
@@ -39,7 +40,7 @@ from anyflow.backbone.protocol import FlowMapBackbone
 WAIT = timedelta(minutes=30)
 """How long a rank waits for the others in one collective before it gives up."""
 
-_FLOAT32_UNITS = ("time_embedder", "delta_embedder", "time_proj")
+_FLOAT32_UNITS = ("time_embedder", "delta_embedder", "time_proj", CONTROLS)
 _LARGE_UNITS = ("patch_embedding", "far_patch_embedding", "condition_embedder.text_embedder", "proj_out")
 
 

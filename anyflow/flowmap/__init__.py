@@ -13,7 +13,7 @@ Conventions, the same in every file:
 ``u(z, t, r)``     the network: the mean velocity between t and r; ``u(z, t, t)`` is the instantaneous velocity
 flow map           ``z_r = z_t - (sigma_t - sigma_r) * u(z_t, t, r)``
 shift, s           ``sigma -> s * sigma / (1 + (s - 1) * sigma)``, applied to every drawn or scheduled sigma
-``rows``           whose text each row of a call carries: 0..B-1 the batch's, B the negative prompt
+``rows``           whose conditions each row of a call carries: i sample i's, B + i the same without its text
 =================  ==================================================================================================
 
 The identity behind training: for the exact map, ``u = v - (t - r) * du/dt``, the total derivative taken along the

@@ -44,6 +44,12 @@ class ChunkLayout:
         return sum(self.full)
 
     @property
+    def frames(self) -> list[int]:
+        """Of which frame of the clip each frame of the sequence is, or is a copy."""
+        last = self.context_frames + self.full_frames
+        return [*range(last), *(range(self.context_frames, last) if self.noisy else ())]
+
+    @property
     def num_frames(self) -> int:
         """Frames of the whole sequence that goes into the network."""
         return self.context_frames + self.full_frames * (2 if self.noisy else 1)
@@ -117,7 +123,7 @@ def in_chunks(layout: ChunkLayout, on_path: PathBatch) -> PathBatch:
         on_path: the clips. Frames without loss (a given first frame) keep their times.
     """
     context, last = layout.context_frames, layout.context_frames + layout.full_frames
-    frames = torch.tensor([*range(last), *range(context, last)], device=on_path.clean.device)
+    frames = torch.tensor(layout.frames, device=on_path.clean.device)
     is_noisy = torch.zeros(layout.num_frames, dtype=torch.bool, device=frames.device)
     is_noisy[context:last] = True
 

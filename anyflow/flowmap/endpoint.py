@@ -70,7 +70,7 @@ def consistency_loss(
         clean: ``[B, F, C, H, W]``.
         noise: standard normal, as ``clean``.
         timestep: ``[B]`` or ``[B, F]``.
-        rows: whose text each sample has; row B, a dropped text, is not guided.
+        rows: whose conditions each sample has; row B + i, a dropped text, is not guided.
         loss_frames: ``[B, F]`` mask of the frames that are trained.
         same_calls: as :func:`anyflow.flowmap.objective.flow_map_loss` takes it.
     """
@@ -102,13 +102,13 @@ def guided_velocity(teacher: Velocity, z: Tensor, timestep: Tensor, rows: Tensor
         teacher: the seam ``u(z, t, r, rows)``, asked at r = t.
         z: noised latents ``[B, ...]``.
         timestep: ``[B]`` or ``[B, F]``.
-        rows: whose text; row B is the negative prompt, which guidance leaves as it is.
+        rows: whose conditions; row B + i, without its text, is left as it is.
         scale: g of ``g * u_text + (1 - g) * u_negative``; 1 saves the negative pass.
     """
     time = at_least_float32(timestep)
     if scale == 1:
         return at_least_float32(teacher(z, time, time, rows))
-    twice, negative = torch.cat([time, time]), torch.full_like(rows, len(z))
+    twice, negative = torch.cat([time, time]), rows % len(z) + len(z)
     answers = teacher(torch.cat([z, z]), twice, twice, torch.cat([rows, negative]))
     conditional, unconditional = answers.chunk(2)
     return guide(conditional, unconditional, scale)

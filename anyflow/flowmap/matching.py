@@ -57,7 +57,7 @@ def matching_gradient(
         samples: the student's clean latents ``[B, F, C, H, W]``; their graph is not touched.
         noise: standard normal, as ``samples``.
         timestep: ``[B]``, or ``[B, F]`` with given frames at 0.
-        rows: ``[B]`` int64 whose text each sample was made with; the negative prompt is row B.
+        rows: ``[B]`` int64 whose conditions each sample was made with; row B + i has the negative prompt.
         extra_guidance: what the released recipe calls guidance: ``real = cond + extra * (cond - uncond)`` of the
             teacher's clean predictions. It comes ON TOP of the conditional prediction: the usual classifier-free
             guidance scale is ``1 + extra_guidance``, so the released 3 is a scale of 4. 0 is no guidance, and saves the
@@ -72,7 +72,7 @@ def matching_gradient(
     fake = clean_prediction(critic, rows)
     real = clean_prediction(teacher, rows)
     if extra_guidance != 0:
-        unconditional = clean_prediction(teacher, torch.full_like(rows, len(samples)))
+        unconditional = clean_prediction(teacher, rows % len(samples) + len(samples))
         real = real + extra_guidance * (real - unconditional)
     raw = fake - real
     distance = (samples - real).abs()

@@ -1,9 +1,9 @@
 """The forward flow-map objective: how a network learns mean velocities from data (sec. 3).
 
 Everything here takes the velocity seam ``u(z, t, r, rows) -> velocity``: ``z [n, F, C, H, W]`` (any ``[n, ...]``
-without frame masks), ``t`` and ``r`` timesteps ``[n]`` or ``[n, F]``, ``rows [n]`` int64 telling whose text each row
-carries: 0..B-1 are the batch's texts, B is the negative prompt, so a sample whose text was dropped has row B. The
-network must be deterministic (no dropout): noise between two passes would swamp the finite difference.
+without frame masks), ``t`` and ``r`` timesteps ``[n]`` or ``[n, F]``, ``rows [n]`` int64 telling whose conditions each
+row carries: i those of sample i, B + i the same with the negative prompt for its text, as a sample has whose text was
+dropped. The network must be deterministic (no dropout): noise between two passes would swamp the finite difference.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def flow_map_loss(
         noise: Standard normal, as ``clean``.
         timestep: t, ``[B]`` or ``[B, F]``, in 0..1000.
         r_timestep: r <= t, shaped as ``timestep`` (or ``[B]``).
-        rows: ``[B]`` int64: i for sample i's own text, B where it was dropped.
+        rows: ``[B]`` int64: i for sample i's own text, B + i where it was dropped.
         loss_frames: ``[B, F]`` mask of the frames that are trained; the others are given (t = r = 0), stay where they
             are in the finite difference and carry no loss. None: all frames.
         same_calls: Call the network equally often on every rank even where a rank has nothing to ask (one row is asked
@@ -238,7 +238,7 @@ class _Batch:
     def ask_negative(self, objective: FlowMapObjective, index: Tensor) -> Ask:
         """The unconditional question for some samples: the mean velocity, or the velocity for the guided tangent."""
         r = self.t if objective.guided_tangent else self.r
-        return self.z[index], self.t[index], r[index], torch.full_like(index, len(self.z))
+        return self.z[index], self.t[index], r[index], index + len(self.z)
 
     def first_row(self) -> Ask:
         """A question of one row, to ask in vain."""
@@ -265,7 +265,7 @@ def _pose(
     if r.ndim < t.ndim:
         r = r.unsqueeze(1)
     r = r.expand(t.shape)
-    is_dropped = rows == clean.shape[0]
+    is_dropped = rows >= clean.shape[0]
     scale = torch.full(rows.shape, objective.guidance_scale, dtype=t.dtype, device=clean.device)
     if objective.guided_tangent:
         scale = scale.masked_fill(is_dropped, 1.0)

@@ -32,6 +32,19 @@ class LoraRecipe(LoraOptions):
 
 
 @dataclass(frozen=True)
+class ControlRecipe:
+    """What the network is told of each frame: what an arm, a wheel or keys do."""
+
+    names: list[str] = _option(
+        [], "controls of the cards (anyflow data show), such as [actions]; empty: those that model.weights has learnt"
+    )
+    dropout: float = _option(
+        0.1, "share of the samples trained without their controls, on a learned vector in their place", low=0, high=1
+    )
+    width: int = _option(256, "hidden numbers of the network that embeds them; of a new one", low=1)
+
+
+@dataclass(frozen=True)
 class ModelRecipe:
     """Which network, which weights."""
 
@@ -53,6 +66,7 @@ class ModelRecipe:
     )
     negative_prompt: str = _option("", "text of the unconditional pass, and of samples whose text is dropped")
     lora: LoraRecipe = field(default_factory=LoraRecipe)
+    control: ControlRecipe = field(default_factory=ControlRecipe)
     network: dict[str, Any] = _option(
         {},
         "of a new network: dimensions that differ from the embedded one's; of one that becomes causal: its chunks "

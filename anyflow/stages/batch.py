@@ -11,6 +11,7 @@ from torch import Tensor
 
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.conditions import Conditions, Text
+from anyflow.backbone.controls import by_latent_frame, without
 from anyflow.backbone.protocol import Ask, FlowMapBackbone
 from anyflow.backbone.roles import bind
 from anyflow.flowmap.chunks import ChunkLayout, PathBatch, in_chunks
@@ -26,9 +27,11 @@ class Conditioning(ConditioningOptions):
 
     Attributes:
         negative_prompt: The text that stands for "no text": of dropped samples and of the unconditional pass.
+        control_drop: Share of the samples that are trained without their controls.
     """
 
     negative_prompt: str = ""
+    control_drop: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ class FlowBatch:
         clean: Normalised latents ``[B, F, C, H, W]``, float32.
         noise: Standard normal, as ``clean``.
         text: ``B + 1`` texts: the samples' own, then the negative prompt.
-        rows: ``[B]`` which text each sample is trained with: its own, or ``B`` where it was dropped.
+        rows: ``[B]`` whose conditions each sample is trained with: ``i``, or ``B + i`` where its text was dropped.
         is_first_frame_given: Whether this update trains image-to-video.
+        controls: ``[B, F, P, W]``, see :class:`~anyflow.backbone.conditions.Conditions`; NaN where they were dropped.
     """
 
     clean: Tensor
@@ -48,6 +52,7 @@ class FlowBatch:
     text: Text
     rows: Tensor
     is_first_frame_given: bool
+    controls: Tensor | None = None
 
     @property
     def own_rows(self) -> Tensor:
@@ -56,17 +61,25 @@ class FlowBatch:
 
     @property
     def conditions(self) -> Conditions:
-        """What a rollout is made under: each sample's own prompt, nothing dropped, and its first frame if given."""
+        """What a rollout is made under: each sample's own prompt and controls, and its first frame if given."""
         first_frames = self.clean[:, :1] if self.is_first_frame_given else None
-        return Conditions(self.text.select(self.own_rows), first_frames)
+        return self.conditions_of(self.own_rows)._replace(first_frames=first_frames)
+
+    def conditions_of(self, rows: Tensor) -> Conditions:
+        """Of some rows: ``i`` sample i's, ``B + i`` the same without its text."""
+        count = len(self.clean)
+        controls = None if self.controls is None else self.controls[rows % count]
+        return Conditions(self.text.select(rows.clamp(max=count)), controls=controls)
 
     def velocity(self, ask: Ask, layout: ChunkLayout | None = None) -> Velocity:
         """The seam ``u(z, t, r, rows)`` of a network or role under this batch's conditions.
 
         ``layout`` is that of a pass over chunks, if any.
         """
-        view = {} if layout is None else {"layout": layout}
-        return bind(ask, lambda rows: Conditions(self.text.select(rows)), **view)
+        if layout is None:
+            return bind(ask, self.conditions_of)
+        frames = torch.tensor(layout.frames, device=self.clean.device)
+        return bind(ask, lambda rows: self.conditions_of(rows).of_frames(frames), layout=layout)
 
     def on_path(self, timestep: Tensor, r_timestep: Tensor, layout: ChunkLayout | None = None) -> PathBatch:
         """The batch at times ``[B]`` as the network is taught it: a first frame given or not, in chunks or not."""
@@ -92,7 +105,7 @@ class Batches:
         self.update = update
 
     def prepare(self, batch: dict[str, Any], device: torch.device) -> FlowBatch:
-        """Encode what is not yet encoded, and draw noise and dropped texts."""
+        """Encode what is not yet encoded, and draw noise, dropped texts and dropped controls."""
         update, captions = self.update, [*batch["caption"], self.conditioning.negative_prompt]
         is_ready = "latents" in batch and self.codec.remembers(captions)
         with nullcontext() if is_ready else self.codec.lent(device):
@@ -100,10 +113,18 @@ class Batches:
             text = self.codec.encode_text(captions).to(device)
         clean = clean.to(device, torch.float32)
         count = len(clean)
-        drop = update.draw_all("drop", update.place_of(count)[1])[update.own_samples(count)]
-        rows = torch.arange(count).masked_fill(drop < self.conditioning.text_drop, count)
+        rows = torch.arange(count) + count * self._is_dropped("drop", self.conditioning.text_drop, count)
         is_given = update.chance("i2v") < self.conditioning.i2v_prob
-        return FlowBatch(clean, update.draw_noise("noise", clean), text, rows.to(device), is_given)
+        controls = batch.get("controls")
+        if controls is not None:
+            told = by_latent_frame(controls.to(device, torch.float32), self.codec.temporal_factor)
+            controls = without(told, self._is_dropped("controls", self.conditioning.control_drop, count))
+        return FlowBatch(clean, update.draw_noise("noise", clean), text, rows.to(device), is_given, controls)
+
+    def _is_dropped(self, purpose: str, share: float, count: int) -> Tensor:
+        """Which of a batch's samples do without something: ``[count]`` bool, drawn for the update's whole batch."""
+        drawn = self.update.draw_all(purpose, self.update.place_of(count)[1])
+        return drawn[self.update.own_samples(count)] < share
 
     def draw_layout(self, network: FlowMapBackbone, data: FlowBatch) -> ChunkLayout | None:
         """Which chunks of the clips this update trains, equal on all ranks; None: all frames at once."""

@@ -26,6 +26,7 @@ class StageParts:
         roles: student, critic and teacher, where the stage has a teacher.
         shift: the model's timestep shift.
         negative_prompt: the model's text that stands for "no text".
+        control_drop: share of the samples that are trained without their controls.
         recompute_jumps: keep the activations of one jump of a rollout alone.
     """
 
@@ -36,6 +37,7 @@ class StageParts:
     roles: Roles | None
     shift: float
     negative_prompt: str
+    control_drop: float
     recompute_jumps: bool
 
     @property
@@ -47,7 +49,7 @@ class StageParts:
     @property
     def conditioning(self) -> Conditioning:
         """What samples are told."""
-        return part_of(Conditioning, self.options, negative_prompt=self.negative_prompt)
+        return part_of(Conditioning, self.options, negative_prompt=self.negative_prompt, control_drop=self.control_drop)
 
     @property
     def objective(self) -> FlowMapObjective:

@@ -165,6 +165,7 @@ def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stag
         roles=roles,
         shift=recipe.model.shift,
         negative_prompt=recipe.model.negative_prompt,
+        control_drop=recipe.model.control.dropout,
         recompute_jumps=recipe.hardware.recompute_jumps,
     )
     return recipe.declared.load().build(parts)

@@ -81,7 +81,7 @@ def _step(roles: Roles, conditions: Conditions, latents: Tensor, jumps: list[tup
     rows = torch.arange(len(clean), device=clean.device)
     uniforms = torch.linspace(0.05, 0.95, len(clean), device=clean.device)
     student, critic, teacher = (
-        bind(partial(roles, role), conditions.select)
+        bind(partial(roles, role), lambda rows: conditions.select(rows.clamp(max=len(clean))))
         for role in ("student", "critic", "teacher")  # type: ignore[arg-type]
     )
 

@@ -82,15 +82,15 @@ def _ways(
     clean, noise = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
     drawn = draw_intervals(torch.rand(batch_size, 2, generator=generator), shift=SHIFT).to(device)
     dropped = torch.rand(batch_size, generator=generator) < 0.1
-    rows = torch.arange(batch_size).masked_fill(dropped, batch_size).to(device)
+    rows = (torch.arange(batch_size) + batch_size * dropped).to(device)
     text, padded = _texts(batch_size, padded_length, stock.config.text_dim, generator, device)
 
     def ours(z: Tensor, t: Tensor, r: Tensor, which: Tensor) -> Tensor:
-        return backbone(z, t, r, Conditions(text.select(which)))
+        return backbone(z, t, r, Conditions(text.select(which.clamp(max=batch_size))))
 
     def published(z: Tensor, t: Tensor, r: Tensor, which: Tensor) -> Tensor:
         times = (time[:, None].expand(-1, frames) for time in (t, r))
-        return stock(z, *times, padded[which], return_dict=False)[0]
+        return stock(z, *times, padded[which.clamp(max=batch_size)], return_dict=False)[0]
 
     objective = FlowMapObjective(shift=SHIFT)
 

@@ -29,6 +29,6 @@ class FrameNetwork(nn.Module):
         t, r = ((time if time.ndim == 2 else time[:, None].expand(-1, frames)) / 1000 for time in (t, r))
         flat = z.flatten(2)
         parts = [flat, flat.mean(dim=1, keepdim=True).expand_as(flat), t[..., None], r[..., None]]
-        text = self.texts[rows][:, None].expand(-1, frames, -1)
+        text = self.texts[rows.clamp(max=len(self.texts) - 1)][:, None].expand(-1, frames, -1)
         hidden = torch.cat([*(part.to(dtype) for part in parts), text.to(dtype)], dim=-1) @ self.first
         return (torch.tanh(hidden) @ self.second).reshape(z.shape)

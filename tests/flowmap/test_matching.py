@@ -17,13 +17,13 @@ ROWS = torch.arange(4)
 
 
 def gaussian(mean: float, calls: list[Tensor] | None = None) -> Callable[..., Tensor]:
-    """The exact velocity of data N(mean, 1); a negative prompt (row 4) has mean 0."""
+    """The exact velocity of data N(mean, 1); a negative prompt (rows 4 to 7) has mean 0."""
 
     def velocity(z: Tensor, t: Tensor, r: Tensor, rows: Tensor) -> Tensor:
         if calls is not None:
             calls.append(rows)
         sigma = (t / TIMESTEPS)[:, None]
-        centre = torch.where(rows == 4, 0.0, mean)[:, None]
+        centre = torch.where(rows >= 4, 0.0, mean)[:, None]
         excess = (z - (1 - sigma) * centre) / ((1 - sigma) ** 2 + sigma**2)
         return sigma * excess - (centre + (1 - sigma) * excess)
 
@@ -107,7 +107,7 @@ def test_extra_guidance_is_a_usual_scale_of_one_more() -> None:
 
     usual = clean(0.0) + 3.0 * (clean(3.0) - clean(0.0))
     torch.testing.assert_close(found.raw, clean(0.0) - usual, rtol=1e-4, atol=1e-5)
-    assert [rows.tolist() for rows in calls] == [[0, 1, 2, 3], [4, 4, 4, 4]]
+    assert [rows.tolist() for rows in calls] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_the_released_guidance_is_a_usual_scale_of_four() -> None:

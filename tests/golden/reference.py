@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 HERE = Path(__file__).parent
 NEGATIVE = 4
-"""The row of the negative prompt: the cases have four samples."""
+"""The row of the negative prompt, and of all after it: the cases have four samples."""
 
 
 def load_case(name: str) -> dict[str, Tensor]:
@@ -56,7 +56,7 @@ class GoldenVelocity(nn.Module):
         self.calls.append(len(z))
         self.times.append((float(t.flatten()[0]), float(r.flatten()[0])))
         t, r = (time if time.ndim == 2 else time[:, None].expand(-1, z.shape[1]) for time in (t, r))
-        return self.network(z, t, r, self.texts[rows], return_dict=False)[0]
+        return self.network(z, t, r, self.texts[rows.clamp(max=NEGATIVE)], return_dict=False)[0]
 
     def gradient_norm(self) -> Tensor:
         """Return the norm of all gradients, in float64."""

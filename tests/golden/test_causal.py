@@ -54,7 +54,7 @@ def test_forward_step_after_compressed_context(attention: AttentionKind) -> None
     answers: list[Tensor] = []
 
     def velocity(z: Tensor, t: Tensor, r: Tensor, rows: Tensor) -> Tensor:
-        answers.append(backbone(z, t, r, TOLD.select(rows), layout=layout))
+        answers.append(backbone(z, t, r, TOLD.select(rows.clamp(max=4)), layout=layout))
         return answers[-1]
 
     found = flow_map_loss(

@@ -46,7 +46,7 @@ FIRST_FRAME_GIVEN[:, 0] = 0
 VARIANTS = {
     "plain": PLAIN,
     "noguidance": replace(PLAIN, scale=1.0),
-    "droptext": replace(PLAIN, rows=torch.tensor([0, NEGATIVE, NEGATIVE, 3])),
+    "droptext": replace(PLAIN, rows=torch.tensor([0, NEGATIVE + 1, NEGATIVE + 2, 3])),
     # The published code leaves r of the given frame as drawn and counts its error: only injected here.
     "i2v": replace(PLAIN, t=FIRST_FRAME_GIVEN),
 }

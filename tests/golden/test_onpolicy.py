@@ -26,8 +26,8 @@ def roll(velocity: GoldenVelocity, noise: torch.Tensor, num_steps: int, index: i
 
 
 def of_two(velocity: GoldenVelocity) -> Velocity:
-    """The seam of a batch of two: its row 2 is the negative prompt."""
-    return lambda z, t, r, rows: velocity(z, t, r, torch.where(rows == 2, NEGATIVE_OF_FOUR, rows))
+    """The seam of a batch of two: its rows 2 and 3 are the negative prompt."""
+    return lambda z, t, r, rows: velocity(z, t, r, torch.where(rows >= 2, NEGATIVE_OF_FOUR, rows))
 
 
 @pytest.mark.parametrize("name", STORED)

@@ -18,7 +18,7 @@ from .exact import EXACT, GAUSSIAN, GUIDED, Gaussian, Mixture, draw, pair_throug
 
 COUNT = 12
 TEXT = torch.arange(COUNT)
-DROPPED = torch.full((COUNT,), COUNT)
+DROPPED = TEXT + COUNT
 
 
 def unguided_gap(module: types.ModuleType, flow: Gaussian | Mixture, **options: Any) -> float:
@@ -45,7 +45,7 @@ def guided_gap(module: types.ModuleType, is_dropped: bool, **options: Any) -> fl
 
     def velocity(z: Tensor, t: Tensor, r: Tensor, rows: Tensor) -> Tensor:
         guided, negative = GUIDED.mean_velocity(z, t, r), GUIDED.negative.mean_velocity(z, t, r)
-        return torch.where((rows == COUNT)[:, None], negative, guided)
+        return torch.where((rows >= COUNT)[:, None], negative, guided)
 
     setting = module.FlowMapObjective(guidance_scale=GUIDED.scale, **options)
     rows = DROPPED if is_dropped else TEXT

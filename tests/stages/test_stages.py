@@ -62,9 +62,9 @@ def test_the_forward_stage_is_the_plain_objective_balanced(codec: Codec) -> None
 def test_dropped_texts_use_the_negative_prompt(codec: Codec) -> None:
     stage = stage_of(TeacherStage, codec, conditioning=Conditioning(negative_prompt="nothing", text_drop=1.0))
     data = prepared(stage, batch())
-    assert data.rows.tolist() == [4, 4, 4, 4]
+    assert data.rows.tolist() == [4, 5, 6, 7]
     negative = codec.encode_text(["nothing"])
-    chosen = data.text.select(data.rows)
+    chosen = data.conditions_of(data.rows).text
     torch.testing.assert_close(chosen.embeddings[0, : int(negative.lengths[0])], negative.embeddings[0, :-1])
     never = stage_of(TeacherStage, codec, conditioning=Conditioning(text_drop=0.0))
     assert prepared(never, batch()).rows.tolist() == [0, 1, 2, 3]

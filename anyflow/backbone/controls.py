@@ -1,0 +1,157 @@
+"""Controls: what an arm, a wheel or keys do, told to a network latent frame by latent frame.
+
+A latent frame covers several pixel frames (Wan: the first one, then four each). The numbers of all of them, brought
+near -1..1 by the range that they have in the training data, go through a small network, and what comes out is added to
+the frame's time embedding, before the modulation. Its last layer starts at zero, so a network that is given controls
+answers as before until it is trained. A frame whose controls are not known, or were dropped, gets a learned vector in
+their place, which starts at zero too.
+
+The description of the controls is stored in the network's configuration, so whoever loads the weights knows what to
+give and in which units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CONFIG_KEY = "anyflow_controls"
+"""Where a transformer's configuration has its controls; diffusers leaves it alone."""
+
+MODULE = "control_embedder"
+"""The name of the module within the transformer's ``condition_embedder``, and so the start of its weights' names."""
+
+PREFIX = f"condition_embedder.{MODULE}."
+
+LIMIT = 3.0
+"""Normalised numbers further out are cut off: a sensor's rare spike must not drown everything else."""
+
+
+@dataclass(frozen=True)
+class ControlSettings:
+    """The controls of a network.
+
+    Attributes:
+        controls: name -> description; read here are ``width``, ``kind`` ("continuous", "multi-hot"), ``low`` and
+            ``high`` (a range for each number of a continuous one).
+        width: of the hidden layers.
+        pixel_frames: that a latent frame covers, but the first.
+    """
+
+    controls: Mapping[str, Mapping[str, Any]]
+    width: int = 256
+    pixel_frames: int = 4
+
+    @property
+    def numbers(self) -> int:
+        """Of a pixel frame."""
+        return sum(int(facts["width"]) for facts in self.controls.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """As a configuration has it."""
+        controls = {name: dict(facts) for name, facts in self.controls.items()}
+        return {"controls": controls, "width": self.width, "pixel_frames": self.pixel_frames}
+
+    @staticmethod
+    def of(config: Mapping[str, Any]) -> ControlSettings | None:
+        """Those of a transformer's configuration, if it has any."""
+        found = config.get(CONFIG_KEY)
+        return None if not found else ControlSettings(found["controls"], found["width"], found["pixel_frames"])
+
+    def ranges(self) -> tuple[list[float], list[float]]:
+        """Low and high of every number; keys are 0 or 1."""
+        low: list[float] = []
+        high: list[float] = []
+        for facts in self.controls.values():
+            is_key = facts.get("kind") == "multi-hot"
+            low += [0.0] * facts["width"] if is_key else list(facts["low"])
+            high += [1.0] * facts["width"] if is_key else list(facts["high"])
+        return low, high
+
+
+class ControlEmbedder(nn.Module):
+    """Numbers of pixel frames to an embedding of their latent frame; at first it is zero.
+
+    Args:
+        settings: the controls.
+        dim: of the embedding.
+    """
+
+    def __init__(self, settings: ControlSettings, dim: int) -> None:
+        super().__init__()
+        self.settings = settings
+        inputs, width = settings.pixel_frames * settings.numbers, settings.width
+        last = nn.Linear(width, dim)
+        self.layers = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
+        self.unknown = nn.Parameter(torch.empty(dim))
+        self.low: Tensor
+        self.high: Tensor
+        self.set_ranges()
+
+    def set_ranges(self) -> None:
+        """The ranges of the numbers, from the settings: no checkpoint carries them, nor does ``meta``."""
+        for name, values in zip(("low", "high"), self.settings.ranges(), strict=True):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32, device="cpu"), persistent=False)
+
+    def initialise(self, generator: torch.Generator | None = None) -> None:
+        """Fill new weights."""
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight, generator=generator)
+                nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.layers[-1].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(self.unknown)
+
+    def nothing(self, batch: int) -> Tensor:
+        """Controls of which nothing is known, equal for all frames: ``[B, 1, P, W]``."""
+        return self.low.new_full((batch, 1, self.settings.pixel_frames, len(self.low)), float("nan"))
+
+    def forward(self, controls: Tensor) -> Tensor:
+        """``[B, F, P, W]`` (NaN: not known) to ``[B, F, dim]`` float32."""
+        span = self.high - self.low
+        middle = (self.high + self.low) / 2
+        scaled = 2 * (controls.float() - middle) / torch.where(span > 0, span, 2.0)
+        flat = scaled.clamp(-LIMIT, LIMIT).flatten(2)
+        is_known = ~flat.isnan().any(dim=2, keepdim=True)
+        embedded = self.layers(flat.nan_to_num(0.0).to(self.unknown.dtype)).float()
+        return torch.where(is_known, embedded, self.unknown.float())
+
+
+def add_controls(transformer: Any, settings: ControlSettings) -> ControlEmbedder:
+    """Give a transformer the module and the note in its configuration; its weights are left as they come."""
+    embedder = transformer.condition_embedder
+    module = ControlEmbedder(settings, embedder.time_proj.in_features)
+    setattr(embedder, MODULE, module)
+    transformer.register_to_config(**{CONFIG_KEY: settings.to_json()})
+    return module
+
+
+def new_weights(settings: ControlSettings, dim: int, seed: int = 0) -> dict[str, Tensor]:
+    """The weights that the module starts with, by the transformer's names."""
+    with torch.random.fork_rng(devices=[]):
+        module = ControlEmbedder(settings, dim)
+    module.initialise(torch.Generator().manual_seed(seed))
+    return {PREFIX + name: weight for name, weight in module.state_dict().items()}
+
+
+def controls_of(transformer: Any) -> ControlSettings | None:
+    """What a transformer can be told, if anything."""
+    return ControlSettings.of(transformer.config)
+
+
+def by_latent_frame(controls: Tensor, pixel_frames: int) -> Tensor:
+    """Controls of pixel frames ``[B, 1 + P * n, W]`` as latent frames cover them: ``[B, 1 + n, P, W]``.
+
+    The first latent frame covers one pixel frame, whose numbers stand for all P.
+    """
+    first = controls[:, :1].unsqueeze(2).expand(-1, -1, pixel_frames, -1)
+    return torch.cat([first, controls[:, 1:].unflatten(1, (-1, pixel_frames))], dim=1)
+
+
+def without(controls: Tensor, is_dropped: Tensor) -> Tensor:
+    """Controls ``[B, ...]``, those of some samples (``[B]`` bool) made unknown."""
+    return controls.masked_fill(is_dropped.to(controls.device).view(-1, *[1] * (controls.ndim - 1)), float("nan"))

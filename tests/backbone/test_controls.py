@@ -1,0 +1,189 @@
+"""Controls: a network that gets them answers as before, each frame is told its own, and they go where weights go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
+from torch import Tensor
+
+from anyflow.backbone.bidirectional import BidirectionalBackbone
+from anyflow.backbone.codec import Codec
+from anyflow.backbone.conditions import Conditions
+from anyflow.backbone.controls import (
+    LIMIT,
+    ControlEmbedder,
+    ControlSettings,
+    add_controls,
+    by_latent_frame,
+    controls_of,
+    without,
+)
+from anyflow.backbone.export import export_pipeline
+from anyflow.backbone.load import load_backbone, wrap
+from anyflow.backbone.model_card import ModelCard
+from anyflow.errors import UserError
+from anyflow.flowmap.chunks import PathBatch, in_chunks, layout_of
+
+STEER = {"width": 2, "kind": "continuous", "low": [0.0, -1.0], "high": [20.0, 1.0]}
+KEYS = {"width": 1, "kind": "multi-hot"}
+SETTINGS = ControlSettings({"steer": STEER, "keys": KEYS}, width=16)
+CHUNKS = (1, 2, 2, 1)
+FRAMES = sum(CHUNKS)
+
+MakeText = Callable[[list[int]], tuple[Conditions, Tensor]]
+
+
+@pytest.fixture(params=["bidirectional", "causal"])
+def backbone(request, tiny_config) -> BidirectionalBackbone:
+    """Random weights, the embedder's among them still at its start."""
+    if request.param == "bidirectional":
+        return wrap(AnyFlowTransformer3DModel(**tiny_config))
+    return wrap(AnyFlowFARTransformer3DModel(**tiny_config, chunk_partition=CHUNKS, full_chunk_limit=2))
+
+
+def controlled(backbone: BidirectionalBackbone, trained: bool = True) -> BidirectionalBackbone:
+    module = add_controls(backbone.transformer, SETTINGS)
+    module.initialise(torch.Generator().manual_seed(0))
+    if trained:
+        torch.nn.init.normal_(module.layers[-1].weight)
+        torch.nn.init.normal_(module.unknown)
+    return backbone
+
+
+def some_controls() -> Tensor:
+    values = torch.rand(2, 1 + 4 * (FRAMES - 1), 3) * torch.tensor([20.0, 2.0, 1.0]) - torch.tensor([0.0, 1.0, 0.0])
+    return by_latent_frame(values, 4)
+
+
+def question(make_text: MakeText) -> tuple[Tensor, Tensor, Conditions]:
+    told, _ = make_text([3, 7])
+    return torch.randn(2, FRAMES, 16, 8, 8), torch.tensor([900.0, 300.0]), told
+
+
+@torch.no_grad()
+def test_at_the_start_the_network_answers_as_before(backbone, make_text: MakeText) -> None:
+    z, t, told = question(make_text)
+    before = backbone(z, t, 0.4 * t, told)
+    controlled(backbone, trained=False)
+    assert torch.equal(backbone(z, t, 0.4 * t, told), before)
+    torch.testing.assert_close(backbone(z, t, 0.4 * t, told._replace(controls=some_controls())), before)
+    layout = layout_of(CHUNKS, 2)
+    if backbone.is_causal:
+        on_path = in_chunks(layout, PathBatch(z, z, t, t))
+        asked = (on_path.clean, on_path.timestep, on_path.r_timestep)
+        frames = torch.tensor(layout.frames)
+        of_frames = told._replace(controls=some_controls()).of_frames(frames)
+        torch.testing.assert_close(backbone(*asked, of_frames, layout=layout), backbone(*asked, told, layout=layout))
+
+
+@torch.no_grad()
+def test_what_is_not_known_is_one_learned_vector(backbone, make_text: MakeText) -> None:
+    """No controls, dropped ones and single unknown numbers; other frames and samples are as they were."""
+    controlled(backbone)
+    z, t, told = question(make_text)
+    controls = some_controls()
+    whole = backbone(z, t, t, told._replace(controls=controls))
+    none = backbone(z, t, t, told)
+    mixed = backbone(z, t, t, told._replace(controls=without(controls, torch.tensor([False, True]))))
+    torch.testing.assert_close(mixed[0], whole[0])
+    torch.testing.assert_close(mixed[1], none[1])
+    assert not torch.allclose(whole[1], none[1], atol=0.1)
+    embedder = backbone.transformer.condition_embedder.control_embedder
+    holed = controls.clone()
+    holed[0, 2, 1, 0] = float("nan")
+    embedded, expected = embedder(holed), embedder(controls)
+    expected[0, 2] = embedder.unknown
+    torch.testing.assert_close(embedded, expected)
+
+
+def test_numbers_are_brought_near_one_by_their_ranges() -> None:
+    module = ControlEmbedder(ControlSettings({"steer": STEER, "still": {**STEER, "low": [5, 5], "high": [5, 5]}}), 8)
+    seen: list[Tensor] = []
+    module.initialise()
+    module.layers.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    values = torch.tensor([[0.0, 1.0, 5.0, 6.0], [10.0, 0.0, 5.0, 5.0], [20.0, -1.0, 5.0, 4.0], [1e6, -1e6, 5.0, 5.0]])
+    module(values[None, None])
+    numbers = seen[0].unflatten(-1, (4, 4))[0, 0]
+    expected = [[-1, 1, 0, 1], [0, 0, 0, 0], [1, -1, 0, -1], [LIMIT, -LIMIT, 0, 0]]
+    torch.testing.assert_close(numbers, torch.tensor(expected, dtype=torch.float32))
+
+
+def test_latent_frames_carry_the_numbers_of_the_pixel_frames_that_they_cover() -> None:
+    values = torch.arange(9.0)[None, :, None]
+    assert by_latent_frame(values, 4)[0, :, :, 0].tolist() == [[0, 0, 0, 0], [1, 2, 3, 4], [5, 6, 7, 8]]
+
+
+def test_text_guidance_and_rows_leave_controls_with_their_samples(make_text: MakeText) -> None:
+    told = make_text([3, 7])[0]._replace(controls=some_controls())
+    negative = make_text([1])[0].text
+    both = told.with_negative(negative)
+    assert both.controls is not None and told.controls is not None
+    assert torch.equal(both.controls, torch.cat([told.controls, told.controls]))
+    chosen = told.select(torch.tensor([1, 1, 0])).of_frames(slice(1, 3))
+    assert chosen.controls is not None and torch.equal(chosen.controls, told.controls[[1, 1, 0], 1:3])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["causal"], indirect=True)
+def test_a_chunk_is_told_its_own_controls_and_looks_back_at_theirs(backbone, make_text: MakeText) -> None:
+    """A rollout, each call asked again in one pass over the chunks so far; and past the trained length."""
+    controlled(backbone)
+    told = make_text([3, 7])[0]._replace(controls=some_controls())
+    done: list[Tensor] = []
+
+    def check(z: Tensor, t: Tensor, r: Tensor, own: Conditions, **view: object) -> Tensor:
+        answer = backbone(z, t, r, own, **view)
+        if "record" not in view:
+            layout = layout_of(CHUNKS[: len(done) + 1], 2)
+            on_path = in_chunks(layout, PathBatch(*[torch.cat([*done, z], dim=1)] * 2, t, r))
+            of_frames = told.of_frames(torch.tensor(layout.frames))
+            again = backbone(on_path.clean, on_path.timestep, on_path.r_timestep, of_frames, layout=layout)
+            again = again[:, layout.context_frames :][:, : layout.full_frames][:, -z.shape[1] :]
+            torch.testing.assert_close(answer, again, atol=1e-5, rtol=1e-5)
+        return answer
+
+    noise = torch.randn(2, FRAMES, 16, 8, 8)
+    for part in backbone.generate(told, noise, [(1000.0, 500.0), (500.0, 0.0)], ask=check):
+        done.append(part)
+    others = told.controls.clone()
+    others[:, 3:] = 1.0
+    changed = list(backbone.generate(told._replace(controls=others), noise, [(1000.0, 500.0), (500.0, 0.0)]))
+    assert [torch.equal(*pair) for pair in zip(changed, done, strict=True)] == [True, True, False, False]
+
+    long = Conditions(told.text, controls=told.controls[:, torch.arange(12) % FRAMES])
+    parts = list(backbone.generate(long, torch.randn(2, 12, 16, 8, 8), [(1000.0, 0.0)]))
+    assert sum(part.shape[1] for part in parts) == 12
+
+
+def test_the_module_goes_where_the_weights_go(backbone, codec: Codec, make_text: MakeText, tmp_path: Path) -> None:
+    """An export has it with its ranges; a network without takes it on; another set of controls is refused."""
+    z, t, told = question(make_text)
+    told = told._replace(controls=some_controls())
+    plain = export_pipeline(
+        tmp_path / "plain", backbone.transformer, codec, 3.0, ModelCard("Tiny"), dtype=torch.float32
+    )
+    started = load_backbone(plain, controls=SETTINGS)
+    torch.testing.assert_close(started(z, t, t, told), load_backbone(plain)(z, t, t, told))
+    controlled(backbone)
+    folder = export_pipeline(tmp_path / "own", backbone.transformer, codec, 3.0, ModelCard("Tiny"))
+    loaded = load_backbone(folder, dtype=torch.bfloat16)
+    assert controls_of(loaded.transformer) == SETTINGS
+    weights = loaded.transformer.condition_embedder.control_embedder.state_dict()
+    assert set(weights) > {"unknown"} and all(weight.dtype == torch.float32 for weight in weights.values())
+    again = load_backbone(folder, controls=ControlSettings({"steer": {**STEER, "high": [9, 9]}, "keys": KEYS}))
+    assert controls_of(again.transformer) == SETTINGS, "it keeps the ranges that it learnt with"
+    with pytest.raises(UserError, match=r"steer \(2 numbers\), keys \(1 numbers\); model.control asks for keys"):
+        load_backbone(folder, controls=ControlSettings({"keys": KEYS}))
+
+
+def test_gradients_reach_the_module_and_nothing_is_derived_by_the_controls(backbone, make_text: MakeText) -> None:
+    controlled(backbone)
+    z, t, told = question(make_text)
+    backbone(z, t, t, told._replace(controls=some_controls())).square().mean().backward()
+    found = {name: weight.grad for name, weight in backbone.named_parameters() if "control_embedder" in name}
+    assert len(found) == 7
+    assert all(float(grad.abs().max()) > 0 for name, grad in found.items() if "unknown" not in name)
