@@ -14,10 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from anyflow.errors import UserError
 
 CONFIG_KEY = "anyflow_controls"
 """Where a transformer's configuration has its controls; diffusers leaves it alone."""
@@ -141,6 +144,23 @@ def new_weights(settings: ControlSettings, dim: int, seed: int = 0) -> dict[str,
 def controls_of(transformer: Any) -> ControlSettings | None:
     """What a transformer can be told, if anything."""
     return ControlSettings.of(transformer.config)
+
+
+def check_controls(found: ControlSettings | None, asked: ControlSettings, place: Path | str) -> bool:
+    """Whether the controls that are asked for are new to a network.
+
+    Raises:
+        UserError: it was trained with others.
+    """
+    if found is None:
+        return True
+    (theirs, ours) = (
+        ", ".join(f"{name} ({facts['width']} numbers)" for name, facts in settings.controls.items())
+        for settings in (found, asked)
+    )
+    if theirs != ours or found.pixel_frames != asked.pixel_frames:
+        raise UserError(f"{place} was trained with the controls {theirs}; model.control asks for {ours}: name the same")
+    return False
 
 
 def by_latent_frame(controls: Tensor, pixel_frames: int) -> Tensor:

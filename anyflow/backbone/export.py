@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from anyflow.backbone import far_pipeline
 from anyflow.backbone.codec import Codec
+from anyflow.backbone.controls import CONFIG_KEY, controls_of
 from anyflow.backbone.files import LORA_FILE
 from anyflow.backbone.full import FULL_FILE, full_names
 from anyflow.backbone.load import GUIDANCE_KEYS, SAMPLER_KEY
@@ -120,8 +121,10 @@ def export_lora(
         weight_name=partial,
         transformer_lora_adapter_metadata=lora_metadata(backbone, adapter),
     )
-    if full:
-        _note_full(target / partial, full)
+    known = controls_of(backbone.transformer)
+    noted = ({FULL_KEY: ",".join(full)} if full else {}) | ({CONFIG_KEY: json.dumps(known.to_json())} if known else {})
+    if noted:
+        _note(target / partial, noted)
     (target / partial).replace(target / LORA_FILE)
     if card is not None:
         is_causal = isinstance(backbone.transformer, AnyFlowFARTransformer3DModel)
@@ -165,12 +168,15 @@ def _write_full(target: Path, state: dict[str, Tensor]) -> None:
     partial.replace(target / FULL_FILE)
 
 
-def _note_full(file: Path, modules: Sequence[str]) -> None:
-    """Name them in the adapter's header: without their file it is half of what was trained."""
+def _note(file: Path, facts: Mapping[str, str]) -> None:
+    """Say in the adapter's header what was trained in full beside it, and which controls it knows.
+
+    Without the file of the former it is half of what was trained.
+    """
     with safe_open(file, framework="pt") as stored:
         header = stored.metadata() or {}
     noted = file.with_name(".noted.partial.safetensors")  # what is read may still lie in the old file
-    save_file(load_file(file), noted, metadata={**header, FULL_KEY: ",".join(modules)})
+    save_file(load_file(file), noted, metadata={**header, **facts})
     noted.replace(file)
 
 

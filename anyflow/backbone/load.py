@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from anyflow.backbone.bidirectional import FLOAT32_PARTS, BidirectionalBackbone
 from anyflow.backbone.causal import CausalBackbone
-from anyflow.backbone.controls import CONFIG_KEY, ControlSettings, add_controls, new_weights
+from anyflow.backbone.controls import CONFIG_KEY, ControlSettings, add_controls, check_controls, new_weights
 from anyflow.backbone.files import read_json, read_weights, resolve_folder
 from anyflow.backbone.full import stored_name
 from anyflow.backbone.guidance import Guidance
@@ -198,23 +198,6 @@ def read_transformer(
         weights = {**weights, **new_weights(controls, config["num_attention_heads"] * config["attention_head_dim"])}
         config = {**config, CONFIG_KEY: controls.to_json()}
     return Found(target, config, weights, place)
-
-
-def check_controls(found: ControlSettings | None, asked: ControlSettings, place: Path | str) -> bool:
-    """Whether the controls that are asked for are new to a network.
-
-    Raises:
-        UserError: it was trained with others.
-    """
-    if found is None:
-        return True
-    (theirs, ours) = (
-        ", ".join(f"{name} ({facts['width']} numbers)" for name, facts in settings.controls.items())
-        for settings in (found, asked)
-    )
-    if theirs != ours or found.pixel_frames != asked.pixel_frames:
-        raise UserError(f"{place} was trained with the controls {theirs}; model.control asks for {ours}: name the same")
-    return False
 
 
 def read_shift(path: str | Path) -> float:

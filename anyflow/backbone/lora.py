@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from anyflow.backbone.controls import add_controls, check_controls, controls_of
 from anyflow.backbone.full import FULL_FILE, add_full, copy_name, full_names, full_state, stored_name
 from anyflow.backbone.lora_files import find_lora, matching, read_lora
 from anyflow.backbone.options import LoraOptions
@@ -157,6 +158,13 @@ def load_lora(backbone: FlowMapBackbone, path: str | Path, adapter: str = ADAPTE
     """
     transformer = backbone.transformer
     found = read_lora(find_lora(path), transformer)
+    if found.controls is not None and check_controls(controls_of(transformer), found.controls, found.path):
+        if backbone.stored is not None:
+            raise UserError(
+                f"{found.path} was trained with controls, which {', '.join(found.controls.controls)} name: give "
+                "model.control.names the same"
+            )
+        add_controls(transformer, found.controls).initialise()
     if found.told and int(os.environ.get("RANK", "0")) == 0:
         print(found.told, file=sys.stderr)
     _attach(transformer, LoraSettings(found.rank, found.alpha, found.targets), adapter)

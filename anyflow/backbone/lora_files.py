@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from anyflow.backbone.controls import CONFIG_KEY, ControlSettings
 from anyflow.backbone.files import LORA_FILE, PEFT_FILE, read_json
 from anyflow.backbone.full import FULL_FILE
 from anyflow.errors import UserError, first_line
@@ -89,6 +90,7 @@ class LoraFile:
         rank, alpha: of all of them; ``alpha / rank`` is the scale.
         targets: the layers' endings as PEFT takes them, or their whole names.
         full: modules that were trained in full beside them.
+        controls: what the network that carries it is told of each frame; None: nothing.
         told: what was converted, in words; empty where nothing was.
     """
 
@@ -98,6 +100,7 @@ class LoraFile:
     alpha: float
     targets: list[str]
     full: list[str]
+    controls: ControlSettings | None
     told: str
 
 
@@ -166,6 +169,7 @@ def read_lora(file: Path, transformer: nn.Module) -> LoraFile:
         alpha=alpha,
         targets=targets,
         full=[name for name in header.get(FULL_KEY, "").split(",") if name],
+        controls=ControlSettings.of({CONFIG_KEY: json.loads(header.get(CONFIG_KEY, "null"))}),
         told="" if is_own else _told(file, written, found, rank, alpha, [*told, *more]),
     )
 

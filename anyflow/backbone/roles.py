@@ -12,7 +12,8 @@ Switching adapters is full of traps that raise no error, so it is done here and 
   pinned inside what is recomputed.
 - The student's adapter on the delta embedder must not reach the teacher. Here a role sees its own adapter alone, on
   every layer, and the time embedders of critic and teacher are the base's. So are the modules that only the student
-  trains in full: critic and teacher see all frames at once, where a causal network has no compressed ones.
+  trains in full: critic and teacher see all frames at once, where a causal network has no compressed ones. What embeds
+  the controls each of them trains for itself.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from anyflow.backbone.conditions import Conditions
+from anyflow.backbone.controls import MODULE as CONTROLS
 from anyflow.backbone.full import FullModule, original_name
 from anyflow.backbone.lora import ADAPTER, LoraSettings, add_lora, has_lora, lora_settings
 from anyflow.backbone.parallelize import is_sharded_module
@@ -150,7 +152,7 @@ class AdapterRoles(Roles):
     Args:
         backbone: a network that carries the student's adapter (``default``), and possibly one named ``teacher``.
         settings: of the adapters that are added; their targets lose the time embedders, and nothing beside them is
-            trained in full.
+            trained in full but what embeds the controls.
         trains_teacher: add a teacher's adapter to be trained (adapted to a domain) before it teaches.
         has_critic: whether there is a critic.
         seed: of the new adapters' weights, which change nothing at first.
@@ -169,7 +171,8 @@ class AdapterRoles(Roles):
         if not has_lora(backbone):
             raise ValueError("the network carries no adapter: add the student's before its roles")
         blocks_alone = [target for target in settings.targets if "_embedder" not in target]
-        settings = replace(settings, targets=blocks_alone or settings.targets, full=())
+        full = tuple(name for name in settings.full if name == CONTROLS)  # all of them see the controls
+        settings = replace(settings, targets=blocks_alone or settings.targets, full=full)
         if "teacher" in backbone.transformer.peft_config:
             settings = lora_settings(backbone, "teacher")  # so that the critic can start as its copy
         elif trains_teacher:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from anyflow.backbone.codec import Codec
 from anyflow.backbone.conditions import Conditions
 from anyflow.backbone.controls import (
     LIMIT,
+    MODULE,
     ControlEmbedder,
     ControlSettings,
     add_controls,
@@ -22,15 +25,18 @@ from anyflow.backbone.controls import (
     controls_of,
     without,
 )
-from anyflow.backbone.export import export_pipeline
+from anyflow.backbone.export import export_lora, export_pipeline
 from anyflow.backbone.load import load_backbone, wrap
+from anyflow.backbone.lora import LoraSettings, add_lora, load_lora, merged_state
 from anyflow.backbone.model_card import ModelCard
+from anyflow.backbone.roles import ROLES, AdapterRoles
 from anyflow.errors import UserError
 from anyflow.flowmap.chunks import PathBatch, in_chunks, layout_of
 
 STEER = {"width": 2, "kind": "continuous", "low": [0.0, -1.0], "high": [20.0, 1.0]}
 KEYS = {"width": 1, "kind": "multi-hot"}
 SETTINGS = ControlSettings({"steer": STEER, "keys": KEYS}, width=16)
+LORA = LoraSettings(4, 4.0)
 CHUNKS = (1, 2, 2, 1)
 FRAMES = sum(CHUNKS)
 
@@ -178,6 +184,51 @@ def test_the_module_goes_where_the_weights_go(backbone, codec: Codec, make_text:
     assert controls_of(again.transformer) == SETTINGS, "it keeps the ranges that it learnt with"
     with pytest.raises(UserError, match=r"steer \(2 numbers\), keys \(1 numbers\); model.control asks for keys"):
         load_backbone(folder, controls=ControlSettings({"keys": KEYS}))
+
+
+def test_an_adapter_brings_what_it_learnt_of_controls(backbone, make_text: MakeText, tmp_path: Path) -> None:
+    """Trained in full beside it; a base without gets the module with the adapter."""
+    z, t, told = question(make_text)
+    told = told._replace(controls=some_controls())
+    base = copy.deepcopy(backbone)
+    add_controls(backbone.transformer, SETTINGS).initialise()
+    add_lora(backbone, replace(LORA, full=(MODULE,)))
+    with torch.no_grad():
+        for name, weight in backbone.named_parameters():
+            if weight.requires_grad:
+                weight.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    export_lora(tmp_path, backbone)
+    before = base(z, t, t, told)
+    load_lora(base, tmp_path)
+    assert controls_of(base.transformer) == SETTINGS
+    torch.testing.assert_close(base(z, t, t, told), backbone(z, t, t, told))
+    assert not torch.allclose(base(z, t, t, told), before, atol=0.01)
+    merged = merged_state(base.transformer)
+    assert torch.equal(
+        merged["condition_embedder.control_embedder.unknown"],
+        base.transformer.state_dict()["condition_embedder.control_embedder.lora_full.default.unknown"],
+    )
+
+
+def test_student_critic_and_teacher_each_embed_the_controls(backbone, make_text: MakeText) -> None:
+    """Trained apart; a critic that starts as its teacher's copy copies this too."""
+    z, t, told = question(make_text)
+    told = told._replace(controls=some_controls())
+    controlled(backbone)
+    settings = replace(LORA, full=(MODULE,))
+    add_lora(backbone, settings)
+    roles = AdapterRoles(backbone, settings, trains_teacher=True)
+    names = {role: {name for name, _ in roles.parameters(role) if MODULE in name} for role in ROLES}
+    assert all(len(own) == 7 for own in names.values()) and len(set.union(*names.values())) == 21
+    with torch.no_grad():
+        for name, weight in roles.parameters("teacher"):
+            if name.endswith("unknown") or "layers.4" in name:
+                weight.normal_()
+    first = roles("student", z, t, t, told)
+    assert not torch.allclose(roles("teacher", z, t, t, told), first, atol=0.01)
+    torch.testing.assert_close(roles("critic", z, t, t, told), first)
+    roles.copy("teacher", "critic")
+    torch.testing.assert_close(roles("critic", z, t, t, told), roles("teacher", z, t, t, told))
 
 
 def test_gradients_reach_the_module_and_nothing_is_derived_by_the_controls(backbone, make_text: MakeText) -> None:
