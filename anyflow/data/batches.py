@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from anyflow.data.decode import ClipShape, DecodeError, decode_clip
+from anyflow.data.cached_choice import chosen_of
+from anyflow.data.controls import Control, control_values
+from anyflow.data.decode import Choice, ClipShape, DecodeError, decode_clip
 from anyflow.data.mixture import MixedOrder
 from anyflow.data.order import Order, OrderIdentity, sample_seed
 from anyflow.data.reader import ShardReader, load_latents
@@ -80,13 +83,15 @@ class ClipDataset(BatchDataset):
     Args:
         reader: the shards.
         order: the order.
-        shape: what a decoded clip looks like; ignored for latents.
+        shape: what a decoded clip looks like, also before it was encoded.
         rank, world_size: which part of each batch.
         latent_shape: (F, C, H, W) if the shards hold latents instead of footage.
+        controls: those to give with each clip; none by default.
 
     An item is ``{"frames": uint8 [B, F, H, W, 3] | "latents": float32 [B, F, C, H, W], "caption", "key",
-    "attributes", "position", "place", "skipped"}``. A failure is returned as ``{"error": sentence}``: an exception that
-    crosses from a worker to the main process would arrive as a traceback.
+    "attributes", "position", "place", "skipped"}``, and with controls ``"controls": float32 [B, F, W]`` of the frames
+    of pixels, as :func:`anyflow.data.controls.control_values` has them. A failure is returned as
+    ``{"error": sentence}``: an exception that crosses from a worker to the main process would arrive as a traceback.
     """
 
     def __init__(
@@ -97,8 +102,9 @@ class ClipDataset(BatchDataset):
         rank: int = 0,
         world_size: int = 1,
         latent_shape: tuple[int, int, int, int] | None = None,
+        controls: Mapping[str, Control] | None = None,
     ) -> None:
-        self.reader, self.order, self.shape = reader, order, shape
+        self.reader, self.order, self.shape, self.controls = reader, order, shape, controls
         self.batch = order.global_batch
         self.rank, self.world_size = rank, world_size
         self.latent_shape = latent_shape
@@ -120,6 +126,7 @@ class ClipDataset(BatchDataset):
             "position": index,
             "place": self.place(index),
             "skipped": [asdict(skip) for skip in bad.values()],
+            **stacked(metadata),
         }
 
     def _place_of(self, clip: int) -> tuple[int, int]:
@@ -151,18 +158,38 @@ class ClipDataset(BatchDataset):
         raise none_usable(list(bad.values()))
 
     def load(self, epoch: int, shard: int, sample: Sample, out: np.ndarray) -> dict[str, Any]:
-        """Read one sample into ``out``; return its description with its key.
+        """Read one sample into ``out``; return its description with its key, and the controls as "control_values".
 
         Raises:
             DecodeError: with the reason why the clip cannot be used.
         """
         metadata = self.reader.describe(shard, sample)
+        choice = Choice()
         if self.latent_shape:
             load_latents(self.reader.read(shard, sample, "safetensors"), out)
+            if self.controls:
+                choice.numbers = chosen_of(metadata, self.shape)
         else:
             seed = sample_seed(self.order.seed, epoch, sample.key)
-            decode_clip(self.reader.video(shard, sample), self.shape, seed, out)
-        return {**metadata, "key": sample.key}
+            decode_clip(self.reader.video(shard, sample), self.shape, seed, out, choice)
+        return {**metadata, "key": sample.key, **values_of(metadata, self.controls, choice)}
+
+
+def values_of(metadata: Mapping[str, Any], controls: Mapping[str, Control] | None, choice: Choice) -> dict[str, Any]:
+    """{"control_values": float32 [F, W]} of a clip by its description; empty if no controls are asked for.
+
+    Raises:
+        DecodeError: a control is not what it is said to be.
+    """
+    if not controls:
+        return {}
+    return {"control_values": control_values(metadata.get("controls"), controls, choice.numbers, choice.frames)}
+
+
+def stacked(metadata: Sequence[Mapping[str, Any]]) -> Batch:
+    """{"controls": float32 [B, F, W]} of a batch's clips; empty if none are asked for."""
+    found = [entry["control_values"] for entry in metadata if "control_values" in entry]
+    return {"controls": torch.from_numpy(np.stack(found))} if found else {}
 
 
 def check_clips(was: int | None, now: int) -> None:

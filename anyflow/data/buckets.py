@@ -8,7 +8,7 @@ is about even.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -17,6 +17,7 @@ import numpy as np
 
 from anyflow.data.batches import Batch, BatchDataset, ClipDataset, check_clips
 from anyflow.data.cache import LatentShape
+from anyflow.data.controls import Control
 from anyflow.data.decode import ClipShape
 from anyflow.data.mixture import BLOCK, MixedOrder, order_of
 from anyflow.data.order import ORDER_VERSION, Order, OrderIdentity, digest, raw_bits
@@ -257,6 +258,7 @@ class BucketDataset(BatchDataset):
         buckets: their clips; those without a batch are left out.
         seed, base_batch: of the order; see :class:`BucketOrder`.
         rank, world_size: which part of each batch.
+        controls: those to give with each clip.
     """
 
     order: BucketOrder
@@ -264,16 +266,24 @@ class BucketDataset(BatchDataset):
     """Passes that one of the order's batches is divided into."""
 
     def __init__(
-        self, buckets: Sequence[Bucket], seed: int, base_batch: int, rank: int = 0, world_size: int = 1
+        self,
+        buckets: Sequence[Bucket],
+        seed: int,
+        base_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        controls: Mapping[str, Control] | None = None,
     ) -> None:
-        self.buckets = [bucket for bucket in buckets if bucket.global_batch]
+        self.buckets, self.controls = [bucket for bucket in buckets if bucket.global_batch], controls
         self.rank, self.world_size = rank, world_size
         self._arrange(seed, base_batch)
 
     def _arrange(self, seed: int, base_batch: int) -> None:
         self.order = bucket_order(self.buckets, seed, base_batch)
         self.parts = [
-            ClipDataset(bucket.reader, order, bucket.shape, self.rank, self.world_size, bucket.latent_shape)
+            ClipDataset(
+                bucket.reader, order, bucket.shape, self.rank, self.world_size, bucket.latent_shape, self.controls
+            )
             for bucket, order in zip(self.buckets, self.order.orders, strict=True)
         ]
         for part in self.parts:

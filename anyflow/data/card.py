@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.data import remote
+from anyflow.data.controls import Control
 from anyflow.data.find import find_card, is_tars, names_tars
 from anyflow.data.members import Members, parse_members
 from anyflow.data.shards import INDEX_NAME, Sample, Shard, check_folder, load_index
@@ -50,7 +51,8 @@ class DatasetCard:
         caption: stands in for a clip's missing caption; None means that such a clip is refused.
         replace_captions: it stands in for every clip's own caption too.
         negative_prompt: what guidance steers away from.
-        controls: control -> what it holds, in words. attributes: label -> its values, or what it holds.
+        controls: control -> what it holds; in words alone it is for people, and cannot be a condition.
+        attributes: label -> its values, or what it holds.
         licence: of the footage.
         provenance: how the footage came to be: versions, seed, command.
         members: of somebody else's tars, what their members hold (:class:`anyflow.data.members.Members`).
@@ -69,7 +71,7 @@ class DatasetCard:
     caption: str | None = None
     replace_captions: bool = False
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
-    controls: Mapping[str, str] = field(default_factory=dict)
+    controls: Mapping[str, Control | str] = field(default_factory=dict)
     attributes: Mapping[str, str | list[str]] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     members: Mapping[str, Any] = field(default_factory=dict)
@@ -163,9 +165,15 @@ def write_card(card: DatasetCard, path: Path) -> None:
     document = {f.name: getattr(card, f.name) for f in dataclasses.fields(card) if f.name != "path"}
     document = {name: dict(value) if isinstance(value, Mapping) else value for name, value in document.items()}
     document["splits"] = {split: _relative(folder, path.parent) for split, folder in card.splits.items()}
+    document["controls"] = plain_controls(card.controls)
     if not card.members:
         del document["members"]
     write_atomically(path, to_yaml(document))
+
+
+def plain_controls(controls: Mapping[str, Control | str]) -> dict[str, Any]:
+    """A card's controls as its YAML has them."""
+    return {name: told if isinstance(told, str) else told.to_dict() for name, told in controls.items()}
 
 
 def check_shards(card: DatasetCard | str | Path) -> list[str]:

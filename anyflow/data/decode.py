@@ -6,15 +6,16 @@ import heapq
 import io
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import chain, islice
+from itertools import chain, count, islice
+from typing import Any
 
 import av
 import numpy as np
 
 from anyflow.data.faults import DecodeError as DecodeError
-from anyflow.data.frame_times import HEAD, Clock, Shown, Stamp, decide, follow, resampled
+from anyflow.data.frame_times import HEAD, SLACK, Clock, Shown, Stamp, decide, follow, resampled
 from anyflow.data.picture import MAX_PIXELS, FrameFitter, progressive
 from anyflow.errors import first_line
 
@@ -37,7 +38,44 @@ class ClipShape:
     fps: float | None = None
 
 
-def decode_clip(data: bytes, shape: ClipShape, seed: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
+@dataclass
+class Choice:
+    """Which frames of a video a clip took: what :func:`decode_clip` tells.
+
+    Attributes:
+        numbers: of the frames, ascending; one that stands at several instants is there as often. Exact from a video's
+            beginning on; at a later start the first one is where its time says, at the average rate.
+        frames: how many the video has; 0 if it does not say.
+    """
+
+    numbers: list[int] = field(default_factory=list)
+    frames: int = 0
+
+
+def usual_choice(fps: Any, shape: ClipShape) -> list[int]:
+    """The frames that a clip of a steady rate takes from its beginning on; without a resampling any clip does.
+
+    Raises:
+        DecodeError: the clip is resampled, and its rate is not known.
+    """
+    spacing = _spacing(shape, None)
+    if spacing is None:
+        return list(range(shape.frames))
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf:
+        raise DecodeError("it does not tell its frame rate, so that its controls cannot be brought to another one")
+    rate = float(fps)
+    shown = (Shown(number, number / rate, (number + 1 - SLACK) / rate) for number in count())
+    instants = (s.item for s in resampled(shown, float(1 / spacing)) for _ in range(s.instants))
+    return list(islice(instants, shape.frames))
+
+
+def decode_clip(
+    data: bytes,
+    shape: ClipShape,
+    seed: int | None = None,
+    out: np.ndarray | None = None,
+    choice: Choice | None = None,
+) -> np.ndarray:
     """Decode one clip of ``shape`` from the bytes of a video file.
 
     Args:
@@ -45,6 +83,7 @@ def decode_clip(data: bytes, shape: ClipShape, seed: int | None = None, out: np.
         shape: frames, size and frame rate of the result.
         seed: where the clip starts in a longer video: uniformly drawn from this seed; None starts at the beginning.
         out: uint8 [F, H, W, 3] to write into; a new array by default.
+        choice: is told which frames were taken.
 
     Returns:
         uint8 [F, H, W, 3], RGB. The frame at time k / fps is the one on show at that time. The picture covers the asked
@@ -59,7 +98,7 @@ def decode_clip(data: bytes, shape: ClipShape, seed: int | None = None, out: np.
         # Naming the format spares FFmpeg its guesses, a tenth of the time that a small clip takes.
         known = "mp4" if data[4:8] == b"ftyp" else None
         with av.open(io.BytesIO(data), "r", format=known) as container:
-            written = _fill(container, open_stream(container), shape, seed, out)
+            written = _fill(container, open_stream(container), shape, seed, out, choice or Choice())
     except (av.FFmpegError, ValueError, IndexError, OverflowError) as error:
         raise DecodeError(f"the video cannot be decoded ({first_line(error)})") from error
     if written < shape.frames:
@@ -95,12 +134,11 @@ def _fill(
     shape: ClipShape,
     seed: int | None,
     out: np.ndarray,
+    choice: Choice,
 ) -> int:
     """Decode into ``out``; return the number of frames written."""
     rate = stream.average_rate or stream.guessed_rate
-    spacing = 1 / Fraction(shape.fps).limit_denominator(100_000) if shape.fps and rate else None
-    if spacing is not None and rate and spacing * rate == 1:
-        spacing = None
+    spacing = _spacing(shape, rate) if rate else None
     first = _first_frame(stream, rate, spacing, shape.frames, seed)
     start = Fraction(first) / rate if rate else Fraction(0)
     fitter = FrameFitter(shape.height, shape.width, float(stream.sample_aspect_ratio or 1))
@@ -111,21 +149,40 @@ def _fill(
         )
     else:
         _, shown = timed_frames(container, stream, start)
-    shown = progressive(shown)
-    written = 0
+    numbered = _numbered(progressive(shown), first, rate)
+    choice.numbers, choice.frames, written = [], int(stream.frames), 0
     if spacing is None:
-        for row, frame in zip(out, shown, strict=False):
-            fitter.write(frame.item, row)
+        for row, frame in zip(out, numbered, strict=False):
+            fitter.write(frame.item[1], row)
+            choice.numbers.append(frame.item[0])
             written += 1
         return written
-    for sample in resampled(shown, float(1 / spacing), bridge=True):
+    for sample in resampled(numbered, float(1 / spacing), bridge=True):
         end = min(written + sample.instants, shape.frames)
-        fitter.write(sample.item, out[written])
+        fitter.write(sample.item[1], out[written])
         out[written + 1 : end] = out[written]
+        choice.numbers += [sample.item[0]] * (end - written)
         written = end
         if written == shape.frames:
             break
     return written
+
+
+def _spacing(shape: ClipShape, rate: Fraction | None) -> Fraction | None:
+    """Seconds from frame to frame of what is asked for; None where a video's own frames are taken, of that rate."""
+    spacing = 1 / Fraction(shape.fps).limit_denominator(100_000) if shape.fps else None
+    return None if spacing is not None and rate and spacing * rate == 1 else spacing
+
+
+def _numbered(
+    shown: Iterable[Shown[av.VideoFrame]], first: int, rate: Fraction | None
+) -> Iterator[Shown[tuple[int, av.VideoFrame]]]:
+    """The frames of a part that begins at the frame ``first``, with their numbers."""
+    begin = first
+    for place, one in enumerate(shown):
+        if first and not place:
+            begin += round(one.start * float(rate or 0))
+        yield Shown((begin + place, one.item), one.start, one.until, one.why)
 
 
 def timed_frames(

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from anyflow.data.buckets import sort_clips
 from anyflow.data.cache import TEXTS, LatentCache, LatentShape, cache_name, is_whole, source_digest, text_key
-from anyflow.data.decode import ClipShape, DecodeError, decode_clip
+from anyflow.data.cached_choice import noted_choice
+from anyflow.data.decode import Choice, ClipShape, DecodeError, decode_clip
 from anyflow.data.encode_parts import CachePart, Encoder, EncodingCost, TimedTexts
 from anyflow.data.order import digest
 from anyflow.data.reader import TAR_BLOCK, ShardReader, check_length, find_split
@@ -268,9 +269,11 @@ class Encoding:
         for number in numbers:
             shard, sample, chosen = self.places[number]
             self.done += 1
+            choice = Choice()
             try:
                 description = self.reader.describe(shard, sample)
-                frames = decode_clip(self.reader.video(shard, sample), self.shapes[chosen])
+                frames = decode_clip(self.reader.video(shard, sample), self.shapes[chosen], choice=choice)
+                description |= noted_choice(description, choice, self.shapes[chosen])
             except DecodeError as error:
                 self.skipped.append(Skip(self.reader.shards[shard][1].name, sample.key, str(error)))
                 enforce_budget(self.skipped, self.done, len(self.places), self.error_budget, self.report)

@@ -28,8 +28,9 @@ import numpy as np
 import torch
 
 from anyflow.data import remote
-from anyflow.data.batches import MAX_TRIES, Batch, BatchDataset
-from anyflow.data.decode import ClipShape, DecodeError, decode_clip
+from anyflow.data.batches import MAX_TRIES, Batch, BatchDataset, stacked, values_of
+from anyflow.data.controls import Control
+from anyflow.data.decode import Choice, ClipShape, DecodeError, decode_clip
 from anyflow.data.members import Members
 from anyflow.data.order import ORDER_VERSION, OrderIdentity, digest, raw_bits, sample_seed
 from anyflow.data.places import open_at
@@ -303,12 +304,21 @@ class TarDataset(BatchDataset):
         order: who reads which tar.
         shape: what a decoded clip looks like.
         rank, world_size: which of the ranks this is.
+        controls: those to give with each clip.
     """
 
     order: LaneOrder
 
-    def __init__(self, order: LaneOrder, shape: ClipShape, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        order: LaneOrder,
+        shape: ClipShape,
+        rank: int = 0,
+        world_size: int = 1,
+        controls: Mapping[str, Control] | None = None,
+    ) -> None:
         self.order, self.shape, self.rank, self.world_size = order, shape, rank, world_size
+        self.controls = controls
         self.batch = order.global_batch
         self.starts: dict[int, LaneState] = {}
         """Each worker's place at the stream's position."""
@@ -350,6 +360,7 @@ class TarDataset(BatchDataset):
             "skipped": [asdict(skip) for skip in skipped],
             "lane": lane.state.text(),
             "unused": sorted(unused),
+            **stacked(metadata),
         }
 
     def _fill(self, lane: Lane, out: np.ndarray) -> dict[str, Any]:
@@ -363,8 +374,9 @@ class TarDataset(BatchDataset):
             try:
                 video = tar.members.video_of(parts)
                 metadata = checked_metadata(tar.members.describe(parts, sample.__getitem__), tar.caption)
-                decode_clip(sample[video], self.shape, sample_seed(self.order.seed, epoch, key), out)
-                return {**metadata, "key": key}
+                seed, choice = sample_seed(self.order.seed, epoch, key), Choice()
+                decode_clip(sample[video], self.shape, seed, out, choice)
+                return {**metadata, "key": key, **values_of(metadata, self.controls, choice)}
             except DecodeError as error:
                 bad.append(Skip(tar.name, name, str(error)))
                 lane.skipped.append(bad[-1])

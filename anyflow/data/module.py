@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from anyflow.data.batches import Batch, BatchDataset, ClipDataset
 from anyflow.data.buckets import BucketDataset, make_buckets, sort_clips, sort_latents, tell_buckets
 from anyflow.data.cache import LatentShape, load_cache
+from anyflow.data.controls import Control
 from anyflow.data.decode import ClipShape
 from anyflow.data.lanes import LaneOrder, TarDataset, tars_of
 from anyflow.data.mixture import order_of
@@ -46,10 +47,11 @@ class VideoDataModule(pl.LightningDataModule):
         prefetch: batches that each worker prepares ahead.
         cache: folders of latents made by :class:`anyflow.data.encode.Encoding`; they replace the cards' footage.
         codec_hash: fingerprint of the autoencoder that the caches must carry, if it is given.
+        controls: those to give with each clip (:func:`anyflow.data.wanted.wanted_controls`); none by default.
 
     Batches: ``{"frames": uint8 [B, F, H, W, 3] | "latents": float32 [B, F, C, H, W], "caption": list[str],
     "key": list[str], "attributes": list[dict], "position": int, "place": [clips of its update before it, all of them],
-    "skipped": list[dict]}``.
+    "skipped": list[dict]}``, and with controls ``"controls": float32 [B, F of pixels, sum of widths]``.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class VideoDataModule(pl.LightningDataModule):
         prefetch: int = 2,
         cache: str | Path | Sequence[str | Path] | None = None,
         codec_hash: str | None = None,
+        controls: Mapping[str, Control] | None = None,
     ) -> None:
         super().__init__()
         self.cards = _as_list(card)
@@ -87,7 +90,7 @@ class VideoDataModule(pl.LightningDataModule):
         self.weights = tuple(weights)
         self.shapes = [self.shape, *(ClipShape(*size, fps) for size in buckets)]
         self.caches = [Path(folder) for folder in _as_list(cache or [])]
-        self.codec_hash = codec_hash
+        self.codec_hash, self.controls = codec_hash, controls
         self.stream: ClipStream | None = None
         self.shares: list[str] = []
         """The buckets in words, once set up; none if there is but one shape."""
@@ -127,7 +130,7 @@ class VideoDataModule(pl.LightningDataModule):
         tars = tars_of([find_split(card, self.split, index=False) for card in self.cards])
         batch, workers = self.batch_size * world_size, max(1, self.num_workers)
         order = LaneOrder(tars, self.seed, batch, world_size, workers, self.shuffle_buffer)
-        return TarDataset(order, self.shape, rank, world_size)
+        return TarDataset(order, self.shape, rank, world_size, self.controls)
 
     def _open(self, rank: int, world_size: int) -> tuple[BatchDataset, list[Skip]]:
         """The batches of this rank, and the clips that encoding left out.
@@ -149,13 +152,13 @@ class VideoDataModule(pl.LightningDataModule):
             whole = update if update <= sum(shard.samples for shard in shards) else base_batch
             order = order_of(shards, reader.counts, self.weights, self.seed, whole)
             latent_shape = latent_shapes[0] if latent_shapes else None
-            dataset = ClipDataset(reader, order, self.shape, rank, world_size, latent_shape)
+            dataset = ClipDataset(reader, order, self.shape, rank, world_size, latent_shape, self.controls)
             dataset.batch = base_batch
             return dataset, skipped
         kept = sort_latents(reader, latent_shapes) if latent_shapes else sort_clips(reader, splits, self.shapes)
         buckets = make_buckets(reader, kept, self.shapes, self.batch_size, world_size, self.weights, latent_shapes)
         self.shares = tell_buckets(buckets, sum(len(shard.samples) for _, shard in reader.shards))
-        return BucketDataset(buckets, self.seed, base_batch, rank, world_size), skipped
+        return BucketDataset(buckets, self.seed, base_batch, rank, world_size, self.controls), skipped
 
     def _check_caches(self) -> tuple[list[LatentShape], list[Skip]]:
         """Return the latents' shapes (() for one that no clip has) and the clips that encoding left out.

@@ -6,8 +6,8 @@ import copy
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 
 from anyflow.data import remote
 from anyflow.data.card import CARD_NAME, CaptionOverride, load_card
+from anyflow.data.controls import Control
 from anyflow.data.decode import ClipShape, DecodeError
 from anyflow.data.find import is_tars
 from anyflow.data.members import Members
@@ -271,6 +272,7 @@ class Split:
         home: the folder in which things derived from it may be kept.
         caption: stands in for a missing one (for every clip's own: a ``CaptionOverride``); None refuses clips without.
         frames, fps, height, width: what every clip has, if a card says so.
+        controls: as a card tells them.
     """
 
     name: str
@@ -281,6 +283,7 @@ class Split:
     fps: float | None = None
     height: int | None = None
     width: int | None = None
+    controls: Mapping[str, Control | str] = field(default_factory=dict)
 
     def shape_of(self, sample: Sample) -> Noted:
         """A clip's shape: as the index notes it, else as the card says of all; empty if neither does."""
@@ -321,6 +324,7 @@ def find_split(card: str | Path, split: str, *, index: bool = True, shapes: bool
         found.fps,
         found.height,
         found.width,
+        found.controls,
     )
 
 

@@ -94,12 +94,16 @@ def resolved(values: Mapping[str, Any], beside: Callable[[], Mapping[str, Any]])
 
 
 def to_yaml(tree: Mapping[str, Any]) -> str:
-    """YAML that :func:`read_yaml` reads back as it was."""
+    """YAML that :func:`read_yaml` reads back as it was; a tuple stands in one row."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
         """Puts in quotes what OmegaConf would take for a number."""
 
+    def in_a_row(dumper: Dumper, items: tuple[Any, ...]) -> Any:
+        return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
+
+    Dumper.add_representer(tuple, in_a_row)
     Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_EXPONENT), list("-+0123456789"))
     return yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
 
@@ -119,7 +123,8 @@ def build(kind: type[T], tree: Mapping[str, Any], where: str, prefix: str = "", 
         beside: Fields that no file may set.
 
     Raises:
-        UserError: A field is unknown, is missing, or is of the wrong type.
+        UserError: A field is unknown, is missing, or is of the wrong type; or the dataclass itself refuses them, by a
+            ValueError whose words begin with a field's name.
     """
     hints = {name: hint for name, hint in typing.get_type_hints(kind).items() if name not in beside}
     for key in tree:
@@ -133,12 +138,18 @@ def build(kind: type[T], tree: Mapping[str, Any], where: str, prefix: str = "", 
     for key in needed:
         if key not in tree:
             raise UserError(f"{where}missing key {prefix + key!r}: {', '.join(needed)} are needed")
-    return kind(**{key: _built(value, hints[key], where, f"{prefix}{key}") for key, value in tree.items()}, **beside)
+    values = {key: _built(value, hints[key], where, f"{prefix}{key}") for key, value in tree.items()}
+    try:
+        return kind(**values, **beside)
+    except ValueError as error:
+        raise UserError(f"{where}{prefix}{error}") from None
 
 
 def _built(value: Any, hint: Any, where: str, key: str) -> Any:
     """The value of one field, whose own parts are named in their sentences."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if _is_union(origin) and isinstance(value, dict):
+        hint = next(filter(dataclasses.is_dataclass, inner), hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return build(hint, value, where, f"{key}.")  # type: ignore[arg-type]
     if origin is list and isinstance(value, list):
@@ -161,12 +172,14 @@ def fit(value: Any, hint: Any) -> Any:
         TypeError: It is of another type.
     """
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
+    if _is_union(origin):
         for option in inner:
             with suppress(TypeError):
                 return fit(value, option)
-    elif origin is list and isinstance(value, list):
-        return [fit(item, inner[0]) for item in value]
+    elif origin in (list, tuple) and isinstance(value, list):
+        return origin(fit(item, inner[0]) for item in value)
+    elif origin is typing.Literal and value in inner:
+        return value
     elif origin in (dict, Mapping) and isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {key: fit(item, inner[1]) for key, item in value.items()}
     elif hint in (int, float) and (isinstance(value, str) or type(value) in (int, hint)):
@@ -175,6 +188,10 @@ def fit(value: Any, hint: Any) -> Any:
     elif hint is Any or type(value) is hint or (hint is Path and isinstance(value, str) and value):
         return value
     raise TypeError(value)
+
+
+def _is_union(origin: Any) -> bool:
+    return origin in (typing.Union, types.UnionType)
 
 
 def misfit(value: Any, hint: Any, wanted: str = "") -> str:
@@ -186,9 +203,11 @@ def misfit(value: Any, hint: Any, wanted: str = "") -> str:
 def in_words(hint: Any) -> str:
     """A field's type as a user calls it."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
+    if _is_union(origin):
         return " or ".join(map(in_words, inner))
-    if origin is list:
+    if origin is typing.Literal:
+        return " or ".join(map(str, inner))
+    if origin in (list, tuple):
         return f"a list, each item {in_words(inner[0])}"
     if origin in (dict, Mapping):
         return "a mapping of keys to values" if inner[1] is Any else f"keys, each with {in_words(inner[1])}"
