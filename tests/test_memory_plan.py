@@ -179,7 +179,7 @@ def real_step(recipe: Recipe) -> tuple[Any, Callable[[], None]]:
     if recipe.hardware.gradient_checkpointing:
         checkpoint_activations(backbone)
     if recipe.model.lora.enabled:
-        add_lora(backbone, lora_settings(recipe))
+        add_lora(backbone, lora_settings(recipe, backbone))
     stage: Any = build_stage(recipe, None, backbone)  # type: ignore[arg-type]  (what is encoded needs no codec)
     batch = recipe.data.batch_size
     clean, noise = torch.randn(2, batch, *SIZE)

@@ -241,6 +241,13 @@ def read_guidance(path: str | Path) -> Guidance | None:
     return Guidance(float(scale), negative or "")
 
 
+def read_controls(path: str | Path) -> ControlSettings | None:
+    """What a model's network is told of each frame, if anything."""
+    folder = resolve_folder(path)
+    place = folder / "transformer" / "config.json"
+    return ControlSettings.of(read_json(place)) if place.exists() else None
+
+
 def is_wan(path: str | Path) -> bool:
     """Whether a folder holds a plain Wan transformer."""
     network = resolve_folder(path) / "transformer" / "config.json"

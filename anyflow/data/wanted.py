@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from anyflow.data.controls import Control
 from anyflow.data.reader import find_split
@@ -76,3 +77,31 @@ def _together(name: str, told: Sequence[tuple[str, Control]], where: str) -> Con
         elif control.low:
             whole = replace(whole, low=control.low, high=control.high)
     return whole
+
+
+def learnt_controls(facts: Mapping[str, Any], cards: Sequence[str | Path], split: str) -> dict[str, Control]:
+    """The controls that a network was trained with, for clips of some cards; a card may lack them.
+
+    Args:
+        facts: name -> its fields, as a network's configuration has them (:meth:`Control.to_dict`).
+        cards: names, paths, addresses, folders of shards. split: one that all cards have.
+
+    Raises:
+        UserError: a card has a control of that name that is another one.
+    """
+    known = {name: described(own) for name, own in facts.items()}
+    for card in cards:
+        for name, told in find_split(card, split, index=False).controls.items():
+            own = known.get(name)
+            if own is not None and isinstance(told, Control) and own.told() != told.told():
+                raise UserError(
+                    f"the card {str(card)!r} has {name!r} with {told.told()}; the network learnt it with {own.told()}: "
+                    "leave the card out, or take another network"
+                )
+    return known
+
+
+def described(facts: Mapping[str, Any]) -> Control:
+    """A control as a network's configuration describes it."""
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+    return Control(**values)

@@ -52,7 +52,7 @@ def run_steps(
     if recipe.hardware.gradient_checkpointing:
         checkpoint_activations(backbone, recipe.hardware.keep_attention)
     if recipe.model.lora.enabled:
-        add_lora(backbone, lora_settings(recipe))
+        add_lora(backbone, lora_settings(recipe, backbone))
     backbone.to(here.device)
     codec = Codec(build_vae(0))
     codec.is_parked = True  # latents and prompts are ready: it has nothing to do

@@ -39,6 +39,7 @@ class HeldOut:
         frames: uint8 ``[F, H, W, 3]``.
         domain: whose motion probe reads it.
         attributes: what the simulator measured; the motion asked for is among it.
+        controls: what a model is told of its frames, float32 ``[F, W]``; None: nothing.
     """
 
     key: str
@@ -46,6 +47,7 @@ class HeldOut:
     frames: Tensor
     domain: str = ""
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    controls: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from anyflow.backbone.guidance import Guidance
+from anyflow.backbone.load import read_controls
 from anyflow.data.decode import ClipShape
 from anyflow.evaluation.curve import CurveResult
 from anyflow.evaluation.heldout import Prompts, fitted
@@ -187,7 +188,7 @@ def curve_by_engine(
     Raises:
         UserError: the split has too few clips, or no worker can do it.
     """
-    items, reference, note = prompts.dealt()
+    items, reference, note = prompts.told_to(read_controls(model)).dealt()
     asked = replace(asked, shift=shift_of(model))
     most = len(items) * len(asked.steps) * len(asked.seeds)
     with closing(_staff(engine, model, precision, most)) as staff:

@@ -15,16 +15,19 @@ import torch
 from torch import Tensor
 
 from anyflow.backbone.codec import Codec
+from anyflow.backbone.controls import ControlSettings, controls_of
 from anyflow.backbone.parallelize import join_rows, own_rows, rank_and_size
 from anyflow.data.batches import ClipDataset
+from anyflow.data.controls import Control
 from anyflow.data.decode import ClipShape, DecodeError
 from anyflow.data.order import Order
 from anyflow.data.reader import ShardReader, find_split
+from anyflow.data.wanted import learnt_controls
 from anyflow.errors import UserError, first_line
 from anyflow.evaluation.curve import CurveResult, HeldOut
 from anyflow.evaluation.kept_samples import KeptSamples
 from anyflow.evaluation.measure import OnProgress, measure_curve, sampler_of
-from anyflow.evaluation.measurement import BATCH_SIZE, CurveCodec, Measurement, SampledModel, Sampler
+from anyflow.evaluation.measurement import BATCH_SIZE, CurveCodec, Measurement, SampledModel, Sampler, Told
 from anyflow.flowmap.endpoint import Renoise
 from anyflow.flowmap.sampling import Take
 from anyflow.system.files import replacing
@@ -34,9 +37,18 @@ class TooFewClips(UserError):
     """A split has not enough clips for a curve."""
 
 
-def held_out(cards: Sequence[str], split: str, shape: ClipShape, count: int | None = None) -> list[HeldOut]:
-    """The first ``count`` clips that can be read, of every card's split in turn (all, if None), decoded."""
-    per_card = [list(islice(_clips(card, split, shape), count)) for card in cards]
+def held_out(
+    cards: Sequence[str],
+    split: str,
+    shape: ClipShape,
+    count: int | None = None,
+    controls: Mapping[str, Control] | None = None,
+) -> list[HeldOut]:
+    """The first ``count`` clips that can be read, of every card's split in turn (all, if None), decoded.
+
+    They come with the ``controls``, if any are named.
+    """
+    per_card = [list(islice(_clips(card, split, shape, controls), count)) for card in cards]
     dealt = [clips[i] for i in range(max(map(len, per_card))) for clips in per_card if i < len(clips)]
     return dealt[:count]
 
@@ -60,11 +72,11 @@ def as_asked(clips: Sequence[HeldOut]) -> list[HeldOut]:
     ]
 
 
-def _clips(card: str, split: str, shape: ClipShape) -> Iterator[HeldOut]:
+def _clips(card: str, split: str, shape: ClipShape, controls: Mapping[str, Control] | None) -> Iterator[HeldOut]:
     """One card's clips in the shards' order; clips that cannot be read are left out."""
     found = find_split(card, split)
     reader = ShardReader([found.folder], [found.caption])
-    dataset = ClipDataset(reader, Order(reader.identities(), seed=0, global_batch=1), shape)
+    dataset = ClipDataset(reader, Order(reader.identities(), seed=0, global_batch=1), shape, controls=controls)
     samples = [(number, sample) for number, (_, shard) in enumerate(reader.shards) for sample in shard.samples]
     for number, sample in samples:
         frames = np.empty((shape.frames, shape.height, shape.width, 3), dtype=np.uint8)
@@ -74,7 +86,8 @@ def _clips(card: str, split: str, shape: ClipShape) -> Iterator[HeldOut]:
             print(f"{split} clip {sample.key} of {card} is left out: {error}", file=sys.stderr)
             continue
         domain, attributes = facts.get("domain", ""), facts.get("attributes") or {}
-        yield HeldOut(sample.key, facts["caption"], torch.from_numpy(frames), domain, attributes)
+        told = torch.from_numpy(facts["control_values"]) if controls else None
+        yield HeldOut(sample.key, facts["caption"], torch.from_numpy(frames), domain, attributes, told)
 
 
 def clips_a_pass(fitting: int, ranks: int, batch_size: int = BATCH_SIZE) -> int:
@@ -92,6 +105,7 @@ class Prompts:
         count: prompts.
         split: where the clips come from.
         or_fewer: take fewer where the split has too few clips, and say so.
+        controls: what the model is told of each frame, as its clips have them; None: nothing.
     """
 
     cards: Sequence[str]
@@ -99,6 +113,19 @@ class Prompts:
     count: int
     split: str = "heldout"
     or_fewer: bool = False
+    controls: Mapping[str, Control] | None = None
+
+    def told_to(self, controls: ControlSettings | None) -> Prompts:
+        """For a model that knows these controls.
+
+        Raises:
+            UserError: a card has another control of that name.
+        """
+        return (
+            self
+            if controls is None
+            else replace(self, controls=learnt_controls(controls.controls, self.cards, self.split))
+        )
 
     def dealt(self) -> tuple[list[HeldOut], list[HeldOut], list[str]]:
         """The clips whose prompts are sampled, as many others, and what is to be said of their number.
@@ -106,7 +133,7 @@ class Prompts:
         Raises:
             TooFewClips: The split has too few clips.
         """
-        clips = as_asked(held_out(self.cards, self.split, self.shape, 2 * self.count))
+        clips = as_asked(held_out(self.cards, self.split, self.shape, 2 * self.count, self.controls))
         half = len(clips) // 2
         if half == self.count:
             return clips[:half], clips[half:], []
@@ -136,7 +163,7 @@ def curve_of(
     Raises:
         TooFewClips: The split has too few clips.
     """
-    items, reference, note = prompts.dealt()
+    items, reference, note = prompts.told_to(controls_of(backbone.transformer)).dealt()
     model = SampledModel(sampler_of(backbone, codec, asked.guidance), codec, device, backbone.calls_of)
     ranks = rank_and_size()[1] if divide else 1
     if divide:
@@ -182,14 +209,11 @@ def _divided(sampler: Sampler) -> Sampler:
     Re-noising draws for the batch as it stands: then every rank samples all of it.
     """
 
-    def sample(
-        captions: list[str], noise: Tensor, num_steps: int, shift: float, first_frames: Tensor | None, **way: Take
-    ) -> Tensor:
+    def sample(told: Told, noise: Tensor, num_steps: int, shift: float, **way: Take) -> Tensor:
         if isinstance(way.get("take"), Renoise):
-            return sampler(captions, noise, num_steps, shift, first_frames, **way)
+            return sampler(told, noise, num_steps, shift, **way)
         rows = own_rows(len(noise))
-        given = None if first_frames is None else first_frames[rows]
-        own = sampler([captions[row] for row in rows], noise[rows], num_steps, shift, given, **way)
+        own = sampler(told.of_rows(rows), noise[rows], num_steps, shift, **way)
         return join_rows(own, len(noise))
 
     return sample

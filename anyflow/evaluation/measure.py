@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from anyflow.backbone.conditions import Conditions
+from anyflow.backbone.controls import by_latent_frame
 from anyflow.backbone.guidance import UNGUIDED, Guidance
 from anyflow.evaluation.curve import Curve, CurveResult, CurveRow, HeldOut, Marks, over_seeds
 from anyflow.evaluation.judge import Judge
 from anyflow.evaluation.kept_samples import KeptSamples
-from anyflow.evaluation.measurement import Measurement, SampledModel, Sampler
+from anyflow.evaluation.measurement import Measurement, SampledModel, Sampler, Told
 from anyflow.flowmap.endpoint import Renoise
 from anyflow.flowmap.samplers import SamplerKind
 from anyflow.flowmap.sampling import Take, take_jump, take_velocity
@@ -71,11 +72,10 @@ def _generator(seed: int, key: str) -> torch.Generator:
 def sampler_of(backbone: Any, codec: Any, guidance: Guidance = UNGUIDED) -> Sampler:
     """The sampler of a ``FlowMapBackbone`` with the ``Codec`` whose text encoder it was trained with."""
 
-    def sample(
-        captions: list[str], noise: Tensor, num_steps: int, shift: float, first_frames: Tensor | None, **way: Take
-    ) -> Tensor:
+    def sample(told: Told, noise: Tensor, num_steps: int, shift: float, **way: Take) -> Tensor:
         guided = guidance.way(backbone, codec)
-        conditions = Conditions(codec.encode_text(captions), first_frames)
+        controls = None if told.controls is None else by_latent_frame(told.controls, codec.temporal_factor)
+        conditions = Conditions(codec.encode_text(told.captions), told.first_frames, controls)
         return backbone.sample(conditions, noise, num_steps, shift, **way, **guided)
 
     return sample
@@ -167,15 +167,14 @@ class Batch:
     """Prompts that are sampled in one pass.
 
     Attributes:
-        captions, keys: of the prompts.
+        told: what they are made by, on the CPU.
+        keys: of the prompts.
         shape: of one clip's latents ``(F, C, H, W)``.
-        given: latents that the clips begin with, ``[B, k, C, H, W]`` on the CPU; None: no frames are given.
     """
 
-    captions: list[str]
+    told: Told
     keys: list[str]
     shape: tuple[int, ...]
-    given: Tensor | None
     num_steps: int
     seed: int
 
@@ -186,8 +185,9 @@ class Batch:
     def name(self, kept: KeptSamples, asked: Measurement) -> str:
         """What its samples are kept by."""
         guided = () if asked.guidance.scale == 1 else (asked.guidance,)
-        facts = (self.captions, self.keys, self.seed, self.num_steps, asked.shift, asked.sampler, *guided)
-        return kept.name((self.noise(), self.given), facts)
+        facts = (self.told.captions, self.keys, self.seed, self.num_steps, asked.shift, asked.sampler, *guided)
+        controls = () if self.told.controls is None else (self.told.controls,)
+        return kept.name((self.noise(), self.told.first_frames, *controls), facts)
 
 
 @dataclass(frozen=True)
@@ -246,11 +246,10 @@ class Here:
     def sampled(self, batch: Batch) -> tuple[Tensor, float]:
         """A batch's latents, and the seconds that they take."""
         asked, device = self.asked, self.model.device
-        given = None if batch.given is None else batch.given.to(device)
         way = {} if asked.sampler == "flowmap" else {"take": take_of(asked.sampler, batch.keys, batch.seed)}
         noise = batch.noise().to(device)
         begin = _now(device)
-        latents = self.model.sampler(batch.captions, noise, batch.num_steps, asked.shift, given, **way)
+        latents = self.model.sampler(batch.told.to(device), noise, batch.num_steps, asked.shift, **way)
         return latents, _now(device) - begin
 
     def decoded(self, latents: Tensor, sampling: float) -> Made:
@@ -329,14 +328,13 @@ class _Runner:
         for start in range(0, len(items), self.asked.batch_size):
             batch = items[start : start + self.asked.batch_size]
             given = like[start : start + self.asked.batch_size, : self.asked.given_frames]
-            yield Batch(
+            controls = [item.controls for item in batch if item.controls is not None]
+            told = Told(
                 [item.caption for item in batch],
-                [item.key for item in batch],
-                tuple(like.shape[1:]),
                 given if self.asked.given_frames else None,
-                num_steps,
-                seed,
+                torch.stack(controls) if controls else None,
             )
+            yield Batch(told, [item.key for item in batch], tuple(like.shape[1:]), num_steps, seed)
 
 
 def _stack(items: Sequence[HeldOut]) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anyflow.backbone.conditions import Conditions
+from anyflow.backbone.controls import add_controls
 from anyflow.backbone.load import backbone_class, weight_precision, wrap
 from anyflow.backbone.lora import add_lora
 from anyflow.backbone.parallelize import checkpoint_activations, device_mesh, load_parts, parallelize
@@ -29,6 +30,7 @@ from anyflow.memory.phases import Memory
 from anyflow.memory.turns import sample_once, turns
 from anyflow.recipe import Recipe
 from anyflow.training.assemble import lora_settings, parallel_settings, roles_kind, weights_dtype
+from anyflow.training.controls import asked_controls
 
 DEPTHS = (4, 6)
 """Layers that are simulated, enough for blocks to be gathered ahead; a network of no more than the second is simulated
@@ -135,11 +137,14 @@ def _networks(recipe: Recipe, config: dict[str, Any]) -> Roles:
     """The recipe's networks on ``meta``, with adapters and roles as in training."""
 
     _, kind = backbone_class(recipe.model.architecture)
+    controls = asked_controls(recipe, 4)
 
     def build() -> FlowMapBackbone:
         transformer: Any = kind.from_config(config)  # type: ignore[attr-defined]
         gate = torch.tensor([0.25], device="cpu")
         transformer.condition_embedder.register_buffer("delta_emb_gate", gate, persistent=False)
+        if controls is not None:
+            add_controls(transformer, controls)
         backbone = wrap(transformer)
         if recipe.hardware.gradient_checkpointing:
             checkpoint_activations(backbone, recipe.hardware.keep_attention)
@@ -149,13 +154,14 @@ def _networks(recipe: Recipe, config: dict[str, Any]) -> Roles:
     with torch.device("meta"):
         student = build()
         if recipe.model.lora.enabled:
-            add_lora(student, lora_settings(recipe))
+            add_lora(student, lora_settings(recipe, student))
             if recipe.stage.onpolicy.teacher and recipe.declared.teacher == "given":
                 # an adapter of the teacher stage: as wide, without the time embedders, which that stage leaves alone
                 blocks_alone = [target for target in recipe.model.lora.targets if "_embedder" not in target]
-                add_lora(student, replace(lora_settings(recipe), targets=blocks_alone, full=()), adapter="teacher")
+                settings = replace(lora_settings(recipe, student), targets=blocks_alone, full=())
+                add_lora(student, settings, adapter="teacher")
             if recipe.has_teacher:
-                return AdapterRoles(student, lora_settings(recipe), **which)
+                return AdapterRoles(student, lora_settings(recipe, student), **which)
         if recipe.has_teacher:
             return SeparateRoles(student, build(), **which)
         return _Alone(student)

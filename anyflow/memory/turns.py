@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from anyflow.backbone.conditions import Conditions, Text
+from anyflow.backbone.controls import controls_of
 from anyflow.backbone.roles import Role, Roles
 from anyflow.flowmap.chunks import ChunkLayout, layout_of
 from anyflow.flowmap.sampling import Jump, Take, take_jump
@@ -126,9 +127,17 @@ class HeaviestStep:
         """Samples of the student."""
         noise = torch.empty(self.batch, *self.latents)
         first_frames = noise[:, :1] if self.stage.i2v_prob > 0 else None
-        conditions = full_length(self.batch, self.text_width, first_frames)
+        conditions = self.told(full_length(self.batch, self.text_width, first_frames), noise.shape[1])
         parts = self.roles.generate("student", conditions, noise, jumps, take)
         return torch.cat(list(parts), dim=1)
+
+    def told(self, conditions: Conditions, frames: int) -> Conditions:
+        """With controls for so many latent frames, if the network knows any."""
+        known = controls_of(self.roles.student.transformer)
+        if known is None:
+            return conditions
+        clips = len(conditions.text.embeddings)
+        return conditions._replace(controls=torch.empty(clips, frames, known.pixel_frames, known.numbers))
 
     def ask(self, role: Role, clips: int, layout: ChunkLayout | None = None) -> Tensor:
         """One answer; times are per frame where some frames are given."""
@@ -136,7 +145,7 @@ class HeaviestStep:
         frames = frames if layout is None else layout.num_frames
         times = torch.empty((clips, frames) if layout is not None or self.stage.i2v_prob > 0 else clips)
         view: dict[str, Any] = {} if layout is None else {"layout": layout}
-        conditions = full_length(clips, self.text_width)
+        conditions = self.told(full_length(clips, self.text_width), frames)
         return self.roles(role, torch.empty(clips, frames, *rest), times, times, conditions, **view)
 
 

@@ -16,6 +16,8 @@ import torch
 from anyflow.backbone.attention import prefer_kernel
 from anyflow.backbone.codec import Codec, codec_dtypes
 from anyflow.backbone.compiled import compile_blocks
+from anyflow.backbone.controls import MODULE as CONTROLS
+from anyflow.backbone.controls import ControlSettings, controls_of
 from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build_vae, transformer_config
 from anyflow.backbone.full import RELEASED_FULL, add_full
 from anyflow.backbone.load import load_backbone, new_backbone
@@ -35,11 +37,13 @@ from anyflow.data.decode import ClipShape
 from anyflow.data.encode import Encoding, estimate
 from anyflow.data.module import VideoDataModule
 from anyflow.data.reader import ShardReader, find_split
+from anyflow.data.wanted import learnt_controls
 from anyflow.recipe import Recipe
 from anyflow.stages.base import Stage, Training
 from anyflow.stages.parts import StageParts
 from anyflow.system.console import progress_line
 from anyflow.system.option import part_of
+from anyflow.training.controls import asked_controls
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,9 @@ def assemble(recipe: Recipe, *, leave_stored: bool = False, encode: bool = True)
         UserError: A checkpoint, card or clip does not fit the recipe.
     """
     codec, backbone = load_networks(recipe, leave_stored=leave_stored or is_sharded(recipe))
-    return Parts(codec, backbone, build_stage(recipe, codec, backbone), build_data(recipe, codec, encode=encode))
+    told = controls_of(backbone.transformer)
+    stage = build_stage(recipe, codec, backbone)
+    return Parts(codec, backbone, stage, build_data(recipe, codec, told, encode=encode))
 
 
 def load_networks(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, FlowMapBackbone]:
@@ -77,9 +83,9 @@ def load_networks(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec,
         if recipe.model.lora.start:
             load_lora(backbone, recipe.model.lora.start)
             # what this recipe trains in full and the run before did not, as a network that has become causal
-            add_full(backbone.transformer, lora_settings(recipe).full, ADAPTER)
+            add_full(backbone.transformer, lora_settings(recipe, backbone).full, ADAPTER)
         else:
-            add_lora(backbone, lora_settings(recipe))
+            add_lora(backbone, lora_settings(recipe, backbone))
     return codec, backbone
 
 
@@ -98,9 +104,10 @@ def load_model(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, Fl
         folder, stored = model.codec or model.weights, is_precomputed(recipe)
         codec = Codec.from_folder(folder, dtype=codec_dtype, text_dtype=text_dtype, stored=stored)
         codec.is_parked = stored or hardware.park_codec
+    controls = asked_controls(recipe, codec.temporal_factor)
     if model.init == "new":
         network = {**transformer_config(), **model.network}
-        backbone: FlowMapBackbone = new_backbone(network, recipe.run.seed, model.architecture)
+        backbone: FlowMapBackbone = new_backbone(network, recipe.run.seed, model.architecture, controls)
     else:
         backbone = load_backbone(
             model.weights,
@@ -108,6 +115,7 @@ def load_model(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, Fl
             dtype=dtype,
             leave_stored=leave_stored,
             network=model.network,
+            controls=controls,
         )
     if hardware.gradient_checkpointing:
         checkpoint_activations(backbone, hardware.keep_attention)
@@ -182,7 +190,7 @@ def build_roles(recipe: Recipe, backbone: FlowMapBackbone) -> Roles:
     if recipe.model.lora.enabled:
         if teacher and not recipe.has_tail:
             load_lora(backbone, teacher, adapter="teacher")
-        settings, seed = lora_settings(recipe), recipe.run.seed
+        settings, seed = lora_settings(recipe, backbone), recipe.run.seed
         return AdapterRoles(backbone, settings, seed=seed, **kind)
     network = load_backbone(
         teacher or recipe.model.weights,
@@ -190,6 +198,7 @@ def build_roles(recipe: Recipe, backbone: FlowMapBackbone) -> Roles:
         architecture=None if recipe.has_critic else recipe.model.architecture,
         dtype=weights_dtype(recipe),
         leave_stored=backbone.stored is not None,
+        controls=controls_of(backbone.transformer) if recipe.declared.trains_teacher else None,
     )
     if recipe.hardware.gradient_checkpointing:
         checkpoint_activations(network, recipe.hardware.keep_attention)
@@ -201,11 +210,13 @@ def roles_kind(recipe: Recipe) -> dict[str, Any]:
     return {"trains_teacher": recipe.declared.trains_teacher, "has_critic": recipe.has_critic}
 
 
-def lora_settings(recipe: Recipe) -> LoraSettings:
-    """The shape of the recipe's adapters."""
+def lora_settings(recipe: Recipe, backbone: FlowMapBackbone) -> LoraSettings:
+    """The shape of the recipe's adapters; what embeds a network's controls is trained in full beside them."""
     lora = recipe.model.lora
     released = RELEASED_FULL[recipe.model.architecture]
     full = [name for item in lora.full for name in (released if item == "released" else (item,))]
+    if controls_of(backbone.transformer) is not None and CONTROLS not in full:
+        full.append(CONTROLS)
     return part_of(LoraSettings, lora, full=tuple(full))
 
 
@@ -216,8 +227,11 @@ def batches_of(recipe: Recipe) -> int:
     return (recipe.total_steps + critics) * recipe.hardware.accumulate
 
 
-def build_data(recipe: Recipe, codec: Codec, *, encode: bool = True) -> VideoDataModule:
-    """The training split as batches, of pixels or (``data.precompute``) of latents encoded beforehand."""
+def build_data(recipe: Recipe, codec: Codec, told: ControlSettings | None, *, encode: bool = True) -> VideoDataModule:
+    """The training split as batches, of pixels or (``data.precompute``) of latents encoded beforehand.
+
+    Clips come with the controls that the network is ``told``.
+    """
     data = recipe.data
     encodings = [encoding_of(recipe, codec, card) for card in data.card] if is_precomputed(recipe) else []
     for encoding in encodings if encode else []:
@@ -245,6 +259,7 @@ def build_data(recipe: Recipe, codec: Codec, *, encode: bool = True) -> VideoDat
         shuffle_buffer=data.shuffle_buffer,
         cache=caches,
         codec_hash=encodings[0].fingerprint if encodings else None,
+        controls=learnt_controls(told.controls, data.card, data.split) if told else None,
     )
 
 

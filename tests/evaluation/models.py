@@ -13,7 +13,7 @@ from torch.nn import functional
 from anyflow.evaluation import measure
 from anyflow.evaluation.curve import CurveResult, HeldOut
 from anyflow.evaluation.kept_samples import KeptSamples
-from anyflow.evaluation.measurement import CurveCodec, Measurement, SampledModel, Sampler
+from anyflow.evaluation.measurement import CurveCodec, Measurement, SampledModel, Sampler, Told
 from anyflow.flowmap.sampling import sample
 from anyflow.flowmap.schedule import like_latents
 
@@ -66,10 +66,8 @@ def exact_sampler(items: list[HeldOut], error: float = 0.0) -> Sampler:
 def sampler_over(velocity_for: Callable[[list[str]], Callable[..., Tensor]]) -> Sampler:
     """The plain sampler over a velocity for each batch of captions."""
 
-    def sampler(
-        captions: list[str], noise: Tensor, num_steps: int, shift: float, first_frames: Tensor | None
-    ) -> Tensor:
-        return sample(velocity_for(captions), noise, num_steps, shift, first_frames=first_frames)
+    def sampler(told: Told, noise: Tensor, num_steps: int, shift: float) -> Tensor:
+        return sample(velocity_for(told.captions), noise, num_steps, shift, first_frames=told.first_frames)
 
     return sampler
 

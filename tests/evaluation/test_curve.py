@@ -18,7 +18,7 @@ from anyflow.backbone.conditions import Conditions
 from anyflow.evaluation.curve import Curve, CurveResult, CurveRow, HeldOut, over_seeds
 from anyflow.evaluation.heldout import as_asked
 from anyflow.evaluation.measure import prompt_noise, sampler_of
-from anyflow.evaluation.measurement import Judges
+from anyflow.evaluation.measurement import Judges, Told
 from anyflow.evaluation.report.tables import comparison_text
 from anyflow.flowmap.sampling import Take, sample
 
@@ -132,15 +132,13 @@ def test_a_figure_that_a_seed_lacks_has_no_interval() -> None:
 def test_a_model_is_sampled_its_own_way_and_re_noised_by_seed_and_key_alone() -> None:
     asked: list[tuple[str, Tensor]] = []
 
-    def sampler(
-        captions: list[str], noise: Tensor, steps: int, shift: float, first: Tensor | None, **way: Take
-    ) -> Tensor:
+    def sampler(told: Told, noise: Tensor, steps: int, shift: float, **way: Take) -> Tensor:
         def velocity(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
-            asked.append((captions[0], z))
+            asked.append((told.captions[0], z))
             assert not way or torch.equal(t, r)
             return z
 
-        return sample(velocity, noise, steps, shift, first_frames=first, **way)
+        return sample(velocity, noise, steps, shift, first_frames=told.first_frames, **way)
 
     curves = {
         (kind, size): measure_curve(
@@ -248,9 +246,9 @@ def test_given_frames_come_from_the_prompts_own_clips() -> None:
     seen: list[Tensor | None] = []
     exact = exact_sampler(ITEMS, error=0.6)
 
-    def sampler(captions: list[str], noise: Tensor, steps: int, shift: float, first_frames: Tensor | None) -> Tensor:
-        seen.append(first_frames)
-        return exact(captions, noise, steps, shift, first_frames)
+    def sampler(told: Told, noise: Tensor, steps: int, shift: float) -> Tensor:
+        seen.append(told.first_frames)
+        return exact(told, noise, steps, shift)
 
     given = measure_curve(sampler, BlockCodec(), ITEMS, REFERENCE, steps=(1,), batch_size=4, given_frames=1)
     latents = BlockCodec().encode_video(torch.stack([item.frames for item in ITEMS]))
@@ -319,7 +317,7 @@ def test_the_models_own_sampler_gets_the_captions_embeddings() -> None:
             return arguments
 
     noise = torch.ones(2)
-    assert sampler_of(Backbone(), Codec())(["a", "b"], noise, 4, 5.0, None) == (
+    assert sampler_of(Backbone(), Codec())(Told(["a", "b"]), noise, 4, 5.0) == (
         Conditions("a+b", None),  # type: ignore[arg-type]
         noise,
         4,

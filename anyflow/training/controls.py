@@ -1,0 +1,31 @@
+"""The controls of a run: those of its cards that the recipe names."""
+
+from __future__ import annotations
+
+from anyflow.backbone.controls import ControlSettings
+from anyflow.data.wanted import wanted_controls
+from anyflow.errors import UserError
+from anyflow.recipe import Recipe
+
+FIELD = "model.control.names"
+
+
+def asked_controls(recipe: Recipe, pixel_frames: int) -> ControlSettings | None:
+    """What the recipe's network shall be told; None: nothing, or what it has learnt.
+
+    Args:
+        recipe: names the controls, and the cards that describe them.
+        pixel_frames: that a latent frame covers.
+
+    Raises:
+        UserError: no card has such a control, its range is not known, or two cards describe it differently.
+    """
+    names, cards = recipe.model.control.names, recipe.data.card
+    if not names:
+        return None
+    found = wanted_controls(cards, names, recipe.data.split, FIELD)
+    for name, control in found.items():
+        if control.kind == "continuous" and not control.low:
+            raise UserError(f"{FIELD}: the range of {name!r} is not known: anyflow data controls {cards[0]} finds it")
+    described = {name: control.to_dict() for name, control in found.items()}
+    return ControlSettings(described, recipe.model.control.width, pixel_frames)
