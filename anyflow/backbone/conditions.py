@@ -75,7 +75,8 @@ class Conditions(NamedTuple):
     """``[B, k, C, H, W]``: clean latents that a rollout begins with, for image- or video-to-video; None: none."""
     controls: Tensor | None = None
     """``[B, F, P, W]`` float32: the W numbers of the P pixel frames that each latent frame covers, in their own units;
-    NaN: not known. None: none are."""
+    NaN: not known. None: none are. Those of a video that is streamed may come
+    as it is made (:class:`anyflow.backbone.controls.ControlFeed`)."""
 
     @property
     def num_given(self) -> int:

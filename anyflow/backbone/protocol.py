@@ -124,7 +124,7 @@ class FlowMapBackbone(nn.Module):
             take: how each jump is taken; a network that is no flow map needs another way than its default.
         """
         asked = ask or self
-        given = conditions.first_frames
+        conditions, given = conditions.of_frames(slice(0, noise.shape[1])), conditions.first_frames
         yield follow(lambda z, t, r: asked(z, t, r, conditions), noise, jumps, first_frames=given, take=take)
 
     @torch.no_grad()

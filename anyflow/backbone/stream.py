@@ -10,6 +10,7 @@ from torch import Tensor
 
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.conditions import Conditions
+from anyflow.backbone.controls import ControlFeed, by_latent_frame
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.flowmap.sampling import steps_of
 
@@ -23,6 +24,7 @@ def stream_video(
     num_steps: int,
     shift: float,
     first_frames: Tensor | None = None,
+    controls: Tensor | Iterator[Tensor] | None = None,
     **way: Any,
 ) -> Iterator[Tensor]:
     """Yield frames uint8 ``[B, f, H, W, 3]``; joined they are the video.
@@ -39,9 +41,17 @@ def stream_video(
         num_steps: of the sampler, for every chunk.
         shift: of its schedule.
         first_frames: given latents ``[B, k, C, H, W]`` (``codec.encode_video`` of given frames); they are shown too.
+        controls: numbers of the pixel frames ``[B, 1 + P * (F - 1), W]``, in the order and the units of the network's
+            configuration; NaN where they are not known. Of an iterator each chunk's are asked for with the chunk:
+            ``[B, n, W]``, n its pixel frames (the first frame of all is one, then P for each latent frame).
         way: ``take`` and ``ask`` of :meth:`FlowMapBackbone.generate`, of a network that is no flow map or is guided.
     """
-    conditions = Conditions(codec.encode_text(captions), first_frames)
+    told: Any = None
+    if isinstance(controls, Tensor):
+        told = by_latent_frame(controls, codec.temporal_factor)
+    elif controls is not None:
+        told = ControlFeed(controls, codec.temporal_factor)
+    conditions = Conditions(codec.encode_text(captions), first_frames, told)
     parts = backbone.generate(conditions, noise, steps_of(num_steps, shift), **way)
     if len(backbone.chunks_of(noise.shape[1], conditions.num_given)) == 1:
         yield from (codec.decode(part) for part in parts)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from anyflow.backbone.load import load_backbone, wrap
 from anyflow.backbone.lora import LoraSettings, add_lora, load_lora, merged_state
 from anyflow.backbone.model_card import ModelCard
 from anyflow.backbone.roles import ROLES, AdapterRoles
+from anyflow.backbone.stream import stream_video
 from anyflow.errors import UserError
 from anyflow.flowmap.chunks import PathBatch, in_chunks, layout_of
 
@@ -163,6 +165,35 @@ def test_a_chunk_is_told_its_own_controls_and_looks_back_at_theirs(backbone, mak
     long = Conditions(told.text, controls=told.controls[:, torch.arange(12) % FRAMES])
     parts = list(backbone.generate(long, torch.randn(2, 12, 16, 8, 8), [(1000.0, 0.0)]))
     assert sum(part.shape[1] for part in parts) == 12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["causal"], indirect=True)
+def test_a_streamed_video_asks_for_the_controls_of_a_chunk_when_it_makes_it(backbone, codec: Codec) -> None:
+    """The same video as with all of them at once; past the trained length too, where only the last are kept."""
+    backbone, size = controlled(backbone), 11
+    values = torch.rand(1, 1 + 4 * (size - 1), 3)
+    noise = torch.randn(1, size, 16, 4, 4)
+    asked: list[int] = []
+
+    def feed() -> Iterator[Tensor]:
+        ends = [0, *(1 + 4 * (end - 1) for end in accumulate(backbone.chunks_of(size)))]
+        for start, end in pairwise(ends):
+            asked.append(end)
+            yield values[:, start:end]
+
+    def stream(controls: Tensor | Iterator[Tensor]) -> Iterator[Tensor]:
+        return stream_video(backbone, codec, ["a"], noise, 1, 3.0, controls=controls)
+
+    seen = []
+    for number, part in enumerate(stream(feed()), start=1):
+        seen.append(part)
+        assert len(asked) == number
+    assert torch.equal(torch.cat(seen, dim=1), torch.cat(list(stream(values)), dim=1))
+    with pytest.raises(ValueError, match="the controls end before latent frame 3"):
+        list(stream(iter([values[:, :1]])))
+    with pytest.raises(ValueError, match="3 pixel frames are no whole latent frames"):
+        list(stream(iter([values[:, :3]])))
 
 
 def test_the_module_goes_where_the_weights_go(backbone, codec: Codec, make_text: MakeText, tmp_path: Path) -> None:
