@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class SampleOptions:
     image: Path | None = option(None, "A picture to start from (image-to-video).")
     video: Path | None = option(None, "A clip to go on from (video-to-video).")
     given: int = option(5, "With --video: how many of its frames (4n+1) are taken.", low=1)
+    controls: Path | None = option(None, "What is done: a CSV or npy, a row a frame, in the units of the model's card.")
     fps: float | None = option(None, "Frames a second of the mp4; else as trained.", low=0.1)
 
     @property
@@ -53,9 +55,12 @@ class SampleOptions:
         """
         if self.image is not None and self.video is not None:
             raise UserError("--image and --video are both given: a clip has one beginning, give one of them")
-        for name, path in (("--image", self.image), ("--video", self.video)):
+        files = {"--image": self.image, "--video": self.video, "--controls": self.controls}
+        for name, path in files.items():
             if path is not None and not path.is_file():
                 raise UserError(f"{name} {path}: there is no such file")
+        if self.controls is not None and self.controls.suffix.lower() not in (".csv", ".npy"):
+            raise UserError(f"--controls {self.controls}: give a .csv or a .npy with a row for each frame")
         if self.given % 4 != 1:
             fitting = self.given - (self.given - 1) % 4
             raise UserError(f"--given {self.given} is not 4n+1, as the VAE needs: give {fitting}")
@@ -79,6 +84,7 @@ def sample(
       anyflow sample "The robot arm opens a drawer." "It closes it." --model runs/finetune-robotics-tiny-001
       anyflow sample "A green car drives fast." --image start.png
       anyflow sample "A green car drives fast." --model data/models/tiny-causal --video start.mp4 --frames 65
+      anyflow sample "A car." --model runs/finetune-driving-control --image start.png --controls actions.csv
       anyflow sample "..." --model runs/wan-teacher --steps 50 --guidance 5 --negative "blurred, still"
       anyflow sample "..." --model nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers --steps 4 --out samples --json
     """
@@ -124,14 +130,28 @@ def _wanted(model: str, options: SampleOptions) -> tuple[ClipShape, Tensor | Non
     return shape, None if beginning is None else given_pixels(beginning, options.num_given, shape)
 
 
+def _told(model: str, options: SampleOptions, frames: int) -> Tensor | None:
+    """The controls of the clips' frames; what is to be said of them is printed."""
+    if options.controls is None:
+        return None
+    from anyflow.backbone.load import read_controls
+    from anyflow.evaluation.given_controls import given_controls
+
+    controls, notes = given_controls(options.controls, read_controls(model), frames)
+    for note in notes:
+        print(note, file=sys.stderr)
+    return controls
+
+
 def _here(model: str, prompts: Sequence[str], options: SampleOptions, way: WayOptions) -> _Made:
     """Sample in this process."""
     from anyflow.evaluation.loaded import LoadedModel
 
     shape, pixels = _wanted(model, options)
+    controls = _told(model, options, shape.frames)
     loaded = LoadedModel.of(model, way, shape)
     given = None if pixels is None else loaded.given_latents(pixels)
-    seconds, clips = sample_prompts(loaded, prompts, sorted(options.steps), options.seed, given)
+    seconds, clips = sample_prompts(loaded, prompts, sorted(options.steps), options.seed, given, controls)
     calls = {count: loaded.calls(count, 0 if given is None else given.shape[1]) for count in clips}
     return _Made(seconds, clips, calls, shape, loaded.guidance)
 
@@ -145,17 +165,23 @@ def _by_engine(
     from anyflow.system.console import progress_line
 
     shape, pixels = _wanted(model, options)
+    controls = _told(model, options, shape.frames)
     taken, steps = way_of(model, way.sampler, way.guidance, way.negative), sorted(options.steps)
     cluster = engine_of(engine, 0)
     with progress_line("sampling") as show:
         found = sample_by_engine(
-            cluster, model, way.precision, prompts, steps, options.seed, shape, taken, pixels, show
+            cluster, model, way.precision, prompts, steps, options.seed, shape, taken, pixels, controls, show
         )
     return _Made(*found, shape, taken[1])
 
 
 def sample_prompts(
-    loaded: LoadedModel, prompts: Sequence[str], counts: Sequence[int], seed: int, given: Tensor | None = None
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    counts: Sequence[int],
+    seed: int,
+    given: Tensor | None = None,
+    controls: Tensor | None = None,
 ) -> tuple[dict[int, float], dict[int, Any]]:
     """Seconds and clips (uint8 ``[n, F, H, W, 3]``) by step count; each prompt has its own noise, the same at all.
 
@@ -175,7 +201,8 @@ def sample_prompts(
             start, videos = time.perf_counter(), []
             for group in groups:
                 known, parts = None if given is None else given.expand(len(group), -1, -1, -1, -1), []
-                for part in loaded.parts(group, group, count, seed, known):
+                told = None if controls is None else controls.expand(len(group), -1, -1)
+                for part in loaded.parts(group, group, count, seed, known, told):
                     parts.append(part.cpu())
                     done += 1
                     on_progress(done, total, f"steps: {count}, chunk {len(parts)}")

@@ -113,13 +113,15 @@ class Streaming:
     shift: float
     way: tuple[SamplerKind, Guidance]
     given: Tensor | None
+    controls: Tensor | None = None
 
     def do(self, loaded: Loaded) -> tuple[Tensor, float]:
         """Clips uint8 ``[n, F, H, W, 3]``, and the seconds that they took."""
         begin, prompts, device = time.perf_counter(), self.prompts, loaded.codec.device
         given = None if self.given is None else self.given.expand(len(prompts), -1, -1, -1, -1).to(device)
+        controls = None if self.controls is None else self.controls.expand(len(prompts), -1, -1)
         model = LoadedModel(loaded.backbone, loaded.codec, self.shift, *self.way, self.shape)
-        parts = model.parts(prompts, prompts, self.num_steps, self.seed, given)
+        parts = model.parts(prompts, prompts, self.num_steps, self.seed, given, controls)
         return torch.cat([part.cpu() for part in parts], dim=1), time.perf_counter() - begin
 
 
@@ -208,6 +210,7 @@ def sample_by_engine(
     shape: ClipShape,
     way: tuple[SamplerKind, Guidance],
     given: Tensor | None = None,
+    controls: Tensor | None = None,
     on_progress: OnProgress | None = None,
 ) -> tuple[dict[int, float], dict[int, Tensor], dict[int, int]]:
     """Workers' seconds, clips (uint8 ``[n, F, H, W, 3]``) and network calls by step count.
@@ -221,6 +224,7 @@ def sample_by_engine(
         shape: of the clips.
         way: how jumps are taken and guided.
         given: pixel frames uint8 ``[1, F, H, W, 3]`` that all begin with.
+        controls: numbers of the frames of all, float32 ``[1, F, W]``.
         on_progress: called after each pass.
 
     Raises:
@@ -231,7 +235,7 @@ def sample_by_engine(
         groups = [tuple(prompts[at : at + facts.fitting]) for at in range(0, len(prompts), facts.fitting)]
         shift, tasks = shift_of(model), []
         for count in sorted(steps, reverse=True):  # the longest first
-            tasks += [Streaming(group, count, seed, shape, shift, way, latents) for group in groups]
+            tasks += [Streaming(group, count, seed, shape, shift, way, latents, controls) for group in groups]
         made: dict[int, tuple[Tensor, float]] = {}
         for number, value in _results(staff, tasks):
             made[number] = value

@@ -68,7 +68,13 @@ class LoadedModel:
         return self.guidance.calls * self.backbone.calls_of(num_steps, self.latent_shape[0], num_given)
 
     def parts(
-        self, prompts: Sequence[str], keys: Sequence[str], num_steps: int, seed: int, given: Tensor | None = None
+        self,
+        prompts: Sequence[str],
+        keys: Sequence[str],
+        num_steps: int,
+        seed: int,
+        given: Tensor | None = None,
+        controls: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Clips uint8 ``[n, f, H, W, 3]``, chunk by chunk; their noise follows seed and key alone.
 
@@ -78,10 +84,13 @@ class LoadedModel:
             num_steps: of the sampler.
             seed: of the noise.
             given: latents ``[n, k, C, H, W]`` that the clips begin with.
+            controls: numbers of their pixel frames, float32 ``[n, F, W]``.
         """
         noise = prompt_noise(self.latent_shape, keys, seed).to(self.codec.device)
         way = {"take": take_of(self.sampler, keys, seed), **self.guidance.way(self.backbone, self.codec)}
-        return stream.stream_video(self.backbone, self.codec, list(prompts), noise, num_steps, self.shift, given, **way)
+        told = None if controls is None else controls.to(self.codec.device)
+        asked = (list(prompts), noise, num_steps, self.shift, given, told)
+        return stream.stream_video(self.backbone, self.codec, *asked, **way)
 
     def given_latents(self, pixels: Tensor) -> Tensor:
         """Given frames uint8 ``[n, F, H, W, 3]`` as latents."""
