@@ -23,7 +23,8 @@ def controls(card: Card, as_json: Json = False) -> None:
       anyflow data controls data/shards/driving/card.yaml
       anyflow data controls my-drives --json
     """
-    from anyflow.data.card import load_card, plain_controls, write_controls
+    from anyflow.data.card import load_card, plain_controls
+    from anyflow.data.card_controls import write_controls
     from anyflow.data.control_ranges import measured_controls
 
     loaded = load_card(card)

@@ -19,7 +19,7 @@ from anyflow.data.tar_index import check_tars, ready
 from anyflow.data.tars import TarSet, divide, expand, short_name, stand_in, told_division
 from anyflow.errors import UserError
 from anyflow.system.files import write_atomically
-from anyflow.system.typed import build, fit, parse_yaml, read_yaml, to_yaml
+from anyflow.system.typed import build, fit, read_yaml, to_yaml
 
 CARD_NAME = "card.yaml"
 """The card's name inside a rendered or imported data set's own folder."""
@@ -174,34 +174,6 @@ def write_card(card: DatasetCard, path: Path) -> None:
 def plain_controls(controls: Mapping[str, Control | str]) -> dict[str, Any]:
     """A card's controls as its YAML has them."""
     return {name: told if isinstance(told, str) else told.to_dict() for name, told in controls.items()}
-
-
-def write_controls(card: DatasetCard, controls: Mapping[str, Control | str]) -> None:
-    """Put controls into a card's file in place of its own; all else in it stays as it is, comments too.
-
-    Raises:
-        UserError: there is no such file here, or its controls stand in it in a way that is not understood.
-    """
-    if card.path == Path() or remote.url_of(card.path.parent) is not None:
-        raise UserError(
-            f"card {card.name!r} has no file on this machine: write or copy one, with its splits' addresses"
-        )
-    text = card.path.read_text(encoding="utf-8")
-    lines = text.splitlines(keepends=True)
-    begin = next((place for place, line in enumerate(lines) if line.startswith("controls:")), len(lines))
-    end = next((n for n in range(begin + 1, len(lines)) if not lines[n].startswith((" ", "\t", "#", "\n"))), len(lines))
-    while end > begin + 1 and lines[end - 1].startswith(("#", "\n")):  # of what follows
-        end -= 1
-    block = to_yaml({"controls": plain_controls(controls)})
-    gap = "\n" if begin == len(lines) and lines and not lines[-1].endswith("\n") else ""
-    written = "".join([*lines[:begin], gap, block, *lines[end:]])
-    try:
-        same = {**parse_yaml(text), "controls": None} == {**parse_yaml(written), "controls": None}
-    except ValueError:
-        same = False
-    if not same:
-        raise UserError(f"card {str(card.path)!r}: its controls cannot be told from the rest: put in by hand {block!r}")
-    write_atomically(card.path, written)
 
 
 def check_shards(card: DatasetCard | str | Path) -> list[str]:

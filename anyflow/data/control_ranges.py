@@ -1,4 +1,4 @@
-"""What the controls of a split hold, by its clips: widths and ranges for a card, and how often values occur.
+"""What the controls of a split hold, by its clips: widths and ranges for a card.
 
 A bounded number of clips is read, chosen by their keys alone: the same ones in whatever order the clips were made.
 """
@@ -25,7 +25,6 @@ from anyflow.data.tar_index import ready
 MOST_CLIPS, MOST_ROWS = 2000, 64
 """Clips that are read of a split, and entries of each of them."""
 QUANTILES = (0.01, 0.99)
-BINS = 16
 
 Told = Mapping[str, Control | str]
 
@@ -152,23 +151,3 @@ def _ranged(control: Control, rows: list[Array]) -> Control:
         return replace(control, low=(), high=())
     low, high = (tuple(float(f"{number:.6g}") + 0.0 for number in q) for q in np.nanquantile(every, QUANTILES, axis=0))
     return replace(control, low=low, high=high)
-
-
-def coverage(control: Control, seen: Seen | None) -> list[dict[str, Any]]:
-    """How often each number takes which values: name, unit, from, to, and the counts of ``BINS`` equal parts between.
-
-    The range is the card's, else that of the entries; what lies beyond counts to the first and the last part.
-    """
-    rows = np.concatenate(seen.rows.get(control.width, [])) if seen and control.width in seen.rows else None
-    facts = []
-    for number in range(control.width):
-        values = rows[:, number] if rows is not None else np.empty(0)
-        values = values[~np.isnan(values)]
-        low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 0.0)
-        if control.low:
-            low, high = control.low[number], control.high[number]
-        counts = np.histogram(values.clip(low, high), BINS, (low, high))[0] if len(values) else np.zeros(BINS)
-        unit = control.unit[number] if control.unit else ""
-        fact = {"name": control.called(number), "unit": unit, "from": low, "to": high}
-        facts.append({**fact, "counts": counts.astype(int).tolist()})
-    return facts

@@ -11,7 +11,8 @@ from typing import Any
 
 from anyflow.data import remote
 from anyflow.data.card import DatasetCard, iterate, load_card, plain_controls
-from anyflow.data.control_ranges import coverage, survey_controls
+from anyflow.data.control_coverage import coverage
+from anyflow.data.control_ranges import survey_controls
 from anyflow.data.controls import Control
 from anyflow.data.decode import DecodeError
 from anyflow.data.reader import ShardReader

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_shards import MakeShards, card_of, clip_parts
 
-from anyflow.data.card import load_card, write_card, write_controls
+from anyflow.data.card import load_card, write_card
+from anyflow.data.card_controls import write_controls
 from anyflow.data.controls import Control, control_rows, control_values
 from anyflow.data.decode import DecodeError
 from anyflow.data.wanted import wanted_controls

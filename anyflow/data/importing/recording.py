@@ -113,12 +113,14 @@ class Track:
         values: [N] or [N, D] numbers, or any N values that JSON can hold.
         linear: interpolate between the values; else the last one at or before a time holds.
         relative: a path [N, 3] of (x, y, heading in degrees): told as seen from the clip's first frame.
+        action: of one that leads from a value's time to the next one's: what a clip's frame gets of several.
     """
 
     times: np.ndarray
     values: Sequence[Any] | np.ndarray
     linear: bool = False
     relative: bool = False
+    action: Control | None = None
 
 
 @dataclass(frozen=True)

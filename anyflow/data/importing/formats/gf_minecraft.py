@@ -33,17 +33,19 @@ KEYS = {
     "sprint": ("scs", 3),
 }
 """What is done -> the field that codes it, and its code."""
+HELD = Control("per frame: keys held", len(KEYS), "multi-hot", numbers=tuple(KEYS), at="transition")
+CAMERA = Control(
+    "per frame: how the view turns (pitch, yaw) up to the next frame, as the data set codes it",
+    2,
+    numbers=("pitch_delta", "yaw_delta"),
+    at="transition",
+    skipped="sum",
+)
 CONTROLS: dict[str, Control | str] = {
     "actions": "per frame: ws (1 forward, 2 back), ad (1 left, 2 right), scs (1 jump, 2 sneak, 3 sprint), "
     "pitch_delta and yaw_delta as the data set codes them",
-    "keys": Control("per frame: keys held", len(KEYS), "multi-hot", numbers=tuple(KEYS), at="transition"),
-    "camera": Control(
-        "per frame: how the view turns (pitch, yaw), as the data set codes it",
-        2,
-        numbers=("pitch_delta", "yaw_delta"),
-        at="transition",
-        skipped="sum",
-    ),
+    "keys": HELD,
+    "camera": CAMERA,
     "trajectory": PLAYER,
 }
 
@@ -78,10 +80,27 @@ def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
     times, own = (numbers[start:end] - first) / rate, actions[start:end]
     return {
         "actions": Track(times, own),
-        "keys": Track(times, [[int(act[field] == code) for field, code in KEYS.values()] for act in own]),
-        "camera": Track(times, [[act["pitch_delta"], act["yaw_delta"]] for act in own]),
+        "keys": Track(times, np.array([_held(action) for action in own]), action=HELD),
+        "camera": Track(times, np.array([_turned(action) for action in own]), action=CAMERA),
         "trajectory": Track(times, poses[start:end]),
     }
+
+
+def _held(action: Mapping[str, Any]) -> list[int]:
+    """Of each of ``KEYS``, whether it is held."""
+    return [int(action[field] == code) for field, code in KEYS.values()]
+
+
+def _turned(action: Mapping[str, Any]) -> list[float]:
+    """The view's turn.
+
+    Raises:
+        DecodeError: it is no number.
+    """
+    try:
+        return [float(action["pitch_delta"]), float(action["yaw_delta"])]
+    except (TypeError, ValueError) as error:
+        raise DecodeError(f"its pitch_delta or yaw_delta is no number ({error})") from error
 
 
 def _parts(folder: Path) -> list[Path]:

@@ -39,23 +39,25 @@ KEYS: dict[str | int, str] = {
     2: "pickItem",
 }
 """A key's name, or a mouse button's number -> what it does, as the data set's authors name it."""
+HELD = Control(
+    "per frame: keys and mouse buttons held, as Minecraft assigns them",
+    len(KEYS),
+    "multi-hot",
+    numbers=tuple(KEYS.values()),
+    at="transition",
+)
+MOUSE = Control(
+    "per frame: mouse movement (dx, dy) up to the next frame",
+    2,
+    unit=("pixel", "pixel"),
+    numbers=("dx", "dy"),
+    at="transition",
+    skipped="sum",
+)
 CONTROLS: dict[str, Control | str] = {
     "actions": "per frame: keys held, mouse buttons held, mouse movement (dx, dy in pixels), wheel, hotbar, GUI open",
-    "keys": Control(
-        "per frame: keys and mouse buttons held, as Minecraft assigns them",
-        len(KEYS),
-        "multi-hot",
-        numbers=tuple(KEYS.values()),
-        at="transition",
-    ),
-    "mouse": Control(
-        "per frame: mouse movement (dx, dy)",
-        2,
-        unit=("pixel", "pixel"),
-        numbers=("dx", "dy"),
-        at="transition",
-        skipped="sum",
-    ),
+    "keys": HELD,
+    "mouse": MOUSE,
     "trajectory": PLAYER,
 }
 TICKS_PER_SECOND = 20
@@ -125,7 +127,13 @@ def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
     times = np.arange(len(actions)) / TICKS_PER_SECOND
     return {
         "actions": Track(times, actions),
-        "keys": Track(times, [[int(key in {*tick["keys"], *tick["buttons"]}) for key in KEYS] for tick in actions]),
-        "mouse": Track(times, [[tick["dx"], tick["dy"]] for tick in actions]),
+        "keys": Track(times, np.array([_held(tick) for tick in actions]), action=HELD),
+        "mouse": Track(times, np.array([[tick["dx"], tick["dy"]] for tick in actions]), action=MOUSE),
         "trajectory": Track(times, np.array(poses)),
     }
+
+
+def _held(action: Mapping[str, Any]) -> list[int]:
+    """Of each of ``KEYS``, whether it is held."""
+    held = {*action["keys"], *action["buttons"]}
+    return [int(key in held) for key in KEYS]
