@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from anyflow.cli.common import Card, Json, Model, print_json
+from anyflow.cli.data_controls import controls, told_control, told_coverage
 from anyflow.cli.data_encode import encode
 from anyflow.cli.data_import import import_footage
 from anyflow.cli.options import with_options
@@ -50,6 +51,7 @@ def make(
 
 app.command("import")(import_footage)
 app.command("encode")(encode)
+app.command("controls")(controls)
 
 
 @app.command("show")
@@ -97,7 +99,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         else "  clips      of any length and size: the card does not say",
         f"  licence    {facts['licence']}",
     ]
-    lines += [f"  {name:<10} {text}" for name, text in facts["controls"].items()]
+    lines += [f"  {name:<10} {told_control(control)}" for name, control in facts["controls"].items()]
     replaced = " (the card's stands for all of them)" if facts["replace_captions"] else ""
     for split, part in facts["splits"].items():
         captions = part["captions"]
@@ -117,6 +119,8 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         for label, values in part["attributes"].items():
             told = ", ".join(f"{value} {n}" for value, n in values.items()) if isinstance(values, dict) else values
             lines.append(f"  {label:<10} {told}")
+        for name, control in part["controls"].items():
+            lines += told_coverage(name, control)
     return lines
 
 

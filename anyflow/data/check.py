@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from anyflow.data import remote
 from anyflow.data.card import DatasetCard, check_shards, load_card
+from anyflow.data.controls import Control, check_length, control_rows
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
 from anyflow.data.reader import ShardReader
 from anyflow.data.shapes import note_file
@@ -18,6 +22,8 @@ from anyflow.system.console import OnProgress
 from anyflow.system.pool import batches, run_jobs
 
 CLIPS_PER_JOB = 50
+FAR = 10
+"""Widths of a card's range by which a value may lie beyond it: the range is that of 98 % of the values."""
 
 
 def check_card(
@@ -90,9 +96,8 @@ def _reasons(reader: ShardReader, shard: int, sample: Sample, card: DatasetCard,
         fps, controls = description.get("fps"), description.get("controls") or {}
         if card.fps and (not isinstance(fps, int | float) or abs(fps - card.fps) > 1e-3 * card.fps):
             yield f"its rate is {fps!r}, the card says {card.fps:g}"
-        for name, values in controls.items() if isinstance(controls, dict) else ():
-            if isinstance(values, list) and card.frames and len(values) < card.frames:
-                yield f"its {name} have {len(values)} values, fewer than its {card.frames} frames"
+        frames = int(sample.shape[0]) if sample.shape else card.frames or 0
+        yield from _misfits(card.controls, controls if isinstance(controls, dict) else {}, frames)
     except DecodeError as error:
         yield str(error)
     if decode and ("mp4" in sample.parts or reader.shards[shard][1].place):
@@ -101,3 +106,35 @@ def _reasons(reader: ShardReader, shard: int, sample: Sample, card: DatasetCard,
             decode_clip(video, shape_of(card, video))
         except DecodeError as error:
             yield str(error)
+
+
+def _misfits(told: Mapping[str, Control | str], controls: Mapping[str, Any], frames: int) -> Iterator[str]:
+    """Why a clip's controls do not fit to its frames, or to what the card tells of them."""
+    for name, values in controls.items():
+        control = told.get(name)
+        if not isinstance(control, Control):
+            if isinstance(values, list) and len(values) < frames:
+                yield f"its {name} have {len(values)} values, fewer than its {frames} frames"
+        elif values is not None:
+            try:
+                rows = control_rows(name, control, values)
+                check_length(name, control, len(rows), frames, exact=frames > 0)
+            except DecodeError as error:
+                yield str(error)
+            else:
+                yield from _far(name, control, rows)
+
+
+def _far(name: str, control: Control, rows: np.ndarray) -> Iterator[str]:
+    """Which numbers of a control lie far beyond the card's range."""
+    is_odd = control.kind == "multi-hot" and not np.isin(rows[~np.isnan(rows)], (0, 1)).all()
+    if is_odd:
+        yield f"its {name} hold other numbers than 0 and 1, which the card calls multi-hot"
+    for number, (low, high) in enumerate(zip(control.low, control.high, strict=True) if not is_odd else ()):
+        column = rows[:, number]
+        far = column[np.maximum(low - column, column - high) > FAR * (high - low)] if high > low else column[:0]
+        if len(far):
+            yield (
+                f"its {name} lie far outside of the card's range in {len(far)} of {len(rows)} entries: "
+                f"{control.called(number)} is {far[0]:g}, the range {low:g} to {high:g}"
+            )

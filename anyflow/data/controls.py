@@ -120,7 +120,7 @@ def control_values(
             continue
         rows = control_rows(name, control, values)
         check_length(name, control, len(rows), frames or int(places.max(initial=-1)) + 1, exact=bool(frames))
-        found = rows[places] if control.at == "frame" else _led_to(rows, control, places)
+        found = rows[places] if control.at == "frame" else led_to(rows, control, places)
         columns.append(found.astype(np.float32))
     return np.concatenate(columns, axis=1)
 
@@ -136,8 +136,13 @@ def check_length(name: str, control: Control, entries: int, frames: int, exact: 
         raise DecodeError(f"its {name} have {entries} entries, the clip {frames} frames")
 
 
-def _led_to(rows: Array, control: Control, places: Array) -> Array:
-    """What led to each chosen frame from the one chosen before, [F, W]; NaN for the first."""
+def led_to(rows: Array, control: Control, places: Array) -> Array:
+    """What led to each chosen frame from the one chosen before, float64 [F, W]; NaN for the first.
+
+    Args:
+        rows: all entries, [N, W].
+        places: the chosen frames, ascending; one that stands there again is the same picture.
+    """
     found = np.full((len(places), control.width), np.nan)
     for place, (begin, end) in enumerate(pairwise(places), start=1):
         if end == begin and control.skipped == "sum":

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.data import remote
-from anyflow.data.card import DatasetCard, iterate, load_card
+from anyflow.data.card import DatasetCard, iterate, load_card, plain_controls
+from anyflow.data.control_coverage import coverage
+from anyflow.data.control_ranges import survey_controls
+from anyflow.data.controls import Control
 from anyflow.data.decode import DecodeError
 from anyflow.data.reader import ShardReader
 from anyflow.data.shards import load_index, read_parts
@@ -24,7 +27,9 @@ MOST_READ = 2000
 
 
 def describe_card(card: DatasetCard | str | Path) -> dict[str, Any]:
-    """Counts, hours and bytes of each split; statistics of the captions; a histogram of each label. Ready for JSON.
+    """Counts, hours and bytes of each split; statistics of the captions; a histogram of each label and control.
+
+    Ready for JSON.
 
     Raises:
         UserError: the card or its shards cannot be read.
@@ -39,7 +44,7 @@ def describe_card(card: DatasetCard | str | Path) -> dict[str, Any]:
         "caption": loaded.caption,
         "replace_captions": loaded.replace_captions,
         "negative_prompt": loaded.negative_prompt,
-        "controls": dict(loaded.controls),
+        "controls": plain_controls(loaded.controls),
         "attributes": dict(loaded.attributes),
         "provenance": dict(loaded.provenance),
         "splits": {split: _describe_split(loaded, split) for split in loaded.splits},
@@ -67,7 +72,20 @@ def _describe_split(card: DatasetCard, split: str) -> dict[str, Any]:
         **({"read": len(descriptions), "left_out": told_left_out(left_out_of(folder))} if is_tars else {}),
         "captions": _describe_captions([_caption(card, d) for d in descriptions]),
         "attributes": _histograms([d.get("attributes") or {} for d in descriptions]),
+        "controls": _coverage(card, folder),
     }
+
+
+def _coverage(card: DatasetCard, folder: Path) -> dict[str, Any]:
+    """Control -> the clips that have it, those that do not fit to the card, and which values each number takes."""
+    typed = {name: control for name, control in card.controls.items() if isinstance(control, Control)}
+    seen, read = survey_controls(folder, card.stand_in, typed) if typed else ({}, 0)
+    facts: dict[str, Any] = {}
+    for name, control in typed.items():
+        of = seen.get(name)
+        counts = {"read": read, "clips": of.clips if of else 0, "misfits": of.misfits if of else 0}
+        facts[name] = {**counts, "numbers": coverage(control, of)}
+    return facts
 
 
 def _read_in_tars(card: DatasetCard, folder: Path) -> list[dict[str, Any]]:

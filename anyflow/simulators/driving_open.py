@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyflow.data.clip import Clip, SplitName
+from anyflow.data.controls import Control
 from anyflow.simulators.road import (
     FPS,
     LANE_WIDTH,
@@ -27,7 +28,7 @@ from anyflow.simulators.road import (
     draw_frames,
     lane_change,
 )
-from anyflow.simulators.simulated import FRAMES, WIDTH, choose_look, clip_generator, need_package
+from anyflow.simulators.simulated import FRAMES, WIDTH, choose_look, clip_generator, need_package, on_screen
 from anyflow.system.pool import batches, run_jobs
 
 __all__ = ["ATTRIBUTES", "CONTROLS", "DESCRIPTION", "FPS", "LICENCE", "LOOKS", "PACKAGES", "render"]
@@ -37,9 +38,14 @@ DESCRIPTION = (
     "A road with two to four lanes seen from above (up is left). Two to five cars of six colours keep or change lanes, "
     "brake, speed up and pass each other. One caption stands for all clips: what happens is left open."
 )
-CONTROLS = {
-    "actions": "per frame: speed in m/s and heading in radians (negative is to the left) of the first car",
-    "trajectory": "per frame: [x, y] of the first car's centre, in pixels of the frame",
+CONTROLS: dict[str, Control | str] = {
+    "actions": Control(
+        "per frame: speed in m/s and heading in radians (negative is to the left) of the first car",
+        2,
+        unit=("m/s", "rad"),
+        numbers=("speed", "heading"),
+    ),
+    "trajectory": on_screen("per frame: [x, y] of the first car's centre, in pixels of the frame"),
     "cars": "per frame: [x, y, heading] of every car, in pixels and radians, in the order of its colours; the first "
     "car is the first, a car outside of the frame has places outside of it",
 }

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from anyflow.data.clip import Clip, SplitName
+from anyflow.data.controls import Control
 from anyflow.simulators.arena import HALF_ROOM, LOOKS, PILLAR_COLOURS, PILLAR_PLACES, Hall, Halls, build_wad
 from anyflow.simulators.simulated import FRAMES, area_downscale, choose_look, clip_generator, need_package
 from anyflow.system.pool import batches, run_jobs
@@ -23,9 +24,21 @@ DESCRIPTION = (
     "First-person footage of a game: a player in a red or a blue hall with four coloured pillars turns left, turns "
     "right, walks forward or stands still, slowly or fast."
 )
-CONTROLS = {
-    "actions": "per frame: degrees that each tic turns to the right, and the engine's forward command",
-    "trajectory": "per frame: [x, y, angle], in map units from the hall's centre and degrees counter-clockwise",
+CONTROLS: dict[str, Control | str] = {
+    "actions": Control(
+        "per frame: degrees that each tic turns to the right, and the engine's forward command",
+        2,
+        unit=("degrees a tic", "command"),
+        numbers=("turn_right", "forward"),
+        at="transition",
+        skipped="mean",
+    ),
+    "trajectory": Control(
+        "per frame: [x, y, angle], in map units from the hall's centre and degrees counter-clockwise",
+        3,
+        unit=("map unit", "map unit", "degree"),
+        numbers=("x", "y", "angle"),
+    ),
 }
 ATTRIBUTES: dict[str, str | list[str]] = {
     "motion": ["left", "right", "forward", "still"],

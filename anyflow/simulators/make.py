@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from anyflow.data.card import CARD_NAME, DatasetCard, check_shards, write_card
 from anyflow.data.clip import SPLITS, Clip
+from anyflow.data.control_ranges import measured_controls
 from anyflow.data.shards import CLIPS_PER_SHARD, write_shards
 from anyflow.errors import UserError
 from anyflow.simulators.options import RenderOptions
@@ -46,7 +48,7 @@ def make_dataset(
             write_shards(counted, building / split, f"{domain}-{split}", CLIPS_PER_SHARD)
         provenance = {"command": options.command(domain), "seed": options.seed, "packages": packages}
         card = _card(folder.name, domain, source, building, provenance)
-        write_card(card, building / CARD_NAME)
+        write_card(replace(card, controls=measured_controls(card)[0]), building / CARD_NAME)
         problems = check_shards(card)
         if problems:
             raise UserError(f"--out {str(folder)!r}: what was written does not read back ({problems[0]}); try again")

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from anyflow.data.clip import Clip, SplitName
+from anyflow.data.controls import Control
 from anyflow.errors import UserError
 from anyflow.simulators.simulated import (
     FRAMES,
@@ -27,6 +28,7 @@ from anyflow.simulators.simulated import (
     choose_look,
     clip_generator,
     need_package,
+    on_screen,
 )
 from anyflow.system.pool import batches, run_jobs
 
@@ -37,9 +39,15 @@ DESCRIPTION = (
     "A red robot arm at a table reaches a green ball, presses a red button, opens or closes a green drawer, or closes "
     "a black door, led by a scripted expert."
 )
-CONTROLS = {
-    "actions": "per frame: the gripper's commanded motion (x, y, z) and its closing, each from -1 to 1",
-    "trajectory": "per frame: [x, y] of the gripper's middle, in pixels of the frame",
+CONTROLS: dict[str, Control | str] = {
+    "actions": Control(
+        "per frame: the gripper's commanded motion (x, y, z) and its closing, each from -1 to 1",
+        4,
+        numbers=("x", "y", "z", "closing"),
+        at="transition",
+        skipped="mean",
+    ),
+    "trajectory": on_screen("per frame: [x, y] of the gripper's middle, in pixels of the frame"),
 }
 ATTRIBUTES: dict[str, str | list[str]] = {
     "task": ["reach", "button-press", "drawer-open", "drawer-close", "door-close"],

@@ -17,6 +17,7 @@ from typing import TypeVar
 import numpy as np
 
 from anyflow.data.clip import SPLITS, SplitName
+from anyflow.data.controls import Control
 from anyflow.errors import UserError
 
 FRAMES, HEIGHT, WIDTH = 17, 64, 96
@@ -30,6 +31,11 @@ SIMULATORS = {
 }
 
 Look = TypeVar("Look")
+
+
+def on_screen(holds: str) -> Control:
+    """A place in the picture at each frame, as a control."""
+    return Control(holds, 2, unit=("pixel", "pixel"), numbers=("x", "y"))
 
 
 def simulator(domain: str) -> ModuleType:

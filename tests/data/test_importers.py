@@ -174,7 +174,31 @@ def test_vpt(tmp_path: Path) -> None:
         actions = clip.controls["actions"]
         assert [action["dx"] for action in actions] == frames
         assert [action["keys"] for action in actions] == [["w"] if frame % 2 == 0 else [] for frame in frames]
+        assert clip.controls["mouse"] == [[frame, 0] for frame in frames]
+        assert clip.controls["keys"] == [[frame % 2 == 0, *[0] * 22] for frame in frames]
         assert [place[0] for place in clip.controls["trajectory"]] == frames
+
+
+@pytest.mark.parametrize("fps", [10.0, 40.0, 15.0])
+def test_a_mouses_way_stays_whole_at_another_rate(tmp_path: Path, fps: float) -> None:
+    """And a key that was held for one tick of several was held."""
+    folder = drive_files.vpt(tmp_path / "vpt")
+    report, clips = run(folder, tmp_path / "out", default_caption="domain", fps=fps)
+    assert len(clips) > 3
+    for clip in clips:
+        shown = [frame for _, frame in seen(clip)]
+        after = [*shown[1:], None]
+        for frame, following, moved, keys in zip(
+            shown, after, clip.controls["mouse"], clip.controls["keys"], strict=True
+        ):
+            if following is not None:
+                ticks = range(frame, following)
+                assert moved == [sum(ticks), 0], (shown, clip.controls["mouse"])
+                assert keys[0] == any(tick % 2 == 0 for tick in ticks or [frame])
+    card = load_card(report.card)
+    assert card.controls["mouse"].skipped == "sum" and card.controls["mouse"].high[0] > 0
+    assert card.controls["keys"].numbers[0] == "forward" and card.controls["keys"].high == (1.0,) * 23
+    assert isinstance(card.controls["actions"], str)
 
 
 def test_gf_minecraft(tmp_path: Path) -> None:
@@ -183,6 +207,8 @@ def test_gf_minecraft(tmp_path: Path) -> None:
     for clip in clips:
         frames = [frame for _, frame in seen(clip)]
         assert [action["yaw_delta"] for action in clip.controls["actions"]] == frames
+        assert clip.controls["camera"] == [[0, frame] for frame in frames]
+        assert clip.controls["keys"] == [[1, 0, 0, 0, 0, 0, 0]] * len(frames)
         assert clip.caption.endswith("part 0." if frames[0] < 20 else "part 20.")
         assert clip.attributes["biome"] == "plains"
 

@@ -72,8 +72,8 @@ def test_ctrl_worlds_raw_streams_are_read_at_their_own_rate(tmp_path: Path) -> N
         assert np.allclose(clip.controls["actions"], np.tile(np.array(frames)[:, None], 7))
         assert np.allclose(np.array(clip.controls["action.joint_velocity"])[:, 0], frames)
     card = load_card(report.card)
-    assert f"{RATE} rows a second" in card.controls["state"] and "metres" in card.controls["state"]
-    assert f"{RAW * RATE} rows a second" in card.controls["actions"]
+    assert f"{RATE} rows a second" in card.controls["state"].holds and "metres" in card.controls["state"].holds
+    assert f"{RAW * RATE} rows a second" in card.controls["actions"].holds
 
 
 def test_an_episodes_last_action_holds_at_its_last_frame(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_the_card_names_lerobots_joints_and_other_data_sets_features_are_found(t
     change(folder / INFO, lambda info: info["features"].update(actions=info["features"].pop("action")))
     change_rows(folder / ROWS, lambda rows: [row.update(actions=row.pop("action")) for row in rows])
     report, clips = run(folder, tmp_path / "out", keep_duplicates=True)
-    assert "(frame, episode; 12 a second in the source)" in load_card(report.card).controls["actions"]
+    assert "(frame, episode; 12 a second in the source)" in load_card(report.card).controls["actions"].holds
     assert all("actions" in clip.controls for clip in clips)
 
 

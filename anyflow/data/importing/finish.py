@@ -15,6 +15,8 @@ import numpy as np
 
 from anyflow.data.card import CARD_NAME, DatasetCard, write_card
 from anyflow.data.clip import SPLITS
+from anyflow.data.control_ranges import measured_controls
+from anyflow.data.controls import Control
 from anyflow.data.importing.cutting import Cutting, find_duplicates
 from anyflow.data.importing.heldout import group_of, settle
 from anyflow.data.importing.jobs import MOST_VALUES, ShardJob, ShardResult
@@ -44,7 +46,7 @@ class Import:
     work: Path
     cutting: Cutting
     options: ImportOptions
-    controls: Mapping[str, str]
+    controls: Mapping[str, Control | str]
     found: Sequence[Found]
     files: Survey | None
     notes: tuple[str, ...] = ()
@@ -127,6 +129,7 @@ def assemble(
                 )
     named = [*unusable, *(item for result in results for item in result.unusable)]
     taken, left_out = _account(imported, jobs, results, set(splits), len(unusable))
+    notes += _write_card(imported, final, list(clips), results)
     files = imported.files
     report = ImportReport(
         imported.out / CARD_NAME,
@@ -145,7 +148,6 @@ def assemble(
         tuple(map(_written, (*imported.notes, *notes, *_notes(results)))),
         imported.views,
     )
-    _write_card(imported, final, list(clips), results)
     write_report(final / REPORT_NAME, report.to_dict())
     try:
         if imported.out.is_dir():
@@ -266,7 +268,8 @@ def _samples(tar: Path, kept: set[str]) -> Iterator[tuple[str, dict[str, bytes]]
             yield key, parts
 
 
-def _write_card(imported: Import, final: Path, splits: Sequence[str], results: Sequence[ShardResult]) -> None:
+def _write_card(imported: Import, final: Path, splits: Sequence[str], results: Sequence[ShardResult]) -> list[str]:
+    """Write the card; return what is to be told of its controls."""
     present = {name for result in results for name in result.controls}
     labels: dict[str, set[str]] = {}
     for result in results:
@@ -299,7 +302,9 @@ def _write_card(imported: Import, final: Path, splits: Sequence[str], results: S
             **({"views": imported.views} if imported.views else {}),
         },
     )
-    write_card(card, final / CARD_NAME)
+    controls, notes = measured_controls(card, "train")
+    write_card(replace(card, controls=controls), final / CARD_NAME)
+    return notes
 
 
 def write_report(path: Path, document: Mapping[str, Any]) -> None:

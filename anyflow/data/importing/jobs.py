@@ -26,7 +26,7 @@ from anyflow.data.shards import Shard, shard_from_dict, shard_to_dict, write_tar
 from anyflow.errors import UserError, first_line
 from anyflow.system.files import placing
 
-JOB_VERSION = 3
+JOB_VERSION = 4
 PARSE_ERRORS = (OSError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError, RecursionError)
 """What libraries raise when they parse damaged files; it concerns that recording alone."""
 MOST_VALUES = 20

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from anyflow.data.controls import Control, control_rows, led_to
 from anyflow.data.faults import DecodeError
 from anyflow.data.frame_times import PAUSE
 from anyflow.data.importing.recording import Track
@@ -58,12 +59,16 @@ def controls_at(tracks: Mapping[str, Track], times: np.ndarray) -> dict[str, Any
     Raises:
         NoLabelError: a control begins after the clip does, ends before it, pauses in it, or lacks a value.
     """
-    controls = {}
+    controls: dict[str, Any] = {}
     for name, track in tracks.items():
         first, last = _span(track, times)
         if _lacks(track.values[first : last + 1]):
             raise NoLabelError("with a label missing")
-        values = _interpolated(track, times) if track.linear else _held(track, times)
+        values: Sequence[Any] | np.ndarray
+        if track.action:
+            values = _combined(name, track, track.action, times)
+        else:
+            values = _interpolated(track, times) if track.linear else _held(track, times)
         controls[name] = plain(_seen_from_start(np.asarray(values)) if track.relative else values)
     return controls
 
@@ -101,8 +106,22 @@ def _lacks(value: Any) -> bool:
 
 def _held(track: Track, times: np.ndarray) -> list[Any]:
     """The value that holds at each time."""
-    places = np.clip(np.searchsorted(track.times, times + CLOCK_ERROR, side="right") - 1, 0, len(track.times) - 1)
-    return [track.values[place] for place in places]
+    return [track.values[place] for place in _places(track, times)]
+
+
+def _places(track: Track, times: np.ndarray) -> np.ndarray:
+    return np.clip(np.searchsorted(track.times, times + CLOCK_ERROR, side="right") - 1, 0, len(track.times) - 1)
+
+
+def _combined(name: str, track: Track, action: Control, times: np.ndarray) -> np.ndarray:
+    """What leads from each frame to the next one: all of a movement, wherever the rates differ."""
+    after = times[-1] + (times[-1] - times[-2] if len(times) > 1 else 0.0)
+    places = _places(track, np.append(times, after))
+    if after > track.times[-1] + CLOCK_ERROR:
+        places[-1] = len(track.times)  # the last value leads there
+    begin = places[0]
+    rows = control_rows(name, action, track.values[begin : places[-1] + 1])
+    return led_to(rows, action, places - begin)[1:]
 
 
 def _interpolated(track: Track, times: np.ndarray) -> np.ndarray:

@@ -11,8 +11,26 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from anyflow.data.controls import Control
+
 MAX_KEY = 72
 """A tar header holds 100 bytes of name: room is left for the clip's number and the extension."""
+
+
+PATH = Control(
+    "per frame: [x, y, heading], as seen from the clip's first: metres ahead, metres and degrees to the left",
+    3,
+    unit=("m", "m", "degree"),
+    numbers=("x", "y", "heading"),
+)
+"""What a relative :class:`Track` of a car holds."""
+PLAYER = Control(
+    "per frame: [x, y, z, yaw, pitch], in blocks and degrees",
+    5,
+    unit=("block", "block", "block", "degree", "degree"),
+    numbers=("x", "y", "z", "yaw", "pitch"),
+)
+"""The pose of a player in Minecraft."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +113,14 @@ class Track:
         values: [N] or [N, D] numbers, or any N values that JSON can hold.
         linear: interpolate between the values; else the last one at or before a time holds.
         relative: a path [N, 3] of (x, y, heading in degrees): told as seen from the clip's first frame.
+        action: of one that leads from a value's time to the next one's: what a clip's frame gets of several.
     """
 
     times: np.ndarray
     values: Sequence[Any] | np.ndarray
     linear: bool = False
     relative: bool = False
+    action: Control | None = None
 
 
 @dataclass(frozen=True)
@@ -187,12 +207,13 @@ class Source(Protocol):
 
     Attributes:
         LOOKS_FOR: what ``detect`` looks for, in words.
-        DOMAIN: the domain if none is given. CONTROLS: control -> what it holds, for the card.
+        DOMAIN: the domain if none is given. CONTROLS: control -> what it holds, for the card, without the range;
+            in words alone where only the data set itself can tell the width (``described_controls``).
     """
 
     LOOKS_FOR: str
     DOMAIN: str
-    CONTROLS: Mapping[str, str]
+    CONTROLS: Mapping[str, Control | str]
 
     def detect(self, folder: Path) -> bool:
         """Whether a folder is in this format; cheap, and never an exception."""

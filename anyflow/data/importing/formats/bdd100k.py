@@ -9,22 +9,24 @@ github.com/gy20073/BDD_Driving_Model. The videos have no captions: write a templ
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from anyflow.data.controls import Control
 from anyflow.data.decode import DecodeError
 from anyflow.data.importing.formats.folder import split_of
-from anyflow.data.importing.recording import Found, Recording, Track, Unusable, VideoFile
+from anyflow.data.importing.recording import PATH, Found, Recording, Track, Unusable, VideoFile
 from anyflow.data.importing.walk import walk, walk_videos
 from anyflow.data.safety import MAX_TABLE_BYTES, read_json, read_json_object
 
 LOOKS_FOR = "videos/**/ID.mov with info/**/ID.json that has rideID and locations or gps"
 DOMAIN = "driving"
 CONTROLS = {
-    "trajectory": "per frame: [x, y, heading] by GPS, as seen from the first: metres ahead, metres and degrees left",
-    "speed": "per frame: metres a second, by GPS",
+    "trajectory": replace(PATH, holds=f"{PATH.holds}; by GPS"),
+    "speed": Control("per frame: metres a second, by GPS", 1, unit=("m/s",)),
 }
 LABELS = ("weather", "scene", "timeofday")
 METRES_A_DEGREE = 111_320.0

@@ -12,15 +12,16 @@ from tokenize import TokenError
 
 import numpy as np
 
+from anyflow.data.controls import Control
 from anyflow.data.decode import DecodeError
-from anyflow.data.importing.recording import Found, Recording, Track, VideoFile
+from anyflow.data.importing.recording import PATH, Found, Recording, Track, VideoFile
 
 LOOKS_FOR = "ROUTE/SEGMENT/video.hevc beside processed_log and global_pose"
 DOMAIN = "driving"
 CONTROLS = {
-    "trajectory": "per frame: [x, y, heading], as seen from the first: metres ahead, metres and degrees to the left",
-    "speed": "per frame: metres a second, from the CAN bus",
-    "steering": "per frame: steering wheel, degrees to the left, from the CAN bus",
+    "trajectory": PATH,
+    "speed": Control("per frame: metres a second, from the CAN bus", 1, unit=("m/s",)),
+    "steering": Control("per frame: steering wheel, degrees to the left, from the CAN bus", 1, unit=("degree",)),
 }
 FPS = 20.0
 DEPTHS = ("*/*/video.hevc", "*/*/*/video.hevc", "*/video.hevc")

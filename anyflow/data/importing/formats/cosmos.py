@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from anyflow.data.controls import Control
 from anyflow.data.decode import DecodeError
 from anyflow.data.importing.recording import Found, Recording, Track, Unusable, VideoFile
 from anyflow.data.importing.walk import walk_videos
@@ -13,7 +14,7 @@ from anyflow.data.safety import find_pickles, read_text
 
 LOOKS_FOR = "the folders videos and metas"
 DOMAIN = "video"
-CONTROLS: Mapping[str, str] = {}
+CONTROLS: Mapping[str, Control | str] = {}
 
 log = logging.getLogger(__name__)
 

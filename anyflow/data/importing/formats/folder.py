@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from anyflow.data.controls import Control
 from anyflow.data.decode import DecodeError
 from anyflow.data.importing.recording import Found, Recording, Track, Unread, Unusable, VideoFile
 from anyflow.data.importing.walk import is_video, stem_of, walk, walk_videos
@@ -18,7 +19,7 @@ LOOKS_FOR = (
     "videos (.mp4, .mov, ...) with a.txt beside a.mp4, a metadata.csv, .jsonl or .json, or captions.txt and videos.txt"
 )
 DOMAIN = "video"
-CONTROLS: Mapping[str, str] = {}
+CONTROLS: Mapping[str, Control | str] = {}
 
 TABLES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.json", "metadata.parquet")
 LISTS = (("captions.txt", "videos.txt"), ("prompts.txt", "videos.txt"), ("prompt.txt", "videos.txt"))

@@ -14,18 +14,39 @@ from typing import Any
 
 import numpy as np
 
+from anyflow.data.controls import Control
 from anyflow.data.decode import DecodeError
 from anyflow.data.importing.footage import probe
-from anyflow.data.importing.recording import Found, Recording, Track, Unusable, VideoFile
+from anyflow.data.importing.recording import PLAYER, Found, Recording, Track, Unusable, VideoFile
 from anyflow.data.safety import inside, read_json_object
 from anyflow.data.tables import read_rows
 
 LOOKS_FOR = "annotation.csv beside the folders video and metadata, here or in data_*"
 DOMAIN = "games"
-CONTROLS = {
+KEYS = {
+    "forward": ("ws", 1),
+    "back": ("ws", 2),
+    "left": ("ad", 1),
+    "right": ("ad", 2),
+    "jump": ("scs", 1),
+    "sneak": ("scs", 2),
+    "sprint": ("scs", 3),
+}
+"""What is done -> the field that codes it, and its code."""
+HELD = Control("per frame: keys held", len(KEYS), "multi-hot", numbers=tuple(KEYS), at="transition")
+CAMERA = Control(
+    "per frame: how the view turns (pitch, yaw) up to the next frame, as the data set codes it",
+    2,
+    numbers=("pitch_delta", "yaw_delta"),
+    at="transition",
+    skipped="sum",
+)
+CONTROLS: dict[str, Control | str] = {
     "actions": "per frame: ws (1 forward, 2 back), ad (1 left, 2 right), scs (1 jump, 2 sneak, 3 sprint), "
     "pitch_delta and yaw_delta as the data set codes them",
-    "trajectory": "per frame: [x, y, z, yaw, pitch], in blocks and degrees",
+    "keys": HELD,
+    "camera": CAMERA,
+    "trajectory": PLAYER,
 }
 
 
@@ -56,8 +77,30 @@ def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
     start, end = np.searchsorted(numbers, [first, last])
     if start == end:
         raise DecodeError(f"it has no actions for the frames {first} to {last}")
-    times = (numbers[start:end] - first) / rate
-    return {"actions": Track(times, actions[start:end]), "trajectory": Track(times, poses[start:end])}
+    times, own = (numbers[start:end] - first) / rate, actions[start:end]
+    return {
+        "actions": Track(times, own),
+        "keys": Track(times, np.array([_held(action) for action in own]), action=HELD),
+        "camera": Track(times, np.array([_turned(action) for action in own]), action=CAMERA),
+        "trajectory": Track(times, poses[start:end]),
+    }
+
+
+def _held(action: Mapping[str, Any]) -> list[int]:
+    """Of each of ``KEYS``, whether it is held."""
+    return [int(action[field] == code) for field, code in KEYS.values()]
+
+
+def _turned(action: Mapping[str, Any]) -> list[float]:
+    """The view's turn.
+
+    Raises:
+        DecodeError: it is no number.
+    """
+    try:
+        return [float(action["pitch_delta"]), float(action["yaw_delta"])]
+    except (TypeError, ValueError) as error:
+        raise DecodeError(f"its pitch_delta or yaw_delta is no number ({error})") from error
 
 
 def _parts(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from anyflow.data.controls import Control
 from anyflow.data.decode import DecodeError
 from anyflow.data.importing.formats.folder import HELD_OUT
 from anyflow.data.importing.recording import Found, ParquetCell, Recording, Track, Unusable
@@ -22,7 +23,7 @@ from anyflow.data.tables import CAPTION_COLUMNS, pick
 
 LOOKS_FOR = "parquet tables with a column 'video' (or 'mp4') of bytes"
 DOMAIN = "video"
-CONTROLS: Mapping[str, str] = {}
+CONTROLS: Mapping[str, Control | str] = {}
 
 VIDEO_COLUMNS = ("video", "mp4", "video_bytes")
 SPLIT = re.compile(r"^(?P<split>[A-Za-z]+)(?:-\d+-of-\d+)?$")

@@ -9,6 +9,7 @@ pickles: they are never opened.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from itertools import groupby, islice
 from pathlib import Path, PurePosixPath
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from anyflow.data.controls import Control
 from anyflow.data.decode import DecodeError
 from anyflow.data.importing.footage import probe
 from anyflow.data.importing.formats.folder import split_of
@@ -26,7 +28,9 @@ from anyflow.data.safety import find_pickles, inside, read_json_object
 LOOKS_FOR = "annotation/[SPLIT/]ID.json with videos or a video_path"
 DOMAIN = "robotics"
 POSE = "x, y, z in metres, roll, pitch, yaw in radians"
-CONTROLS = {
+NUMBERS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+UNITS = ("m", "m", "m", "rad", "rad", "rad", "")
+CONTROLS: dict[str, Control | str] = {
     "state": f"per frame: the robot's state; with 6 or 7 columns {POSE}, gripper (in DROID 0 is open, 1 closed)",
     "gripper": "per frame: the gripper's state, as the annotation's continuous_gripper_state has it",
     "actions": f"per frame: what the robot was told; 7 columns of DROID: {POSE}, gripper; an episode's last one holds",
@@ -69,9 +73,9 @@ def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
     return {name: Track(np.arange(len(rows)) / rate, rows) for name, (rows, rate) in _streams(recording).items()}
 
 
-def described_controls(folder: Path) -> dict[str, str]:
-    """The streams of the first annotations of every split, with their rates."""
-    words: dict[str, str] = {}
+def described_controls(folder: Path) -> dict[str, Control | str]:
+    """The streams of the first annotations of every split, with their widths and rates."""
+    told: dict[str, Control | str] = {}
     for _, paths in groupby(sorted(_annotations(folder)), key=lambda path: path.parent):
         for path in islice(paths, LOOKED_AT):
             recording = next((item for item in _episode(folder, path) if isinstance(item, Recording)), None)
@@ -81,10 +85,24 @@ def described_controls(folder: Path) -> dict[str, str]:
                 continue
             for name, (rows, rate) in streams.items():
                 plain = f"per frame: {' x '.join(map(str, rows.shape[1:])) or 1} numbers as the annotation has them"
-                words.setdefault(name, f"{CONTROLS.get(name, plain)}; {rate:g} rows a second in the source")
+                words = f"{CONTROLS.get(name, plain)}; {rate:g} rows a second in the source"
+                told.setdefault(name, _control(name, words, math.prod(rows.shape[1:])))
             if streams:
                 break
-    return words
+    return told
+
+
+def _control(name: str, words: str, width: int) -> Control:
+    """A stream by its name: what was told leads to the next state; velocities are averaged."""
+    is_pose = name in ("state", "actions") and width in (6, 7)
+    return Control(
+        words,
+        width,
+        unit=UNITS[:width] if is_pose else (),
+        numbers=NUMBERS[:width] if is_pose else (),
+        at="transition" if name.startswith("action") else "frame",
+        skipped="mean" if "velocity" in name else "last",
+    )
 
 
 def _episode(folder: Path, path: Path) -> Iterator[Found]:

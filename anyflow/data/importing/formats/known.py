@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import cast
 
+from anyflow.data.controls import Control
 from anyflow.data.importing.recording import Source
 from anyflow.data.importing.survey import ARCHIVES
 from anyflow.data.importing.walk import walk
@@ -39,7 +40,7 @@ def source_of(name: str) -> Source:
     return cast(Source, importlib.import_module(FORMATS[name]))
 
 
-def controls_of(source: Source, folder: Path) -> dict[str, str]:
+def controls_of(source: Source, folder: Path) -> dict[str, Control | str]:
     """What a data set's controls hold, for the card: the format's words, made precise where it can read more."""
     return {**source.CONTROLS, **getattr(source, "described_controls", lambda folder: {})(folder)}
 

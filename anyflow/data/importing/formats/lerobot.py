@@ -6,14 +6,16 @@ The layout is that of https://github.com/huggingface/lerobot (``datasets/lerobot
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from anyflow.data.controls import Control
 from anyflow.data.decode import DecodeError
 from anyflow.data.importing.labels import rows_of
 from anyflow.data.importing.recording import (
@@ -32,12 +34,13 @@ from anyflow.errors import UserError
 
 LOOKS_FOR = "meta/info.json with a codebase_version"
 DOMAIN = "robotics"
-CONTROLS = {
+CONTROLS: dict[str, Control | str] = {
     "actions": "per frame: the action vector of the robot, as the data set's feature 'action' has it",
     "state": "per frame: the state vector of the robot, as the feature 'observation.state' has it",
 }
 TRACKS = {"actions": ("action", "actions"), "state": ("observation.state", "state")}
 """Control -> its feature, as LeRobot's own data sets name it and as others do."""
+AT: dict[str, Literal["frame", "transition"]] = {"actions": "transition", "state": "frame"}
 COLUMNS = ("timestamp", "episode_index", *(name for names in TRACKS.values() for name in names))
 CHUNK = 1000
 """Episodes of a chunk in v2, unless info.json has ``chunks_size``."""
@@ -96,18 +99,25 @@ def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
     return {name: Track(times, rows_of(column, taken.column(column).to_pylist())) for name, column in present.items()}
 
 
-def described_controls(folder: Path) -> dict[str, str]:
-    """The controls with the names and the rate that ``meta/info.json`` gives them."""
+def described_controls(folder: Path) -> dict[str, Control | str]:
+    """The controls with the width, the names and the rate that ``meta/info.json`` gives them."""
     info = read_json_object(folder / "meta" / "info.json")
-    words = {}
+    told: dict[str, Control | str] = {}
     for control, column in _present(info["features"]).items():
-        names = info["features"][column].get("names")
+        feature, words = info["features"][column], str(CONTROLS[control])
+        names, shape = feature.get("names"), feature.get("shape")
         if isinstance(names, dict):
             names = next(iter(names.values()), None)
+        numbers: tuple[str, ...] = ()
         if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
             listed = ", ".join(names)[:500]
-            words[control] = f"{CONTROLS[control]} ({listed}; {float(info['fps']):g} a second in the source)"
-    return words
+            words = f"{words} ({listed}; {float(info['fps']):g} a second in the source)"
+            numbers = tuple(names) if len(set(names)) == len(names) else ()
+        told[control] = words
+        if isinstance(shape, list) and all(isinstance(side, int) and side > 0 for side in shape):
+            width, at = math.prod(shape), AT[control]
+            told[control] = Control(words, width, numbers=numbers if len(numbers) == width else (), at=at)
+    return told
 
 
 def _present(columns: Container[str]) -> dict[str, str]:

@@ -14,17 +14,18 @@ from typing import Any
 
 import numpy as np
 
+from anyflow.data.controls import Control
 from anyflow.data.decode import DecodeError
-from anyflow.data.importing.recording import Found, ImageFiles, Recording, Track, Unusable
+from anyflow.data.importing.recording import PATH, Found, ImageFiles, Recording, Track, Unusable
 from anyflow.data.safety import MAX_TABLE_BYTES, inside, read_json
 from anyflow.errors import UserError
 
 LOOKS_FOR = "a folder v1.0-* with scene.json, sample_data.json and ego_pose.json"
 DOMAIN = "driving"
 CONTROLS = {
-    "trajectory": "per frame: [x, y, heading], as seen from the first: metres ahead, metres and degrees to the left",
-    "speed": "per frame: metres a second, from the poses",
-    "steering": "per frame: steering wheel, degrees to the left, from the CAN bus",
+    "trajectory": PATH,
+    "speed": Control("per frame: metres a second, from the poses", 1, unit=("m/s",)),
+    "steering": Control("per frame: steering wheel, degrees to the left, from the CAN bus", 1, unit=("degree",)),
 }
 MICROSECONDS = 1e6
 SMALLEST_GAP = 1e-4

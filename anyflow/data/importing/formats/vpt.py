@@ -12,17 +12,53 @@ from typing import Any
 
 import numpy as np
 
+from anyflow.data.controls import Control
 from anyflow.data.decode import DecodeError
-from anyflow.data.importing.recording import Found, Recording, Track, Unusable, VideoFile
+from anyflow.data.importing.recording import PLAYER, Found, Recording, Track, Unusable, VideoFile
 from anyflow.data.importing.walk import walk_videos
 from anyflow.data.safety import parse_json
 from anyflow.data.tables import read_rows
 
 LOOKS_FOR = "NAME.mp4 beside NAME.jsonl whose lines have mouse, keyboard and tick"
 DOMAIN = "games"
-CONTROLS = {
+KEYS: dict[str | int, str] = {
+    "w": "forward",
+    "s": "back",
+    "a": "left",
+    "d": "right",
+    "space": "jump",
+    "left.shift": "sneak",
+    "left.control": "sprint",
+    "q": "drop",
+    "e": "inventory",
+    "f": "swapHands",
+    "escape": "ESC",
+    **{str(number): f"hotbar.{number}" for number in range(1, 10)},
+    0: "attack",
+    1: "use",
+    2: "pickItem",
+}
+"""A key's name, or a mouse button's number -> what it does, as the data set's authors name it."""
+HELD = Control(
+    "per frame: keys and mouse buttons held, as Minecraft assigns them",
+    len(KEYS),
+    "multi-hot",
+    numbers=tuple(KEYS.values()),
+    at="transition",
+)
+MOUSE = Control(
+    "per frame: mouse movement (dx, dy) up to the next frame",
+    2,
+    unit=("pixel", "pixel"),
+    numbers=("dx", "dy"),
+    at="transition",
+    skipped="sum",
+)
+CONTROLS: dict[str, Control | str] = {
     "actions": "per frame: keys held, mouse buttons held, mouse movement (dx, dy in pixels), wheel, hotbar, GUI open",
-    "trajectory": "per frame: [x, y, z, yaw, pitch], in blocks and degrees",
+    "keys": HELD,
+    "mouse": MOUSE,
+    "trajectory": PLAYER,
 }
 TICKS_PER_SECOND = 20
 SESSION = re.compile(r"-\d{8}-\d{6}$")
@@ -89,4 +125,15 @@ def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
     if not actions:
         raise DecodeError(f"{path.name} holds no ticks")
     times = np.arange(len(actions)) / TICKS_PER_SECOND
-    return {"actions": Track(times, actions), "trajectory": Track(times, np.array(poses))}
+    return {
+        "actions": Track(times, actions),
+        "keys": Track(times, np.array([_held(tick) for tick in actions]), action=HELD),
+        "mouse": Track(times, np.array([[tick["dx"], tick["dy"]] for tick in actions]), action=MOUSE),
+        "trajectory": Track(times, np.array(poses)),
+    }
+
+
+def _held(action: Mapping[str, Any]) -> list[int]:
+    """Of each of ``KEYS``, whether it is held."""
+    held = {*action["keys"], *action["buttons"]}
+    return [int(key in held) for key in KEYS]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from anyflow.data.controls import Control
 from anyflow.data.decode import DecodeError
 from anyflow.data.importing.footage import read_bytes
 from anyflow.data.importing.formats.folder import split_of
@@ -20,7 +21,7 @@ from anyflow.data.tables import CAPTION_COLUMNS, pick
 
 LOOKS_FOR = "*.tar files with KEY.mp4 and KEY.txt or KEY.json"
 DOMAIN = "video"
-CONTROLS: Mapping[str, str] = {}
+CONTROLS: Mapping[str, Control | str] = {}
 
 TEXTS = ("txt", "caption", "text", "cap")
 VIDEOS = tuple(suffix.removeprefix(".") for suffix in VIDEO_SUFFIXES)

@@ -1,0 +1,32 @@
+"""How often the numbers of a control take which values, for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from anyflow.data.control_ranges import Seen
+from anyflow.data.controls import Control
+
+BINS = 16
+
+
+def coverage(control: Control, seen: Seen | None) -> list[dict[str, Any]]:
+    """How often each number takes which values: name, unit, from, to, and the counts of ``BINS`` equal parts between.
+
+    The range is the card's, else that of the entries; what lies beyond counts to the first and the last part.
+    """
+    rows = np.concatenate(seen.rows.get(control.width, [])) if seen and control.width in seen.rows else None
+    facts = []
+    for number in range(control.width):
+        values = rows[:, number] if rows is not None else np.empty(0)
+        values = values[~np.isnan(values)]
+        low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 0.0)
+        if control.low:
+            low, high = control.low[number], control.high[number]
+        counts = np.histogram(values.clip(low, high), BINS, (low, high))[0] if len(values) else np.zeros(BINS)
+        unit = control.unit[number] if control.unit else ""
+        fact = {"name": control.called(number), "unit": unit, "from": low, "to": high}
+        facts.append({**fact, "counts": counts.astype(int).tolist()})
+    return facts
