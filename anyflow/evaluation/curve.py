@@ -66,6 +66,8 @@ class Marks:
         temporal_consistency: mean SSIM of successive frames.
         path_error: mean distance of the path read from the pixels to that of the prompt's own clip, in pixels; of real
             clips that of others in which the same motion was asked for.
+        swap_gap: how much farther from that path a sample goes that is given another clip's controls, in pixels: what
+            controls do; of real clips how much farther that other clip goes. 0: they are ignored.
         given_frame_psnr: of given frames to the real ones, in decibels.
         preview_error: how far a sample lies from the one of the same noise at the most steps (``distance.py``).
         more: figures that only some sets have, by name.
@@ -81,6 +83,7 @@ class Marks:
     spread: float | None = None
     temporal_consistency: float | None = None
     path_error: float | None = None
+    swap_gap: float | None = None
     given_frame_psnr: float | None = None
     preview_error: float | None = None
     more: Mapping[str, float] = field(default_factory=dict)

@@ -50,6 +50,7 @@ FIGURES = {
         Figure("frame_kernel", "frame kernel", LOWER, has_ratio=False),
         Figure("temporal_consistency", "temporal SSIM", AS_REAL),
         Figure("path_error", "path error, px", LOWER, digits=2),
+        Figure("swap_gap", "swap gap, px", HIGHER, digits=2, has_ratio=False),
         Figure("given_frame_psnr", "given frames, dB", HIGHER, digits=1),
         Figure("preview_error", "preview error", LOWER, has_ratio=False),
         Figure("sampling_seconds", "sampling, s", LOWER, digits=2),

@@ -25,7 +25,16 @@ from anyflow.evaluation.distance import (
 )
 from anyflow.evaluation.measurement import Measurement
 from anyflow.flowmap.samplers import SAMPLERS
-from anyflow.simulators.motion import MotionScore, Reading, asked_motion, mean_path_error, motion_accuracy
+from anyflow.simulators.motion import (
+    PROBES,
+    MotionScore,
+    Reading,
+    asked_motion,
+    mean_path_error,
+    motion_accuracy,
+    path_error,
+    read_motion,
+)
 from anyflow.simulators.sight import seen_shares
 
 
@@ -64,10 +73,18 @@ class Judge:
         self._asked: tuple[Reading | None, ...] | None = None
         self._reference_clips = reference_clips
 
-    def __call__(self, clips: Tensor, latents: Tensor, real: Tensor, finals: Tensor | None = None) -> Marks:
+    def __call__(
+        self,
+        clips: Tensor,
+        latents: Tensor,
+        real: Tensor,
+        finals: Tensor | None = None,
+        swapped: Tensor | None = None,
+    ) -> Marks:
         """The marks of clips and their latents.
 
-        ``real`` are the prompts' own clips, ``finals`` the latents of the same noise at the most steps.
+        ``real`` are the prompts' own clips, ``finals`` the latents of the same noise at the most steps, ``swapped`` the
+        clips of the same noise under another clip's controls.
         """
         motion = _read(clips, self.items)
         made, made_latents = self._compared(clips), latents[:, self.left_out :]
@@ -84,7 +101,8 @@ class Judge:
             motion_clips=motion.clips or None,
             motion_energy=motion_energy(made),
             temporal_consistency=temporal_consistency(made),
-            path_error=mean_path_error(motion.readings, self.asked(real)),
+            path_error=mean_path_error(self._paths(clips, motion), self.asked(real)),
+            swap_gap=None if swapped is None else self._swap_gap(clips, swapped, real),
             given_frame_psnr=given,
             preview_error=None if ends is None else preview_error(made_latents, ends, self.latents),
             more={
@@ -96,7 +114,9 @@ class Judge:
 
     def of_real(self, real: Tensor, latents: Tensor) -> Marks:
         """The floor: the marks of the prompts' own clips, with the path error of other clips of the same motion."""
-        return replace(self(real, latents, real), path_error=self._path_floor(real))
+        partners = swap_partners(self.items)
+        swapped = None if partners is None else real[partners]
+        return replace(self(real, latents, real, swapped=swapped), path_error=self._path_floor(real))
 
     def of_codec(self, decoded: Tensor, latents: Tensor, real: Tensor) -> Marks:
         """The marks of the prompts' own clips after the codec; their paths are those asked for and have no error."""
@@ -105,8 +125,24 @@ class Judge:
     def asked(self, real: Tensor) -> tuple[Reading | None, ...]:
         """The paths of the prompts' own clips: what is asked for. Read once."""
         if self._asked is None:
-            self._asked = _read(real, self.items).readings
+            self._asked = self._paths(real, _read(real, self.items))
         return self._asked
+
+    def _paths(self, clips: Tensor, motion: MotionScore) -> tuple[Reading | None, ...]:
+        """What was followed in each clip: where a prompt asks for a motion, or controls do."""
+        if all(item.controls is None for item in self.items):
+            return motion.readings
+        return tuple(read_motion(clip.numpy(), item.domain) for clip, item in zip(clips, self.items, strict=True))
+
+    def _swap_gap(self, clips: Tensor, swapped: Tensor, real: Tensor) -> float | None:
+        """How much farther the swapped clips go from the paths asked for than the clips, in pixels."""
+        gaps = []
+        for item, *three in zip(self.items, clips, swapped, real, strict=True):
+            own, other, asked = (read_motion(clip.numpy(), item.domain) for clip in three)
+            if own and other and asked:
+                errors = path_error(own.path, asked.path), path_error(other.path, asked.path)
+                gaps += [] if None in errors else [errors[1] - errors[0]]  # type: ignore[operator]
+        return sum(gaps) / len(gaps) if gaps else None
 
     def _path_floor(self, real: Tensor) -> float | None:
         others = _read(self._reference_clips, self.reference).readings
@@ -138,6 +174,19 @@ class Judge:
 def _read(clips: Tensor, items: Sequence[HeldOut]) -> MotionScore:
     """What the motion of each clip is, beside what its item asks for."""
     return motion_accuracy(clips.numpy(), [item.attributes for item in items], [item.domain for item in items])
+
+
+def swap_partners(items: Sequence[HeldOut]) -> list[int] | None:
+    """For each prompt another one of its domain, whose controls it gets in place of its own; None: nothing to swap.
+
+    There is, where the domain's motion can be read from pixels and the model is told controls.
+    """
+    domains = {item.domain for item in items}
+    if len(domains) != 1 or len(items) < 2 or not domains <= PROBES.keys():
+        return None
+    if any(item.controls is None or bool(item.controls.isnan().all()) for item in items):
+        return None
+    return [(number + len(items) // 2) % len(items) for number in range(len(items))]
 
 
 def _wanted(item: HeldOut) -> tuple[str, str | None]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from anyflow.backbone.conditions import Conditions
 from anyflow.backbone.controls import by_latent_frame
 from anyflow.backbone.guidance import UNGUIDED, Guidance
 from anyflow.evaluation.curve import Curve, CurveResult, CurveRow, HeldOut, Marks, over_seeds
-from anyflow.evaluation.judge import Judge
+from anyflow.evaluation.judge import Judge, swap_partners
 from anyflow.evaluation.kept_samples import KeptSamples
 from anyflow.evaluation.measurement import Measurement, SampledModel, Sampler, Told
 from anyflow.flowmap.endpoint import Renoise
@@ -118,12 +118,16 @@ def curve_by(
     if not items or not asked.seeds or len(reference) < len(items):
         raise ValueError(f"{len(items)} prompts need as many reference clips, got {len(reference)}, and a seed")
     reference = reference[: len(items)]
-    runner = _Runner(maker, asked, BatchProgress(asked, len(items), on_progress))
+    partners = swap_partners(items)
+    swapped = None
+    if partners is not None:
+        swapped = [replace(item, controls=items[other].controls) for item, other in zip(items, partners, strict=True)]
+    runner = _Runner(maker, asked, BatchProgress(asked, len(items), on_progress, sets=1 if swapped is None else 2))
     real_clips, other_clips = _stack(items), _stack(reference)
     real_latents, decoded = runner.encode_and_decode(real_clips)
     other_latents, _ = runner.encode_and_decode(other_clips, decode=False)
     judge = Judge(items, reference, other_clips, other_latents, asked)
-    samples = runner.samples(items, real_latents)
+    samples = runner.samples(items, real_latents, swapped)
     rows, shown = _rows(samples, partial(judge, real=real_clips), asked.show)
     curve = Curve(
         label=asked.label,
@@ -146,7 +150,9 @@ def curve_by(
 
 
 def _rows(
-    samples: Iterable[tuple[int, int, Tensor, Tensor, dict[str, float]]], judge: Callable[..., Marks], show: int
+    samples: Iterable[tuple[int, int, Tensor, Tensor, dict[str, float], Tensor | None]],
+    judge: Callable[..., Marks],
+    show: int,
 ) -> tuple[list[CurveRow], dict[int, Tensor]]:
     """Judge the samples of each step count and seed, and keep ``show`` of the first seed's.
 
@@ -155,8 +161,8 @@ def _rows(
     rows: dict[int, list[CurveRow]] = {}
     kept: dict[int, Tensor] = {}
     finals: dict[int, Tensor] = {}
-    for num_steps, seed, clips, latents, cost in samples:
-        marks = judge(clips, latents, finals=finals.setdefault(seed, latents)).to_json()
+    for num_steps, seed, clips, latents, cost, swapped in samples:
+        marks = judge(clips, latents, finals=finals.setdefault(seed, latents), swapped=swapped).to_json()
         rows.setdefault(num_steps, []).append(CurveRow.from_json({**marks, "num_steps": num_steps, **cost}))
         kept.setdefault(num_steps, clips[:show].clone())
     return [over_seeds(of_seeds) for _, of_seeds in sorted(rows.items())], dict(sorted(kept.items()))
@@ -266,9 +272,9 @@ class Here:
 class BatchProgress:
     """Counts what is done of all batches, in network calls: those of its steps, and the codec's share."""
 
-    def __init__(self, asked: Measurement, items: int, on_progress: OnProgress | None) -> None:
+    def __init__(self, asked: Measurement, items: int, on_progress: OnProgress | None, sets: int = 1) -> None:
         self.asked, self.done, self.on_progress = asked, 0, on_progress
-        works = [self._work(num_steps) for num_steps in set(asked.steps)]
+        works = [sets * self._work(num_steps) for num_steps in set(asked.steps)]
         self.total = (len(asked.seeds) * sum(works) + 2 * self._work(0)) * -(-items // asked.batch_size)
 
     def __call__(self, what: str, num_steps: int) -> None:
@@ -303,26 +309,34 @@ class _Runner:
         return torch.cat(latents), torch.cat(decoded)
 
     def samples(
-        self, items: Sequence[HeldOut], like: Tensor
-    ) -> Iterator[tuple[int, int, Tensor, Tensor, dict[str, float]]]:
-        """(steps, seed, clips, latents, what a clip costs) of every prompt, the most steps first.
+        self, items: Sequence[HeldOut], like: Tensor, swapped: Sequence[HeldOut] | None = None
+    ) -> Iterator[tuple[int, int, Tensor, Tensor, dict[str, float], Tensor | None]]:
+        """(steps, seed, clips, latents, what a clip costs, swapped clips) of every prompt, the most steps first.
 
         ``like`` are the prompts' real latents, which the samples are shaped as and begin with where frames are given.
+        ``swapped`` are the prompts with another's controls each; their clips have the same noise.
         """
         rows = [(steps, seed) for steps in sorted(set(self.asked.steps), reverse=True) for seed in self.asked.seeds]
-        made = self.maker.make([batch for row in rows for batch in self._batches(items, like, *row)])
+        sets = (items,) if swapped is None else (items, swapped)
+        made = self.maker.make([batch for row in rows for one in sets for batch in self._batches(one, like, *row)])
         for num_steps, seed in rows:
-            own = []
-            for batch in islice(made, -(-len(items) // self.asked.batch_size)):
-                own.append(batch)
-                self.progress.sampled(num_steps)
+            own, *others = (self._take(made, len(items), num_steps) for _ in sets)
             nfe = self.asked.guidance.calls * self.maker.calls(num_steps, like.shape[1], self.asked.given_frames)
             seconds = {
                 "sampling_seconds": sum(batch.sampling for batch in own) / len(items),
                 "decoding_seconds": sum(batch.decoding for batch in own) / len(items),
             }
             latents = torch.cat([batch.latents.float() for batch in own])
-            yield num_steps, seed, torch.cat([batch.clips for batch in own]), latents, {"nfe": nfe, **seconds}
+            clips, *more = (torch.cat([batch.clips for batch in of]) for of in (own, *others))
+            yield num_steps, seed, clips, latents, {"nfe": nfe, **seconds}, more[0] if more else None
+
+    def _take(self, made: Iterator[Made], count: int, num_steps: int) -> list[Made]:
+        """The next batches, of so many prompts."""
+        own = []
+        for batch in islice(made, -(-count // self.asked.batch_size)):
+            own.append(batch)
+            self.progress.sampled(num_steps)
+        return own
 
     def _batches(self, items: Sequence[HeldOut], like: Tensor, num_steps: int, seed: int) -> Iterator[Batch]:
         for start in range(0, len(items), self.asked.batch_size):
