@@ -9,6 +9,7 @@ import hashlib
 import heapq
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,14 @@ def survey_controls(folder: Path, caption: str | None, told: Told) -> tuple[dict
 
 def _some(reader: ShardReader) -> Iterator[tuple[int, Sample]]:
     """At most ``MOST_CLIPS`` samples, spread by their keys; the first ones where each is a request."""
-    keys = [(n, place) for n, (_, shard) in enumerate(reader.shards) for place in range(len(shard.samples))]
+    places: Iterator[tuple[int, int]] = (
+        (n, place) for n, (_, shard) in enumerate(reader.shards) for place in range(len(shard.samples))
+    )
     if any(remote.url_of(path.parent) is not None for path, _ in reader.shards):
-        keys = keys[:MOST_CLIPS]
-    elif len(keys) > MOST_CLIPS:
-        keys = sorted(heapq.nsmallest(MOST_CLIPS, keys, key=lambda place: _drawn(reader.sample(*place).key)))
-    for shard, place in keys:
+        places = islice(places, MOST_CLIPS)
+    elif sum(len(shard.samples) for _, shard in reader.shards) > MOST_CLIPS:
+        places = iter(sorted(heapq.nsmallest(MOST_CLIPS, places, key=lambda place: _drawn(reader.sample(*place).key))))
+    for shard, place in places:
         yield shard, reader.sample(shard, place)
 
 

@@ -205,6 +205,8 @@ def flattened(name: str, values: Any, numbers: Sequence[str] = ()) -> Array | No
             return None
         if len(widths) > 1:
             raise DecodeError(f"its {name} have {min(widths)} to {max(widths)} numbers a frame")
+        if 0 in widths:
+            raise DecodeError(f"its {name} hold no numbers")
         missing = [np.nan] * widths.pop()
         rows = np.array([missing if row is None else row for row in listed], dtype=np.float64)
     if (np.abs(rows) > LARGEST).any():

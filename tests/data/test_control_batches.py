@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,12 +19,16 @@ from typer.testing import CliRunner
 from anyflow.cli.data import app
 from anyflow.data.card import load_card
 from anyflow.data.check import check_card
+from anyflow.data.clip import Clip
 from anyflow.data.control_ranges import MOST_ROWS, measured_controls, survey_controls
 from anyflow.data.controls import Control
 from anyflow.data.decode import Choice, ClipShape, decode_clip, usual_choice
 from anyflow.data.module import VideoDataModule
 from anyflow.data.shards import write_samples
 from anyflow.errors import UserError
+from anyflow.simulators import make
+from anyflow.simulators.options import RenderOptions
+from anyflow.simulators.simulated import simulator
 
 PLACE = Control("brightness", 1)
 STEP = Control("frames to the next", 1, at="transition", skipped="sum")
@@ -163,12 +169,10 @@ def test_ranges_are_of_all_clips_or_of_some_that_their_keys_choose(
 
 
 def test_what_stays_in_words(make_shards: MakeShards) -> None:
-    cars = {
-        n: clip_parts(n, controls={"cars": [[1.0] * (3 + n % 2)] * FRAMES, "keys": [["w"]] * FRAMES})
-        for n in range(CLIPS)
-    }
+    same = {"keys": [["w"]] * FRAMES, "none": [[]] * FRAMES}
+    cars = {n: clip_parts(n, controls={"cars": [[1.0] * (3 + n % 2)] * FRAMES, **same}) for n in range(CLIPS)}
     found, notes = measured_controls(load_card(card_of(make_shards(cars), controls={"cars": "of every car"})))
-    assert found == {"cars": "of every car", "keys": "one entry a frame"}
+    assert found == {"cars": "of every car", "keys": "one entry a frame", "none": "one entry a frame"}
     assert "clips have 3 to 4 numbers a frame" in notes[0] and "no number" in notes[1]
 
 
@@ -217,3 +221,36 @@ def test_places_ascend() -> None:
     for fps in (1.0, 7.5, 29.97, 60.0):
         chosen = usual_choice(24, ClipShape(40, 8, 8, fps))
         assert len(chosen) == 40 and all(a <= b for a, b in pairwise(chosen))
+
+
+class Source:
+    """Stands for a simulator whose clips have controls."""
+
+    CONTROLS: ClassVar[dict[str, Control | str]] = WANTED
+    DESCRIPTION, LICENCE, FPS, PACKAGES, LOOKS, ATTRIBUTES = "Grey.", "MIT", 8.0, (), {"grey": None}, {}
+
+    def render(self, count: int, split: str, seed: int, workers: int, look: str | None) -> Iterator[Clip]:
+        for number in range(count):
+            parts = clip_parts(number, controls=told(number))
+            yield Clip.from_parts(f"{split}-{number}", parts)
+
+
+def test_a_simulators_card_has_the_ranges_of_what_was_rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make, "simulator", lambda domain: Source())
+    card = load_card(make.make_dataset("grey", RenderOptions(4, 2), tmp_path / "set"))
+    place, step = card.controls["place"], card.controls["step"]
+    assert isinstance(place, Control) and 0 <= place.low[0] < 1 and 33 < place.high[0] <= 34
+    assert step == replace(STEP, low=(1.0,), high=(1.0,))
+
+
+@pytest.mark.parametrize("part", ["", "-uncaptioned", "-full"])
+@pytest.mark.parametrize("domain", ["driving", "driving-open", "robotics", "games"])
+def test_a_shipped_card_tells_what_its_simulator_and_its_clips_have(domain: str, part: str) -> None:
+    path = Path(__file__).parents[2] / "data" / f"{domain}{part}.yaml"
+    if domain == "driving-open" and part == "-uncaptioned":
+        assert not path.exists()
+        return
+    starter = load_card(domain)
+    assert load_card(path, require_shards=False).controls == measured_controls(starter)[0] == starter.controls
+    of = {k: replace(c, low=(), high=()) if isinstance(c, Control) else c for k, c in starter.controls.items()}
+    assert of == simulator(domain).CONTROLS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,11 @@ def test_a_mouses_way_stays_whole_at_another_rate(tmp_path: Path, fps: float) ->
                 ticks = range(frame, following)
                 assert moved == [sum(ticks), 0], (shown, clip.controls["mouse"])
                 assert keys[0] == any(tick % 2 == 0 for tick in ticks or [frame])
+    again, same = run(report.card.parent, tmp_path / "again", fps=fps / 2, frames=4, default_caption=DEFAULT)
+    for clip in same:
+        ticks = [int(place[0]) for place in clip.controls["trajectory"]]
+        assert clip.controls["mouse"][:-1] == [[sum(range(*pair)), 0] for pair in pairwise(ticks)]
+    assert load_card(again.card).controls["mouse"].skipped == "sum"
     card = load_card(report.card)
     assert card.controls["mouse"].skipped == "sum" and card.controls["mouse"].high[0] > 0
     assert card.controls["keys"].numbers[0] == "forward" and card.controls["keys"].high == (1.0,) * 23

@@ -74,6 +74,10 @@ def test_ctrl_worlds_raw_streams_are_read_at_their_own_rate(tmp_path: Path) -> N
     card = load_card(report.card)
     assert f"{RATE} rows a second" in card.controls["state"].holds and "metres" in card.controls["state"].holds
     assert f"{RAW * RATE} rows a second" in card.controls["actions"].holds
+    pose = card.controls["actions"]
+    assert (pose.width, pose.at, pose.unit[3], pose.numbers[-1]) == (7, "transition", "rad", "gripper")
+    velocity = card.controls["action.joint_velocity"]
+    assert (velocity.at, velocity.skipped) == ("transition", "mean")
 
 
 def test_an_episodes_last_action_holds_at_its_last_frame(tmp_path: Path) -> None:
@@ -258,7 +262,11 @@ def test_the_card_names_lerobots_joints_and_other_data_sets_features_are_found(t
     change(folder / INFO, lambda info: info["features"].update(actions=info["features"].pop("action")))
     change_rows(folder / ROWS, lambda rows: [row.update(actions=row.pop("action")) for row in rows])
     report, clips = run(folder, tmp_path / "out", keep_duplicates=True)
-    assert "(frame, episode; 12 a second in the source)" in load_card(report.card).controls["actions"].holds
+    told = load_card(report.card).controls["actions"]
+    assert "(frame, episode; 12 a second in the source)" in told.holds
+    assert (told.width, told.numbers, told.at, told.skipped) == (2, ("frame", "episode"), "transition", "last")
+    first = np.concatenate([np.array(clip.controls["actions"]) for clip in clips if clip.key in keys(report, "train")])
+    assert np.allclose([told.low, told.high], np.quantile(first, [0.01, 0.99], axis=0), rtol=1e-5)
     assert all("actions" in clip.controls for clip in clips)
 
 

@@ -86,7 +86,7 @@ def described_controls(folder: Path) -> dict[str, Control | str]:
             for name, (rows, rate) in streams.items():
                 plain = f"per frame: {' x '.join(map(str, rows.shape[1:])) or 1} numbers as the annotation has them"
                 words = f"{CONTROLS.get(name, plain)}; {rate:g} rows a second in the source"
-                told.setdefault(name, _control(name, words, math.prod(rows.shape[1:])))
+                told.setdefault(name, _control(name, words, math.prod(rows.shape[1:])) if rows.size else words)
             if streams:
                 break
     return told

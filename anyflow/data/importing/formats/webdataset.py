@@ -5,11 +5,13 @@ from __future__ import annotations
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from anyflow.data.card import CARD_NAME, load_card
 from anyflow.data.controls import Control
 from anyflow.data.decode import DecodeError
 from anyflow.data.importing.footage import read_bytes
@@ -18,6 +20,7 @@ from anyflow.data.importing.recording import Found, LeftOut, Recording, Track, U
 from anyflow.data.importing.walk import walk, walk_videos
 from anyflow.data.safety import MAX_TEXT_BYTES, PICKLES, VIDEO_SUFFIXES, decode_text, is_safe_name, parse_json
 from anyflow.data.tables import CAPTION_COLUMNS, pick
+from anyflow.errors import UserError
 
 LOOKS_FOR = "*.tar files with KEY.mp4 and KEY.txt or KEY.json"
 DOMAIN = "video"
@@ -66,7 +69,22 @@ def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
         if isinstance(given, dict)
         else {}
     )
-    return {str(name): Track(np.arange(len(values)) / fps, values) for name, values in lists.items()}
+    told = described_controls(folder)
+    return {str(name): Track(np.arange(len(v)) / fps, v, action=_movement(told.get(name))) for name, v in lists.items()}
+
+
+@lru_cache(maxsize=1)
+def described_controls(folder: Path) -> Mapping[str, Control | str]:
+    """As the card tells them that lies beside shards of this project."""
+    try:
+        return load_card(folder / CARD_NAME, require_shards=False).controls if (folder / CARD_NAME).is_file() else {}
+    except UserError:
+        return {}
+
+
+def _movement(told: Control | str | None) -> Control | None:
+    """A control that is summed wherever the rates differ."""
+    return told if isinstance(told, Control) and told.at == "transition" and told.skipped == "sum" else None
 
 
 def _tars(folder: Path) -> list[Path]:
