@@ -208,19 +208,19 @@ KILLED_BEFORE_THE_CRITIC = """
 import os, signal
 from anyflow.training.callbacks.checkpoints import Checkpoints
 from anyflow.cli.main import main
-from anyflow.stages.onpolicy import OnPolicyStage
+from anyflow.stages.base import Stage
 
-update, saved = OnPolicyStage.update, Checkpoints.on_train_batch_end
+move, saved = Stage.move, Checkpoints.on_train_batch_end
 
 def save_now(self, trainer, stage, *rest):
     (self.save(trainer, stage) if stage.turn else saved(self, trainer, stage, *rest))
 
-def update_once(self, name):
+def move_once(self, name):
     if name == "critic" and self.step == {step}:
         os.kill(os.getpid(), signal.SIGKILL)
-    update(self, name)
+    move(self, name)
 
-Checkpoints.on_train_batch_end, OnPolicyStage.update = save_now, update_once
+Checkpoints.on_train_batch_end, Stage.move = save_now, move_once
 main()
 """
 """The command line, saving after every batch, and killed by itself when a critic's update is due."""
