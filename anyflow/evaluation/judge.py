@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from anyflow.evaluation.curve import HeldOut, Marks, pixel_frames
@@ -177,16 +178,19 @@ def _read(clips: Tensor, items: Sequence[HeldOut]) -> MotionScore:
 
 
 def swap_partners(items: Sequence[HeldOut]) -> list[int] | None:
-    """For each prompt another one of its domain, whose controls it gets in place of its own; None: nothing to swap.
+    """For each prompt the one whose controls differ most from its own, and are given in their place.
 
-    There is, where the domain's motion can be read from pixels and the model is told controls.
+    None: nothing is swapped. It is where the domain's motion can be read from pixels and the model is told controls.
     """
     domains = {item.domain for item in items}
-    if len(domains) != 1 or len(items) < 2 or not domains <= PROBES.keys():
+    controls = [item.controls for item in items if item.controls is not None]
+    if len(domains) != 1 or not domains <= PROBES.keys() or len(items) < 2 or len(controls) < len(items):
         return None
-    if any(item.controls is None or bool(item.controls.isnan().all()) for item in items):
-        return None
-    return [(number + len(items) // 2) % len(items) for number in range(len(items))]
+    numbers = torch.stack(controls)
+    known = numbers.nan_to_num(0.0).flatten(0, 1)
+    scaled = ((numbers.nan_to_num(0.0) - known.mean(0)) / known.std(0).clamp(min=1e-6)).flatten(1)
+    apart = torch.cdist(scaled, scaled, p=1)
+    return None if bool(numbers.isnan().all()) else apart.argmax(dim=1).tolist()
 
 
 def _wanted(item: HeldOut) -> tuple[str, str | None]:

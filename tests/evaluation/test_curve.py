@@ -242,6 +242,30 @@ def test_one_clip_to_compare_with_has_no_spread() -> None:
     assert "NaN" not in json.dumps(asdict(curve))
 
 
+def test_the_swap_gap_is_what_another_clips_controls_change() -> None:
+    """Of a model that obeys as much as of real clips; of one that ignores its controls 0."""
+    numbers = {item.caption: float(place) for place, item in enumerate(ITEMS)}
+    items = [replace(item, controls=torch.full((len(item.frames), 1), numbers[item.caption])) for item in ITEMS]
+    exact, by_number = exact_sampler(ITEMS), [item.caption for item in ITEMS]
+    told: list[Told] = []
+
+    def obeys(asked: Told, *arguments: Any) -> Tensor:
+        told.append(asked)
+        assert asked.controls is not None
+        return exact(Told([by_number[int(number)] for number in asked.controls[:, 0, 0]]), *arguments)
+
+    options: dict[str, Any] = {"steps": (1, 8), "seeds": (0, 1), "batch_size": 4}
+    obedient = measure_curve(obeys, BlockCodec(), items, REFERENCE, **options).curve
+    deaf = measure_curve(exact, BlockCodec(), items, REFERENCE, **options).curve
+    assert [row.swap_gap for row in deaf.rows] == [0, 0] and deaf.real.swap_gap == obedient.real.swap_gap
+    assert obedient.real.swap_gap is not None and obedient.real.swap_gap > 2
+    assert [row.swap_gap for row in obedient.rows] == pytest.approx([obedient.real.swap_gap] * 2, rel=0.01)
+    assert [row.path_error for row in obedient.rows] == pytest.approx([0, 0], abs=0.01)
+    assert obedient.rows[0].nfe == 1 and len(told) == 2 * 2 * 2 * -(-len(ITEMS) // 4)
+    plain = measure_curve(exact, BlockCodec(), ITEMS, REFERENCE, **options).curve
+    assert plain.rows[0].swap_gap is None and plain.real.swap_gap is None
+
+
 def test_given_frames_come_from_the_prompts_own_clips() -> None:
     seen: list[Tensor | None] = []
     exact = exact_sampler(ITEMS, error=0.6)
