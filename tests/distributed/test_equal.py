@@ -12,6 +12,7 @@ import torch
 from forked import on_ranks
 
 from anyflow.backbone.conditions import Conditions, Text
+from anyflow.backbone.full import stored_name
 from anyflow.backbone.lora import merged_state
 from anyflow.backbone.parallelize import gather_state, is_sharded_module, leave_ranks
 from anyflow.backbone.protocol import FlowMapBackbone
@@ -50,6 +51,7 @@ CAUSAL = (
     "stage.bidirectional_prob=1.0",
 )
 CHECKPOINTED = "hardware.gradient_checkpointing=true"
+CONTROLS = ("model.control.names=[actions]", "model.control.dropout=0.3", "model.control.width=16")
 QUICK = "on-policy, one base"
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "forward, full": ("forward/tiny", (CHECKPOINTED, "hardware.keep_attention=true")),
@@ -61,6 +63,8 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "tail, LoRA": ("finetune/driving", (*TAIL, *LORA)),
     "causal, forward": ("forward/tiny", (*CAUSAL, CHECKPOINTED)),
     "causal, finetune, LoRA": ("finetune/driving", (*CAUSAL, *LORA)),
+    "tail, LoRA, controls": ("finetune/driving", (*TAIL, *LORA, *CONTROLS, CHECKPOINTED)),
+    "causal, forward, controls": ("forward/tiny", (*CAUSAL, *CONTROLS)),
     "causal, on-policy, one base": ("onpolicy/tiny", (*CAUSAL, *LORA, CHECKPOINTED)),
 }
 
@@ -131,8 +135,8 @@ def answer(backbone: FlowMapBackbone, weights: dict[str, torch.Tensor]) -> torch
         for name, tensor in named.items():
             if ".lora_B." in name:
                 tensor.zero_()
-            elif ".lora_" not in name:
-                tensor.copy_(plain[name.replace(".base_layer.", ".")])
+            elif ".lora_" not in name or ".lora_full." in name:
+                tensor.copy_(plain[stored_name(name)])
         return backbone(latents, times, times * 0.3, Conditions(text))
 
 
