@@ -8,6 +8,7 @@ from pathlib import Path
 from anyflow.data import remote
 from anyflow.data.card import DatasetCard, plain_controls
 from anyflow.data.controls import Control
+from anyflow.data.safety import lines_of
 from anyflow.errors import UserError
 from anyflow.system.files import write_atomically
 from anyflow.system.typed import parse_yaml, to_yaml
@@ -24,14 +25,13 @@ def write_controls(card: DatasetCard, controls: Mapping[str, Control | str]) -> 
             f"card {card.name!r} has no file on this machine: write or copy one, with its splits' addresses"
         )
     text = card.path.read_text(encoding="utf-8")
-    lines = text.splitlines(keepends=True)
+    lines = lines_of(text)
     begin = next((place for place, line in enumerate(lines) if line.startswith("controls:")), len(lines))
-    end = next((n for n in range(begin + 1, len(lines)) if not lines[n].startswith((" ", "\t", "#", "\n"))), len(lines))
-    while end > begin + 1 and lines[end - 1].startswith(("#", "\n")):  # of what follows
+    end = next((n for n in range(begin + 1, len(lines)) if lines[n] and lines[n][0] not in " \t#"), len(lines))
+    while end > begin + 1 and lines[end - 1][:1] in ("", "#"):  # of what follows
         end -= 1
     block = to_yaml({"controls": plain_controls(controls)})
-    gap = "\n" if begin == len(lines) and lines and not lines[-1].endswith("\n") else ""
-    written = "".join([*lines[:begin], gap, block, *lines[end:]])
+    written = "\n".join([*lines[:begin], block.rstrip("\n"), *lines[end:], ""])
     try:
         same = {**parse_yaml(text), "controls": None} == {**parse_yaml(written), "controls": None}
     except ValueError:

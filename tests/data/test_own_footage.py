@@ -61,9 +61,11 @@ def test_import_and_look(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (card.frames, card.width, card.height, card.fps) == (17, 96, 64, 16.0)
     assert {"actions", "trajectory"} & set(card.controls)
     looks = [[word.replace("my-robot", name) for word in line] for line in commands("data", "my-robot")]
-    assert [line[1] for line in looks] == ["import", "check", "show"]
-    assert "is whole" in call(*looks[1])
-    assert "contact sheet" in call(*looks[2])
+    assert [line[1] for line in looks] == ["import", "controls", "check", "show"]
+    before = load_card(folder).controls
+    assert "written to" in call(*looks[1]) and load_card(folder).controls == before
+    assert "is whole" in call(*looks[2])
+    assert "contact sheet" in call(*looks[3])
 
 
 def test_the_page_lists_every_format_and_only_options_that_exist() -> None:

@@ -129,7 +129,8 @@ def assemble(
                 )
     named = [*unusable, *(item for result in results for item in result.unusable)]
     taken, left_out = _account(imported, jobs, results, set(splits), len(unusable))
-    notes += _write_card(imported, final, list(clips), results)
+    card = _card(imported, final, list(clips), results)
+    controls, told = measured_controls(card)
     files = imported.files
     report = ImportReport(
         imported.out / CARD_NAME,
@@ -145,21 +146,31 @@ def assemble(
         files.counts if files else {},
         _told([*(files.unread if files else _first(imported.found, Unread)), *_first(imported.found, LeftOut)]),
         tuple((_written(name), reason) for result in results for name, reason in result.without.items()),
-        tuple(map(_written, (*imported.notes, *notes, *_notes(results)))),
+        tuple(map(_written, (*imported.notes, *notes, *told, *_notes(results)))),
         imported.views,
     )
+    _write_card(replace(card, controls=controls), final)
     write_report(final / REPORT_NAME, report.to_dict())
-    try:
-        if imported.out.is_dir():
-            imported.out.rmdir()  # empty, as was checked
-        final.rename(imported.out)
-    except OSError as error:
-        if not imported.out.exists():
-            raise
-        again = "remove it, or give another --to, and start again with the same words to go on"
-        raise UserError(f"--to {str(imported.out)!r} was taken by something else meanwhile: {again}") from error
+    _move(final, imported.out)
     shutil.rmtree(imported.work, ignore_errors=True)  # another import may just be looking into it
     return report
+
+
+def _move(final: Path, out: Path) -> None:
+    """Put the data set in its place.
+
+    Raises:
+        UserError: something else has taken it.
+    """
+    try:
+        if out.is_dir():
+            out.rmdir()  # empty, as was checked
+        final.rename(out)
+    except OSError as error:
+        if not out.exists():
+            raise
+        again = "remove it, or give another --to, and start again with the same words to go on"
+        raise UserError(f"--to {str(out)!r} was taken by something else meanwhile: {again}") from error
 
 
 def _notes(results: Sequence[ShardResult]) -> Iterator[str]:
@@ -268,8 +279,12 @@ def _samples(tar: Path, kept: set[str]) -> Iterator[tuple[str, dict[str, bytes]]
             yield key, parts
 
 
-def _write_card(imported: Import, final: Path, splits: Sequence[str], results: Sequence[ShardResult]) -> list[str]:
-    """Write the card; return what is to be told of its controls."""
+def _write_card(card: DatasetCard, final: Path) -> None:
+    write_card(card, final / CARD_NAME)
+
+
+def _card(imported: Import, final: Path, splits: Sequence[str], results: Sequence[ShardResult]) -> DatasetCard:
+    """The card, without the ranges of controls."""
     present = {name for result in results for name in result.controls}
     labels: dict[str, set[str]] = {}
     for result in results:
@@ -277,7 +292,7 @@ def _write_card(imported: Import, final: Path, splits: Sequence[str], results: S
             labels.setdefault(name, set()).update(values)
     cutting, options = imported.cutting, imported.options
     seen = f" Every picture shows the cameras {imported.views}." if imported.views else ""
-    card = DatasetCard(
+    return DatasetCard(
         name=imported.out.name,
         domain=options.domain or "",
         description=options.description
@@ -302,9 +317,6 @@ def _write_card(imported: Import, final: Path, splits: Sequence[str], results: S
             **({"views": imported.views} if imported.views else {}),
         },
     )
-    controls, notes = measured_controls(card, "train")
-    write_card(replace(card, controls=controls), final / CARD_NAME)
-    return notes
 
 
 def write_report(path: Path, document: Mapping[str, Any]) -> None:
