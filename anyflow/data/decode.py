@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, islice
@@ -144,9 +144,15 @@ def timed_frames(
     Raises:
         DecodeError: nothing tells the rate. The frames raise what FFmpeg raises.
     """
+    # AVI stamps packets when they are decoded; FFmpeg makes up when they are shown, wrongly where frames are missing.
+    is_avi = container.format.name == "avi"
+
+    def stamp_of(packet: av.Packet) -> Stamp:
+        return Stamp(None if is_avi else packet.pts, packet.dts)
+
     packets = container.demux(stream)
     head = list(islice(packets, HEAD))
-    stamps = [Stamp(packet.pts, packet.dts) for packet in head if packet.size]
+    stamps = [stamp_of(packet) for packet in head if packet.size]
     if not stamps:
         raise DecodeError("it holds no pictures")
     clock = decide(
@@ -163,7 +169,7 @@ def timed_frames(
         zero = first if stream.start_time is None else stream.start_time
         container.seek(math.floor(zero + start / clock.tick), stream=stream, backward=True)
         packets = container.demux(stream)
-    shown = follow(_stamped(_decoder(stream), packets, clock), clock, zero)
+    shown = follow(_stamped(_decoder(stream), packets, clock, stamp_of), clock, zero)
     return clock, _moved(shown, float(start), float(1 / clock.rate) / 2) if start else shown
 
 
@@ -175,19 +181,30 @@ def _moved(shown: Iterable[Shown[av.VideoFrame]], start: float, tolerance: float
 
 
 def _stamped(
-    decoder: av.VideoCodecContext, packets: Iterable[av.Packet], clock: Clock
+    decoder: av.VideoCodecContext, packets: Iterable[av.Packet], clock: Clock, of: Callable[[av.Packet], Stamp]
 ) -> Iterator[tuple[av.VideoFrame, int | None]]:
-    """Frames with the stamps that their clock believes."""
+    """Frames with the stamps that their clock believes, of those that packets have."""
     if clock.how != "ordered":
         yield from ((frame, frame.pts) for packet in packets for frame in decoder.decode(packet))
         return
     waiting: list[int] = []
+    newest: int | None = None
+    is_first = True
     for packet in packets:
-        stamp = packet.dts if packet.pts is None else packet.pts
-        if packet.size and stamp is not None:
+        pts, dts = of(packet)
+        if packet.size and (stamp := dts if pts is None else pts) is not None:
             heapq.heappush(waiting, stamp)
         for frame in decoder.decode(packet):
-            yield frame, heapq.heappop(waiting) if waiting else None
+            if is_first and pts is None:
+                # A packet is stamped by when it is decoded: as much before its own time as there are packets that the
+                # decoder needs before it shows the first frame.
+                waiting = waiting[-1:]
+            is_first = False
+            if waiting:
+                newest = heapq.heappop(waiting)
+            elif newest is not None:  # shown after all packets
+                newest += max(1, round(1 / (clock.rate * clock.tick)))
+            yield frame, newest
 
 
 def _decoder(stream: av.VideoStream) -> av.VideoCodecContext:
