@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, islice
@@ -144,24 +144,11 @@ def timed_frames(
     Raises:
         DecodeError: nothing tells the rate. The frames raise what FFmpeg raises.
     """
-    # AVI stamps packets when they are decoded; FFmpeg makes up when they are shown, wrongly where frames are missing.
-    is_avi = container.format.name == "avi"
-
-    def stamp_of(packet: av.Packet) -> Stamp:
-        return Stamp(None if is_avi else packet.pts, packet.dts)
-
+    stamp_of = _stamps_of(container)
     packets = container.demux(stream)
     head = list(islice(packets, HEAD))
     stamps = [stamp_of(packet) for packet in head if packet.size]
-    if not stamps:
-        raise DecodeError("it holds no pictures")
-    clock = decide(
-        stamps,
-        stream.time_base,
-        stream.average_rate or stream.guessed_rate,
-        stream.codec_context.reorder_depth > 0,
-        declared,
-    )
+    clock = _clock(stream, stamps, declared)
     packets = chain(head, packets)
     zero = None
     if start and clock.how == "stamped":
@@ -171,6 +158,48 @@ def timed_frames(
         packets = container.demux(stream)
     shown = follow(_stamped(_decoder(stream), packets, clock, stamp_of), clock, zero)
     return clock, _moved(shown, float(start), float(1 / clock.rate) / 2) if start else shown
+
+
+def frame_starts(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[Clock, list[float]]:
+    """What a video's times are taken from, and the second at which each of its frames begins; none is decoded.
+
+    Args:
+        container, stream: just opened.
+
+    Raises:
+        DecodeError: nothing tells the rate.
+    """
+    stamp_of = _stamps_of(container)
+    stamps = [stamp_of(packet) for packet in container.demux(stream) if packet.size and not packet.is_discard]
+    clock = _clock(stream, stamps[:HEAD], None)
+    if clock.how == "counted":
+        return clock, [frame.start for frame in follow([(None, None)] * len(stamps), clock)]
+    known = sorted(stamp for pts, dts in stamps if (stamp := dts if pts is None else pts) is not None)
+    if stamps[0].pts is None:  # as in _stamped
+        late = min(stream.codec_context.reorder_depth, len(known) - 1)
+        known = known[late:] + [known[-1] + number * _ticks(clock) for number in range(1, late + 1)]
+    return clock, [frame.start for frame in follow(((None, stamp) for stamp in known), clock)]
+
+
+def _ticks(clock: Clock) -> int:
+    """Ticks from a frame to the next, usually."""
+    return max(1, round(1 / (clock.rate * clock.tick)))
+
+
+def _stamps_of(container: av.container.InputContainer) -> Callable[[av.Packet], Stamp]:
+    """What gives the stamps of a container's packets.
+
+    AVI stamps packets when they are decoded; FFmpeg makes up when they are shown, wrongly where frames are missing.
+    """
+    is_avi = container.format.name == "avi"
+    return lambda packet: Stamp(None if is_avi else packet.pts, packet.dts)
+
+
+def _clock(stream: av.VideoStream, stamps: Sequence[Stamp], declared: float | None) -> Clock:
+    if not stamps:
+        raise DecodeError("it holds no pictures")
+    rate = stream.average_rate or stream.guessed_rate
+    return decide(stamps, stream.time_base, rate, stream.codec_context.reorder_depth > 0, declared)
 
 
 def _moved(shown: Iterable[Shown[av.VideoFrame]], start: float, tolerance: float) -> Iterator[Shown[av.VideoFrame]]:
@@ -203,7 +232,7 @@ def _stamped(
             if waiting:
                 newest = heapq.heappop(waiting)
             elif newest is not None:  # shown after all packets
-                newest += max(1, round(1 / (clock.rate * clock.tick)))
+                newest += _ticks(clock)
             yield frame, newest
 
 

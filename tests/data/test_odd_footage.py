@@ -16,6 +16,7 @@ from drive_files import comma2k19, nuscenes, vpt
 from footage_files import encode, lenient, lerobot_v3, picture, put, read_frame, video
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from robot_files import annotated, irasim_2d
 
 from anyflow.data.card import load_card
 from anyflow.data.clip import SPLITS, Clip
@@ -203,6 +204,21 @@ def test_a_description_of_another_rate_is_refused(tmp_path: Path) -> None:
         imported(folder, tmp_path / "out")
     with pytest.raises(UserError, match="states 12 frames a second, its video has 10"):
         imported(folder, tmp_path / "strict", error_budget=0.0)
+
+
+@pytest.mark.parametrize("container", ["mp4", "avi"])
+def test_an_annotations_rows_are_of_the_frames_whenever_these_are_shown(container: str, tmp_path: Path) -> None:
+    """IRASim has a row a frame, and knows no times: row t is of frame t, also where frames are missing."""
+    steps = [1, 1, 2, 1, 1, 3, 1, 1, 2, 1, 1, 1] * 2
+    stamps = [sum(steps[:number]) for number in range(len(steps))]
+    folder = annotated(tmp_path / "in", irasim_2d)
+    for path in folder.glob("videos/*/*.mp4"):
+        path.write_bytes(film(stamps, Fraction(1, 8), container, bf="2"))
+    report = imported(folder, tmp_path / "out", format="irasim", fps=8.0)
+    clips = clips_of(report).values()
+    assert len(clips) == 4 * (sum(steps) // 4) and not report.unusable
+    for clip in clips:
+        assert [round(row[0]) for row in clip.controls["actions"]] == numbers(clip)
 
 
 def test_clips_end_where_their_labels_end(tmp_path: Path) -> None:
