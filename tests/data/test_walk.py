@@ -261,6 +261,14 @@ def test_keys_with_dots_and_further_videos_of_a_sample(tmp_path: Path) -> None:
     )
 
 
+def test_what_a_mac_hides_in_a_tar_is_no_recording(tmp_path: Path) -> None:
+    members = [("._a.mp4", b"\0\5\x16\7"), ("a.mp4", FILMS[0]), ("._a.txt", b"\0\5\x16\7"), ("a.txt", b"first")]
+    put_tar(tmp_path / "in/0.tar", members)
+    report = import_dataset(tmp_path / "in", tmp_path / "out", lenient(error_budget=0.0))
+    adds_up(report)
+    assert captions_of(report) == ["first"] * 2 and report.unread == (("0.tar:.* (2)", "hidden members"),)
+
+
 def test_tars_deeper_down_and_loose_videos_beside_tars(tmp_path: Path) -> None:
     put_tar(tmp_path / "deep/a/b/c/0.TAR", [("x.mp4", FILMS[0])])
     assert detect_format(tmp_path / "deep") == "webdataset"
