@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ from anyflow.errors import UserError
 from anyflow.evaluation.models import check_model
 from anyflow.evaluation.options import WayOptions
 from anyflow.system.files import require_place, write_atomically
+from anyflow.system.locks import NoLocks, locked
 from anyflow.system.option import option
 
 if TYPE_CHECKING:
@@ -94,24 +96,43 @@ def vbench(
     prompts = read_prompts(options.prompt_list, options.chosen, image=options.is_image)
     _check_images(options.images, prompts)
     guidance = way_of(model, way.sampler, way.guidance, way.negative)[1]
-    _settle(out, model, options, way, guidance.told)
-    folders = {count: out / f"steps-{count:02d}" / "videos" for count in sorted(options.steps)}
-    _sample_missing(model, way, options, prompts, out, folders)
-    nfe = _read(out / "settings.json").get("nfe", {})
-    found: dict[str, Any] = {
-        "model": model,
-        "guidance": guidance.scale,
-        "nfe": {str(count): nfe[str(count)] for count in folders if str(count) in nfe},
-    }
-    scores: dict[str, Any] = {}
-    if options.score:
-        scores = {str(count): _scores_of(folder, options) for count, folder in folders.items()}
-        written = {**found, "seed": options.seed, "samples": options.samples, "scores": scores}
-        _write(out / "vbench.json", written)
+    with _alone(out):
+        _settle(out, model, options, way, guidance.told)
+        folders = {count: out / f"steps-{count:02d}" / "videos" for count in sorted(options.steps)}
+        _sample_missing(model, way, options, prompts, out, folders)
+        nfe = _read(out / "settings.json").get("nfe", {})
+        found: dict[str, Any] = {
+            "model": model,
+            "guidance": guidance.scale,
+            "nfe": {str(count): nfe[str(count)] for count in folders if str(count) in nfe},
+        }
+        scores: dict[str, Any] = {}
+        if options.score:
+            scores = {str(count): _scores_of(folder, options) for count, folder in folders.items()}
+            written = {**found, "seed": options.seed, "samples": options.samples, "scores": scores}
+            _write(out / "vbench.json", written)
     if as_json:
         print_json({**found, "prompts": len(prompts), "videos": folders, "scores": scores})
     else:
         _show(folders, found["nfe"], scores, guidance.told)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Within the block no other process makes videos in a folder: two at once would write at one place.
+
+    Raises:
+        UserError: another one does.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(out / ".lock", patience=0, passing=True))
+        except BlockingIOError as error:
+            raise UserError(f"--out {out} is being filled by another process: wait for it, or name another") from error
+        except NoLocks as error:
+            typer.echo(f"{error}. It goes on: start no other command with this --out", err=True)
+        yield
 
 
 def _show(folders: Mapping[int, Path], nfe: Mapping[str, int], scores: Mapping[str, Any], guidance: str) -> None:
@@ -155,7 +176,6 @@ def _settle(out: Path, model: str, options: VBenchOptions, way: WayOptions, guid
     changed = [key for key, value in now.items() if was.get(key, value) != value]
     if changed:
         raise UserError(f"--out {out} holds videos of another {' and '.join(changed)}: name another folder")
-    out.mkdir(parents=True, exist_ok=True)
     _write(path, {**was, **now})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import chain, count, islice
@@ -201,18 +201,11 @@ def timed_frames(
     Raises:
         DecodeError: nothing tells the rate. The frames raise what FFmpeg raises.
     """
+    stamp_of = _stamps_of(container)
     packets = container.demux(stream)
     head = list(islice(packets, HEAD))
-    stamps = [Stamp(packet.pts, packet.dts) for packet in head if packet.size]
-    if not stamps:
-        raise DecodeError("it holds no pictures")
-    clock = decide(
-        stamps,
-        stream.time_base,
-        stream.average_rate or stream.guessed_rate,
-        stream.codec_context.reorder_depth > 0,
-        declared,
-    )
+    stamps = [stamp_of(packet) for packet in head if packet.size]
+    clock = _clock(stream, stamps, declared)
     packets = chain(head, packets)
     zero = None
     if start and clock.how == "stamped":
@@ -220,8 +213,50 @@ def timed_frames(
         zero = first if stream.start_time is None else stream.start_time
         container.seek(math.floor(zero + start / clock.tick), stream=stream, backward=True)
         packets = container.demux(stream)
-    shown = follow(_stamped(_decoder(stream), packets, clock), clock, zero)
+    shown = follow(_stamped(_decoder(stream), packets, clock, stamp_of), clock, zero)
     return clock, _moved(shown, float(start), float(1 / clock.rate) / 2) if start else shown
+
+
+def frame_starts(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[Clock, list[float]]:
+    """What a video's times are taken from, and the second at which each of its frames begins; none is decoded.
+
+    Args:
+        container, stream: just opened.
+
+    Raises:
+        DecodeError: nothing tells the rate.
+    """
+    stamp_of = _stamps_of(container)
+    stamps = [stamp_of(packet) for packet in container.demux(stream) if packet.size and not packet.is_discard]
+    clock = _clock(stream, stamps[:HEAD], None)
+    if clock.how == "counted":
+        return clock, [frame.start for frame in follow([(None, None)] * len(stamps), clock)]
+    known = sorted(stamp for pts, dts in stamps if (stamp := dts if pts is None else pts) is not None)
+    if stamps[0].pts is None:  # as in _stamped
+        late = min(stream.codec_context.reorder_depth, len(known) - 1)
+        known = known[late:] + [known[-1] + number * _ticks(clock) for number in range(1, late + 1)]
+    return clock, [frame.start for frame in follow(((None, stamp) for stamp in known), clock)]
+
+
+def _ticks(clock: Clock) -> int:
+    """Ticks from a frame to the next, usually."""
+    return max(1, round(1 / (clock.rate * clock.tick)))
+
+
+def _stamps_of(container: av.container.InputContainer) -> Callable[[av.Packet], Stamp]:
+    """What gives the stamps of a container's packets.
+
+    AVI stamps packets when they are decoded; FFmpeg makes up when they are shown, wrongly where frames are missing.
+    """
+    is_avi = container.format.name == "avi"
+    return lambda packet: Stamp(None if is_avi else packet.pts, packet.dts)
+
+
+def _clock(stream: av.VideoStream, stamps: Sequence[Stamp], declared: float | None) -> Clock:
+    if not stamps:
+        raise DecodeError("it holds no pictures")
+    rate = stream.average_rate or stream.guessed_rate
+    return decide(stamps, stream.time_base, rate, stream.codec_context.reorder_depth > 0, declared)
 
 
 def _moved(shown: Iterable[Shown[av.VideoFrame]], start: float, tolerance: float) -> Iterator[Shown[av.VideoFrame]]:
@@ -232,19 +267,30 @@ def _moved(shown: Iterable[Shown[av.VideoFrame]], start: float, tolerance: float
 
 
 def _stamped(
-    decoder: av.VideoCodecContext, packets: Iterable[av.Packet], clock: Clock
+    decoder: av.VideoCodecContext, packets: Iterable[av.Packet], clock: Clock, of: Callable[[av.Packet], Stamp]
 ) -> Iterator[tuple[av.VideoFrame, int | None]]:
-    """Frames with the stamps that their clock believes."""
+    """Frames with the stamps that their clock believes, of those that packets have."""
     if clock.how != "ordered":
         yield from ((frame, frame.pts) for packet in packets for frame in decoder.decode(packet))
         return
     waiting: list[int] = []
+    newest: int | None = None
+    is_first = True
     for packet in packets:
-        stamp = packet.dts if packet.pts is None else packet.pts
-        if packet.size and stamp is not None:
+        pts, dts = of(packet)
+        if packet.size and (stamp := dts if pts is None else pts) is not None:
             heapq.heappush(waiting, stamp)
         for frame in decoder.decode(packet):
-            yield frame, heapq.heappop(waiting) if waiting else None
+            if is_first and pts is None:
+                # A packet is stamped by when it is decoded: as much before its own time as there are packets that the
+                # decoder needs before it shows the first frame.
+                waiting = waiting[-1:]
+            is_first = False
+            if waiting:
+                newest = heapq.heappop(waiting)
+            elif newest is not None:  # shown after all packets
+                newest += _ticks(clock)
+            yield frame, newest
 
 
 def _decoder(stream: av.VideoStream) -> av.VideoCodecContext:

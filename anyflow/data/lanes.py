@@ -35,10 +35,10 @@ from anyflow.data.members import Members
 from anyflow.data.order import ORDER_VERSION, OrderIdentity, digest, raw_bits, sample_seed
 from anyflow.data.places import open_at
 from anyflow.data.reader import Split, checked_metadata
-from anyflow.data.safety import PICKLES
+from anyflow.data.safety import PICKLES, is_safe_name
 from anyflow.data.shards import load_index
 from anyflow.data.skips import Skip, none_usable
-from anyflow.data.tar_index import WHOLE_TAR
+from anyflow.data.tar_index import OUTSIDE, WHOLE_TAR, written
 from anyflow.data.tars import USUAL, load_set
 from anyflow.errors import UserError, first_line
 
@@ -269,6 +269,9 @@ class Lane:
         wanted: dict[str, bool] = {}
 
         def is_wanted(name: str) -> bool:
+            if not is_safe_name(name):
+                self.skipped.append(Skip(tar.name, name, OUTSIDE))
+                return False
             _, extension = tar.members.split(name) or ("", "(none)")
             if extension not in wanted:
                 is_pickle = f".{extension}".endswith(PICKLES)
@@ -282,7 +285,8 @@ class Lane:
 
         try:
             with closing(open_at(tar.address, ahead=True)) as file:
-                members = tar_file_iterator(file, handler=reraise_exception, select_files=is_wanted)
+                options = {"skip_meta": None, "select_files": is_wanted, "rename_files": written}
+                members = tar_file_iterator(file, handler=reraise_exception, **options)
                 named = ({**member, "__url__": tar.name} for member in members)
                 keys = lambda name: tar.members.split(name) or (None, None)  # noqa: E731
                 for sample in group_by_keys(named, keys=keys, handler=note_twice):

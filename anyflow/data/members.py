@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from anyflow.data.decode import DecodeError
-from anyflow.data.safety import VIDEO_SUFFIXES, clean_caption, parse_json, plain
+from anyflow.data.safety import VIDEO_SUFFIXES, clean_caption, decode_text, parse_json, plain
 from anyflow.errors import UserError
 
 VIDEOS = tuple(suffix.removeprefix(".") for suffix in VIDEO_SUFFIXES)
@@ -126,10 +126,7 @@ class Members:
                 found = _field(holder, path) if colon else next(filter(None, map(holder.get, CAPTION_FIELDS)), None)
                 text = clean_caption(found)
             else:
-                try:
-                    text = clean_caption(_bounded(read(member), member).decode("utf-8-sig"))
-                except UnicodeDecodeError as error:
-                    raise DecodeError("its caption is not UTF-8") from error
+                text = clean_caption(decode_text(_bounded(read(member), member), "its caption"))
             if text:
                 return text
         return ""

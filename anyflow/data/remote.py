@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from anyflow.errors import UserError
-from anyflow.system.files import file_sha256
+from anyflow.system.files import file_sha256, placing
 from anyflow.system.locks import locked
 
 CACHE_VARIABLE = "ANYFLOW_CACHE"
@@ -93,9 +93,8 @@ def mirror(url: str) -> Path:
     folder = cache_root() / f"{name}-{hashlib.blake2b(url.encode(), digest_size=6).hexdigest()}"
     if not (folder / MARK).is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{MARK}.{os.getpid()}"
-        partial.write_text(json.dumps({"url": url}))
-        partial.replace(folder / MARK)
+        with placing(folder / MARK) as place:
+            place.write_text(json.dumps({"url": url}))
     return folder
 
 
@@ -153,9 +152,9 @@ def fetch_small(folder: Path, name: str) -> Path:
         files, place = _filesystem(address)
         return _within(files, "_cat_file", place)
 
-    partial = folder / f"{name}.{os.getpid()}.part"
-    partial.write_bytes(_persist(fetch, address))
-    partial.replace(path)
+    content = _persist(fetch, address)
+    with placing(path) as place:  # other machines may share the cache
+        place.write_bytes(content)
     _fresh.add((os.getpid(), path))
     return path
 

@@ -45,6 +45,7 @@ FEW = 16
 """Tars of this machine that are read in this process: fewer than it takes to start others."""
 WHOLE_TAR = "*"
 """Stands for a clip's key where a tar is at fault."""
+OUTSIDE = "its path leads out of the tar"
 
 Member = tuple[str, int, int]
 LeftOut = tuple[str, str, str]
@@ -79,7 +80,7 @@ def scan(file: BinaryIO, size: int) -> Headers:
         with tarfile.open(fileobj=file, mode="r:") as tar:  # "r:": no place in a compressed tar can be read by itself
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]
-                name = member.name.encode(errors="surrogateescape").decode(errors="replace")
+                name = written(member.name)
                 content.update(f"{name}\0{member.offset_data}\0{member.size}\0{member.mtime}\n".encode())
                 reason = _unusable(member, name)
                 if reason:
@@ -96,12 +97,17 @@ def scan(file: BinaryIO, size: int) -> Headers:
     return Headers(size, members, content.hexdigest(), left_out, problem)
 
 
+def written(name: str) -> str:
+    """A member's name as it can be written anywhere: tars hold any bytes."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
+
+
 def _unusable(member: tarfile.TarInfo, name: str) -> str:
     """Why a member is never read; empty if it may be, or is a folder."""
     if member.isdir():
         return ""
     if not is_safe_name(member.name):
-        return "its path leads out of the tar"
+        return OUTSIDE
     if not member.isreg() or member.issparse():
         return "it is a link or a device, no file"
     if Path(name).suffix.lower() in PICKLES:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -81,9 +82,8 @@ def expand(card: str | Sequence[str], home: str | Path = "") -> list[str]:
             raise UserError(too_many)
         for place in places:
             found += _expand_place(place, home)
-    names = set(found)
-    if len(names) < len(found):
-        twice = next(name for number, name in enumerate(found) if name in found[:number])
+    twice = next((name for name, times in Counter(found).items() if times > 1), None)
+    if twice is not None:
         raise UserError(f"the tar {twice!r} is named twice: name each once")
     return found
 

@@ -39,7 +39,13 @@ def read_yaml(path: Path, what: str = "", *, resolve: bool = False) -> dict[str,
 
     named = f"{what} {str(path)!r}" if what else str(path)
     try:
-        tree = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8") or "{}"), resolve=resolve)
+        text = path.read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise UserError(f"{named} is not UTF-8 but UTF-16, as Windows calls Unicode: save it as UTF-8")
+        tree = OmegaConf.to_container(OmegaConf.create(text or "{}"), resolve=resolve)
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start} is {error.object[error.start]:#04x}"
+        raise UserError(f"{named} is not UTF-8 ({byte}; UTF-16, Latin-1 or Windows-1252?): save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{named} cannot be read ({error.strerror}): check the path and its permissions") from None
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, LookupError, AttributeError, RecursionError) as error:

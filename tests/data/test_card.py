@@ -160,6 +160,13 @@ def test_text_that_is_no_card(tmp_path: Path, text: str) -> None:
         load_card(tmp_path / "x.yaml")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "latin-1"])
+def test_a_card_that_is_not_utf_8_says_so(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "card.yaml").write_bytes("name: café".encode(encoding))
+    with pytest.raises(UserError, match=r"card\.yaml' is not UTF-8 .*: save it as UTF-8$"):
+        load_card(tmp_path / "card.yaml")
+
+
 def test_a_misspelt_name_gets_a_suggestion() -> None:
     with pytest.raises(UserError, match="did you mean driving"):
         load_card("drivign")

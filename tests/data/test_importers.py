@@ -27,7 +27,7 @@ from anyflow.data.card import check_shards, load_card
 from anyflow.data.clip import Clip
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
 from anyflow.data.importing.finish import ImportReport
-from anyflow.data.importing.formats import bdd100k, gf_minecraft
+from anyflow.data.importing.formats import bdd100k, gf_minecraft, huggingface
 from anyflow.data.importing.formats.known import FORMATS, detect_format, snapshot, source_of
 from anyflow.data.importing.options import ImportOptions
 from anyflow.data.importing.recording import Recording, VideoFile
@@ -314,6 +314,28 @@ def test_videos_in_parquet_tables(kind: str, tmp_path: Path) -> None:
     assert report.format == "huggingface" and report.clips == {"train": 4}
     assert [clip.caption for clip in clips] == [f"Video {n}" for n in range(4)]
     assert [seen(clip)[0][0] for clip in clips] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("table", "split"),
+    [
+        ("data/validation-00000-of-00002", "heldout"),
+        ("data/test_0", "heldout"),
+        ("default/test/0000", "heldout"),  # as the hub itself converts data sets
+        ("default/train/0000", "train"),
+        ("test/train-00000-of-00001", "train"),
+        ("data/testimony", None),
+    ],
+)
+def test_the_split_of_a_parquet_table_is_told_by_its_name_or_folder(
+    table: str, split: str | None, tmp_path: Path
+) -> None:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    path = put(tmp_path / f"{table}.parquet", b"")
+    parquet.write_table(arrow.table({"video": [b"x"], "caption": ["c"]}), path)
+    assert [item.split for item in huggingface.recordings(tmp_path) if isinstance(item, Recording)] == [split]
 
 
 def test_webdataset_shards(tmp_path: Path) -> None:

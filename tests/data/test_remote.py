@@ -75,6 +75,23 @@ def cached(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "cache").glob("*/*.tar"))
 
 
+def test_two_processes_of_one_number_fetch_one_file(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two containers or machines that share the cache: the second one is done before the first gives its name."""
+    replace = Path.replace
+
+    def meanwhile(path: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "replace", replace)
+        monkeypatch.setattr(remote, "_fresh", set())
+        assert remote.fetch_small(remote.mirror(f"{web.url}/train"), "index.json").is_file()
+        return replace(path, target)
+
+    for first in (lambda folder: folder, lambda folder: remote.fetch_small(folder, "index.json")):
+        monkeypatch.setattr(Path, "replace", meanwhile)
+        first(remote.mirror(f"{web.url}/train"))
+    assert load_index(remote.mirror(f"{web.url}/train")).count > 0
+    assert not list(remote.cache_root().rglob("*.part*"))
+
+
 def test_a_data_set_on_a_web_server_reads_as_one_on_disk(web: Web) -> None:
     for address in (web.url, f"{web.url}/card.yaml"):
         assert load_card(address).name == "tiny"

@@ -30,9 +30,10 @@ from robot_files import (
 from test_importers import run, seen
 
 from anyflow.data.card import load_card
-from anyflow.data.importing.formats import irasim
+from anyflow.data.importing.formats import irasim, lerobot
 from anyflow.data.importing.formats.known import detect_format
 from anyflow.data.importing.options import ImportOptions
+from anyflow.data.importing.recording import LeftOut
 from anyflow.data.importing.run import import_dataset
 from anyflow.data.shards import load_index
 from anyflow.errors import UserError
@@ -167,6 +168,25 @@ def test_depth_maps_are_left_out_by_name(tmp_path: Path, caplog: pytest.LogCaptu
         caplog.clear()
         with pytest.raises(UserError, match="--cameras wrist: the source has top"):
             import_dataset(folder, tmp_path / "x", ImportOptions(cameras=("wrist",)))
+
+
+@pytest.mark.parametrize(
+    ("cameras", "depth"),
+    [
+        (("top", "wrist_depth"), {"wrist_depth"}),
+        (("top", "Depth.left", "depth_color", "indepth"), {"Depth.left"}),
+        (("depth", "depth_wrist"), set()),  # no other camera is left: but a name
+    ],
+)
+def test_depth_in_colours_is_known_by_its_name(cameras: tuple[str, ...], depth: set[str], tmp_path: Path) -> None:
+    """LeRobot itself writes of every camera that it is none."""
+    feature = {"dtype": "video", "shape": [48, 192, 3], "info": {"video.is_depth_map": False}}
+    folder = lerobot_v2(tmp_path / "robot", episodes=1)
+    features = {f"observation.images.{camera}": feature for camera in cameras}
+    change(folder / INFO, lambda info: info.update(features=features))
+    found = list(lerobot.recordings(folder))
+    assert {item.name for item in found if isinstance(item, LeftOut)} == {f"episode_000000/{name}" for name in depth}
+    assert len(found) == len(cameras)
 
 
 def test_pictures_in_lerobots_tables(tmp_path: Path) -> None:

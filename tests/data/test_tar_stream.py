@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +43,7 @@ def card_of(folder: Path, **changes: Any) -> str:
 
 def module_of(card: str, rank: int = 0, world: int = 1, workers: int = 0, **options: Any) -> VideoDataModule:
     shape: dict[str, Any] = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH, "batch_size": 2, "steps": 20}
-    data = VideoDataModule(card, num_workers=workers, streaming=True, **{"shuffle_buffer": 5, **shape, **options})
+    data = VideoDataModule(card, num_workers=workers, **{"streaming": True, "shuffle_buffer": 5, **shape, **options})
     data.trainer = SimpleNamespace(global_rank=rank, world_size=world, callbacks=[])  # type: ignore[assignment]
     data.setup()
     data.trainer = None
@@ -244,6 +246,30 @@ def test_unused_members_are_told_once(tmp_path: Path, capsys: pytest.CaptureFixt
     write_tar(tmp_path / "set/000.tar", [*sample("a"), ("a.cls", b"1"), ("a.depth.npz", b"1"), ("README", b"x")])
     train(module_of(card_of(tmp_path / "set"), steps=4), 4)
     assert capsys.readouterr().err == "members that are not used: .(none), .cls, .depth.npz\n"
+
+
+def test_names_of_any_kind_are_those_of_the_index(tmp_path: Path) -> None:
+    """Bytes that are no UTF-8, names that WebDataset takes for its own, paths that lead out."""
+    (tmp_path / "set").mkdir()
+    with tarfile.open(tmp_path / "set/0.tar", "w", encoding="latin-1", format=tarfile.GNU_FORMAT) as tar:
+        for name, data in [part for key in ("caf\xe9", "__set__/a", "../b", "/c", "d") for part in sample(key)]:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    seen = []
+    for streaming in (True, False):
+        data = module_of(card_of(tmp_path / "set"), streaming=streaming, steps=3, batch_size=1, error_budget=1.0)
+        keys = {key for batch in train(data, 3) for key in batch["key"]}
+        assert data.stream is not None
+        seen.append((keys, {str(skip) for skip in data.stream.skipped.values()}))
+    assert seen[0] == seen[1]
+    assert seen[0][0] == {"0/caf\ufffd", "0/__set__/a", "0/d"}
+    assert "0.tar:../b.mp4 (its path leads out of the tar)" in seen[0][1] and len(seen[0][1]) == 4
+
+
+def test_a_caption_in_utf_16_is_read_by_its_mark(tmp_path: Path) -> None:
+    write_tar(tmp_path / "set/000.tar", [("a.mp4", video(1)), ("a.txt", "déjà vu".encode("utf-16"))])
+    assert train(module_of(card_of(tmp_path / "set"), batch_size=1), 1)[0]["caption"] == ["déjà vu"]
 
 
 def test_a_compressed_tar_is_streamed(tmp_path: Path) -> None:

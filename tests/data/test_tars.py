@@ -190,7 +190,7 @@ def test_captions_are_found_where_they_usually_stand() -> None:
     ]:
         assert describe(usual, parts_)["caption"] == caption
     for parts_, told in [
-        ({"txt": b"\xff\xfe"}, "not UTF-8"),
+        ({"txt": b"\xe9"}, "not UTF-8"),
         ({"json": b"[1]"}, "holds no JSON object"),
         ({"json": b'{"caption": ["a", "b"]}'}, "its caption is no text"),
         ({"json": b"{"}, "is not JSON"),

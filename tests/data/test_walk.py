@@ -13,6 +13,7 @@ from footage_files import encode, lenient, picture, put, put_csv, put_tar, video
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from anyflow.data.importing import walk as walking
 from anyflow.data.importing.finish import ImportReport
 from anyflow.data.importing.footage import probe
 from anyflow.data.importing.formats.known import detect_format
@@ -259,6 +260,27 @@ def test_keys_with_dots_and_further_videos_of_a_sample(tmp_path: Path) -> None:
         ("0.tar:*.wav (1)", "members that are not read (.wav)"),
         ("0.tar:c.depth.mp4", "a further video of its sample, beside .mp4"),
     )
+
+
+def test_an_import_lists_each_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever asks for the files: on a network disk lists are slow."""
+    for number in range(3):
+        put(tmp_path / f"in/d{number}/v.mp4", FILMS[number])
+    met: list[str] = []
+    kind = walking._kind
+    monkeypatch.setattr(walking, "_kind", lambda entry: met.append(entry.path) or kind(entry))
+    import_dataset(tmp_path / "in", tmp_path / "out", lenient())
+    assert len(met) == len(set(met)) == 6
+    put(tmp_path / "in/d3/v.mp4", FILMS[3])  # what comes later is seen by the next one
+    assert import_dataset(tmp_path / "in", tmp_path / "out2", lenient()).found == 4
+
+
+def test_what_a_mac_hides_in_a_tar_is_no_recording(tmp_path: Path) -> None:
+    members = [("._a.mp4", b"\0\5\x16\7"), ("a.mp4", FILMS[0]), ("._a.txt", b"\0\5\x16\7"), ("a.txt", b"first")]
+    put_tar(tmp_path / "in/0.tar", members)
+    report = import_dataset(tmp_path / "in", tmp_path / "out", lenient(error_budget=0.0))
+    adds_up(report)
+    assert captions_of(report) == ["first"] * 2 and report.unread == (("0.tar:.* (2)", "hidden members"),)
 
 
 def test_tars_deeper_down_and_loose_videos_beside_tars(tmp_path: Path) -> None:

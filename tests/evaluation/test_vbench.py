@@ -27,6 +27,7 @@ from anyflow.evaluation.vbench import (
     run_vbench,
     totals,
 )
+from anyflow.system.locks import locked
 
 PROMPTS = [
     {"prompt_en": "In a still frame, a stop sign", "dimension": ["temporal_flickering"]},
@@ -171,6 +172,14 @@ def test_videos_lie_where_vbench_looks_and_its_scores_come_back(
     assert (videos / "a dog.-1.mp4").is_file() and len(written) == 9
     assert np.abs(np.subtract(before, again, dtype=float)).mean() < 0.1, "the same noise, whatever lies beside it"
     assert (videos / "a dog.-0.mp4").stat().st_mtime_ns == kept
+
+
+def test_a_second_command_of_one_folder_ends_at_once(small_model: Path, info: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    words = ["--model", str(small_model), "--info", str(info), "--out", str(tmp_path / "out")]
+    with locked(tmp_path / "out/.lock"), pytest.raises(UserError, match="out is being filled by another process"):
+        call(*words, "--dimensions", "motion_smoothness")
+    assert not (tmp_path / "out/settings.json").exists()
 
 
 def test_image_to_video_begins_with_the_suites_images(small_model: Path, package: None, tmp_path: Path) -> None:

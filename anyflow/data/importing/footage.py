@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import av
 import numpy as np
 
-from anyflow.data.decode import DecodeError, open_stream, timed_frames
+from anyflow.data.decode import DecodeError, frame_starts, open_stream, timed_frames
 from anyflow.data.frame_times import ODDITIES, PAUSE, Clock, Shown, Stamp, decide, follow, resampled
 from anyflow.data.importing.cells import picture_cells, picture_times, read_cell
 from anyflow.data.importing.recording import Footage, ImageFiles, ParquetCell, ParquetImages, Recording, VideoFile
@@ -69,6 +69,20 @@ def probe(recording: Recording) -> Facts:
         return _probed(recording)
     except (av.FFmpegError, ValueError, IndexError, OverflowError, ZeroDivisionError, OSError) as error:
         raise DecodeError(f"the video cannot be decoded ({first_line(error)})") from error
+
+
+def starts_of(video: VideoFile) -> tuple[float, np.ndarray]:
+    """(frames a second, the second at which each picture of a video begins); nothing is decoded.
+
+    Raises:
+        DecodeError: it cannot be read.
+    """
+    try:
+        with _opened(_source(video), None) as (container, stream):
+            clock, starts = frame_starts(container, stream)
+            return float(clock.rate), np.array(starts)
+    except (av.FFmpegError, ValueError, IndexError, OverflowError, ZeroDivisionError, OSError) as error:
+        raise DecodeError(f"the video cannot be read ({first_line(error)})") from error
 
 
 def _probed(recording: Recording) -> Facts:

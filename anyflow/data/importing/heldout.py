@@ -55,4 +55,5 @@ def settle(
         if own:
             notes.append(f"the source's own held-out recordings gave no clip: {len(instead)} others were drawn")
         held = instead
-    return {clip: "heldout" if group in held else "train" for clip, group in clips.items()}, notes
+    groups = set(held)
+    return {clip: "heldout" if group in groups else "train" for clip, group in clips.items()}, notes

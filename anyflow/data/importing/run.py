@@ -30,6 +30,7 @@ from anyflow.data.importing.options import ImportOptions
 from anyflow.data.importing.recording import Found, LeftOut, Recording, Unread, Unusable
 from anyflow.data.importing.survey import Survey, survey
 from anyflow.data.importing.views import APART, described, probe, together
+from anyflow.data.importing.walk import listed_once
 from anyflow.errors import UserError, first_line
 from anyflow.system.engines import Engine, Work, values
 from anyflow.system.locks import claimed
@@ -52,6 +53,7 @@ class Progress:
     seconds_left: float | None
 
 
+@listed_once()
 def import_dataset(
     source: Path,
     out: Path,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from anyflow.data.safety import VIDEO_SUFFIXES
 
@@ -25,6 +27,28 @@ class Met:
     left: str = ""
 
 
+class _Entry(NamedTuple):
+    """What a folder lists: ``kind`` "dir" or "file", links followed; else empty."""
+
+    name: str
+    kind: str
+    is_link: bool
+
+
+_lists: dict[Path, list[_Entry]] | None = None
+
+
+@contextmanager
+def listed_once() -> Iterator[None]:
+    """Within the block each folder is listed once, however often it is walked: on network disks lists are slow."""
+    global _lists
+    before, _lists = _lists, {}
+    try:
+        yield
+    finally:
+        _lists = before
+
+
 def walk(folder: Path) -> Iterator[Met]:
     """Every file below a folder. Linked folders are entered, unless what they hold is met elsewhere.
 
@@ -35,8 +59,7 @@ def walk(folder: Path) -> Iterator[Met]:
     while waiting:
         place = waiting.pop()
         try:
-            with os.scandir(place) as listing:
-                entries = sorted(listing, key=lambda entry: entry.name)
+            entries = _listed(place)
         except OSError as error:
             yield Met(place, f"it cannot be opened ({error.strerror})")
             continue
@@ -44,13 +67,13 @@ def walk(folder: Path) -> Iterator[Met]:
         for entry in entries:
             path = place / entry.name
             left = HIDDEN if entry.name.startswith(".") else ""
-            if not left and _is(entry, "dir"):
-                left = links.why_not(path, entry.is_symlink())
+            if not left and entry.kind == "dir":
+                left = links.why_not(path, entry.is_link)
                 if not left:
                     below.append(path)
                     continue
-            elif not left and not _is(entry, "file"):
-                left = BROKEN_LINK if entry.is_symlink() and not path.exists() else NO_FILE
+            elif not left and entry.kind != "file":
+                left = BROKEN_LINK if entry.is_link and not path.exists() else NO_FILE
             yield Met(path, left)
         waiting += reversed(below)
 
@@ -83,11 +106,26 @@ def _is_binary(path: Path) -> bool:
     return not head or b"\0" in head or head[:1] == b"G"
 
 
-def _is(entry: os.DirEntry[str], kind: str) -> bool:
+def _listed(folder: Path) -> list[_Entry]:
+    """A folder's entries by name.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    if _lists is not None and folder in _lists:
+        return _lists[folder]
+    with os.scandir(folder) as listing:
+        entries = sorted(_Entry(entry.name, _kind(entry), entry.is_symlink()) for entry in listing)
+    if _lists is not None:
+        _lists[folder] = entries
+    return entries
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
     try:
-        return entry.is_dir() if kind == "dir" else entry.is_file()
+        return "dir" if entry.is_dir() else "file" if entry.is_file() else ""
     except OSError:  # links in a circle
-        return False
+        return ""
 
 
 class _Links:

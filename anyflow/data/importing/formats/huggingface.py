@@ -15,7 +15,7 @@ import yaml
 
 from anyflow.data.controls import Control
 from anyflow.data.decode import DecodeError
-from anyflow.data.importing.formats.folder import HELD_OUT
+from anyflow.data.importing.formats.folder import split_of
 from anyflow.data.importing.recording import Found, ParquetCell, Recording, Track, Unusable
 from anyflow.data.importing.walk import walk
 from anyflow.data.safety import read_text
@@ -26,7 +26,8 @@ DOMAIN = "video"
 CONTROLS: Mapping[str, Control | str] = {}
 
 VIDEO_COLUMNS = ("video", "mp4", "video_bytes")
-SPLIT = re.compile(r"^(?P<split>[A-Za-z]+)(?:-\d+-of-\d+)?$")
+SPLIT = re.compile(r"^(?P<split>[A-Za-z]+)(?:[-_]\d+(?:-of-\d+)?)?$")
+"""A table's name: ``train-00000-of-00003``, ``test_0``, ``validation``."""
 
 
 def detect(folder: Path) -> bool:
@@ -43,7 +44,7 @@ def recordings(folder: Path) -> Iterator[Found]:
     for path in _tables(folder):
         place = path.relative_to(folder).with_suffix("").as_posix()
         try:
-            yield from _rows(path, place)
+            yield from _rows(path, place, _split_of(path.relative_to(folder)))
         except DecodeError as error:
             yield Unusable(place, str(error))
 
@@ -73,14 +74,18 @@ def _video_column(path: Path) -> str | None:
     return None
 
 
-def _rows(path: Path, place: str) -> Iterator[Found]:
+def _split_of(table: Path) -> str | None:
+    """The split that a table's name tells, else its folders: the hub's own copies are ``CONFIG/SPLIT/0000.parquet``."""
+    match = SPLIT.match(table.stem)
+    return (split_of(Path(match["split"], "x")) if match else None) or split_of(table)
+
+
+def _rows(path: Path, place: str, split: str | None) -> Iterator[Found]:
     import pyarrow.parquet as parquet
 
     video = _video_column(path)
     if video is None:
         raise DecodeError(f"{path.name} has no column of videos: one of {', '.join(VIDEO_COLUMNS)}")
-    match = SPLIT.match(path.stem)
-    split = match["split"].lower() if match else ""
     with parquet.ParquetFile(path) as file:
         others = [name for name in file.schema_arrow.names if name != video]
         number = 0
@@ -95,14 +100,14 @@ def _rows(path: Path, place: str) -> Iterator[Found]:
                 number += 1
 
 
-def _recording(name: str, cell: ParquetCell, values: Mapping[str, Any], split: str) -> Recording:
+def _recording(name: str, cell: ParquetCell, values: Mapping[str, Any], split: str | None) -> Recording:
     column = pick(values, CAPTION_COLUMNS)
     return Recording(
         name=name,
         group=name,
         footage=cell,
         caption=None if column is None else values[column],
-        split="heldout" if split in HELD_OUT else "train" if split == "train" else None,
+        split=split,
         fields={
             key: value
             for key, value in values.items()

@@ -19,7 +19,7 @@ import numpy as np
 
 from anyflow.data.controls import Control
 from anyflow.data.decode import DecodeError
-from anyflow.data.importing.footage import probe
+from anyflow.data.importing.footage import starts_of
 from anyflow.data.importing.formats.folder import split_of
 from anyflow.data.importing.labels import rows_of
 from anyflow.data.importing.recording import Found, Recording, Track, Unusable, VideoFile
@@ -69,8 +69,14 @@ def recordings(folder: Path) -> Iterator[Found]:
 
 
 def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
-    """State, actions and every other stream of numbers, at the times of the video's frames."""
-    return {name: Track(np.arange(len(rows)) / rate, rows) for name, (rows, rate) in _streams(recording).items()}
+    """State, actions and every other stream of numbers, at the times of the video's frames, however these are apart."""
+    rate, starts = starts_of(VideoFile(recording.details["video"]))
+    tracks = {}
+    for name, (rows, every) in _streams(recording, len(starts)).items():
+        places = np.arange(len(rows)) / every
+        beyond = (places - len(starts) + 1).clip(0) / rate
+        tracks[name] = Track(np.interp(places, np.arange(len(starts)), starts) + beyond, rows)
+    return tracks
 
 
 def described_controls(folder: Path) -> dict[str, Control | str]:
@@ -79,13 +85,16 @@ def described_controls(folder: Path) -> dict[str, Control | str]:
     for _, paths in groupby(sorted(_annotations(folder)), key=lambda path: path.parent):
         for path in islice(paths, LOOKED_AT):
             recording = next((item for item in _episode(folder, path) if isinstance(item, Recording)), None)
+            if recording is None:
+                continue
             try:
-                streams = _streams(recording) if recording else {}
+                rate, starts = starts_of(VideoFile(recording.details["video"]))
+                streams = _streams(recording, len(starts))
             except DecodeError:
                 continue
-            for name, (rows, rate) in streams.items():
+            for name, (rows, every) in streams.items():
                 plain = f"per frame: {' x '.join(map(str, rows.shape[1:])) or 1} numbers as the annotation has them"
-                words = f"{CONTROLS.get(name, plain)}; {rate:g} rows a second in the source"
+                words = f"{CONTROLS.get(name, plain)}; {rate * every:g} rows a second in the source"
                 told.setdefault(name, _control(name, words, math.prod(rows.shape[1:])) if rows.size else words)
             if streams:
                 break
@@ -137,17 +146,13 @@ def _episode(folder: Path, path: Path) -> Iterator[Found]:
         )
 
 
-def _streams(recording: Recording) -> dict[str, tuple[np.ndarray, float]]:
-    """Control -> (its rows, rows a second).
+def _streams(recording: Recording, frames: int) -> dict[str, tuple[np.ndarray, int]]:
+    """Control -> (its rows, rows a frame).
 
     Raises:
-        DecodeError: the annotation or the video cannot be read, or states or actions do not fit to the video.
+        DecodeError: the annotation cannot be read, or states or actions do not fit to the video, of so many frames.
     """
     annotation = read_json_object(Path(recording.details["annotation"]))
-    facts = probe(Recording("", "", VideoFile(recording.details["video"])))
-    if facts.seconds is None:
-        raise DecodeError("its video does not tell its length, so states cannot be placed")
-    frames = round(facts.seconds * facts.fps)
     streams = {}
     for field, values in annotation.items():
         name = NAMES.get(field, field)
@@ -161,7 +166,7 @@ def _streams(recording: Recording) -> dict[str, tuple[np.ndarray, float]]:
         rows = rows_of(field, values)
         if len(rows) == frames - 1:
             rows = np.concatenate([rows, rows[-1:]])
-        streams[name] = rows, facts.fps * every
+        streams[name] = rows, every
     if "actions" not in streams and all(name in streams for name in TOLD):
         told = [streams.pop(name) for name in TOLD]
         count = min(len(rows) for rows, _ in told)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Container, Iterator, Mapping
+import re
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -153,6 +154,7 @@ def _layout(folder: Path) -> _Layout:
         version, features = str(info["codebase_version"]), info["features"]
         cameras = {name: feature["dtype"] for name, feature in features.items() if feature["dtype"] in PICTURES}
         depth = [name for name in cameras if _is_depth(features[name])]
+        depth += _named_depth([name for name in cameras if name not in depth])
         layout = _Layout(
             version,
             {name: dtype for name, dtype in cameras.items() if name not in depth},
@@ -181,6 +183,16 @@ def _is_depth(feature: Mapping[str, Any]) -> bool:
     said = {**feature, **(feature.get("video_info") or {}), **(feature.get("info") or {})}
     flagged = said.get("is_depth_map") or said.get("video.is_depth_map")
     return bool(flagged) or str(said.get("video.pix_fmt")).startswith("gray1")  # gray10, gray12, gray16
+
+
+def _named_depth(cameras: Sequence[str]) -> list[str]:
+    """The cameras whose names say that they see depth: many data sets colour such maps, and flag none of them.
+
+    None of them if no other camera is left: then it is but a name.
+    """
+    words = {name: set(re.split(r"[^a-z]+", _plain(name).lower())) for name in cameras}
+    found = [name for name in cameras if "depth" in words[name] and not words[name] & {"rgb", "color", "colour"}]
+    return found if len(found) < len(cameras) else []
 
 
 def _plain(camera: str) -> str:

@@ -45,7 +45,7 @@ def recordings(folder: Path) -> Iterator[Found]:
         place = tar.relative_to(folder).as_posix()
         samples: dict[str, list[tuple[str, Span]]] = {}
         for item in _members(tar, place):
-            if isinstance(item, Unusable):
+            if isinstance(item, Unusable | Unread):
                 yield item
             else:
                 key, extension, span = item
@@ -121,9 +121,9 @@ def _sample(tar: Path, place: str, key: str, members: Sequence[tuple[str, Span]]
         yield Unusable(f"{place}:{key}", str(error))
 
 
-def _members(tar: Path, place: str) -> Iterator[tuple[str, str, Span] | Unusable]:
-    """(key, extension, (offset, size)) of every plain file; what is unsafe or damaged is named."""
-    size = tar.stat().st_size
+def _members(tar: Path, place: str) -> Iterator[tuple[str, str, Span] | Unusable | Unread]:
+    """(key, extension, (offset, size)) of every plain file; what is unsafe, damaged or hidden is named."""
+    size, hidden = tar.stat().st_size, 0
     try:
         with tarfile.open(tar, "r:") as file:  # "r:": a compressed tar is refused, for it may be a bomb
             for member in file:
@@ -140,10 +140,15 @@ def _members(tar: Path, place: str) -> Iterator[tuple[str, str, Span] | Unusable
                     yield Unusable(f"{place}:{name}", "the shard is truncated")
                 else:
                     folder, _, base = member.name.rpartition("/")
+                    if base.startswith("."):  # as WebDataset has it; a Mac puts a "._NAME" beside each
+                        hidden += 1
+                        continue
                     key, _, extension = base.partition(".")
                     yield f"{folder}/{key}" if folder else key, extension.lower(), (member.offset_data, member.size)
     except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError) as error:
         yield Unusable(place, f"the shard cannot be read to its end ({str(error)[:80]})")
+    if hidden:
+        yield Unread(f"{place}:.* ({hidden})", "hidden members")
 
 
 def _recording(tar: Path, place: str, key: str, parts: Mapping[str, Span], alone: bool) -> Recording:
