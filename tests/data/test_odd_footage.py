@@ -24,6 +24,7 @@ from anyflow.data.decode import ClipShape, decode_clip, open_stream, timed_frame
 from anyflow.data.frame_times import HEAD
 from anyflow.data.importing.cutting import CutReport, Cutting, cut
 from anyflow.data.importing.finish import ImportReport
+from anyflow.data.importing.labels import NoLabelError, controls_at
 from anyflow.data.importing.recording import Recording, Track, VideoFile
 from anyflow.data.importing.run import import_dataset
 from anyflow.data.shards import load_index, read_clip
@@ -258,6 +259,28 @@ def test_labels_with_a_pause_of_their_own(tmp_path: Path) -> None:
     clips = list(cut(recording(path), CUTTING, "", "", {"speed": Track(fixes, fixes, linear=True)}, report))
     assert [numbers(made.clip)[0] for made in clips] == [0, 4, 8, 24, 28, 32, 36]
     assert report.dropped == {"across a pause of the labels": 3}
+
+
+@settings(max_examples=200)
+@given(st.lists(st.sampled_from([1, 1, 1, 2, 5, 6, 30]), min_size=3), st.integers(1, 12), st.integers(1, 3))
+def test_a_held_value_never_outlives_a_pause(steps: list[int], frames: int, stride: int) -> None:
+    """Wherever a clip begins, ends or lies: what a frame is given was on record within the usual time before it."""
+    assume(np.median(steps) == 1)
+    times = np.concatenate([[0], np.cumsum(steps)]) / 10
+    track = {"number": Track(times, np.arange(len(times)))}
+    alive = [sum(times <= at / 30 + 1e-6) - 1 for at in range(int(times[-1] * 30) + 3)]
+    for first in range(0, len(alive) - frames * stride, 5):
+        moments = np.arange(first, first + frames * stride, stride)
+        held = [alive[at] for at in moments]
+        pauses = [row for row in range(len(steps)) if steps[row] > 5]
+        bridged = any(held[0] <= row < held[-1] for row in pauses)
+        stale = any(held[-1] == row and moments[-1] / 30 >= times[row] + 0.1 - 6e-4 for row in pauses)
+        try:
+            made = controls_at(track, moments / 30)["number"]
+        except NoLabelError as error:
+            assert (bridged or stale) and "pause" in str(error)
+        else:
+            assert made == held and not bridged and not stale
 
 
 @pytest.mark.parametrize("times", [[0.0, 2.0, 1.0], [0.0, float("nan"), 1.0]])

@@ -119,6 +119,7 @@ class Recording:
         clock: seconds after the moment's beginning at which this recording starts.
         split: "train" or "heldout", if the source says so itself.
         fields: plain values, for caption templates and as the clips' labels.
+        notes: what had to be guessed of it, in words.
         details: what the importer's ``controls`` needs again; nobody else looks into it.
     """
 
@@ -134,6 +135,7 @@ class Recording:
     clock: float = 0.0
     split: str | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -123,6 +123,7 @@ def _moment(
             fps=None,
             camera="+".join(names),
             clock=start,
+            notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
         )
 
 
