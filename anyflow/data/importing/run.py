@@ -131,7 +131,7 @@ def _import(
     files = None if options.limit else survey(folder, format, found)
     recordings, unusable = _choose(captions.apply(found), options)
     total = len(recordings) + len(unusable)
-    enforce(unusable, total, options.error_budget, work)
+    enforce(unusable, total, options.error_budget, work, captions.why(found))
     if not recordings:
         raise UserError(f"source {str(source)!r} holds no recordings ({format}: {module.LOOKS_FOR})")
     cutting, facts = _cutting(recordings, options)
@@ -329,8 +329,11 @@ def _count(result: ShardResult) -> int:
     return len(result.shard.samples) if result.shard else 0
 
 
-def enforce(unusable: Sequence[Unusable], total: int, budget: float, work: Path) -> None:
+def enforce(unusable: Sequence[Unusable], total: int, budget: float, work: Path, why: str = "") -> None:
     """Compare the unusable recordings with all of them.
+
+    Args:
+        why: what may be behind it, in words.
 
     Raises:
         UserError: there are more than the budget allows; the first are named, and all of them in a file.
@@ -341,7 +344,8 @@ def enforce(unusable: Sequence[Unusable], total: int, budget: float, work: Path)
     write_report(report, {"unusable": [[item.name, item.reason] for item in unusable]})
     named = "; ".join(f"{item.name[:200]} ({item.reason})" for item in unusable[:NAMED])
     rest = f"; and {len(unusable) - NAMED} more, all in {str(report)!r}" if len(unusable) > NAMED else ""
+    behind = f"; {why}" if why else ""
     raise UserError(
         f"{len(unusable)} of {total} recordings cannot be used, more than --error-budget {budget:g} allows: "
-        f"{named}{rest}; mend them or raise the budget, and start again with the same words to go on"
+        f"{named}{rest}{behind}; mend them or raise the budget, and start again with the same words to go on"
     )

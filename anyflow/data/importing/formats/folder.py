@@ -12,7 +12,7 @@ from anyflow.data.decode import DecodeError
 from anyflow.data.importing.recording import Found, Recording, Track, Unread, Unusable, VideoFile
 from anyflow.data.importing.walk import is_video, stem_of, walk, walk_videos
 from anyflow.data.safety import clean_captions, lines_of, parse_json, read_text, within
-from anyflow.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, pick, read_rows
+from anyflow.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, pick, read_rows, require_utf8
 
 LOOKS_FOR = (
     "videos (.mp4, .mov, ...) with a.txt beside a.mp4, a metadata.csv, .jsonl or .json, or captions.txt and videos.txt"
@@ -116,7 +116,13 @@ def _table(files: _Files, path: Path) -> Iterator[Found]:
             yield Unusable(place, f"no column {FILE_COLUMNS[0]!r} (it has {', '.join(map(str, row))[:200] or 'none'})")
             continue
         described = {name: value for name, value in row.items() if name != file}
-        yield _named(files, path.parent, str(row[file]), _caption(described), _fields(described))
+        caption = _caption(described)
+        try:
+            require_utf8(caption, place)
+        except DecodeError as error:
+            yield Unusable(str(row[file])[:200], str(error))
+            continue
+        yield _named(files, path.parent, str(row[file]), caption, _fields(described))
 
 
 def _lists(files: _Files, path: Path) -> Iterator[Found]:
