@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import av
 import numpy as np
 
-from anyflow.data.decode import DecodeError, frame_starts, open_stream, timed_frames
+from anyflow.data.decode import DecodeError, films, frame_starts, open_stream, timed_frames
 from anyflow.data.frame_times import ODDITIES, PAUSE, Clock, Shown, Stamp, decide, follow, resampled
 from anyflow.data.importing.cells import picture_cells, picture_times, read_cell
 from anyflow.data.importing.recording import Footage, ImageFiles, ParquetCell, ParquetImages, Recording, VideoFile
@@ -171,6 +171,8 @@ def _shown(recording: Recording, container: Any, stream: Any, note: Note) -> Ite
     _compare_rates(clock, recording.stated_fps)
     for text in clock.notes:
         note(text)
+    if len(films(container)) > 1:
+        note("further video streams in the file: the first one was taken")
     wanted = None if recording.end is None else recording.end - recording.start
     interval = float(1 / clock.rate)
     reached = 0.0
@@ -194,14 +196,15 @@ def _compare_rates(clock: Clock, stated: float | None) -> None:
 
 
 def _seconds(stream: Any) -> float | None:
-    """How long a stream is, as its header says; Matroska has it as a text."""
+    """How long a stream is, as its header says; Matroska has the time of its end, as a text."""
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
     try:
         hours, minutes, seconds = map(float, stream.metadata["DURATION"].split(":"))
     except (KeyError, ValueError):
         return None
-    return 3600 * hours + 60 * minutes + seconds
+    begin = float(stream.start_time * stream.time_base) if stream.start_time and stream.time_base else 0.0
+    return max(0.0, 3600 * hours + 60 * minutes + seconds - begin)
 
 
 def _shown_images(
