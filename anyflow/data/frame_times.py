@@ -37,13 +37,14 @@ RATES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 12.5, 15, 16, 20, 24, 25, 30, 48, 50, 60, 
 NTSC = tuple(Fraction(1000 * rate, 1001) for rate in (24, 30, 60, 120))
 NEAREST = 0.005
 
-Why = Literal["", "pause", "reset", "repeated", "disordered", "missing"]
-"""What is odd about a frame's time: it comes after a pause, after a clock that was set back, at the time of the frame
-before it, a little before that one, or without a stamp."""
-APART = ("pause", "reset")
+Why = Literal["", "pause", "reset", "damaged", "repeated", "disordered", "missing"]
+"""What is odd about a frame's time: it comes after a pause, after a clock that was set back, after a frame that is
+damaged, at the time of the frame before it, a little before that one, or without a stamp."""
+APART = ("pause", "reset", "damaged")
 ODDITIES = {
     "pause": "pauses in the recording: no clip bridges one",
     "reset": "time stamps that are set back: no clip bridges such a place",
+    "damaged": "damaged pictures were left out: no clip bridges one",
     "repeated": "repeated time stamps: the later frame is shown",
     "disordered": "time stamps out of order: moved to that of the frame before",
     "missing": "frames without a time stamp: a usual interval after the one before",
@@ -161,7 +162,7 @@ def _agrees(stamps: Sequence[int], tick: Fraction, measured: Fraction, claimed: 
         return True
     steps = [later - earlier for earlier, later in pairwise(stamps)]
     off = abs(sum(steps) * tick * claimed - len(steps))
-    uneven = min((max(steps) - min(steps)) * tick * claimed, 2)
+    uneven = min((max(steps) - min(steps)) * tick * claimed, Fraction(2))
     return off <= AGREE * len(steps) + uneven / 2
 
 

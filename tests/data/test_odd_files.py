@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from footage_files import encode, lenient, picture, put, video
+from footage_files import encode, lenient, picture, put, put_tar, video
 from test_odd_footage import clips_of, film, imported, numbers
 
 from anyflow.data.importing import run
@@ -70,3 +70,29 @@ def test_an_import_that_stops_names_all_whose_headers_are_bad(tmp_path: Path, mo
         put(tmp_path / f"in/v{number}.mp4", b"no video at all" * 40)
     with pytest.raises(UserError, match=r"3 of 8 recordings cannot be used.* v1 \(.*; v4 \(.*; v6 \("):
         import_dataset(tmp_path / "in", tmp_path / "out", lenient(error_budget=0.0, frames=4, size=(192, 48)))
+
+
+def test_a_small_picture_that_is_enlarged_is_told(tmp_path: Path) -> None:
+    put(tmp_path / "in/a.mp4", encode([picture(0, t)[:16, :18] for t in range(8)], 8))
+    put(tmp_path / "in/b.mp4", video(3, 8, 8))
+    report = imported(tmp_path / "in", tmp_path / "out", size=(192, 48))
+    assert "pictures smaller than the clips: enlarged (1: a)" in report.notes
+
+
+def test_an_empty_tar_among_good_ones_is_called_one(tmp_path: Path) -> None:
+    put_tar(tmp_path / "in/0.tar", [("a.mp4", video(0, 8, 8)), ("a.txt", b"A.")])
+    put_tar(tmp_path / "in/1.tar", [])
+    put_tar(tmp_path / "in/2.tar", [("._a.mp4", b"x")])
+    report = imported(tmp_path / "in", tmp_path / "out")
+    assert report.files["left_out"] == {"a tar without members": 1, "a tar without members but hidden ones": 1}
+    assert not any("try --format webdataset" in reason for _, reason in report.unread)
+
+
+def test_only_what_is_read_counts_as_beside_the_footage(tmp_path: Path) -> None:
+    put(tmp_path / "in/v.mp4", video(0, 8, 8))
+    put(tmp_path / "in/v.txt", "A.")
+    for name in ("README.md", "sub/notes.md", "page.html", "setup.yaml"):
+        put(tmp_path / "in" / name, "words")
+    report = imported(tmp_path / "in", tmp_path / "out")
+    assert report.files["descriptions"] == 2  # v.txt, and the README, which may state a licence
+    assert set(report.files["left_out"]) == {f"a kind that is not read ({kind})" for kind in (".md", ".html", ".yaml")}

@@ -105,3 +105,22 @@ def test_a_path_asks_for_plain_fields_alone(path: str, tmp_path: Path) -> None:
     change(folder / INFO, lambda info: info.update(data_path=path))
     with pytest.raises(UserError, match=r"info\.json is damaged.*is no plain field"):
         run(folder, tmp_path / "out", **ANY)
+
+
+@pytest.mark.parametrize("rows", [[0], [11], [5, 6], list(range(24))])
+def test_a_damaged_picture_costs_the_clips_that_need_it(rows: list[int], tmp_path: Path) -> None:
+    """What comes before and after is kept, each with its own actions; the first damaged row is named."""
+    folder = as_images(tmp_path / "robot")
+
+    def damage(table: list[dict[str, Any]]) -> None:
+        for number, row in enumerate(rows):
+            table[24 + row]["observation.images.top"] = {"bytes": None if number % 2 else b"\xff\xd8 no picture"}
+
+    change_rows(folder / V3, damage)
+    report, clips = run(folder, tmp_path / "out", cameras=("top",), **ANY)
+    one = [clip for clip in clips if clip.key.startswith("episode_000001")]
+    shown = [frame for clip in one for _, frame in seen(clip)]
+    assert not set(shown) & set(rows) and len(one) == {1: 2, 2: 2, 24: 0}[len(rows)]
+    assert all([(e, t) for t, e in np.array(clip.controls["actions"]).astype(int)] == seen(clip) for clip in clips)
+    told = str(report.unusable if len(rows) == 24 else report.notes)
+    assert f"row {rows[0]} holds no picture" in told and "none>" not in told

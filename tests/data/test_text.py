@@ -139,6 +139,32 @@ def test_a_text_and_a_document_add_up(tmp_path: Path) -> None:
     assert captions_of(imported(tmp_path / "in", caption="{caption} {weather}")) == {"a": "The text. rain"}
 
 
+def test_a_list_of_texts_beside_a_video_is_its_captions(tmp_path: Path) -> None:
+    films(tmp_path / "in", "v0.mp4", "v1.mp4")
+    put(tmp_path / "in/v0.json", ["one", "one"])
+    put(tmp_path / "in/v1.json", json.dumps("two"))
+    assert captions_of(imported(tmp_path / "in")) == {"v0": "one", "v1": "two"}
+    members = [("a.mp4", FILMS[0]), ("a.json", b'["one"]'), ("b.mp4", FILMS[1]), ("b.json", b"[1]")]
+    put_tar(tmp_path / "tars/0.tar", members)
+    report = imported(tmp_path / "tars")
+    assert set(captions_of(report).values()) == {"one"}
+    assert report.unusable == (("0.tar:b", "its json member holds no JSON object, and no list of texts"),)
+
+
+def test_captions_beside_a_video_that_differ_are_told(tmp_path: Path) -> None:
+    films(tmp_path / "in", "v0.mp4", "v1.mp4")
+    for number, other in enumerate(("Other.", " The  text. ")):
+        put(tmp_path / f"in/v{number}.txt", "The text.")
+        put(tmp_path / f"in/v{number}.json", {"caption": other})
+    report = imported(tmp_path / "in")
+    assert captions_of(report) == {"v0": "The text.", "v1": "The text."}
+    assert notes_of(report) == (
+        "captions beside a video that differ in .txt and .json: that of .txt was taken (1: v0)",
+    )
+    put_tar(tmp_path / "tars/0.tar", [("a.mp4", FILMS[0]), ("a.json", b'{"caption": "Other."}'), ("a.txt", b"Text.")])
+    assert "that of .txt was taken (1: 0/a)" in str(notes_of(imported(tmp_path / "tars")))
+
+
 def test_one_of_several_captions_is_drawn_for_each_clip(tmp_path: Path) -> None:
     """By the clip's own name and the seed: the same whatever else is imported, and all of them are used."""
     texts = ["First.", "Second.", " ", "First.", "Third."]

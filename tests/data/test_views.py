@@ -210,6 +210,15 @@ def test_a_camera_whose_file_is_gone_or_ends_early_is_named(tmp_path: Path) -> N
     assert len(clips) == 8
 
 
+def test_a_damaged_moment_does_not_shape_the_layout_of_the_others(tmp_path: Path) -> None:
+    """The first episode lacks its camera 1: the others' lie as they would without that episode."""
+    folder = annotated(tmp_path / "robot")
+    first = sorted(folder.glob("annotation/**/*.json"))[0]
+    change(first, lambda document: document["videos"][1].update(video_path="../1.mp4"))
+    report, _ = run(folder, tmp_path / "out", views="wide", **ANY)
+    assert report.views == "0 | 1 | 2"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

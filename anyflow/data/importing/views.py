@@ -8,6 +8,7 @@ a box has another shape than its camera's picture, that picture alone is cropped
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -56,7 +57,7 @@ def together(found: Iterable[Found], views: str, cameras: Sequence[str]) -> Iter
             damaged.setdefault(item.name.rpartition("/")[0] or item.name, []).append(item)
         else:
             yield item
-    names, columns = _layout(views, cameras, list(dict.fromkeys(name for seen in moments.values() for name in seen)))
+    names, columns = _layout(views, cameras, _all_cameras(moments.values()))
     everything = views in (WIDE, GRID) and not cameras
     for moment, seen in moments.items():
         bad = damaged.pop(moment, [])
@@ -66,6 +67,22 @@ def together(found: Iterable[Found], views: str, cameras: Sequence[str]) -> Iter
             yield from bad
     for items in damaged.values():
         yield from items
+
+
+def _all_cameras(moments: Iterable[Mapping[str, list[Recording]]]) -> list[str]:
+    """The cameras of all moments: in the order of a moment that has all, so that no damaged one shapes the others; by
+    name where none has.
+    """
+    fullest: list[str] = []
+    known: set[str] = set()
+    for seen in moments:
+        known.update(seen)
+        fullest = list(seen) if len(seen) > len(fullest) else fullest
+    if known <= set(fullest):
+        return fullest
+    return sorted(
+        known, key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    )
 
 
 def _layout(views: str, cameras: Sequence[str], known: Sequence[str]) -> tuple[list[str], int]:

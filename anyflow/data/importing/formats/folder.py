@@ -43,12 +43,13 @@ class _Files:
         """A path as it is told, from the source's folder on."""
         return path.relative_to(self.folder).as_posix()
 
-    def recording(self, video: Path, caption: Any, fields: Mapping[str, Any]) -> Recording:
+    def recording(self, video: Path, caption: Any, fields: Mapping[str, Any], notes: tuple[str, ...] = ()) -> Recording:
         """A recording, called by its file without the suffix, unless another video beside it is called the same."""
         stem = video.with_name(stem_of(video.name))
         name = self.relative(video if len(self.videos.get(stem, [])) > 1 else stem)
         split = split_of(video.relative_to(self.folder))
-        return Recording(name, name, VideoFile(str(video)), caption=caption, split=split, fields=dict(fields))
+        footage = VideoFile(str(video))
+        return Recording(name, name, footage, caption=caption, split=split, fields=dict(fields), notes=notes)
 
 
 def detect(folder: Path) -> bool:
@@ -199,19 +200,42 @@ def _plain(files: _Files, place: Path) -> Iterator[Found]:
             yield Unread(files.relative(place / name), "a text without a video of its name")
 
 
-def _beside(place: Path, names: list[str]) -> tuple[Any, dict[str, Any]]:
-    """(caption, fields) of the files that lie beside a video, the one that counts first."""
-    caption, fields = None, dict[str, Any]()
+def _beside(place: Path, names: list[str]) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
+    """(caption, fields, notes) of the files that lie beside a video, the one that counts first."""
+    caption, fields, notes, taken = None, dict[str, Any](), tuple[str, ...](), ""
     for name in names:
         text = read_text(place / name)
-        if not name.lower().endswith(".json"):
-            caption = caption or text
-            continue
-        described = parse_json(text, name)
-        if not isinstance(described, dict):
-            raise DecodeError(f"{name} holds no JSON object")
-        caption, fields = caption or _caption(described), {**_fields(described), **fields}
-    return caption, fields
+        kind = os.path.splitext(name)[1].lower()
+        given: Any = text
+        if kind == ".json":
+            document = described(parse_json(text, name), name)
+            given, fields = _caption(document), {**_fields(document), **fields}
+        if not caption:
+            caption, taken = given, kind
+        else:
+            notes += other_caption(caption, taken, given, kind)
+    return caption, fields, notes
+
+
+def described(document: Any, name: str) -> dict[str, Any]:
+    """What a JSON document beside a video says of it: an object; a text or a list of texts is its captions.
+
+    Raises:
+        DecodeError: it is anything else; ``name`` is said of it.
+    """
+    if isinstance(document, dict):
+        return document
+    if isinstance(document, str) or (isinstance(document, list) and all(isinstance(text, str) for text in document)):
+        return {"captions": document}
+    raise DecodeError(f"{name} holds no JSON object, and no list of texts")
+
+
+def other_caption(taken: Any, kind: str, given: Any, other: str) -> tuple[str, ...]:
+    """What is to be told where another file beside a video has another caption than the one that was taken."""
+    theirs = clean_captions(given)
+    if not theirs or theirs == clean_captions(taken):
+        return ()
+    return (f"captions beside a video that differ in {kind} and {other}: that of {kind} was taken",)
 
 
 def _caption(row: Mapping[str, Any]) -> Any:
