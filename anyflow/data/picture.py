@@ -147,7 +147,7 @@ class FrameFitter:
             scale = max(height / frame.height, width / shown)
             tall, wide = max(height, round(frame.height * scale)), max(width, round(shown * scale))
             if scale > ENLARGED:
-                self.note("pictures smaller than the clips: enlarged")
+                self.note("pictures lower or narrower than the clips: enlarged")
             if tall * wide > MAX_PIXELS:
                 raise DecodeError(f"pictures of {frame.width}x{frame.height} cannot cover {width}x{height}")
             # AREA averages on the way down (no aliasing); BICUBIC is smooth on the way up.

@@ -76,7 +76,7 @@ def test_a_small_picture_that_is_enlarged_is_told(tmp_path: Path) -> None:
     put(tmp_path / "in/a.mp4", encode([picture(0, t)[:16, :18] for t in range(8)], 8))
     put(tmp_path / "in/b.mp4", video(3, 8, 8))
     report = imported(tmp_path / "in", tmp_path / "out", size=(192, 48))
-    assert "pictures smaller than the clips: enlarged (1: a)" in report.notes
+    assert "pictures lower or narrower than the clips: enlarged (1: a)" in report.notes
 
 
 def test_an_empty_tar_among_good_ones_is_called_one(tmp_path: Path) -> None:

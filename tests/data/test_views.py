@@ -211,10 +211,19 @@ def test_a_camera_whose_file_is_gone_or_ends_early_is_named(tmp_path: Path) -> N
 
 
 def test_a_damaged_moment_does_not_shape_the_layout_of_the_others(tmp_path: Path) -> None:
-    """The first episode lacks its camera 1: the others' lie as they would without that episode."""
+    """The first episode lacks its camera 1, the second lists them backwards: the others lie as they would alone."""
     folder = annotated(tmp_path / "robot")
-    first = sorted(folder.glob("annotation/**/*.json"))[0]
+    first, second = sorted(folder.glob("annotation/**/*.json"))[:2]
     change(first, lambda document: document["videos"][1].update(video_path="../1.mp4"))
+    change(
+        second,
+        lambda document: [
+            video.update(video_path=path, camera=str(2 - number))
+            for number, (video, path) in enumerate(
+                zip(document["videos"], [video["video_path"] for video in document["videos"]][::-1], strict=True)
+            )
+        ],
+    )
     report, _ = run(folder, tmp_path / "out", views="wide", **ANY)
     assert report.views == "0 | 1 | 2"
 

@@ -86,6 +86,11 @@ def files_of(footage: Footage) -> Iterator[str]:
         yield footage.path
 
 
+def by_number(name: str) -> list[Any]:
+    """Sorts names as people do: camera 2 before camera 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
 @dataclass(frozen=True)
 class Track:
     """One control over a recording's time.

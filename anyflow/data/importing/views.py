@@ -8,7 +8,6 @@ a box has another shape than its camera's picture, that picture alone is cropped
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ import numpy as np
 from anyflow.data.decode import DecodeError
 from anyflow.data.importing import footage
 from anyflow.data.importing.footage import Facts, Moment
-from anyflow.data.importing.recording import Found, ImageFiles, LeftOut, Recording, Unusable, Views
+from anyflow.data.importing.recording import Found, ImageFiles, LeftOut, Recording, Unusable, Views, by_number
 from anyflow.errors import UserError
 
 APART, WIDE, GRID = "apart", "wide", "grid"
@@ -80,9 +79,7 @@ def _all_cameras(moments: Iterable[Mapping[str, list[Recording]]]) -> list[str]:
         fullest = list(seen) if len(seen) > len(fullest) else fullest
     if known <= set(fullest):
         return fullest
-    return sorted(
-        known, key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
-    )
+    return sorted(known, key=by_number)
 
 
 def _layout(views: str, cameras: Sequence[str], known: Sequence[str]) -> tuple[list[str], int]:
