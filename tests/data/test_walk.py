@@ -83,6 +83,7 @@ def test_what_is_not_read_is_named_with_its_reason(tmp_path: Path) -> None:
     adds_up(report)
     assert report.files["left_out"] == {
         "a kind that is not read (.bin)": 1,
+        "a kind that is not read (.md)": 1,
         "a kind that is not read (.wav)": 1,
         "a link to nothing": 1,
         "a tar, which the format folder does not read: try --format webdataset": 1,

@@ -12,7 +12,7 @@ import numpy as np
 
 from anyflow.data.decode import DecodeError
 from anyflow.data.importing.footage import read_bytes
-from anyflow.data.importing.formats.folder import split_of
+from anyflow.data.importing.formats.folder import described, other_caption, split_of
 from anyflow.data.importing.recording import Found, LeftOut, Recording, Track, Unread, Unusable, VideoFile
 from anyflow.data.importing.walk import walk, walk_videos
 from anyflow.data.safety import MAX_TEXT_BYTES, PICKLES, VIDEO_SUFFIXES, decode_text, is_safe_name, parse_json
@@ -40,12 +40,16 @@ def recordings(folder: Path) -> Iterator[Found]:
     for tar in tars:
         place = tar.relative_to(folder).as_posix()
         samples: dict[str, list[tuple[str, Span]]] = {}
+        is_bad = is_hidden = False
         for item in _members(tar, place):
             if isinstance(item, Unusable | Unread):
+                is_bad, is_hidden = is_bad or isinstance(item, Unusable), is_hidden or isinstance(item, Unread)
                 yield item
             else:
                 key, extension, span = item
                 samples.setdefault(key, []).append((extension, span))
+        if not samples and not is_bad:
+            yield Unread(place, f"a tar without members{' but hidden ones' if is_hidden else ''}")
         for key, members in samples.items():
             yield from _sample(tar, place, key, members, alone=len(tars) == 1)
         others = Counter(extension for members in samples.values() for extension, _ in members if _is_other(extension))
@@ -140,8 +144,10 @@ def _recording(tar: Path, place: str, key: str, parts: Mapping[str, Span], alone
     column = pick(description, CAPTION_COLUMNS)
     caption = None if column is None else description[column]
     text = next((name for name in TEXTS if name in parts), None)
+    notes: tuple[str, ...] = ()
     if text is not None:
-        caption = decode_text(_bytes(str(tar), parts[text]), "its caption")
+        given, caption = caption, decode_text(_bytes(str(tar), parts[text]), "its caption")
+        notes = other_caption(caption, f".{text}", given, ".json")
     labels = description.get("attributes")
     fields = {**description, **labels} if isinstance(labels, dict) else description
     own = {"caption", "fps", "domain", "licence"}
@@ -151,6 +157,7 @@ def _recording(tar: Path, place: str, key: str, parts: Mapping[str, Span], alone
         footage=VideoFile(str(tar), *parts[video]),
         stated_fps=_rate(description),
         caption=caption,
+        notes=notes,
         split=split_of(Path(place)),
         fields={
             name: value
@@ -169,9 +176,7 @@ def _rate(description: Mapping[str, Any]) -> float | None:
 
 def _json(tar: str, span: Span) -> dict[str, Any]:
     document = parse_json(_bytes(tar, span), "its json member")
-    if not isinstance(document, dict):
-        raise DecodeError("its json member holds no object")
-    return document
+    return described(document, "its json member")
 
 
 def _bytes(tar: str, span: Span) -> bytes:
