@@ -28,7 +28,7 @@ PAUSE = 5
 SLACK = 1 / 4
 """Of an interval: a frame takes its place so much early, for containers round their times."""
 AGREE = 0.02
-"""A header's rate is believed if the stamps' own is no further off than this share."""
+"""A header's rate is believed if that of the stamps, usual or mean, is no further off than this share."""
 WRAPS = (24, 31, 32, 33)
 """Bits of counters that start again at 0: FLV, RTP, RTMP and MPEG-TS."""
 RATES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 12.5, 15, 16, 20, 24, 25, 30, 48, 50, 60, 90, 100, 120, 144, 240)
@@ -126,7 +126,7 @@ def decide(
     measured = _measured(different, tick)
     if claimed is None and measured is None:
         raise DecodeError("it does not tell its frame rate: convert it, to mp4 for example")
-    if claimed and (measured is None or len(different) < 5 or abs(measured / claimed - 1) <= AGREE):
+    if claimed and (measured is None or len(different) < 5 or _agree(claimed, different, tick, measured)):
         return _sane(Clock(how, claimed, tick, notes))
     assert measured is not None
     rate = _nearest(measured)
@@ -136,13 +136,33 @@ def decide(
 
 
 def _measured(stamps: Sequence[int], tick: Fraction) -> Fraction | None:
-    """Frames a second of ascending stamps: by the mean of the usual intervals, for ticks may be coarse."""
+    """Frames a second of ascending stamps: by the mean of the usual intervals, for ticks may be coarse.
+
+    Usual are those near the middle one: a longer one lacks a frame. All are where few are like it and none is a pause:
+    such a camera has no steady beat.
+    """
     steps = sorted(later - earlier for earlier, later in pairwise(stamps))
     if not steps:
         return None
     middle = steps[len(steps) // 2]
     usual = [step for step in steps if middle <= 2 * step <= 3 * middle]
+    alike = sum(8 * abs(step - middle) <= middle for step in steps)
+    if 3 * alike < 2 * len(steps) and not _pauses(steps, usual):
+        usual = steps
     return Fraction(len(usual), sum(usual)) / tick
+
+
+def _agree(claimed: Fraction, stamps: Sequence[int], tick: Fraction, measured: Fraction) -> bool:
+    """Whether a header's rate is that of ascending stamps: of the usual intervals, or of all, if none is a pause."""
+    mean = Fraction(len(stamps) - 1, stamps[-1] - stamps[0]) / tick
+    longest = max(later - earlier for earlier, later in pairwise(stamps)) * tick
+    rates = [measured] if longest * measured > PAUSE else [measured, mean]
+    return any(abs(rate / claimed - 1) <= AGREE for rate in rates)
+
+
+def _pauses(steps: Sequence[int], usual: Sequence[int]) -> bool:
+    """Whether the last of ascending intervals is a pause, by the usual ones."""
+    return steps[-1] * len(usual) > PAUSE * sum(usual)
 
 
 def _nearest(rate: Fraction) -> Fraction:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anyflow.data.faults import DecodeError
-from anyflow.data.frame_times import APART, PAUSE, SLACK, Clock, Shown, Stamp, decide, follow, resampled
+from anyflow.data.frame_times import APART, HEAD, PAUSE, SLACK, Clock, Shown, Stamp, decide, follow, resampled
 
 TICKS = st.sampled_from([Fraction(1, 1000), Fraction(1, 12800), Fraction(1, 90_000), Fraction(1001, 30_000)])
 RATES = st.sampled_from([Fraction(5), Fraction(12), Fraction(16), Fraction(24000, 1001), Fraction(25), Fraction(30)])
@@ -137,6 +137,23 @@ def test_what_is_believed() -> None:
     assert declared.how == "counted" and declared.rate == 20 and not declared.notes
     with pytest.raises(DecodeError, match="claims 2000 frames"):
         decide([Stamp(number, number) for number in range(20)], Fraction(1, 2000), None, reorders=False)
+
+
+@pytest.mark.parametrize("claimed", [Fraction(10), None])
+@pytest.mark.parametrize(
+    "steps", [[40, 160, 100, 70, 130, 55, 145, 100] * 4, [50, 150] * 16, [150, 50] * 16, [100, 60, 140] * 11]
+)
+def test_an_unsteady_camera_has_its_mean_rate(steps: list[int], claimed: Fraction | None) -> None:
+    """Whatever its intervals are: a header that tells their mean is right, and nothing is to be told."""
+    clock = clock_of([sum(steps[:number]) for number in range(HEAD)], Fraction(1, 1000), claimed)
+    assert not clock.notes and abs(clock.rate / 10 - 1) < 0.04
+
+
+def test_a_header_that_counts_pauses_in_is_not_believed() -> None:
+    """ffmpeg's mean rate of a camera that stood still in between: its frames are 100 ms apart all the same."""
+    stamps = [100 * number + 3000 * (number // 10) for number in range(HEAD)]
+    mean = Fraction(len(stamps) - 1, stamps[-1]) * 1000
+    assert clock_of(stamps, Fraction(1, 1000), mean).rate == 10
 
 
 @given(st.lists(st.integers(1, 400), min_size=5, max_size=31), st.floats(1, 900))
