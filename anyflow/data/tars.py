@@ -31,6 +31,8 @@ HELD_OUT = ("test", "val", "valid", "validation", "eval", "heldout")
 """A folder, or the first word of a file's name, that tells held-out tars."""
 USUAL = Members()
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
+LOOKED_FOR = 100
+"""Tars at a set's end of which the last that is there is held out."""
 LAST_CLIPS = 16
 """Clips of a single tar that are held out, at most; and at most a fifth of them."""
 
@@ -137,12 +139,13 @@ def divide(name: str, tars: Sequence[str], members: Members = USUAL) -> dict[str
             "heldout": replace(whole, tars=heldout),
         }
     if len(tars) > 1:
-        last = next(filter(_is_there, reversed(whole.tars)), whole.tars[-1])
+        last = next(filter(_is_there, whole.tars[: -LOOKED_FOR - 1 : -1]), whole.tars[-1])
         rest = tuple(tar for tar in whole.tars if tar != last)
         return {"train": replace(whole, tars=rest), "heldout": replace(whole, tars=(last,))}
     return {part: replace(whole, part=part) for part in ("train", "heldout")}
 
 
+@lru_cache(maxsize=1024)
 def _is_there(tar: str) -> bool:
     try:
         stamp_of(tar)

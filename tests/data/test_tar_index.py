@@ -262,6 +262,18 @@ def test_clips_of_several_shapes(tmp_path: Path) -> None:
 # --- looking at them -------------------------------------------------------------------------------------------------
 
 
+def test_damaged_clips_are_not_shown_but_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.tar"
+    write_tar(path, [("bad.mp4", b"no video"), ("bad.txt", b"x"), *sample("a"), *sample("b")])
+    card = card_of(tmp_path, "a.tar")
+    whole = contact_sheet(card, "train", 2, tmp_path / "sheet.png").stat().st_size
+    assert whole > contact_sheet(card, "train", 1, tmp_path / "one.png").stat().st_size
+    assert capsys.readouterr().err.count("not shown: a.tar:a/bad (") == 2
+    write_tar(tmp_path / "b.tar", [("bad.mp4", b"no video"), ("bad.txt", b"x")])
+    with pytest.raises(UserError, match=r"1 clips in a row cannot be used: b\.tar:b/bad \(.*repair the shards"):
+        contact_sheet(card_of(tmp_path, "b.tar"), "train", 2, tmp_path / "none.png")
+
+
 def test_show_and_check(tmp_path: Path) -> None:
     write_tar(
         tmp_path / "set/0.tar", [*sample("a", 1), *sample("b", 2, caption=None), ("c.mp4", b"x"), ("c.txt", b"c")]
