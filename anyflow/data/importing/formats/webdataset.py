@@ -15,7 +15,7 @@ from anyflow.data.importing.footage import read_bytes
 from anyflow.data.importing.formats.folder import described, other_caption, split_of
 from anyflow.data.importing.recording import Found, LeftOut, Recording, Track, Unread, Unusable, VideoFile
 from anyflow.data.importing.walk import walk, walk_videos
-from anyflow.data.safety import MAX_TEXT_BYTES, PICKLES, VIDEO_SUFFIXES, decode_text, is_safe_name, parse_json
+from anyflow.data.safety import MAX_TEXT_BYTES, VIDEO_SUFFIXES, decode_text, is_safe_name, parse_json
 from anyflow.data.tables import CAPTION_COLUMNS, pick
 
 LOOKS_FOR = "*.tar files with KEY.mp4 and KEY.txt or KEY.json"
@@ -40,21 +40,22 @@ def recordings(folder: Path) -> Iterator[Found]:
     for tar in tars:
         place = tar.relative_to(folder).as_posix()
         samples: dict[str, list[tuple[str, Span]]] = {}
-        is_bad = is_hidden = False
+        told: list[Found] = []
         for item in _members(tar, place):
             if isinstance(item, Unusable | Unread):
-                is_bad, is_hidden = is_bad or isinstance(item, Unusable), is_hidden or isinstance(item, Unread)
-                yield item
+                told.append(item)
             else:
                 key, extension, span = item
                 samples.setdefault(key, []).append((extension, span))
-        if not samples and not is_bad:
-            yield Unread(place, f"a tar without members{' but hidden ones' if is_hidden else ''}")
-        for key, members in samples.items():
-            yield from _sample(tar, place, key, members, alone=len(tars) == 1)
         others = Counter(extension for members in samples.values() for extension, _ in members if _is_other(extension))
         for extension, count in sorted(others.items()):
-            yield Unread(f"{place}:*.{extension} ({count})", f"members that are not read (.{extension})")
+            told.append(Unread(f"{place}:*.{extension} ({count})", f"members that are not read (.{extension})"))
+        asked = {key: members for key, members in samples.items() if not all(_is_other(name) for name, _ in members)}
+        if not asked and all(isinstance(item, Unread) for item in told):
+            told.append(Unread(place, "a tar without a member that is read" if told else "a tar without members"))
+        yield from told
+        for key, members in asked.items():
+            yield from _sample(tar, place, key, members, alone=len(tars) == 1)
 
 
 def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
@@ -117,10 +118,8 @@ def _members(tar: Path, place: str) -> Iterator[tuple[str, str, Span] | Unusable
                     continue
                 if not is_safe_name(member.name):
                     yield Unusable(f"{place}:{name}", "the member's path leads out of the shard")
-                elif not member.isreg() or member.issparse():
+                elif (not member.isreg() or member.issparse()) and not _is_other(name.lower()):
                     yield Unusable(f"{place}:{name}", "the member is a link or a device, no file")
-                elif Path(name).suffix in PICKLES:
-                    yield Unusable(f"{place}:{name}", "a pickle is never read")
                 elif member.offset_data + member.size > size:
                     yield Unusable(f"{place}:{name}", "the shard is truncated")
                 else:
