@@ -84,7 +84,7 @@ def test_an_empty_tar_among_good_ones_is_called_one(tmp_path: Path) -> None:
     put_tar(tmp_path / "in/1.tar", [])
     put_tar(tmp_path / "in/2.tar", [("._a.mp4", b"x")])
     report = imported(tmp_path / "in", tmp_path / "out")
-    assert report.files["left_out"] == {"a tar without members": 1, "a tar without members but hidden ones": 1}
+    assert report.files["left_out"] == {"a tar without members": 1, "a tar without a member that is read": 1}
     assert not any("try --format webdataset" in reason for _, reason in report.unread)
 
 
