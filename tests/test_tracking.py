@@ -16,6 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from anyflow.errors import UserError
+from anyflow.system.addresses import how_to_open
 from anyflow.tracking.mlflow import PARENT_TAG, close_tracking, log_curve, open_tracking, record_curves, record_report
 from anyflow.tracking.runs import RunFolder
 from anyflow.tracking.sync import DONE_TAG, LOCAL_TAG, sync
@@ -178,6 +179,63 @@ def test_what_is_no_store_is_refused_by_every_command(uri: str, local: str, monk
         with pytest.raises(UserError, match=f"run.tracking_uri='{uri}' {sentence}"):
             load_recipe("finetune/driving", overrides=[f"run.tracking_uri={uri}"])
     assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *("http://u:pw@127.0.0.1:1", "https://pw@h", "http://h/x?token=pw", "u:pw@h:5000"),
+        *("postgresql://u:pw@h/db", "mysql+pymysql://u:pw@h/db", "http://h:1/a@pw"),
+    ],
+)
+def test_a_password_in_an_address_is_refused_and_not_repeated(uri: str, local: str) -> None:
+    """A recipe is printed, recorded and published with the model."""
+    from anyflow.cli.compare import compare
+    from anyflow.cli.sync import sync as command
+    from anyflow.cli.tracking import mlflow
+    from anyflow.recipe import load_recipe
+
+    for call in (
+        lambda: load_recipe("finetune/driving", overrides=[f"run.tracking_uri={uri}"]),
+        lambda: command(to=uri, uri=local),
+        lambda: mlflow(uri=uri),
+        lambda: compare(["0" * 32, "1" * 32], uri=uri),
+    ):
+        with pytest.raises(UserError, match="holds a name, a password or a signature: leave them out") as error:
+            call()
+        assert "pw" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["data.card", "model.weights", "model.codec", "stage.onpolicy.teacher", "run.out"])
+def test_no_field_of_a_recipe_takes_a_password(key: str) -> None:
+    from anyflow.recipe import load_recipe
+
+    for value in ("https://u:pw@h/x.tar", "a.tar::s3://u:pw@bucket/x.tar"):
+        with pytest.raises(UserError, match=f"{key} holds a name or a password") as error:
+            load_recipe("finetune/driving", overrides=[f"{key}={value}"])
+        assert "pw" not in str(error.value)
+
+
+def test_mlflows_own_variable_is_told_to_be_unused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://u:pw@h")
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    for uri, lines in (("sqlite:///m.db", ["MLFLOW_TRACKING_URI is not used: set run.tracking_uri"]), ("", [])):
+        logger = open_tracking(run, uri=uri, experiment="", parameters={}, tags={})
+        close_tracking(logger, "FINISHED")
+        assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_a_store_is_opened_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make mlflow` opens that of its folder: it is no answer elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    assert how_to_open("sqlite:///runs/mlflow.db") == how_to_open(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    assert how_to_open("sqlite:///runs/mlflow.db") == "anyflow mlflow --serve"
+    assert how_to_open("sqlite:////a b/m.db") == "anyflow mlflow --serve --uri 'sqlite:////a b/m.db'"
+    assert how_to_open("http://h:5000") == "open http://h:5000 in a browser"
 
 
 def test_what_is_no_database_is_told(local: str) -> None:

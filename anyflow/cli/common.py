@@ -23,7 +23,6 @@ Model = Annotated[
     str, typer.Option(help="A model folder, a run's folder, or a hub id.", parser=find_shipped, metavar="MODEL")
 ]
 Card = Annotated[str, typer.Argument(metavar="CARD", help="A dataset card: a name in data/, a file, or its folder.")]
-LOCAL_DATABASE = "sqlite:///runs/mlflow.db"
 
 
 def print_json(document: Any) -> None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anyflow.cli.common import LOCAL_DATABASE, Json, print_json
+from anyflow.cli.common import Json, print_json
 from anyflow.errors import UserError
+from anyflow.system.addresses import LOCAL_DATABASE
 
 if TYPE_CHECKING:
     from anyflow.evaluation.statistics import Estimate

@@ -85,7 +85,9 @@ def _lines(report: ImportReport) -> list[str]:
         lines += [f"{what} {name} ({reason})" for name, reason in named[:NAMED]]
         if len(named) > NAMED:
             lines.append(f"and {len(named) - NAMED} more, all in {report.card.parent / 'import.json'}")
-    lines += [f"note: {note}" for note in report.notes]
+    lines += [f"note: {note}" for note in report.notes[:NAMED]]
+    if len(report.notes) > NAMED:
+        lines.append(f"and {len(report.notes) - NAMED} more notes, all in {report.card.parent / 'import.json'}")
     lines.append(
         f"{report.card}   (see it by: anyflow data show {report.card.parent}; train by: data.card={report.card})"
     )

@@ -97,6 +97,7 @@ def _run(found: Experiment, pieces: list[Piece], at_once: int, afresh: bool) -> 
 
 def _report(found: Experiment, pieces: list[Piece], jobs: list[Task], as_json: bool, failed: dict[str, str]) -> None:
     from anyflow.experiment.report import write_report
+    from anyflow.system.addresses import LOCAL_DATABASE, database_file, how_to_open
     from anyflow.system.console import quiet_libraries
 
     quiet_libraries()
@@ -113,7 +114,9 @@ def _report(found: Experiment, pieces: list[Piece], jobs: list[Task], as_json: b
         typer.echo(f"  failed        {name}: {why}")
     if missing:
         typer.echo(f"{missing} trainings and curves are missing: anyflow experiment {found.file}")
-    typer.echo(f"report: {folder / 'report.html'}   in MLflow: make mlflow")
+    uri = pieces[0].tracking_uri
+    in_mlflow = f"   in MLflow: {how_to_open(uri if database_file(uri) else LOCAL_DATABASE)}" if uri else ""
+    typer.echo(f"report: {folder / 'report.html'}{in_mlflow}")
 
 
 def _show_jobs(found: Experiment, jobs: list[Task]) -> None:

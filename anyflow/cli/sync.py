@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from anyflow.cli.common import LOCAL_DATABASE, Json, print_json
+from anyflow.cli.common import Json, print_json
 from anyflow.errors import UserError
-from anyflow.system.addresses import check_store, is_server
+from anyflow.system.addresses import LOCAL_DATABASE, check_server, check_store
 
 
 def sync(
@@ -31,8 +31,7 @@ def sync(
     uri = check_store(uri, "--uri")
     if to == uri:
         raise UserError(f"--to {to} is the local database itself: name a server")
-    if not is_server(to):
-        raise UserError(f"--to {to!r} is no server's address: give one such as http://tracking:5000")
+    check_server(to, "--to")
     from anyflow.system.console import progress_line
     from anyflow.tracking.sync import sending_alone
     from anyflow.tracking.sync import sync as copy

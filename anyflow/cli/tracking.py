@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from anyflow.cli.common import LOCAL_DATABASE, Json, print_json
+from anyflow.cli.common import Json, print_json
 from anyflow.errors import UserError
-from anyflow.system.addresses import check_store, is_server
+from anyflow.system.addresses import LOCAL_DATABASE, check_store, how_to_open, is_server, tell_unused_variable
 from anyflow.system.processes import begin, end
 from anyflow.system.signals import sigterm_raises
 
@@ -34,6 +34,8 @@ def mlflow(
       anyflow mlflow --last 3 --json
     """
     uri = check_store(uri, "--uri")
+    if uri == LOCAL_DATABASE:
+        tell_unused_variable("--uri")
     if serve:
         _check_servable(uri, port)
         typer.echo(f"serving {uri} at http://127.0.0.1:{port} (Ctrl-C ends it)", err=True)
@@ -48,7 +50,7 @@ def mlflow(
     for run in runs:
         loss = f"loss {run['metrics']['loss']:.4g}" if "loss" in run["metrics"] else ""
         typer.echo(f"{run['started']}  {run['status']:<9} {run['name']:<40} {loss}")
-    typer.echo(f"\nthe newest runs of {uri} ({len(runs)}); open them with: make mlflow   (or anyflow mlflow --serve)")
+    typer.echo(f"\nthe newest runs of {uri} ({len(runs)}); open them with: {how_to_open(uri)}")
 
 
 def _check_servable(uri: str, port: int) -> None:

@@ -39,6 +39,8 @@ class BatchDataset(Dataset[Batch]):
     """A batch that an update begins with."""
     batch: int
     """Clips of a pass over all ranks."""
+    free = "data.batch_size and ranks"
+    """What a run that goes on may change, as long as its updates have as many clips."""
 
     def clips_of(self, index: int) -> int:
         """Clips of a pass over all ranks, where passes differ."""
@@ -68,7 +70,7 @@ class BatchDataset(Dataset[Batch]):
         Raises:
             UserError: they have another number.
         """
-        check_clips(clips, self.batch * self.passes)
+        check_clips(clips, self.batch * self.passes, self.free)
         if self.batch * self.passes % saved.global_batch == 0:
             self.order = replace(self.order, global_batch=saved.global_batch)
 
@@ -192,8 +194,8 @@ def stacked(metadata: Sequence[Mapping[str, Any]]) -> Batch:
     return {"controls": torch.from_numpy(np.stack(found))} if found else {}
 
 
-def check_clips(was: int | None, now: int) -> None:
-    """Refuse another number of clips an update than a checkpoint's, if that is known.
+def check_clips(was: int | None, now: int, free: str = BatchDataset.free) -> None:
+    """Refuse another number of clips an update than a checkpoint's, if that is known; ``free`` may be changed.
 
     Raises:
         UserError: it is another.
@@ -201,5 +203,5 @@ def check_clips(was: int | None, now: int) -> None:
     if was not in (None, now):
         raise UserError(
             f"The checkpoint's place in the data does not fit: global batch (was {was}, is {now}) changed; set "
-            f"data.global_batch={was}, and data.batch_size and ranks as you like."
+            f"data.global_batch={was}, and {free} as you like."
         )

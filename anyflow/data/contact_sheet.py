@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from anyflow.data.batches import MAX_TRIES
 from anyflow.data.card import DatasetCard, load_card
 from anyflow.data.check import shape_of
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
 from anyflow.data.reader import ShardReader
+from anyflow.data.skips import Skip, none_usable
 from anyflow.data.tar_index import ready
 from anyflow.errors import UserError
 
@@ -25,8 +27,10 @@ FONT_SIZE, LINE_HEIGHT, MARGIN = 14, 18, 6
 def contact_sheet(card: DatasetCard | str | Path, split: str, count: int, path: Path) -> Path:
     """Write a PNG with the first ``count`` clips of a split: five frames from first to last, under the caption.
 
+    Clips that cannot be used are named, and others shown.
+
     Raises:
-        UserError: the card, the split or the count is wrong, or a clip cannot be decoded.
+        UserError: the card, the split or the count is wrong, or no clip can be used.
     """
     from PIL import Image
 
@@ -39,15 +43,22 @@ def contact_sheet(card: DatasetCard | str | Path, split: str, count: int, path: 
     ready(folder)
     reader = ShardReader([folder], [loaded.stand_in or NO_CAPTION])
     samples = ((number, sample) for number, (_, shard) in enumerate(reader.shards) for sample in shard.samples)
-    strips = []
-    for number, sample in islice(samples, count):
+    strips: list[np.ndarray] = []
+    bad: list[Skip] = []
+    for number, sample in samples:
         try:
             video = reader.video(number, sample)
             frames = decode_clip(video, _small(shape_of(loaded, video)))
             caption = reader.describe(number, sample)["caption"]
+            strips.append(_strip(frames, f"{sample.key}: {caption}"))
         except DecodeError as error:
-            raise UserError(f"clip {sample.key!r} in {str(reader.shards[number][0])!r}: {error}") from error
-        strips.append(_strip(frames, f"{sample.key}: {caption}"))
+            bad.append(Skip(reader.shards[number][1].name, sample.key, str(error)))
+        if len(strips) == count or len(bad) == MAX_TRIES:
+            break
+    if not strips:
+        raise none_usable(bad)
+    for skip in bad:
+        print(f"not shown: {skip}", file=sys.stderr)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(strips)).save(path, "PNG")
     return path

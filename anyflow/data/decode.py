@@ -13,6 +13,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 from anyflow.data.faults import DecodeError as DecodeError
 from anyflow.data.frame_times import HEAD, SLACK, Clock, Shown, Stamp, decide, follow, resampled
@@ -112,13 +113,19 @@ def open_stream(container: av.container.InputContainer) -> av.VideoStream:
     Raises:
         DecodeError: there is none.
     """
-    if not container.streams.video:
+    streams = films(container) or list(container.streams.video)
+    if not streams:
         raise DecodeError("the file holds no video")
-    stream = container.streams.video[0]
+    stream = streams[0]
     if stream.codec_context is None:
         raise DecodeError("its codec is unknown")
     _restrict(stream.codec_context)
     return stream
+
+
+def films(container: av.container.InputContainer) -> list[av.VideoStream]:
+    """A container's videos, without the cover pictures that are attached to it."""
+    return [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
 
 
 def _restrict(context: av.VideoCodecContext) -> None:

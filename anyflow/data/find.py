@@ -49,7 +49,8 @@ def is_tars(card: str | Path) -> bool:
         return False  # a card's name
     if any(_is_our_index(path) for pattern in ("index.json", "*/index.json") for path in folder.glob(pattern)):
         return False
-    return any(True for pattern in ("*.tar", "*/*.tar") for _ in folder.glob(pattern))
+    patterns = [f"{where}*{suffix}" for suffix in SUFFIXES for where in ("", "*/")]
+    return any(True for pattern in patterns for _ in folder.glob(pattern))
 
 
 def names_tars(text: str) -> bool:

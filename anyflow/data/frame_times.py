@@ -29,19 +29,22 @@ SLACK = 1 / 4
 """Of an interval: a frame takes its place so much early, for containers round their times."""
 AGREE = 0.02
 """A header's rate is believed if the stamps' own is no further off than this share."""
+USUAL = 2 / 3
+"""Share of the first intervals from which on those near the middle one are the usual ones."""
 WRAPS = (24, 31, 32, 33)
 """Bits of counters that start again at 0: FLV, RTP, RTMP and MPEG-TS."""
 RATES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 12.5, 15, 16, 20, 24, 25, 30, 48, 50, 60, 90, 100, 120, 144, 240)
 NTSC = tuple(Fraction(1000 * rate, 1001) for rate in (24, 30, 60, 120))
 NEAREST = 0.005
 
-Why = Literal["", "pause", "reset", "repeated", "disordered", "missing"]
-"""What is odd about a frame's time: it comes after a pause, after a clock that was set back, at the time of the frame
-before it, a little before that one, or without a stamp."""
-APART = ("pause", "reset")
+Why = Literal["", "pause", "reset", "damaged", "repeated", "disordered", "missing"]
+"""What is odd about a frame's time: it comes after a pause, after a clock that was set back, after a frame that is
+damaged, at the time of the frame before it, a little before that one, or without a stamp."""
+APART = ("pause", "reset", "damaged")
 ODDITIES = {
     "pause": "pauses in the recording: no clip bridges one",
     "reset": "time stamps that are set back: no clip bridges such a place",
+    "damaged": "damaged pictures were left out: no clip bridges one",
     "repeated": "repeated time stamps: the later frame is shown",
     "disordered": "time stamps out of order: moved to that of the frame before",
     "missing": "frames without a time stamp: a usual interval after the one before",
@@ -126,7 +129,7 @@ def decide(
     measured = _measured(different, tick)
     if claimed is None and measured is None:
         raise DecodeError("it does not tell its frame rate: convert it, to mp4 for example")
-    if claimed and (measured is None or len(different) < 5 or abs(measured / claimed - 1) <= AGREE):
+    if claimed and (measured is None or len(different) < 5 or _agrees(different, tick, measured, claimed)):
         return _sane(Clock(how, claimed, tick, notes))
     assert measured is not None
     rate = _nearest(measured)
@@ -136,13 +139,31 @@ def decide(
 
 
 def _measured(stamps: Sequence[int], tick: Fraction) -> Fraction | None:
-    """Frames a second of ascending stamps: by the mean of the usual intervals, for ticks may be coarse."""
+    """Frames a second of ascending stamps, by the mean interval, for ticks may be coarse.
+
+    Of a camera that misses frames, the intervals near the middle one count; where these are too few to be the usual
+    ones (50 and 150 ms in turn), all but the pauses.
+    """
     steps = sorted(later - earlier for earlier, later in pairwise(stamps))
     if not steps:
         return None
     middle = steps[len(steps) // 2]
     usual = [step for step in steps if middle <= 2 * step <= 3 * middle]
+    if len(usual) < USUAL * len(steps):
+        usual = [step for step in steps if step <= PAUSE * middle]
     return Fraction(len(usual), sum(usual)) / tick
+
+
+def _agrees(stamps: Sequence[int], tick: Fraction, measured: Fraction, claimed: Fraction) -> bool:
+    """Whether a header's rate is that of the usual intervals, or that of all: where these are long and short by turns,
+    the first and last stamps are off by up to half of what intervals differ by.
+    """
+    if abs(measured / claimed - 1) <= AGREE:
+        return True
+    steps = [later - earlier for earlier, later in pairwise(stamps)]
+    off = abs(sum(steps) * tick * claimed - len(steps))
+    uneven = min((max(steps) - min(steps)) * tick * claimed, Fraction(2))
+    return off <= AGREE * len(steps) + uneven / 2
 
 
 def _nearest(rate: Fraction) -> Fraction:

@@ -35,10 +35,11 @@ from anyflow.data.members import Members
 from anyflow.data.order import ORDER_VERSION, OrderIdentity, digest, raw_bits, sample_seed
 from anyflow.data.places import open_at
 from anyflow.data.reader import Split, checked_metadata
-from anyflow.data.safety import PICKLES, is_safe_name
+from anyflow.data.safety import is_safe_name
 from anyflow.data.shards import load_index
 from anyflow.data.skips import Skip, none_usable
-from anyflow.data.tar_index import OUTSIDE, WHOLE_TAR, written
+from anyflow.data.tar_headers import OUTSIDE, written
+from anyflow.data.tar_index import NO_EXTENSION, TWICE, WHOLE_TAR
 from anyflow.data.tars import USUAL, load_set
 from anyflow.errors import UserError, first_line
 
@@ -126,7 +127,7 @@ class LaneOrder:
     """Which tars a lane reads in an epoch; as an :class:`anyflow.data.order.Order` to the stream, as far as it goes.
 
     Args:
-        tars: all of them. seed: the run's data seed. global_batch: clips in a batch over all ranks.
+        tars: all of them. seed: the run's data seed. global_batch: clips of an update over all ranks.
         ranks, workers: of each rank. buffer: clips that a lane shuffles together.
 
     Raises:
@@ -267,21 +268,24 @@ class Lane:
 
         seen: set[str] = set()
         wanted: dict[str, bool] = {}
+        twice: set[str] = set()
+        group: tuple[str, set[str]] = ("", set())
 
         def is_wanted(name: str) -> bool:
+            nonlocal group
             if not is_safe_name(name):
                 self.skipped.append(Skip(tar.name, name, OUTSIDE))
                 return False
-            _, extension = tar.members.split(name) or ("", "(none)")
+            key, extension = tar.members.split(name) or ("", NO_EXTENSION)
+            if key != group[0]:
+                group = key, set()
+            if key and extension in group[1]:
+                twice.add(key)
+            group[1].add(extension)
             if extension not in wanted:
-                is_pickle = f".{extension}".endswith(PICKLES)
-                wanted[extension] = tar.members.wants(extension) and not is_pickle
+                wanted[extension] = tar.members.wants(extension)
                 self.unused |= set() if wanted[extension] else {extension}
             return wanted[extension]
-
-        def note_twice(error: Exception) -> bool:
-            self.skipped.append(Skip(tar.name, str(error.args[0])[:200], "a member is there twice: the first is taken"))
-            return True
 
         try:
             with closing(open_at(tar.address, ahead=True)) as file:
@@ -289,13 +293,14 @@ class Lane:
                 members = tar_file_iterator(file, handler=reraise_exception, **options)
                 named = ({**member, "__url__": tar.name} for member in members)
                 keys = lambda name: tar.members.split(name) or (None, None)  # noqa: E731
-                for sample in group_by_keys(named, keys=keys, handler=note_twice):
-                    if sample["__key__"] in seen:
+                for sample in group_by_keys(named, keys=keys, handler=lambda _: True):  # raised for what is twice
+                    key = sample["__key__"]
+                    if key not in seen and key not in twice:
+                        yield sample
+                    else:
                         reason = "its key occurs again: its members must stand together in a tar that is streamed"
-                        self.skipped.append(Skip(tar.name, sample["__key__"], reason))
-                        continue
-                    seen.add(sample["__key__"])
-                    yield sample
+                        self.skipped.append(Skip(tar.name, key, reason if key in seen else TWICE))
+                    seen.add(key)
         except BAD_TAR as error:
             reason = getattr(error, "strerror", None) or first_line(error)
             self.skipped.append(Skip(tar.name, WHOLE_TAR, f"it cannot be read to its end ({reason[:120]})"))
@@ -308,10 +313,12 @@ class TarDataset(BatchDataset):
         order: who reads which tar.
         shape: what a decoded clip looks like.
         rank, world_size: which of the ranks this is.
+        passes: batches whose gradients make one update: a lane's place is one in clips, so another run may have others.
         controls: those to give with each clip.
     """
 
     order: LaneOrder
+    free = "data.batch_size"
 
     def __init__(
         self,
@@ -319,17 +326,20 @@ class TarDataset(BatchDataset):
         shape: ClipShape,
         rank: int = 0,
         world_size: int = 1,
+        passes: int = 1,
         controls: Mapping[str, Control] | None = None,
     ) -> None:
         self.order, self.shape, self.rank, self.world_size = order, shape, rank, world_size
         self.controls = controls
-        self.batch = order.global_batch
+        self.passes, self.batch = passes, order.global_batch // passes
         self.starts: dict[int, LaneState] = {}
         """Each worker's place at the stream's position."""
         self._lanes: dict[int, Lane] = {}
 
     def adopt(self, saved: OrderIdentity, clips: int | None = None) -> None:
-        """Lanes go on as they were cut, or are refused."""
+        """As :meth:`BatchDataset.adopt`, for the same ranks and workers: others are refused as such."""
+        if saved.lanes == self.order.identity.lanes:
+            super().adopt(saved, clips)
 
     def told(self) -> str:
         return f"{len(self.order.tars)} tars, streamed by {self.order.ranks} x {self.order.workers} workers"
@@ -346,7 +356,7 @@ class TarDataset(BatchDataset):
             lane = self._lanes[worker] = Lane(self.order, self.lane(worker), start)
         lane.next_index = index + self.order.workers
         shape = self.shape
-        size = self.order.global_batch // self.world_size
+        size = self.batch // self.world_size
         pixels = np.empty((size, shape.frames, shape.height, shape.width, 3), dtype=np.uint8)
         try:
             metadata = [self._fill(lane, row) for row in pixels]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from anyflow.data.decode import DecodeError
-from anyflow.data.safety import VIDEO_SUFFIXES, clean_caption, decode_text, parse_json, plain
+from anyflow.data.safety import PICKLES, VIDEO_SUFFIXES, clean_caption, decode_text, parse_json, plain
 from anyflow.errors import UserError
 
 VIDEOS = tuple(suffix.removeprefix(".") for suffix in VIDEO_SUFFIXES)
@@ -61,10 +61,11 @@ class Members:
         return (match[1], match[2].lower()) if match else None
 
     def wants(self, extension: str) -> bool:
-        """Whether a member with this extension may be read."""
+        """Whether a member with this extension may be read; a pickle never is."""
         named = (*self.video, *self.caption, *self.controls.values(), "json")
         wanted = {place.partition(":")[0] for place in named}
-        return extension in wanted or any(extension.endswith(f".{one}") for one in wanted)
+        is_named = extension in wanted or any(extension.endswith(f".{one}") for one in wanted)
+        return is_named and not f".{extension}".endswith(PICKLES)
 
     def video_of(self, parts: Collection[str]) -> str:
         """The extension of a sample's video.
@@ -172,6 +173,11 @@ def parse_members(document: Any, where: str) -> Members:
                     f"{where}: members.{key}={value!r}: give an extension, such as `mp4`, or a list of them"
                 )
             values[key] = tuple(_lowered(place) for place in values[key])
+    for key in ("video", "caption", "controls"):
+        places = values.get(key, ())
+        for place in places.values() if isinstance(places, Mapping) else places:
+            if f".{_lowered(place)}".endswith(PICKLES):
+                raise UserError(f"{where}: members.{key} names {place!r}: a pickle is never read, for it may run code")
     values["controls"] = {name: _lowered(place) for name, place in values.get("controls", {}).items()}
     return Members(**values)
 

@@ -107,7 +107,6 @@ class VideoDataModule(pl.LightningDataModule):
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if self.streaming:
             streamed = self._open_tars(rank, world_size)
-            streamed.passes = self.passes
             self.stream = TarStream(streamed, self.steps, self.error_budget)
         else:
             dataset, skipped = self._open(rank, world_size)
@@ -128,9 +127,9 @@ class VideoDataModule(pl.LightningDataModule):
             UserError: a card is missing, or there are fewer tars than workers.
         """
         tars = tars_of([find_split(card, self.split, index=False) for card in self.cards])
-        batch, workers = self.batch_size * world_size, max(1, self.num_workers)
-        order = LaneOrder(tars, self.seed, batch, world_size, workers, self.shuffle_buffer)
-        return TarDataset(order, self.shape, rank, world_size, self.controls)
+        update, workers = self.batch_size * world_size * self.passes, max(1, self.num_workers)
+        order = LaneOrder(tars, self.seed, update, world_size, workers, self.shuffle_buffer)
+        return TarDataset(order, self.shape, rank, world_size, self.passes, self.controls)
 
     def _open(self, rank: int, world_size: int) -> tuple[BatchDataset, list[Skip]]:
         """The batches of this rank, and the clips that encoding left out.

@@ -27,6 +27,9 @@ MAX_PIXELS = 2**26
 MIN_SIDE = 8
 """Of a frame: less is a test pattern, a tracking pixel or damage."""
 
+ENLARGED = 1.05
+"""From here on it is told that pictures are made larger: less is the rounding of a size."""
+
 Note = Callable[[str], None]
 
 HD_SIDES = (720, 1280)
@@ -143,6 +146,8 @@ class FrameFitter:
             shown = frame.width * self.aspect
             scale = max(height / frame.height, width / shown)
             tall, wide = max(height, round(frame.height * scale)), max(width, round(shown * scale))
+            if scale > ENLARGED:
+                self.note("pictures lower or narrower than the clips: enlarged")
             if tall * wide > MAX_PIXELS:
                 raise DecodeError(f"pictures of {frame.width}x{frame.height} cannot cover {width}x{height}")
             # AREA averages on the way down (no aliasing); BICUBIC is smooth on the way up.

@@ -10,6 +10,7 @@ Credentials come from the environment, by each provider's own rules; an address 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -39,6 +40,8 @@ TARS_AT_ONCE = 32
 """Tars of somebody else's, which may be large, that the cache must have room for: two windows of an order. Where it has
 not, they would be fetched again and again; they are read clip by clip."""
 TRIES = 6
+GONE = (404, 410)
+"""What web servers answer where there is no such file."""
 TIMEOUT = 60.0
 """Seconds for one block; a connection that stalls for longer is given up and tried anew."""
 BACK_OFF, LONGEST_WAIT = 0.25, 10.0
@@ -286,6 +289,8 @@ def _persist(action: Callable[[], T], address: str) -> T:
         # Every provider's library has errors of its own, without a common parent.
         except Exception as error:
             status = getattr(error, "status", None)
+            if status in GONE:
+                raise FileNotFoundError(errno.ENOENT, f"the server answers {status}", address) from error
             forbidden = isinstance(error, PermissionError) or (
                 isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
             )

@@ -12,6 +12,8 @@ from anyflow.data.safety import MAX_TABLE_BYTES, MAX_TEXT_BYTES, encoding_of, pa
 
 Row = dict[str, Any] | DecodeError
 
+TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+"""Kinds that :func:`read_rows` reads."""
 FILE_COLUMNS = (
     *("file_name", "file", "filename", "video", "video_path", "path", "name", "key"),
     *(
@@ -42,6 +44,21 @@ def pick(row: Mapping[str, Any], columns: Sequence[str]) -> str | None:
         if value not in (None, "", []):
             spelt.setdefault("_".join(str(name).lower().replace("-", " ").split()), name)
     return next((spelt[column] for column in columns if column in spelt), None)
+
+
+def require_utf8(captions: Any, place: str) -> None:
+    """Refuse captions that were read from bytes of another encoding; ``place`` is their table and line.
+
+    Raises:
+        DecodeError: one is not UTF-8.
+    """
+    for text in captions if isinstance(captions, list | tuple) else [captions]:
+        try:
+            str(text).encode()
+        except UnicodeEncodeError as error:
+            raise DecodeError(
+                f"{place} is not UTF-8 in its caption (Latin-1 or Windows-1252?): save the table as UTF-8"
+            ) from error
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Row]]:

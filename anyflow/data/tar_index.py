@@ -1,33 +1,32 @@
 """The index of somebody else's tars: one pass over their headers, by which they read as shards of our own.
 
-What a tar's headers say is kept in the cache as soon as that tar is read, under its address, size and version: an
-index that was broken off goes on, a tar that changed is read again, and sets share what they have in common. The
-index of a set is put together from these, by the members that the set says its clips are made of.
+What a tar's headers say is kept in the cache as soon as that tar is read (:mod:`anyflow.data.tar_headers`): an index
+that was broken off goes on, a tar that changed is read again, and sets share what they have in common. The index of a
+set is put together from these, by the members that the set says its clips are made of.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
-import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from anyflow.data import remote
 from anyflow.data.decode import DecodeError
+from anyflow.data.members import Members
 from anyflow.data.order import digest
 from anyflow.data.places import list_folder, open_at, stamp_of
-from anyflow.data.safety import PICKLES, is_safe_name
 from anyflow.data.shapes import Noted, note_file
 from anyflow.data.shards import INDEX_NAME, INDEX_VERSION, MAX_MEMBER, Sample, Shard, load_index, shard_to_dict
+from anyflow.data.tar_headers import HEADERS_VERSION, OUTSIDE, Headers, headers_of, keep, scan
 from anyflow.data.tars import LAST_CLIPS, LOCK, TarSet, load_set
 from anyflow.errors import UserError, first_line
 from anyflow.system.console import progress_line
@@ -35,7 +34,6 @@ from anyflow.system.files import write_atomically
 from anyflow.system.locks import locked
 from anyflow.system.pool import run_jobs
 
-HEADERS_VERSION = 1
 THREADS = 32
 """Tars elsewhere that are read at a time: waiting for answers takes nearly all of it."""
 MANY = 50
@@ -45,104 +43,14 @@ FEW = 16
 """Tars of this machine that are read in this process: fewer than it takes to start others."""
 WHOLE_TAR = "*"
 """Stands for a clip's key where a tar is at fault."""
-OUTSIDE = "its path leads out of the tar"
 
-Member = tuple[str, int, int]
+NO_EXTENSION = "(none)"
+TWICE = "a member of its key is there twice, so which video has which caption cannot be told"
+
 LeftOut = tuple[str, str, str]
 """(shard, key, reason)."""
-
-
-@dataclass(frozen=True)
-class Headers:
-    """What a tar's headers say.
-
-    Attributes:
-        bytes: of the tar.
-        members: (name, offset of the data, size) of each plain file, in order.
-        identity: digest of all of them: the same tar elsewhere has the same one.
-        left_out: (name, reason) of members that are never read.
-        problem: why the tar could not be read to its end; empty if it could.
-    """
-
-    bytes: int
-    members: list[Member]
-    identity: str
-    left_out: list[tuple[str, str]] = field(default_factory=list)
-    problem: str = ""
-
-
-def scan(file: BinaryIO, size: int) -> Headers:
-    """Read a tar's headers and nothing else; a tar that is cut off or damaged gives what stands before the damage."""
-    members: list[Member] = []
-    left_out: list[tuple[str, str]] = []
-    problem, content = "", hashlib.blake2b(digest_size=16)
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:  # "r:": no place in a compressed tar can be read by itself
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]
-                name = written(member.name)
-                content.update(f"{name}\0{member.offset_data}\0{member.size}\0{member.mtime}\n".encode())
-                reason = _unusable(member, name)
-                if reason:
-                    left_out.append((name, reason))
-                elif member.offset_data + member.size > size:
-                    problem = f"it is cut off in {name}"
-                    break
-                elif member.isreg():
-                    members.append((name, member.offset_data, member.size))
-    except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError) as error:
-        problem = f"it cannot be read to its end ({first_line(error)[:80]})"
-        if not members:
-            problem += "; a compressed tar must be unpacked, or streamed by data.streaming=true"
-    return Headers(size, members, content.hexdigest(), left_out, problem)
-
-
-def written(name: str) -> str:
-    """A member's name as it can be written anywhere: tars hold any bytes."""
-    return name.encode(errors="surrogateescape").decode(errors="replace")
-
-
-def _unusable(member: tarfile.TarInfo, name: str) -> str:
-    """Why a member is never read; empty if it may be, or is a folder."""
-    if member.isdir():
-        return ""
-    if not is_safe_name(member.name):
-        return OUTSIDE
-    if not member.isreg() or member.issparse():
-        return "it is a link or a device, no file"
-    if Path(name).suffix.lower() in PICKLES:
-        return "a pickle is never read"
-    return f"it has {member.size} bytes" if member.size > MAX_MEMBER else ""
-
-
-def headers_of(address: str, stamp: tuple[int, str]) -> Headers:
-    """A tar's headers, from the cache where this version of it was read before.
-
-    Raises:
-        UserError: a server does not answer.
-    """
-    name = digest(f"{address}\n{stamp}")
-    kept = remote.cache_root() / "tar-headers" / name[:2] / f"{name}.json"
-    try:
-        document = json.loads(kept.read_text())
-        if document.pop("version") == HEADERS_VERSION:
-            return Headers(**document)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # not there, or damaged
-    try:
-        with closing(open_at(address)) as file:
-            found = scan(file, stamp[0])
-    except OSError as error:
-        return Headers(stamp[0], [], "", [], f"it cannot be read ({error.strerror or first_line(error)})")
-    _keep(kept, {"version": HEADERS_VERSION, **found.__dict__})
-    return found
-
-
-def _keep(path: Path, document: Any) -> None:
-    """Keep what was read in the cache; another process may be writing the same, and then its file stands."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(OSError):
-        write_atomically(path, json.dumps(document, separators=(",", ":")))
+Parts = dict[str, tuple[int, int]]
+"""Extension -> (offset, size) of a sample's members."""
 
 
 def make_shard(
@@ -152,45 +60,72 @@ def make_shard(
 
     Args:
         tar: its own name, its address, its version. headers: what it holds. tarset: what it is part of.
+
+    Raises:
+        UserError: clips of this tar are to be held out, and it has but one.
     """
     name, address, version = tar
-    members = tarset.members
-    stem = name.removesuffix(".tar")
-    left_out = [(name, member, reason) for member, reason in headers.left_out]
-    if headers.problem:
-        left_out.append((name, WHOLE_TAR, headers.problem))
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    last = None
-    unused: Counter[str] = Counter()
-    for member, offset, size in headers.members:
-        split = members.split(member)
-        if split is None:
-            unused["(none)"] += 1
-            continue
-        key, extension = split
-        last = key
-        parts = samples.setdefault(key, {})
-        if extension in parts:
-            left_out.append((name, key, f"its {extension} member is there twice: the first is taken"))
-        elif members.wants(extension):
-            parts[extension] = (offset, size)
-        else:
-            unused[extension] += 1
-            parts.setdefault(extension, (offset, size))
-    if headers.problem and last is not None:
-        del samples[last]  # its further members may be what is lost
+    samples, faults, unused = _samples_of(headers, tarset.members)
     kept = []
     for key, parts in samples.items():
         try:
-            members.video_of(parts)
-            kept.append(Sample(f"{stem}/{key}", {name: parts[name] for name in parts if members.wants(name)}))
+            tarset.members.video_of(parts)
+            kept.append(Sample(f"{name.removesuffix('.tar')}/{key}", parts))
         except DecodeError as error:
-            left_out.append((name, key, str(error)))
-    held = min(LAST_CLIPS, len(kept) // 5)
-    chosen = {"": slice(None), "train": slice(0, len(kept) - held), "heldout": slice(len(kept) - held, None)}[
-        tarset.part
-    ]
+            faults.append((key, str(error)))
+    if headers.problem:
+        faults.insert(0, (WHOLE_TAR, headers.problem))
+    left_out = [(name, key, reason) for key, reason in faults]
+    if tarset.part and len(kept) == 1:
+        raise UserError(
+            f"{tarset.name}: one clip ({kept[0].key}) cannot both be trained on and held out: add clips, or name "
+            "further tars in a card's splits"
+        )
+    held = max(1, min(LAST_CLIPS, len(kept) // 5))
+    chosen = {"": slice(None), "train": slice(0, -held), "heldout": slice(-held, None)}[tarset.part]
     return Shard(name, headers.bytes, "", tuple(kept[chosen]), headers.identity, address, version), left_out, unused
+
+
+def _samples_of(headers: Headers, members: Members) -> tuple[dict[str, Parts], list[tuple[str, str]], Counter[str]]:
+    """The members of each key that may be read; (key or member, reason) of what is left out; extensions not used."""
+    samples: dict[str, Parts] = {}
+    unused: Counter[str] = Counter()
+    faults: list[tuple[str, str]] = []
+    wanted: dict[str, bool] = {}
+
+    def asked(member: str) -> tuple[str, str, bool]:
+        """(key, extension, whether it may be read)."""
+        key, extension = members.split(member) or ("", NO_EXTENSION)
+        if extension not in wanted:
+            wanted[extension] = members.wants(extension)
+        return key, extension, wanted[extension]
+
+    for member, reason in headers.left_out:
+        _, extension, is_wanted = asked(member)
+        if is_wanted or reason == OUTSIDE:
+            faults.append((member, reason))
+        else:
+            unused[extension] += 1
+    met: set[tuple[str, str]] = set()
+    twice: dict[str, None] = {}
+    last = ""
+    for member, offset, size in headers.members:
+        key, extension, is_wanted = asked(member)
+        last = key or last
+        if key and (key, extension) in met:
+            twice[key] = None
+        met.add((key, extension))
+        if not is_wanted:
+            unused[extension] += 1
+        elif size > MAX_MEMBER:
+            faults.append((member, f"it has {size} bytes"))
+        else:
+            samples.setdefault(key, {})[extension] = (offset, size)
+    if headers.problem:
+        samples.pop(last, None)  # its further members may be what is lost
+    for key in twice:
+        samples.pop(key, None)
+    return samples, faults + [(key, TWICE) for key in twice], unused
 
 
 _ready: set[tuple[int, Path, bool]] = set()
@@ -305,7 +240,7 @@ def _make_index(tarset: TarSet, stamps: Sequence[tuple[int, str]], shapes: bool)
                 unused += more
             on_progress(done, len(stamps), "tars")
     if not shards:
-        why = "; ".join(f"{name}:{key} ({reason})" for name, key, reason in left_out[:3])
+        why = "; ".join(f"{name}:{key} ({reason})" for name, key, reason in left_out[:3]) or _told_unused(unused)
         raise UserError(
             f"{tarset.name}: no clip among {len(stamps)} tars{f': {why}' if why else ''}; a card's members name what "
             "holds video and caption"
@@ -344,7 +279,7 @@ def _note_shard(tarset: TarSet, shard: Shard) -> Shard:
         with closing(open_at(shard.place)) as file:
             spans = [sample.parts[tarset.members.video_of(sample.parts)] for sample in shard.samples]
             shapes = [note_file(Span(file, *span)) for span in spans]
-        _keep(kept, shapes)
+        keep(kept, shapes)
     samples = (replace(s, shape=shape) for s, shape in zip(shard.samples, shapes, strict=True))
     return replace(shard, samples=tuple(samples))
 
@@ -375,9 +310,15 @@ def _tell(tarset: TarSet, index: dict[str, Any]) -> None:
     clips = sum(len(shard["samples"]) for shard in index["shards"])
     lines = [f"{tarset.name}: {clips} clips in {len(index['shards'])} tars"]
     if index["unused"]:
-        lines.append("not used: " + ", ".join(f"{count} .{name}" for name, count in list(index["unused"].items())[:8]))
+        lines.append(_told_unused(index["unused"]))
     lines += told_left_out(index["left_out"])
     print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _told_unused(unused: Mapping[str, int]) -> str:
+    """The extensions that nobody asks for; empty if there are none."""
+    named = ", ".join(f"{count} .{name}" for name, count in list(unused.items())[:8])
+    return f"not used: {named}" if named else ""
 
 
 def told_left_out(left_out: Sequence[LeftOut], most: int = 5) -> list[str]:

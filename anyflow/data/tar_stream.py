@@ -50,7 +50,7 @@ class TarStream(ClipStream):
         """
         skipped = list(self.skipped.values())
         enforce_tars(skipped, len(self.dataset.order.tars), self.error_budget)
-        read = ((self.position if position is None else position) + 1) * self.dataset.order.global_batch
+        read = ((self.position if position is None else position) + 1) * self.dataset.batch
         starts = self.dataset.starts.values()
         whole = sum(state.whole for state in starts) * self.dataset.world_size
         is_known = len(starts) == self.dataset.order.workers and all(state.whole for state in starts)

@@ -19,7 +19,7 @@ from pathlib import Path
 from anyflow.data import remote
 from anyflow.data.find import BETWEEN, SUFFIXES
 from anyflow.data.members import Members, parse_members
-from anyflow.data.places import list_folder
+from anyflow.data.places import list_folder, stamp_of
 from anyflow.errors import UserError, first_line
 from anyflow.system.files import write_atomically
 from anyflow.system.locks import locked
@@ -31,6 +31,8 @@ HELD_OUT = ("test", "val", "valid", "validation", "eval", "heldout")
 """A folder, or the first word of a file's name, that tells held-out tars."""
 USUAL = Members()
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
+LOOKED_FOR = 100
+"""Tars at a set's end of which the last that is there is held out."""
 LAST_CLIPS = 16
 """Clips of a single tar that are held out, at most; and at most a fifth of them."""
 
@@ -101,7 +103,7 @@ def _expand_place(place: str, home: str | Path) -> list[str]:
     if place.endswith(SUFFIXES) and not Path(place).is_dir():
         return [place]
     below = [] if remote.is_url(place) else sorted(str(path) for path in Path(place).glob("*/") if path.is_dir())
-    return _listed(place, ["*.tar"], place, below)
+    return _listed(place, [f"*{suffix}" for suffix in SUFFIXES], place, below)
 
 
 def _listed(folder: str, patterns: list[str], asked: str, below: Sequence[str] = ()) -> list[str]:
@@ -122,7 +124,11 @@ def _listed(folder: str, patterns: list[str], asked: str, below: Sequence[str] =
 def divide(name: str, tars: Sequence[str], members: Members = USUAL) -> dict[str, TarSet]:
     """Training and held-out tars of a set that comes without a card.
 
-    Folders and names tell (``val/...``, ``test-000.tar``); else the last tar is held out, or the last clips of one.
+    Folders and names tell (``val/...``, ``test-000.tar``); else the last tar that is there is held out, or the last
+    clips of a single one.
+
+    Raises:
+        UserError: a server does not answer.
     """
     whole = TarSet(name, tuple(tars), members)
     told = {tar: _tells_held_out(own) for tar, own in zip(whole.tars, whole.names(), strict=True)}
@@ -133,8 +139,19 @@ def divide(name: str, tars: Sequence[str], members: Members = USUAL) -> dict[str
             "heldout": replace(whole, tars=heldout),
         }
     if len(tars) > 1:
-        return {"train": replace(whole, tars=whole.tars[:-1]), "heldout": replace(whole, tars=whole.tars[-1:])}
+        last = next(filter(_is_there, whole.tars[: -LOOKED_FOR - 1 : -1]), whole.tars[-1])
+        rest = tuple(tar for tar in whole.tars if tar != last)
+        return {"train": replace(whole, tars=rest), "heldout": replace(whole, tars=(last,))}
     return {part: replace(whole, part=part) for part in ("train", "heldout")}
+
+
+@lru_cache(maxsize=1024)
+def _is_there(tar: str) -> bool:
+    try:
+        stamp_of(tar)
+    except OSError:
+        return False
+    return True
 
 
 def _tells_held_out(name: str) -> bool:

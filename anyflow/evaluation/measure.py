@@ -131,7 +131,7 @@ def curve_by(
     rows, shown = _rows(samples, partial(judge, real=real_clips), asked.show)
     curve = Curve(
         label=asked.label,
-        domain="+".join(sorted({item.domain for item in items})),
+        domain="+".join(sorted({item.domain for item in items} - {""})),
         clips=len(items),
         seed=asked.seeds[0],
         seeds=tuple(asked.seeds),

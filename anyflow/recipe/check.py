@@ -14,7 +14,7 @@ from anyflow.errors import UserError
 from anyflow.recipe.fields import FieldInfo, all_fields, value_of
 from anyflow.recipe.schema import Recipe
 from anyflow.stages.checks import check_frames, nearest
-from anyflow.system.addresses import check_store
+from anyflow.system.addresses import check_secret, check_store
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?")
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
@@ -27,11 +27,11 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         UserError: the first field at fault, its value, and what to give instead.
     """
+    if recipe.run.tracking_uri:
+        check_store(recipe.run.tracking_uri, "run.tracking_uri", is_there=False)
     for key, info in all_fields().items():
         check_range(info, value_of(recipe, key), recipe.sources.get(key, "default"))
     _check_names(recipe)
-    if recipe.run.tracking_uri:
-        check_store(recipe.run.tracking_uri, "run.tracking_uri", is_there=False)
     _check_geometry(recipe)
     _check_adapters(recipe)
     for check in recipe.declared.checks:
@@ -116,6 +116,8 @@ def check_range(info: FieldInfo, value: Any, source: str) -> None:
     """
     where = f"{info.key}={value!r} ({source})"
     for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, str):
+            check_secret(item, info.key)
         if "choices" in info.limits and item not in info.limits["choices"]:
             close = difflib.get_close_matches(str(item), info.limits["choices"], n=1)
             raise UserError(

@@ -15,6 +15,7 @@ from anyflow.backbone.options import LoraOptions, ParallelOptions
 from anyflow.flowmap.samplers import SAMPLERS, SamplerKind
 from anyflow.stages.declaration import Declaration
 from anyflow.stages.options import WHOLE_WEIGHTS, EmaSettings, OptimizerSettings, StageOptions
+from anyflow.system.addresses import LOCAL_DATABASE
 from anyflow.system.option import option as _option
 
 
@@ -217,7 +218,7 @@ class RunRecipe:
     )
     out: str = _option("runs", "folder that run folders are made in", is_path=True)
     tracking_uri: str = _option(
-        "sqlite:///runs/mlflow.db",
+        LOCAL_DATABASE,
         "MLflow's database on this machine; `anyflow sync` sends it to a server",
         is_path=True,
     )

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import sys
 from pathlib import Path
 
 from anyflow.errors import UserError
+from anyflow.system.console import program
 
 DATABASE = "sqlite:///"
 """What the address of a database's file begins with."""
+LOCAL_DATABASE = f"{DATABASE}runs/mlflow.db"
+"""Where runs are recorded if nobody says otherwise."""
+VARIABLE = "MLFLOW_TRACKING_URI"
+"""MLflow's own way to name a store."""
 
 _SERVER = re.compile(r"https?://[^/\s]+\S*")
 _HEAD = b"SQLite format 3\0"
+_NAMED = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/?#]*@")
 
 
 def is_server(address: str) -> bool:
@@ -25,6 +34,36 @@ def database_file(address: str) -> Path | None:
     return Path(path).expanduser() if address.startswith(DATABASE) and path.strip() else None
 
 
+def check_secret(text: str, option: str) -> None:
+    """Refuse an address that holds a name or a password: options are printed, recorded and published.
+
+    Args:
+        text: what was given; anything but an address passes.
+        option: what it was given by.
+
+    Raises:
+        UserError: it holds one; what was given is not repeated.
+    """
+    if _NAMED.search(text):
+        raise UserError(f"{option} holds a name or a password: leave them out and give credentials by the environment")
+
+
+def check_server(address: str, option: str) -> str:
+    """The address of a server.
+
+    Raises:
+        UserError: it is none, or holds a name, a password or a signature; then it is not repeated.
+    """
+    if "@" in address or "?" in address:
+        raise UserError(
+            f"{option} holds a name, a password or a signature: leave them out and give MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, by the environment"
+        )
+    if not is_server(address):
+        raise UserError(f"{option} {address!r} is no server's address: give one such as http://tracking:5000")
+    return address
+
+
 def check_store(address: str, option: str, *, is_there: bool = True) -> str:
     """An address of a store, as MLflow takes it: ``~`` is the home folder.
 
@@ -34,12 +73,12 @@ def check_store(address: str, option: str, *, is_there: bool = True) -> str:
         is_there: whether a database must be there already.
 
     Raises:
-        UserError: it is no such address, or its file is missing or no database.
+        UserError: it is no such address, holds a password, or its file is missing or no database.
     """
     file = database_file(address)
     if file is None:
-        if is_server(address):
-            return address
+        if is_server(address) or "@" in address:
+            return check_server(address, option)
         raise UserError(
             f"{option}={address!r} is no store of runs: give {DATABASE}PATH.db, or a server such as http://tracking:5000"
         )
@@ -52,3 +91,19 @@ def check_store(address: str, option: str, *, is_there: bool = True) -> str:
             if opened.read(len(_HEAD)) != _HEAD:
                 raise UserError(f"{option} {address}: {file} is no SQLite database: name another file")
     return f"{DATABASE}{file}"
+
+
+def how_to_open(address: str) -> str:
+    """The command that opens a store in a browser, from the working folder."""
+    if is_server(address):
+        return f"open {address} in a browser"
+    file = database_file(address)
+    is_usual = file is not None and file.absolute() == Path(LOCAL_DATABASE.removeprefix(DATABASE)).absolute()
+    where = "" if is_usual else f" --uri {shlex.quote(address)}"
+    return f"{program()} mlflow --serve{where}"
+
+
+def tell_unused_variable(option: str) -> None:
+    """Say on stderr that MLflow's variable is not what decides, if it is set."""
+    if os.environ.get(VARIABLE):
+        print(f"{VARIABLE} is not used: set {option}", file=sys.stderr)

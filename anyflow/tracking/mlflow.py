@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from anyflow.errors import UserError, first_line
-from anyflow.system.addresses import DATABASE, database_file
+from anyflow.system.addresses import DATABASE, LOCAL_DATABASE, database_file, tell_unused_variable
 from anyflow.system.files import replacing
 from anyflow.system.locks import locked
 from anyflow.tracking.run_log import RunLogger, check_database
@@ -31,7 +31,6 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # no word on making it
 
 EXPERIMENT = "anyflow"
 """MLflow's experiment of runs that belong to none."""
-LOCAL_STORE = "sqlite:///runs/mlflow.db"
 PARENT_TAG = "mlflow.parentRunId"
 TREE = ("--", ":(top)", ":(top,exclude)experiments/results")
 """The part of the repository that results depend on, for git."""
@@ -49,8 +48,8 @@ def local_store(uri: str) -> tuple[str, str]:
     """
     file = database_file(uri)
     if file is None:
-        print(f"runs are recorded in {LOCAL_STORE}; send them by: anyflow sync --to {uri}", file=sys.stderr)
-    store = (file or Path(LOCAL_STORE.removeprefix(DATABASE))).resolve()
+        print(f"runs are recorded in {LOCAL_DATABASE}; send them by: anyflow sync --to {uri}", file=sys.stderr)
+    store = (file or Path(LOCAL_DATABASE.removeprefix(DATABASE))).resolve()
     store.parent.mkdir(parents=True, exist_ok=True)
     return f"{DATABASE}{store}", (store.parent / "mlflow-artifacts").as_uri()
 
@@ -82,6 +81,7 @@ def open_tracking(
     """
     if not uri:
         return None
+    tell_unused_variable("run.tracking_uri")
     try:
         store, artifacts = local_store(uri)
     except OSError as error:

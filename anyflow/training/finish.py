@@ -34,6 +34,7 @@ from anyflow.evaluation.measurement import Measurement
 from anyflow.evaluation.reconstruction import measure_domains
 from anyflow.evaluation.report.folder import write_report
 from anyflow.recipe import Recipe, to_dict
+from anyflow.system.addresses import DATABASE, how_to_open
 from anyflow.system.console import program, progress_line
 from anyflow.system.signals import Listener
 from anyflow.system.typed import to_yaml
@@ -181,7 +182,7 @@ def finish_codec(recipe: Recipe, run: RunFolder, parts: Parts, logger: RunLogger
         vae.register_to_config(latents_mean=mean, latents_std=std)
         domains: dict[str, list[Any]] = {}
         for item in held_out(recipe.data.card, recipe.data.heldout, clip_shape(recipe)):
-            domains.setdefault(item.domain, []).append(torch.as_tensor(item.frames))
+            domains.setdefault(item.domain or "video", []).append(torch.as_tensor(item.frames))
         stacked = {name: torch.stack(frames) for name, frames in domains.items()}
         marks = {name: mark.to_json() for name, mark in measure_domains(parts.codec, stacked).items()}
         run.note(reconstruction=marks)
@@ -288,7 +289,8 @@ def summary(run: RunFolder) -> str:
         lines.append(f"  {'checkpoint':<11}{run.checkpoint.parent}")
     lines.append(f'  sample     {program()} sample "..." --model {run.model} --steps 1,4,16')
     if run_id := recorded_id(run):
-        lines.append(f"  MLflow     run {run_id}   (open it with: make mlflow)")
+        database = f"{DATABASE}{run.status['mlflow_database']}"
+        lines.append(f"  MLflow     run {run_id}   (open it with: {how_to_open(database)})")
     return "\n".join(lines)
 
 

@@ -29,6 +29,7 @@ from anyflow.backbone.parallelize import (
     rank_and_size,
     wait_for_all,
 )
+from anyflow.data.reader import find_split
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError, explain
 from anyflow.evaluation.curve import pixel_frames
 from anyflow.evaluation.encoders import check_encoders
@@ -76,6 +77,7 @@ def train(
     if recipe.run.deterministic:
         make_deterministic()
     check_files(recipe)
+    _check_held_out(recipe)
     sampled = recipe.data.frames - pixel_frames(recipe.sampling.given_frames)
     check_encoders(recipe.sampling.encoders, "sampling.encoders", sampled)
     if (lag := lagging_average(recipe)) and int(os.environ.get("RANK", "0")) == 0:
@@ -106,6 +108,17 @@ def train(
                 return _train(recipe, run, [KeepSettings()] if changed else [])
         except Terminated as stop:
             return _stopped(run, stop.received)
+
+
+def _check_held_out(recipe: Recipe) -> None:
+    """Look for the clips that are held out, if they will be asked for, before anything is loaded or encoded.
+
+    Raises:
+        UserError: a card has none.
+    """
+    if recipe.sampling.prompts or recipe.declared.trains_codec:
+        for card in recipe.data.card:
+            find_split(card, recipe.data.heldout)
 
 
 def _train(recipe: Recipe, run: RunFolder, more: list[Any]) -> int:

@@ -241,7 +241,8 @@ def test_mlflow_lists_the_newest_runs(tmp_path: Path) -> None:
     client.log_metric(run.info.run_id, "loss", 0.5)
     listed: dict[str, Any] = json.loads(call("mlflow", "--uri", uri, "--json"))
     assert [(row["name"], row["metrics"]["loss"]) for row in listed["runs"]] == [("mine", 0.5)]
-    assert "mine" in call("mlflow", "--uri", uri) and "make mlflow" in call("mlflow", "--uri", uri)
+    told = call("mlflow", "--uri", uri)
+    assert "mine" in told and f"open them with: anyflow mlflow --serve --uri {uri}" in told
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,20 @@ def test_fewer_tars_than_workers_are_refused_before_anything_is_loaded(tars: Pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+def test_held_out_tars_that_are_not_there_are_refused_before_anything_is_loaded(
+    tars: Path, tmp_path: Path, more: list[str]
+) -> None:
+    """Not when the first curve is due, after all clips are encoded."""
+    card = tmp_path / "card.yaml"
+    splits = f"{{train: '{tars}/000000.tar', heldout: '{tars}/000009.tar'}}"
+    card.write_text(f"{{name: d, domain: video, description: D, licence: MIT, splits: {splits}}}")
+    words = training(tmp_path / "no-model", str(card), tmp_path / "out", "sampling.prompts=2", *more)
+    refused = run(*(word for word in words if not word.startswith("model.weights")))
+    assert refused.returncode == 2 and "none of the 1 tars is there" in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_clips_of_a_stream_are_named_and_stop_the_run(tars: Path, small_model: Path, tmp_path: Path) -> None:
     """A tar that is cut off: within the budget it is named, beyond it the run ends in a sentence."""
     import shutil

@@ -146,3 +146,25 @@ def test_any_intervals_give_a_rate_between_the_shortest_and_the_longest(steps: l
     low, high = 1000 / max(steps), 1000 / min(steps)
     assert clock.rate == Fraction(claimed).limit_denominator(1000) or low * 0.99 <= clock.rate <= high * 1.01
     assert math.isfinite(float(clock.rate))
+
+
+@given(st.sampled_from([Fraction(5), Fraction(10), Fraction(24), Fraction(30)]), st.data(), st.integers(12, 32))
+def test_an_uneven_camera_keeps_the_rate_of_its_header(rate: Fraction, data: st.DataObject, count: int) -> None:
+    """Frames come early and late, by up to 40 % of an interval, or long and short by turns: the mean is the rate."""
+    tick = Fraction(1, 16_000)
+    if data.draw(st.booleans()):
+        late = data.draw(st.lists(st.floats(-0.4, 0.4), min_size=count, max_size=count))
+    else:
+        late = [data.draw(st.floats(0, 0.8)) * (number % 2) for number in range(count)]
+    stamps = [round((number + part) / float(rate) / tick) for number, part in enumerate(late)]
+    clock = clock_of(stamps, tick, rate)
+    assert clock.rate == rate and not clock.notes
+
+
+@pytest.mark.parametrize(("claimed", "believed"), [(10, 10), (8, 8), (25, 10), (4, 10), (1000, 10)])
+def test_a_header_that_no_mean_bears_out_is_not_believed(claimed: int, believed: int) -> None:
+    """50 and 150 ms in turn are 10 a second. A rate of 8 would put the 32nd frame 0.8 s late."""
+    stamps = [100 * number + 25 * (-1) ** number for number in range(32)]
+    if claimed == 8:
+        stamps = [125 * number for number in range(32)]
+    assert clock_of(stamps, Fraction(1, 1000), Fraction(claimed)).rate == pytest.approx(believed, rel=0.03)

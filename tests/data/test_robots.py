@@ -266,7 +266,7 @@ def test_a_row_without_its_episode_or_time_spoils_one_episode(row: str, reason: 
 def test_a_video_of_another_rate_than_lerobot_states_is_refused(tmp_path: Path) -> None:
     folder = lerobot_v3(tmp_path / "robot", fps=12)
     change(folder / INFO, lambda info: info.update(fps=10))
-    with pytest.raises(UserError, match="states 10 frames a second, its video has 12"):
+    with pytest.raises(UserError, match=r"in row 4, which at 10 rows a second is at 0\.4"):
         run(folder, tmp_path / "out")
 
 

@@ -17,14 +17,15 @@ from test_cache import MeanCodec, encode
 from typer.testing import CliRunner
 
 from anyflow.cli.main import app
-from anyflow.data import tar_index
+from anyflow.data import tar_headers, tar_index
 from anyflow.data.card import check_shards
 from anyflow.data.check import check_card
 from anyflow.data.contact_sheet import contact_sheet
 from anyflow.data.describe import describe_card
 from anyflow.data.reader import find_split
 from anyflow.data.shards import load_index
-from anyflow.data.tar_index import left_out_of, scan
+from anyflow.data.tar_headers import scan
+from anyflow.data.tar_index import left_out_of
 from anyflow.data.tars import load_set
 from anyflow.errors import UserError
 
@@ -48,28 +49,71 @@ def test_what_is_left_out_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
             ("README", b"x"),
             ("twice.cls", b"1"),
             ("evil.pkl", b"x"),
+            ("good.PKL", b"x"),
             ("../out.mp4", b"x"),
         ],
     )
     with tarfile.open(path, "a") as tar:
-        link = tarfile.TarInfo("link.mp4")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
+        for name in ("link.mp4", "good.latest"):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            tar.addfile(link)
     card = card_of(tmp_path, "a.tar")
-    assert captions(reader_of(card)) == {"a/good": "a caption", "a/twice": "first"}
+    assert captions(reader_of(card)) == {"a/good": "a caption"}
     reasons = {key: reason for _, key, reason in left_out_of(find_split(card, "train").folder)}
     assert reasons == {
-        "twice": "its txt member is there twice: the first is taken",
+        "twice": "a member of its key is there twice, so which video has which caption cannot be told",
         "alone": "no video among its members (txt)",
-        "evil.pkl": "a pickle is never read",
         "../out.mp4": "its path leads out of the tar",
         "link.mp4": "it is a link or a device, no file",
     }
     told = capsys.readouterr().err
-    assert "not used: 2 .cls, 1 .(none)" in told and "left out: a.tar:alone (no video" in told
-    with pytest.raises(UserError, match=r"5 of 7 clips cannot be used, more than error_budget 0\.01"):
-        module_of(card)
-    assert module_of(card, error_budget=0.8).stream is not None
+    assert "not used: 2 .cls, 2 .pkl, 1 .latest, 1 .(none)" in told and "left out: a.tar:alone (no video" in told
+    with pytest.raises(UserError, match=r"4 of 5 clips cannot be used, more than error_budget 0\.01"):
+        module_of(card, batch_size=1)
+    assert module_of(card, error_budget=0.8, batch_size=1).stream is not None
+
+
+@pytest.mark.parametrize("more", ["x.mp4", "x.txt", "x.cls", "x.MP4"])
+@pytest.mark.parametrize("between", [False, True])
+def test_of_a_key_that_is_there_twice_nothing_is_taken(tmp_path: Path, more: str, between: bool) -> None:
+    """Two recordings under one key, or two texts of one: no video may come with the words of another."""
+    first, other = [("x.mp4", video(1)), ("x.cls", b"1"), ("x.txt", b"of the first")], sample("y")
+    whole = [*first, *other] if between else [*other, *first]
+    write_tar(tmp_path / "a.tar", [*whole, (more, video(2) if more.lower() == "x.mp4" else b"of the other")])
+    assert captions(reader_of(card_of(tmp_path, "a.tar"))) == {"a/y": "a caption"}
+
+
+def test_what_nobody_asks_for_may_be_of_any_kind_and_size(tmp_path: Path) -> None:
+    """Extensions that are not read make no clip that lacks something, whatever they are."""
+    write_tar(tmp_path / "a.tar", [*sample("a"), ("a.pkl", b"x"), ("p.pkl", b"x"), ("p.npz", b"x"), ("q.PTH", b"x")])
+    card = card_of(tmp_path, "a.tar")
+    assert captions(reader_of(card)) == {"a/a": "a caption"}
+    assert left_out_of(find_split(card, "train").folder) == []
+    write_tar(tmp_path / "b.tar", [("p.pkl", b"x"), ("q.npz", b"x")])
+    with pytest.raises(UserError, match=r"no clip among 1 tars: not used: 1 \.pkl, 1 \.npz; a card's members name"):
+        find_split(card_of(tmp_path, "b.tar"), "train")
+
+
+@pytest.mark.parametrize("members", [{"video": "pkl"}, {"caption": ["txt", "PTH"]}, {"controls": {"a": "x.pickle"}}])
+def test_a_card_that_asks_for_a_pickle_is_refused(tmp_path: Path, members: dict[str, Any]) -> None:
+    write_tar(tmp_path / "a.tar", sample("a"))
+    with pytest.raises(UserError, match=rf"members\.{next(iter(members))} names .*a pickle is never read"):
+        reader_of(card_of(tmp_path, "a.tar", members=members))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 11, 200])
+def test_some_clips_of_a_single_tar_are_held_out_and_some_are_not(tmp_path: Path, count: int) -> None:
+    write_set(tmp_path, [count])
+    parts = []
+    for split in ("train", "heldout"):
+        if count == 1:
+            with pytest.raises(UserError, match=r"one clip \(000/clip0\) cannot both be trained on and held out: add"):
+                find_split(str(tmp_path / "000.tar"), split)
+        else:
+            parts.append(load_index(find_split(str(tmp_path / "000.tar"), split).folder).count)
+    if parts:
+        assert parts == [count - parts[1], max(1, min(16, count // 5))]
 
 
 def test_members_need_not_stand_together(tmp_path: Path) -> None:
@@ -152,7 +196,7 @@ def test_an_index_that_was_broken_off_goes_on(tmp_path: Path, monkeypatch: pytes
         return open(address, "rb")
 
     monkeypatch.setattr(tar_index, "THREADS", 1)
-    monkeypatch.setattr(tar_index, "open_at", broken)
+    monkeypatch.setattr(tar_headers, "open_at", broken)
     with pytest.raises(KeyboardInterrupt):
         find_split(card, "train")
     first, opened[:] = [name for n, name in enumerate(opened) if n != 3], ["already"] * 4
@@ -216,6 +260,18 @@ def test_clips_of_several_shapes(tmp_path: Path) -> None:
 
 
 # --- looking at them -------------------------------------------------------------------------------------------------
+
+
+def test_damaged_clips_are_not_shown_but_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.tar"
+    write_tar(path, [("bad.mp4", b"no video"), ("bad.txt", b"x"), *sample("a"), *sample("b")])
+    card = card_of(tmp_path, "a.tar")
+    whole = contact_sheet(card, "train", 2, tmp_path / "sheet.png").stat().st_size
+    assert whole > contact_sheet(card, "train", 1, tmp_path / "one.png").stat().st_size
+    assert capsys.readouterr().err.count("not shown: a.tar:a/bad (") == 2
+    write_tar(tmp_path / "b.tar", [("bad.mp4", b"no video"), ("bad.txt", b"x")])
+    with pytest.raises(UserError, match=r"1 clips in a row cannot be used: b\.tar:b/bad \(.*repair the shards"):
+        contact_sheet(card_of(tmp_path, "b.tar"), "train", 2, tmp_path / "none.png")
 
 
 def test_show_and_check(tmp_path: Path) -> None:

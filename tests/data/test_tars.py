@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 from pathlib import Path
@@ -21,6 +22,7 @@ from anyflow.data.decode import DecodeError
 from anyflow.data.find import is_tars
 from anyflow.data.members import Members, load_npy, parse_members
 from anyflow.data.reader import find_split
+from anyflow.data.tar_index import left_out_of
 from anyflow.data.tars import load_set, short_name
 from anyflow.errors import UserError
 from anyflow.recipe import load_recipe
@@ -84,6 +86,28 @@ def test_folders_and_names_tell_what_is_held_out(tmp_path: Path, names: list[str
         found is not None
         and {tar.removeprefix(f"{tmp_path}/set/").removesuffix(".tar") for tar in found.tars} == heldout
     )
+
+
+def test_the_last_tar_that_is_there_is_held_out(tmp_path: Path) -> None:
+    """The others that a pattern names are missing from training, and count there."""
+    write_set(tmp_path / "set", [1, 1, 1, 1])
+    card = f"{tmp_path}/set/{{000..006}}.tar"
+    assert set(captions(reader_of(card, "heldout"))) == {"003/clip0"}
+    assert set(captions(reader_of(card, "train"))) == {f"{n:03d}/clip0" for n in range(3)}
+    assert len(left_out_of(find_split(card, "train").folder)) == 3
+
+
+@pytest.mark.parametrize("suffix", [".tar.gz", ".tgz"])
+@pytest.mark.parametrize("below", ["", "more"])
+def test_a_folder_of_compressed_tars(tmp_path: Path, suffix: str, below: str) -> None:
+    for number in range(3):
+        plain = write_tar(tmp_path / f"{number}.tar", sample(f"c{number}"))
+        (tmp_path / "set" / below).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / below / f"{number}{suffix}").write_bytes(gzip.compress(plain.read_bytes()))
+    found = load_set(find_split(f"{tmp_path}/set", "train", index=False).folder)
+    assert found is not None and [Path(tar).name for tar in found.tars] == [f"0{suffix}", f"1{suffix}"]
+    with pytest.raises(UserError, match=r"must be unpacked, or streamed by data\.streaming=true"):
+        find_split(f"{tmp_path}/set", "train")
 
 
 def test_what_is_no_tar_is_a_sentence(tmp_path: Path) -> None:

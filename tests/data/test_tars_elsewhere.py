@@ -18,7 +18,7 @@ from web import serve
 from anyflow.data import places, remote
 from anyflow.data.card import load_card
 from anyflow.data.reader import find_split
-from anyflow.data.tars import expand
+from anyflow.data.tars import expand, load_set
 from anyflow.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -44,6 +44,23 @@ def test_tars_on_a_web_server_are_indexed_by_little(tmp_path: Path, monkeypatch:
         assert found == captions_of_files(tmp_path / "web/set")
         with pytest.raises(UserError, match=r"there is no .*/set/card\.yaml.*nor are there tars .*pattern such as"):
             load_card(f"{web.url}/set")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_tar_that_a_server_does_not_have_counts_as_one_that_is_not_there(tmp_path: Path, streaming: bool) -> None:
+    """As on a disk: the pattern may name too many, within the budget."""
+    write_set(tmp_path / "web", [2, 2, 2, 2])
+    with serve(tmp_path / "web") as web:
+        card = f"{web.url}/{{000..006}}.tar"
+        held = load_set(find_split(card, "heldout", index=False).folder)
+        assert held is not None and [tar.rpartition("/")[2] for tar in held.tars] == ["003.tar"]
+        more: dict[str, Any] = {"streaming": streaming, "steps": 6}
+        with pytest.raises(
+            UserError, match=r"of 6 tars cannot be read, more than error_budget .*the server answers 404"
+        ):
+            [*module_of(card, **more).train_dataloader()]
+        seen = {key for batch in module_of(card, error_budget=0.9, **more).train_dataloader() for key in batch["key"]}
+        assert seen == {f"{tar:03d}/clip{clip}" for tar in range(3) for clip in range(2)}
 
 
 def captions_of_files(folder: Path) -> dict[str, str]:

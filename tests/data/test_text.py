@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import io
 import json
+import re
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ def captions_of(report: ImportReport) -> dict[str, str]:
 
 def imported(folder: Path, **options: Any) -> ImportReport:
     number = len(list(folder.parent.glob("out*")))
-    return import_dataset(folder, folder.parent / f"out{number}", lenient(default_caption="DEFAULT", **options))
+    return import_dataset(folder, folder.parent / f"out{number}", lenient(**{"default_caption": "DEFAULT", **options}))
 
 
 # --- lines and encodings ----------------------------------------------------------------------------------------------
@@ -137,6 +139,32 @@ def test_a_text_and_a_document_add_up(tmp_path: Path) -> None:
     assert captions_of(imported(tmp_path / "in", caption="{caption} {weather}")) == {"a": "The text. rain"}
 
 
+def test_a_list_of_texts_beside_a_video_is_its_captions(tmp_path: Path) -> None:
+    films(tmp_path / "in", "v0.mp4", "v1.mp4")
+    put(tmp_path / "in/v0.json", ["one", "one"])
+    put(tmp_path / "in/v1.json", json.dumps("two"))
+    assert captions_of(imported(tmp_path / "in")) == {"v0": "one", "v1": "two"}
+    members = [("a.mp4", FILMS[0]), ("a.json", b'["one"]'), ("b.mp4", FILMS[1]), ("b.json", b"[1]")]
+    put_tar(tmp_path / "tars/0.tar", members)
+    report = imported(tmp_path / "tars")
+    assert set(captions_of(report).values()) == {"one"}
+    assert report.unusable == (("0.tar:b", "its json member holds no JSON object, and no list of texts"),)
+
+
+def test_captions_beside_a_video_that_differ_are_told(tmp_path: Path) -> None:
+    films(tmp_path / "in", "v0.mp4", "v1.mp4")
+    for number, other in enumerate(("Other.", " The  text. ")):
+        put(tmp_path / f"in/v{number}.txt", "The text.")
+        put(tmp_path / f"in/v{number}.json", {"caption": other})
+    report = imported(tmp_path / "in")
+    assert captions_of(report) == {"v0": "The text.", "v1": "The text."}
+    assert notes_of(report) == (
+        "captions beside a video that differ in .txt and .json: that of .txt was taken (1: v0)",
+    )
+    put_tar(tmp_path / "tars/0.tar", [("a.mp4", FILMS[0]), ("a.json", b'{"caption": "Other."}'), ("a.txt", b"Text.")])
+    assert "that of .txt was taken (1: 0/a)" in str(notes_of(imported(tmp_path / "tars")))
+
+
 def test_one_of_several_captions_is_drawn_for_each_clip(tmp_path: Path) -> None:
     """By the clip's own name and the seed: the same whatever else is imported, and all of them are used."""
     texts = ["First.", "Second.", " ", "First.", "Third."]
@@ -199,15 +227,67 @@ def test_a_prompt_that_is_cut_is_told(small_model: Path, caplog: pytest.LogCaptu
 def test_names_with_dots_and_rows_that_match_nothing(tmp_path: Path) -> None:
     films(tmp_path / "in", "take.01.mp4", "take.02.mp4", "x.mp4", "sub/x.mov")
     put(tmp_path / "in/sub/x.mov", video(3, 16, 8, format="mov"))
-    table = "file_name,caption\ntake.01,First\ntake.02.mp4,Second\nx,Third\nno_such,Fourth\nnone.mp4,\n"
+    films(tmp_path / "in", "a/y.mp4", "b/y.mp4")
+    table = "file_name,caption\ntake.01,First\ntake.02.mp4,Second\nx,Third\nno_such,Fourth\nnone.mp4,\ny,Fifth\n"
     put(tmp_path / "captions.csv", table)
-    report = imported(tmp_path / "in", captions=tmp_path / "captions.csv", clips=1)
-    assert sorted(captions_of(report).values()) == ["First", "Second", "Third", "Third"]
+    report = imported(tmp_path / "in", captions=tmp_path / "captions.csv", clips=1, keep_duplicates=True)
+    assert sorted(captions_of(report).values()) == ["", "Fifth", "Fifth", "First", "Second", "Third"]
     assert notes_of(report) == (
         "--captions captions.csv: rows that name no recording: 1 (no_such)",
-        "--captions captions.csv: rows that stand for several recordings each: 1 (x)",
+        "--captions captions.csv: rows that stand for several recordings each: 1 (y)",
         "--captions captions.csv: rows without a caption: 1 (line 6)",
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "captions"),
+    [
+        ("{home}/v1.mp4", {"v1": "Mine", "sub_v1": "", "more_v1": ""}),
+        ("./v1.mp4", {"v1": "Mine", "sub_v1": "", "more_v1": ""}),
+        ("v1.mp4", {"v1": "Mine", "sub_v1": "", "more_v1": ""}),
+        ("v1", {"v1": "Mine", "sub_v1": "", "more_v1": ""}),
+        ("sub/v1", {"v1": "", "sub_v1": "Mine", "more_v1": ""}),
+        ("{home}/elsewhere/v1.mp4", {"v1": "", "sub_v1": "", "more_v1": ""}),
+    ],
+)
+def test_a_row_that_names_one_file_captions_no_other(row: str, captions: dict[str, str], tmp_path: Path) -> None:
+    home = films(tmp_path / "in", "v1.mp4", "sub/v1.mp4", "more/v1.mp4")
+    put(tmp_path / "c.csv", f"file_name,caption\n{row.replace('{home}', str(home))},Mine\n")
+    report = imported(home, captions=tmp_path / "c.csv", clips=1)
+    assert {re.sub(r"-\w{8}$", "", key): text for key, text in captions_of(report).items()} == captions
+
+
+def test_of_two_files_of_one_name_each_has_the_row_of_its_suffix(tmp_path: Path) -> None:
+    """Only one of the two that the table names is there: it has its own row, not the first of its stem."""
+    films(tmp_path / "in", "v.mp4")
+    put(tmp_path / "c.csv", "file_name,caption\nv.mkv,Other\nv.mp4,Mine\n")
+    assert set(captions_of(imported(tmp_path / "in", captions=tmp_path / "c.csv")).values()) == {"Mine"}
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_an_accent_may_be_one_character_or_two(forms: tuple[str, str], tmp_path: Path) -> None:
+    disk, table = (unicodedata.normalize(form, "caf\u00e9") for form in forms)
+    films(tmp_path / "in", f"{disk}.mp4")
+    put(tmp_path / "c.csv", f"file_name,caption\n{table}.mp4,Coffee\n")
+    assert set(captions_of(imported(tmp_path / "in", captions=tmp_path / "c.csv")).values()) == {"Coffee"}
+
+
+def test_captions_that_name_nothing_are_told_where_the_import_stops(tmp_path: Path) -> None:
+    films(tmp_path / "in", "v0.mp4", "v1.mp4")
+    put(tmp_path / "c.csv", "file_name,caption\nclip-a,A\nclip-b,B\n")
+    with pytest.raises(
+        UserError, match=r"v0 \(no caption, nor a row of c\.csv\).*name no recording: 2 \(clip-a, clip-b"
+    ):
+        imported(tmp_path / "in", captions=tmp_path / "c.csv", default_caption=None, error_budget=0.0)
+
+
+@pytest.mark.parametrize("name", ["c.csv", "in/metadata.csv"])
+def test_a_table_in_latin_1_is_named_with_its_line(name: str, tmp_path: Path) -> None:
+    films(tmp_path / "in", "v0.mp4", "v1.mp4")
+    path = put(tmp_path / name, "file_name,caption\nv0.mp4,Plain\nv1.mp4,Caf\u00e9\n".encode("latin-1"))
+    given = {} if "/" in name else {"captions": path}
+    with pytest.raises(UserError, match=r"(c|metadata)\.csv:3 is not UTF-8 in its caption \(Latin-1"):
+        imported(tmp_path / "in", error_budget=0.0, **given)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +329,7 @@ def test_captions_in_parquet_and_json(tmp_path: Path) -> None:
         ("c.jsonl", "[1]\n", "c.jsonl:1 is no JSON object"),
         ("c.parquet", "junk", "c.parquet is no parquet table"),
         ("c.csv", "", "has no row with a caption"),
+        ("c.txt", "v0 a car\n", r"c\.txt:1 is not JSON .*; give a table: \.csv, \.tsv, \.jsonl, \.json, \.parquet"),
     ],
 )
 def test_a_captions_file_that_cannot_be_used_is_one_sentence(

@@ -205,8 +205,27 @@ def test_a_camera_whose_file_is_gone_or_ends_early_is_named(tmp_path: Path) -> N
     report, clips = run(folder, tmp_path / "out", views="wide", **ANY)
     reasons = dict(report.unusable)
     assert "camera 1 is missing (there is no videos/train/0/1.mp4)" in reasons["train/0"]
-    assert reasons["train/1"] == "camera 2 ends more than 0.5 s before the others after 2 good clips"
+    broken = "broken off after clips that were taken: camera 2 ends more than 0.5 s before the others (1: train/1)"
+    assert broken in report.notes and set(reasons) == {"train/0"}
     assert len(clips) == 8
+
+
+def test_a_damaged_moment_does_not_shape_the_layout_of_the_others(tmp_path: Path) -> None:
+    """The first episode lacks its camera 1, the second lists them backwards: the others lie as they would alone."""
+    folder = annotated(tmp_path / "robot")
+    first, second = sorted(folder.glob("annotation/**/*.json"))[:2]
+    change(first, lambda document: document["videos"][1].update(video_path="../1.mp4"))
+    change(
+        second,
+        lambda document: [
+            video.update(video_path=path, camera=str(2 - number))
+            for number, (video, path) in enumerate(
+                zip(document["videos"], [video["video_path"] for video in document["videos"]][::-1], strict=True)
+            )
+        ],
+    )
+    report, _ = run(folder, tmp_path / "out", views="wide", **ANY)
+    assert report.views == "0 | 1 | 2"
 
 
 @pytest.mark.parametrize(

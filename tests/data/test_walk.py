@@ -83,6 +83,7 @@ def test_what_is_not_read_is_named_with_its_reason(tmp_path: Path) -> None:
     adds_up(report)
     assert report.files["left_out"] == {
         "a kind that is not read (.bin)": 1,
+        "a kind that is not read (.md)": 1,
         "a kind that is not read (.wav)": 1,
         "a link to nothing": 1,
         "a tar, which the format folder does not read: try --format webdataset": 1,
@@ -281,6 +282,25 @@ def test_what_a_mac_hides_in_a_tar_is_no_recording(tmp_path: Path) -> None:
     report = import_dataset(tmp_path / "in", tmp_path / "out", lenient(error_budget=0.0))
     adds_up(report)
     assert captions_of(report) == ["first"] * 2 and report.unread == (("0.tar:.* (2)", "hidden members"),)
+
+
+def test_members_that_nobody_asks_for_make_no_recording(tmp_path: Path) -> None:
+    """Also pickles, which are never read, and tars that hold nothing else, or nothing."""
+    others = [("a.pkl", b"x"), ("p.pkl", b"x"), ("q.cls", b"1"), ("q.cls", b"2"), ("README", b"x")]
+    put_tar(tmp_path / "in/0.tar", [("a.mp4", FILMS[0]), ("a.txt", b"first"), *others])
+    put_tar(tmp_path / "in/1.tar", [("x.npz", b"x")])
+    put_tar(tmp_path / "in/2.tar", [])
+    report = import_dataset(tmp_path / "in", tmp_path / "out", lenient(error_budget=0.0))
+    adds_up(report)
+    assert captions_of(report) == ["first"] * 2 and not report.unusable
+    assert report.unread == (
+        ("1.tar", "a tar without a member that is read"),
+        ("2.tar", "a tar without members"),
+        ("0.tar:*. (1)", "members that are not read (.)"),
+        ("0.tar:*.cls (2)", "members that are not read (.cls)"),
+        ("0.tar:*.pkl (2)", "members that are not read (.pkl)"),
+        ("1.tar:*.npz (1)", "members that are not read (.npz)"),
+    )
 
 
 def test_tars_deeper_down_and_loose_videos_beside_tars(tmp_path: Path) -> None:

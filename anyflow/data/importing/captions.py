@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from anyflow.data.decode import DecodeError
 from anyflow.data.importing.options import ImportOptions
-from anyflow.data.importing.recording import Found, Recording, Unread, Unusable
+from anyflow.data.importing.recording import Found, LeftOut, Recording, Unread, Unusable, VideoFile
 from anyflow.data.importing.walk import stem_of
 from anyflow.data.safety import clean_captions, within
-from anyflow.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, pick, read_rows
+from anyflow.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, TABLES, pick, read_rows, require_utf8
 from anyflow.errors import UserError
 
 DEFAULTS = {
@@ -34,35 +36,85 @@ class CaptionFile:
         name: of the file.
         rows: what a row calls its recording -> its captions, as they stand there.
         bare: numbers of the lines that have no caption.
+        paths: the rows that name a file with its folder: each is of that one alone.
     """
 
-    def __init__(self, name: str, rows: Mapping[str, Sequence[Any]], bare: Sequence[int] = ()) -> None:
-        self.name, self.rows, self.bare = name, rows, bare
-        self._by_stem = {stem_of(row): row for row in reversed(list(rows))}
+    def __init__(
+        self,
+        name: str,
+        rows: Mapping[str, Sequence[Any]],
+        bare: Sequence[int] = (),
+        paths: Container[str] = (),
+    ) -> None:
+        self.name, self.rows, self.bare, self.paths = name, rows, bare, paths
 
-    def row_of(self, recording: str) -> str | None:
-        """The row of a recording: by its whole name, else by its last part, with a video's suffix or without."""
-        for name in (recording, Path(recording).name):
-            row = name if name in self.rows else self._by_stem.get(name)
+    def matched(self, found: Iterable[Found]) -> dict[str, str]:
+        """Recording -> its row: one of its whole name, with a video's suffix or without; else of its last part.
+
+        A row that is some recording's whole name stands for no other, nor does one that is a path.
+        """
+        names = {item.name: _called(item) for item in found if not isinstance(item, Unread)}
+        whole = _Rows(self.rows)
+        exact = {name: row for name, called in names.items() if (row := whole.of(called)) is not None}
+        taken = set(exact.values())
+        last = _Rows(row for row in self.rows if row not in taken and row not in self.paths)
+        for name, called in names.items():
+            row = exact.get(name) or last.of([call.rpartition("/")[2] for call in called])
             if row is not None:
-                return row
-        return None
+                exact[name] = row
+        return exact
 
     def notes(self, found: Iterable[Found]) -> Iterator[str]:
         """What is to be told of it: rows that name no recording, rows that name several, rows without a caption."""
-        uses = dict.fromkeys(self.rows, 0)
-        for item in found:
-            row = None if isinstance(item, Unread) else self.row_of(item.name)
-            if row is not None:
-                uses[row] += 1
-        for rows, what in (
-            ([row for row, count in uses.items() if count == 0], "that name no recording"),
-            ([row for row, count in uses.items() if count > 1], "that stand for several recordings each"),
-            ([f"line {number}" for number in self.bare], "without a caption"),
-        ):
-            if rows:
-                more = ", ..." if len(rows) > NAMED else ""
-                yield f"--captions {self.name}: rows {what}: {len(rows)} ({', '.join(rows[:NAMED])}{more})"
+        uses = Counter(self.matched(found).values())
+        yield from self.idle(uses)
+        yield from self._note([row for row in self.rows if uses[row] > 1], "that stand for several recordings each")
+        yield from self._note([f"line {number}" for number in self.bare], "without a caption")
+
+    def idle(self, used: Container[str]) -> Iterator[str]:
+        """The rows that name no recording, in words."""
+        yield from self._note([row for row in self.rows if row not in used], "that name no recording")
+
+    def _note(self, rows: Sequence[str], what: str) -> Iterator[str]:
+        if rows:
+            more = ", ..." if len(rows) > NAMED else ""
+            yield f"--captions {self.name}: rows {what}: {len(rows)} ({', '.join(rows[:NAMED])}{more})"
+
+
+class _Rows:
+    """Rows by what they call their recordings: as they stand there before any other spelling of them.
+
+    An accent is one character or two: disks and tables differ in that.
+    """
+
+    def __init__(self, rows: Iterable[str]) -> None:
+        self._rows: dict[str, str] = {}
+        self._stems: dict[str, str] = {}
+        listed = list(rows)
+        for spelt in (str, _composed):
+            for row in listed:
+                self._rows.setdefault(spelt(row), row)
+                self._stems.setdefault(spelt(stem_of(row)), row)
+
+    def of(self, called: Sequence[str]) -> str | None:
+        """The row of a recording, by what it may be called."""
+        for rows in (self._rows, self._stems):
+            for name in called:
+                row = rows.get(name) or rows.get(_composed(name))
+                if row is not None:
+                    return row
+        return None
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _called(item: Recording | Unusable | LeftOut) -> list[str]:
+    """What a row may call a recording: its file's name before its own, where it is one file."""
+    footage = item.footage
+    suffix = Path(footage.path).suffix if isinstance(footage, VideoFile) and footage.size is None else ""
+    return [f"{item.name}{suffix}", item.name] if suffix and not item.name.endswith(suffix) else [item.name]
 
 
 @dataclass(frozen=True)
@@ -96,28 +148,35 @@ class Captions:
                 raise UserError(f"--caption {self.template!r}: {{{name}}} is no field's name; write fields as {{task}}")
         return names
 
-    def apply(self, found: Iterable[Found]) -> Iterator[Found]:
+    def apply(self, found: Sequence[Found]) -> Iterator[Found]:
         """Give each recording its captions; one that has none and no default, or a bad one, becomes unusable."""
         names = self.template_fields
+        rows = self.file.matched(found) if self.file is not None else {}
         for recording in found:
             if not isinstance(recording, Recording):
                 yield recording
                 continue
             try:
-                captions = clean_captions(self._captions(recording, names))
+                captions = clean_captions(self._captions(recording, names, rows))
             except DecodeError as error:
                 yield Unusable(recording.name, str(error))
                 continue
             if not captions and self.default is None:
-                yield Unusable(recording.name, "no caption")
+                yield Unusable(recording.name, f"no caption{self._no_row(recording, rows)}")
             else:
                 yield replace(recording, caption=captions if len(captions) > 1 else "".join(captions))
 
-    def _captions(self, recording: Recording, names: list[str]) -> Any:
+    def _no_row(self, recording: Recording, rows: Mapping[str, str]) -> str:
+        return f", nor a row of {self.file.name}" if self.file is not None and recording.name not in rows else ""
+
+    def why(self, found: Sequence[Found]) -> str:
+        """Rows of the file that name no recording, in words: the captions that others lack may be theirs."""
+        return "".join(self.file.idle(set(self.file.matched(found).values()))) if self.file is not None else ""
+
+    def _captions(self, recording: Recording, names: list[str], rows: Mapping[str, str]) -> Any:
         """A text, or several, not clean yet."""
-        row = self.file.row_of(recording.name) if self.file is not None else None
-        if self.file is not None and row is not None:
-            return self.file.rows[row]
+        if self.file is not None and recording.name in rows:
+            return self.file.rows[rows[recording.name]]
         own = recording.caption
         if self.template is None:
             return own
@@ -156,6 +215,7 @@ def read_captions(path: Path, source: Path) -> CaptionFile:
         UserError: it cannot be read, or names nothing.
     """
     rows: dict[str, list[Any]] = {}
+    paths: set[str] = set()
     bare: list[int] = []
     columns = ""
     try:
@@ -170,15 +230,20 @@ def read_captions(path: Path, source: Path) -> CaptionFile:
                 bare.append(number)
                 continue
             given = row[caption] if isinstance(row[caption], list | tuple) else [row[caption]]
-            rows.setdefault(_name_in(source, str(row[file])), []).extend(given)
+            require_utf8(given, f"{path.name}:{number}")
+            name = _name_in(source, str(row[file]))
+            rows.setdefault(name, []).extend(given)
+            if "/" in str(row[file]):
+                paths.add(name)
     except DecodeError as error:
-        raise UserError(f"--captions {str(path)!r}: {error}") from error
+        known = "" if path.suffix.lower() in TABLES else f"; give a table: {', '.join(TABLES)}"
+        raise UserError(f"--captions {str(path)!r}: {error}{known}") from error
     if not rows:
         raise UserError(
             f"--captions {str(path)!r} has no row with a caption (its columns: {columns or 'none'}): give a .csv, "
             f".jsonl, .json or .parquet table with the columns {FILE_COLUMNS[0]} and {CAPTION_COLUMNS[0]}"
         )
-    return CaptionFile(path.name, rows, bare)
+    return CaptionFile(path.name, rows, bare, paths)
 
 
 def _name_in(source: Path, name: str) -> str:

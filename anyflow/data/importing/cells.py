@@ -43,11 +43,11 @@ def picture_times(images: ParquetImages) -> list[float]:
     return [float(time) for time in times]
 
 
-def picture_cells(images: ParquetImages) -> Iterator[bytes]:
-    """A recording's pictures, each an image file's bytes, in the order of :func:`picture_times`.
+def picture_cells(images: ParquetImages) -> Iterator[bytes | DecodeError]:
+    """A recording's pictures, each an image file's bytes or why it has none, in the order of :func:`picture_times`.
 
     Raises:
-        DecodeError: while iterating, where one cannot be read.
+        DecodeError: while iterating, where the table cannot be read.
     """
     import pyarrow.parquet as parquet
 
@@ -61,7 +61,7 @@ def picture_cells(images: ParquetImages) -> Iterator[bytes]:
                     for batch in file.iter_batches(BATCH, [group], [images.column]):
                         wanted = rows[(rows >= first) & (rows < first + len(batch))] - first
                         for value in batch.column(0).take(wanted).to_pylist():
-                            yield _bytes_of(value, Path(images.root))
+                            yield _bytes_or_why(value, Path(images.root))
                         first += len(batch)
                 first = last
     except (OSError, ValueError, LookupError) as error:
@@ -88,6 +88,13 @@ def _column(path: str, row_group: int, column: str) -> Any:
 
     with parquet.ParquetFile(path) as file:
         return file.read_row_group(row_group, [column]).column(column)
+
+
+def _bytes_or_why(value: Any, home: Path) -> bytes | DecodeError:
+    try:
+        return _bytes_of(value, home)
+    except DecodeError as error:
+        return error
 
 
 def _bytes_of(value: Any, home: Path) -> bytes:

@@ -109,6 +109,8 @@ def cut(
         DecodeError: while iterating, where the footage is damaged; the clips before it are good.
     """
     check_tracks(tracks)
+    for text in recording.notes:
+        report.note(recording.name, text)
     number, left_out = 0, 0
     for window, times, thumbs in _windows(recording, cutting, report):
         motion = float(np.abs(np.diff(thumbs, axis=0)).mean())

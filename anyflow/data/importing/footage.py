@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import av
 import numpy as np
 
-from anyflow.data.decode import DecodeError, frame_starts, open_stream, timed_frames
-from anyflow.data.frame_times import ODDITIES, PAUSE, Clock, Shown, Stamp, decide, follow, resampled
+from anyflow.data.decode import DecodeError, films, frame_starts, open_stream, timed_frames
+from anyflow.data.frame_times import HEAD, ODDITIES, PAUSE, Clock, Shown, Stamp, decide, follow, resampled
 from anyflow.data.importing.cells import picture_cells, picture_times, read_cell
 from anyflow.data.importing.recording import Footage, ImageFiles, ParquetCell, ParquetImages, Recording, VideoFile
 from anyflow.data.picture import MIN_SIDE, FrameFitter, Note, progressive, require_footage, shown_size
@@ -110,14 +111,27 @@ def _probed_pictures(recording: Recording, images: ImageFiles | ParquetImages) -
     times, sources = _pictures_of(images)
     if len(times) < 2 or max(times) <= times[0]:
         raise DecodeError("it has fewer than two pictures")
-    source = next(iter(sources))
-    with _opened(source, None) as (container, stream):
-        picture = _only(source, container, stream)
-        require_footage(picture)
-        height, width = shown_size(stream, picture)
+    height, width = _size(sources)
     end = max(times) if recording.end is None else recording.end
     clock = _picture_clock(_microseconds(times))
     return Facts(float(clock.rate), height, width, end - max(times[0], recording.start))
+
+
+def _size(sources: Iterable[str | bytes | DecodeError]) -> tuple[int, int]:
+    """(height, width) of the first picture that can be read, of the first ones.
+
+    Raises:
+        DecodeError: none of them can.
+    """
+    broken: Exception = DecodeError("it has no pictures")
+    for number, source in enumerate(islice(sources, HEAD)):
+        try:
+            with _opened_picture(source, number) as (picture, stream):
+                require_footage(picture)
+                return shown_size(stream, picture)
+        except DamagedPictureError as error:
+            broken = broken if isinstance(broken, DamagedPictureError) else error
+    raise broken
 
 
 def frames_at(
@@ -171,6 +185,8 @@ def _shown(recording: Recording, container: Any, stream: Any, note: Note) -> Ite
     _compare_rates(clock, recording.stated_fps)
     for text in clock.notes:
         note(text)
+    if len(films(container)) > 1:
+        note("further video streams in the file: the first one was taken")
     wanted = None if recording.end is None else recording.end - recording.start
     interval = float(1 / clock.rate)
     reached = 0.0
@@ -194,14 +210,15 @@ def _compare_rates(clock: Clock, stated: float | None) -> None:
 
 
 def _seconds(stream: Any) -> float | None:
-    """How long a stream is, as its header says; Matroska has it as a text."""
+    """How long a stream is, as its header says; Matroska has the time of its end, as a text."""
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
     try:
         hours, minutes, seconds = map(float, stream.metadata["DURATION"].split(":"))
     except (KeyError, ValueError):
         return None
-    return 3600 * hours + 60 * minutes + seconds
+    begin = float(stream.start_time * stream.time_base) if stream.start_time and stream.time_base else 0.0
+    return max(0.0, 3600 * hours + 60 * minutes + seconds - begin)
 
 
 def _shown_images(
@@ -212,15 +229,27 @@ def _shown_images(
     stamps = _microseconds(times)
     clock = _picture_clock(stamps)
     wanted = None if recording.end is None else recording.end - recording.start
-    shown = follow(zip(sources, stamps, strict=True), clock, round(recording.start / MICROSECOND))
-    for source, start, until, why in _until(wanted, shown, float(1 / clock.rate)):
+    numbered = zip(enumerate(sources), stamps, strict=True)
+    shown = follow(numbered, clock, round(recording.start / MICROSECOND))
+    first_damage: Exception | None = None
+    is_after = any_shown = False
+    for (number, source), start, until, why in _until(wanted, shown, float(1 / clock.rate)):
         if until <= 0:
+            continue
+        try:
+            with _opened_picture(source, number) as (picture, _):
+                pass
+        except DamagedPictureError as error:
+            if first_damage is None:
+                note(f"{ODDITIES['damaged']}; the first: {error}")
+            first_damage, is_after = first_damage or error, True
             continue
         if why:
             note(ODDITIES[why])
-        with _opened(source, None) as (container, stream):
-            picture = _only(source, container, stream)
-        yield Shown(picture, start, until, why)
+        yield Shown(picture, start, until, "damaged" if is_after else why)
+        any_shown, is_after = True, False
+    if first_damage is not None and not any_shown:
+        raise first_damage
 
 
 def _until(end: float | None, shown: Iterator[Shown[T]], interval: float) -> Iterator[Shown[T]]:
@@ -242,19 +271,37 @@ def _microseconds(times: Sequence[float]) -> list[int]:
     return [round(time / MICROSECOND) for time in times]
 
 
-def _pictures_of(images: ImageFiles | ParquetImages) -> tuple[Sequence[float], Iterable[str | bytes]]:
-    """(their seconds, the file of each or its bytes)."""
+def _pictures_of(images: ImageFiles | ParquetImages) -> tuple[Sequence[float], Iterable[str | bytes | DecodeError]]:
+    """(their seconds, the file of each or its bytes, or why it has none)."""
     if isinstance(images, ImageFiles):
         return images.times, images.paths
     return picture_times(images), picture_cells(images)
 
 
-def _only(source: str | bytes, container: Any, stream: Any) -> av.VideoFrame:
-    """The picture of an image file."""
-    picture: av.VideoFrame | None = next(iter(container.decode(stream)), None)
-    if picture is None:
-        raise DecodeError(f"{Path(source).name if isinstance(source, str) else 'a cell'} holds no picture")
-    return picture
+class DamagedPictureError(DecodeError):
+    """One of a recording's pictures cannot be read."""
+
+
+@contextmanager
+def _opened_picture(source: str | bytes | DecodeError, number: int) -> Iterator[tuple[av.VideoFrame, Any]]:
+    """(the picture of an image file, the stream that it is of), for the recording's picture of that number.
+
+    Raises:
+        DamagedPictureError: it cannot be read.
+    """
+    where = f"{Path(source).name}" if isinstance(source, str) else f"row {number}"
+    with ExitStack() as stack:
+        try:
+            if isinstance(source, DecodeError):
+                raise source
+            container, stream = stack.enter_context(_opened(source, None))
+            picture: av.VideoFrame | None = next(iter(container.decode(stream)), None)
+        except (DecodeError, av.FFmpegError, ValueError, OSError) as error:
+            why = first_line(error).replace(" '<none>'", "").removesuffix(":")
+            raise DamagedPictureError(f"{where} holds no picture ({why})") from error
+        if picture is None:
+            raise DamagedPictureError(f"{where} holds no picture")
+        yield picture, stream
 
 
 def _source(footage: Footage) -> str | bytes:

@@ -75,7 +75,7 @@ class ShardResult:
     Attributes:
         digest: the job's. shard: None if no clip came of it.
         prints: of the shard's clips, uint8 [N, D].
-        unusable: recordings that could not be read, or not to their end.
+        unusable: recordings that gave no clip, for they could not be read.
         dropped: clips left out, by reason. scenes: cuts seen.
         attributes: label -> its values, up to MOST_VALUES + 1 of them.
         controls: those that at least one clip has.
@@ -175,8 +175,10 @@ class _Writer:
         except NotColourError as error:
             self.without[recording.name] = str(error)
         except (DecodeError, UserError, *PARSE_ERRORS) as error:
-            after = f" after {clips} good clips" if clips else ""
-            self.unusable.append(Unusable(recording.name, first_line(error) + after))
+            if clips:
+                self.report.note(recording.name, f"broken off after clips that were taken: {first_line(error)}")
+            else:
+                self.unusable.append(Unusable(recording.name, first_line(error)))
 
     def _remember(self, attributes: Mapping[str, Any], controls: Mapping[str, Any]) -> None:
         self.controls.update(controls)

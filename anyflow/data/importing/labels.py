@@ -74,7 +74,10 @@ def controls_at(tracks: Mapping[str, Track], times: np.ndarray) -> dict[str, Any
 
 
 def _span(track: Track, times: np.ndarray) -> tuple[int, int]:
-    """Places of the first and last value that a clip needs. A value holds as long as it usually is to the next one."""
+    """Places of the first and last value that a clip needs.
+
+    A value holds until the next one; before a pause, and at the end, as long as it usually is to the next one.
+    """
     steps = np.diff(track.times)
     usual = max(float(np.median(steps)) if len(steps) else 0.0, 2 * CLOCK_ERROR)
     begin, end = float(times[0]), float(times[-1])
@@ -84,7 +87,9 @@ def _span(track: Track, times: np.ndarray) -> tuple[int, int]:
     if begin <= track.times[0] - usual + CLOCK_ERROR or end >= track.times[-1] + usual - CLOCK_ERROR:
         raise NoLabelError("beyond the labels")
     first, last = max(first, 0), max(last, 0)
-    if (steps[first:last] > PAUSE * usual + CLOCK_ERROR).any():
+    pauses = steps > PAUSE * usual + CLOCK_ERROR
+    outlived = pauses[last : last + 1].any() and end >= track.times[last] + usual - CLOCK_ERROR
+    if pauses[first:last].any() or outlived:
         raise NoLabelError("across a pause of the labels")
     return first, last
 

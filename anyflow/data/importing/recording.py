@@ -104,6 +104,11 @@ def files_of(footage: Footage) -> Iterator[str]:
         yield footage.path
 
 
+def by_number(name: str) -> list[Any]:
+    """Sorts names as people do: camera 2 before camera 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
 @dataclass(frozen=True)
 class Track:
     """One control over a recording's time.
@@ -139,6 +144,7 @@ class Recording:
         clock: seconds after the moment's beginning at which this recording starts.
         split: "train" or "heldout", if the source says so itself.
         fields: plain values, for caption templates and as the clips' labels.
+        notes: what had to be guessed of it, in words.
         details: what the importer's ``controls`` needs again; nobody else looks into it.
     """
 
@@ -154,6 +160,7 @@ class Recording:
     clock: float = 0.0
     split: str | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -13,11 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from anyflow.data.card import CARD_NAME
 from anyflow.data.clip import SPLITS
 from anyflow.data.decode import DecodeError
+from anyflow.data.faults import NotColourError
 from anyflow.data.importing.captions import DEFAULTS, Captions, captions_of, notes_on
 from anyflow.data.importing.cutting import Cutting
 from anyflow.data.importing.finish import REPORT_NAME, Import, ImportReport, assemble, write_report
@@ -39,6 +41,8 @@ from anyflow.system.pool import LocalEngine
 CLIPS_PER_JOB = 100
 PROBED = 8
 """Recordings whose length is looked up to guess how many make a shard."""
+HEADERS = 1000
+"""Recordings whose headers are looked at when an import stops, for others that cannot be used."""
 NAMED = 5
 
 
@@ -131,7 +135,7 @@ def _import(
     files = None if options.limit else survey(folder, format, found)
     recordings, unusable = _choose(captions.apply(found), options)
     total = len(recordings) + len(unusable)
-    enforce(unusable, total, options.error_budget, work)
+    enforce(unusable, total, options.error_budget, work, captions.why(found))
     if not recordings:
         raise UserError(f"source {str(source)!r} holds no recordings ({format}: {module.LOOKS_FOR})")
     cutting, facts = _cutting(recordings, options)
@@ -321,16 +325,35 @@ def _run(
             left = seconds / read * (of - done - read)
             if progress is not None:
                 progress(Progress(done + read, of, clips + made, made / seconds, left))
+            if len(bad) > options.error_budget * total:
+                bad += _further_bad(jobs, known)
             enforce(bad, total, options.error_budget, job.work)
     return [result for result in known if result is not None]
+
+
+def _further_bad(jobs: Sequence[ShardJob], known: Sequence[ShardResult | None]) -> Iterator[Unusable]:
+    """Those of the recordings not read yet whose headers are bad: an import that stops names them with the others."""
+    left = (
+        recording for job, result in zip(jobs, known, strict=True) if result is None for recording in job.recordings
+    )
+    for recording in islice(left, HEADERS):
+        try:
+            probe(recording)
+        except NotColourError:
+            continue
+        except DecodeError as error:
+            yield Unusable(recording.name, str(error))
 
 
 def _count(result: ShardResult) -> int:
     return len(result.shard.samples) if result.shard else 0
 
 
-def enforce(unusable: Sequence[Unusable], total: int, budget: float, work: Path) -> None:
+def enforce(unusable: Sequence[Unusable], total: int, budget: float, work: Path, why: str = "") -> None:
     """Compare the unusable recordings with all of them.
+
+    Args:
+        why: what may be behind it, in words.
 
     Raises:
         UserError: there are more than the budget allows; the first are named, and all of them in a file.
@@ -341,7 +364,8 @@ def enforce(unusable: Sequence[Unusable], total: int, budget: float, work: Path)
     write_report(report, {"unusable": [[item.name, item.reason] for item in unusable]})
     named = "; ".join(f"{item.name[:200]} ({item.reason})" for item in unusable[:NAMED])
     rest = f"; and {len(unusable) - NAMED} more, all in {str(report)!r}" if len(unusable) > NAMED else ""
+    behind = f"; {why}" if why else ""
     raise UserError(
         f"{len(unusable)} of {total} recordings cannot be used, more than --error-budget {budget:g} allows: "
-        f"{named}{rest}; mend them or raise the budget, and start again with the same words to go on"
+        f"{named}{rest}{behind}; mend them or raise the budget, and start again with the same words to go on"
     )

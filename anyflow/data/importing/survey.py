@@ -15,7 +15,9 @@ from anyflow.data.importing.walk import is_video, stem_of, walk
 from anyflow.system.pool import batches
 
 ARCHIVES = ".zip .7z .rar .gz .tgz .bz2 .tbz2 .xz .txz .zst .lz4 .br .cab .iso"
-DESCRIPTIONS = ".txt .caption .text .cap .json .jsonl .csv .tsv .parquet .md .rst .html .xml .yaml .yml .toml"
+DESCRIPTIONS = ".txt .caption .text .cap .json .jsonl .csv .tsv .parquet"
+README = "README.md"
+"""Of the source's own folder: its licence is read."""
 KNOWN = ".wav .mp3 .m4a .m4b .flac .aac .ogg .jpg .jpeg .png .webp .bmp .tif .tiff .heic .avif .srt .vtt .npy .npz"
 """Kinds that are no videos, whatever they begin with."""
 THREADS, AT_ONCE = 16, 64
@@ -77,7 +79,7 @@ def survey(folder: Path, format: str, found: Sequence[Found]) -> Survey:
         is_bad = bad & {name, stem, name.partition("/")[2], stem.partition("/")[2]}  # some formats leave a folder out
         can_hold = is_video(met.path) or met.path.suffix.lower() == ".tar"
         is_footage = str(met.path) in footage or bool(is_bad and can_hold and name not in told)
-        reason = met.left or told.pop(name, "") or ("" if is_footage else _why_not(met.path, format))
+        reason = met.left or told.pop(name, "") or ("" if is_footage or name == README else _why_not(met.path, format))
         if reason:
             left_out[reason] += 1
             unread += [Unread(name, reason)] if left_out[reason] <= NAMED else []
@@ -116,7 +118,7 @@ def _why_not(path: Path, format: str) -> str:
     suffix = path.suffix.lower()
     if is_video(path):
         return f"a video that the format {format} does not read"
-    if suffix == ".tar":
+    if suffix == ".tar" and format != "webdataset":
         return f"a tar, which the format {format} does not read: try --format webdataset"
     if suffix and suffix in ARCHIVES.split():
         return "an archive, which is not opened: unpack it"

@@ -19,7 +19,7 @@ import numpy as np
 from anyflow.data.decode import DecodeError
 from anyflow.data.importing import footage
 from anyflow.data.importing.footage import Facts, Moment
-from anyflow.data.importing.recording import Found, ImageFiles, LeftOut, Recording, Unusable, Views
+from anyflow.data.importing.recording import Found, ImageFiles, LeftOut, Recording, Unusable, Views, by_number
 from anyflow.errors import UserError
 
 APART, WIDE, GRID = "apart", "wide", "grid"
@@ -56,7 +56,7 @@ def together(found: Iterable[Found], views: str, cameras: Sequence[str]) -> Iter
             damaged.setdefault(item.name.rpartition("/")[0] or item.name, []).append(item)
         else:
             yield item
-    names, columns = _layout(views, cameras, list(dict.fromkeys(name for seen in moments.values() for name in seen)))
+    names, columns = _layout(views, cameras, _all_cameras(moments.values()))
     everything = views in (WIDE, GRID) and not cameras
     for moment, seen in moments.items():
         bad = damaged.pop(moment, [])
@@ -66,6 +66,20 @@ def together(found: Iterable[Found], views: str, cameras: Sequence[str]) -> Iter
             yield from bad
     for items in damaged.values():
         yield from items
+
+
+def _all_cameras(moments: Iterable[Mapping[str, list[Recording]]]) -> list[str]:
+    """The cameras of all moments: in the order of a moment that has all, so that no damaged one shapes the others; by
+    name where none has.
+    """
+    fullest: list[str] = []
+    known: set[str] = set()
+    for seen in moments:
+        known.update(seen)
+        fullest = list(seen) if len(seen) > len(fullest) else fullest
+    if known <= set(fullest):
+        return fullest
+    return sorted(known, key=by_number)
 
 
 def _layout(views: str, cameras: Sequence[str], known: Sequence[str]) -> tuple[list[str], int]:
@@ -123,6 +137,7 @@ def _moment(
             fps=None,
             camera="+".join(names),
             clock=start,
+            notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
         )
 
 

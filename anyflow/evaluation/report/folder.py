@@ -19,6 +19,7 @@ from anyflow.evaluation.report.plot import Line, Panel, save_panels
 from anyflow.evaluation.report.tables import (
     COLUMNS,
     WHOLE_CARS,
+    asked_of,
     check_comparable,
     comparison_markdown,
     comparison_text,
@@ -50,7 +51,7 @@ def plot_curve(path: Path, before: Curve | None, after: Curve) -> None:
     curves = [(style, curve) for style, curve in enumerate((before, after)) if curve is not None]
     panels = [_panel(column, title, curves) for column, title in columns]
     panels.append(_panel(COLUMNS[2], "sliced Wasserstein against time\n(lower is better)", curves, against_time=True))
-    save_panels(path, [panels], f"Quality against the number of steps: {after.domain}, {after.clips} held-out prompts")
+    save_panels(path, [panels], f"Quality against the number of steps: {asked_of(after, 'held-out prompts')}")
 
 
 def _panel(column: Figure, title: str, curves: Sequence[tuple[int, Curve]], against_time: bool = False) -> Panel:

@@ -150,7 +150,12 @@ def _title(before: Curve | None, after: Curve) -> str:
     noise = f"{len(after.all_seeds)} seeds of noise, the same" if len(after.all_seeds) > 1 else "the same noise"
     scales = list(dict.fromkeys(f"{curve.guidance_scale:g}" for curve in (before, after) if curve is not None))
     guidance = f", guidance {' → '.join(scales)}" if scales != ["1"] else ""
-    return f"Any-step curve{pair}: {after.domain}, {after.clips} prompts, {noise} at every step count{guidance}"
+    return f"Any-step curve{pair}: {asked_of(after, 'prompts')}, {noise} at every step count{guidance}"
+
+
+def asked_of(curve: Curve, prompts: str) -> str:
+    """A curve's domain, if its clips tell theirs, and the number of its ``prompts``."""
+    return ", ".join(filter(None, [curve.domain, f"{curve.clips} {prompts}"]))
 
 
 def comparison_text(before: Curve | None, after: Curve) -> str:

@@ -13,7 +13,7 @@ from anyflow.data.decode import DecodeError
 from anyflow.data.importing.recording import Found, Recording, Track, Unread, Unusable, VideoFile
 from anyflow.data.importing.walk import is_video, stem_of, walk, walk_videos
 from anyflow.data.safety import clean_captions, lines_of, parse_json, read_text, within
-from anyflow.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, pick, read_rows
+from anyflow.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, pick, read_rows, require_utf8
 
 LOOKS_FOR = (
     "videos (.mp4, .mov, ...) with a.txt beside a.mp4, a metadata.csv, .jsonl or .json, or captions.txt and videos.txt"
@@ -44,12 +44,13 @@ class _Files:
         """A path as it is told, from the source's folder on."""
         return path.relative_to(self.folder).as_posix()
 
-    def recording(self, video: Path, caption: Any, fields: Mapping[str, Any]) -> Recording:
+    def recording(self, video: Path, caption: Any, fields: Mapping[str, Any], notes: tuple[str, ...] = ()) -> Recording:
         """A recording, called by its file without the suffix, unless another video beside it is called the same."""
         stem = video.with_name(stem_of(video.name))
         name = self.relative(video if len(self.videos.get(stem, [])) > 1 else stem)
         split = split_of(video.relative_to(self.folder))
-        return Recording(name, name, VideoFile(str(video)), caption=caption, split=split, fields=dict(fields))
+        footage = VideoFile(str(video))
+        return Recording(name, name, footage, caption=caption, split=split, fields=dict(fields), notes=notes)
 
 
 def detect(folder: Path) -> bool:
@@ -117,7 +118,13 @@ def _table(files: _Files, path: Path) -> Iterator[Found]:
             yield Unusable(place, f"no column {FILE_COLUMNS[0]!r} (it has {', '.join(map(str, row))[:200] or 'none'})")
             continue
         described = {name: value for name, value in row.items() if name != file}
-        yield _named(files, path.parent, str(row[file]), _caption(described), _fields(described))
+        caption = _caption(described)
+        try:
+            require_utf8(caption, place)
+        except DecodeError as error:
+            yield Unusable(str(row[file])[:200], str(error))
+            continue
+        yield _named(files, path.parent, str(row[file]), caption, _fields(described))
 
 
 def _lists(files: _Files, path: Path) -> Iterator[Found]:
@@ -194,19 +201,42 @@ def _plain(files: _Files, place: Path) -> Iterator[Found]:
             yield Unread(files.relative(place / name), "a text without a video of its name")
 
 
-def _beside(place: Path, names: list[str]) -> tuple[Any, dict[str, Any]]:
-    """(caption, fields) of the files that lie beside a video, the one that counts first."""
-    caption, fields = None, dict[str, Any]()
+def _beside(place: Path, names: list[str]) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
+    """(caption, fields, notes) of the files that lie beside a video, the one that counts first."""
+    caption, fields, notes, taken = None, dict[str, Any](), tuple[str, ...](), ""
     for name in names:
         text = read_text(place / name)
-        if not name.lower().endswith(".json"):
-            caption = caption or text
-            continue
-        described = parse_json(text, name)
-        if not isinstance(described, dict):
-            raise DecodeError(f"{name} holds no JSON object")
-        caption, fields = caption or _caption(described), {**_fields(described), **fields}
-    return caption, fields
+        kind = os.path.splitext(name)[1].lower()
+        given: Any = text
+        if kind == ".json":
+            document = described(parse_json(text, name), name)
+            given, fields = _caption(document), {**_fields(document), **fields}
+        if not caption:
+            caption, taken = given, kind
+        else:
+            notes += other_caption(caption, taken, given, kind)
+    return caption, fields, notes
+
+
+def described(document: Any, name: str) -> dict[str, Any]:
+    """What a JSON document beside a video says of it: an object; a text or a list of texts is its captions.
+
+    Raises:
+        DecodeError: it is anything else; ``name`` is said of it.
+    """
+    if isinstance(document, dict):
+        return document
+    if isinstance(document, str) or (isinstance(document, list) and all(isinstance(text, str) for text in document)):
+        return {"captions": document}
+    raise DecodeError(f"{name} holds no JSON object, and no list of texts")
+
+
+def other_caption(taken: Any, kind: str, given: Any, other: str) -> tuple[str, ...]:
+    """What is to be told where another file beside a video has another caption than the one that was taken."""
+    theirs = clean_captions(given)
+    if not theirs or theirs == clean_captions(taken):
+        return ()
+    return (f"captions beside a video that differ in {kind} and {other}: that of {kind} was taken",)
 
 
 def _caption(row: Mapping[str, Any]) -> Any:

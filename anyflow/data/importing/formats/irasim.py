@@ -22,7 +22,7 @@ from anyflow.data.decode import DecodeError
 from anyflow.data.importing.footage import starts_of
 from anyflow.data.importing.formats.folder import split_of
 from anyflow.data.importing.labels import rows_of
-from anyflow.data.importing.recording import Found, Recording, Track, Unusable, VideoFile
+from anyflow.data.importing.recording import Found, Recording, Track, Unusable, VideoFile, by_number
 from anyflow.data.safety import find_pickles, inside, read_json_object
 
 LOOKS_FOR = "annotation/[SPLIT/]ID.json with videos or a video_path"
@@ -193,7 +193,7 @@ def _path_of(video: Mapping[str, Any]) -> str:
 
 
 def _cameras(videos: list[Mapping[str, Any]], episode: set[str]) -> dict[str, str]:
-    """Camera -> its video's path, of those that the episode has; the others keep their place in the list, empty.
+    """Camera -> its video's path, of those that the episode has, by name; the others keep their place in the list.
 
     A camera's name is the annotation's, else what its path has behind the episode or before it, else its place.
     """
@@ -207,7 +207,8 @@ def _cameras(videos: list[Mapping[str, Any]], episode: set[str]) -> dict[str, st
         names.append(str(video.get("camera") or "_".join([part for part in around if part != "rgb"] or around)))
     if len(videos) > 1 and len({*names, ""}) <= len(names):
         names = [str(place) for place in here]
-    return {name: _path_of(video) for name, video in zip(names, here.values(), strict=True)}
+    paths = {name: _path_of(video) for name, video in zip(names, here.values(), strict=True)}
+    return {name: paths[name] for name in sorted(paths, key=by_number)}
 
 
 def _below_videos(name: str) -> PurePosixPath:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import math
 import re
+import string
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -42,10 +43,15 @@ CONTROLS: dict[str, Control | str] = {
 TRACKS = {"actions": ("action", "actions"), "state": ("observation.state", "state")}
 """Control -> its feature, as LeRobot's own data sets name it and as others do."""
 AT: dict[str, Literal["frame", "transition"]] = {"actions": "transition", "state": "frame"}
-COLUMNS = ("timestamp", "episode_index", *(name for names in TRACKS.values() for name in names))
+COLUMNS = ("timestamp", "episode_index", "task_index", *(name for names in TRACKS.values() for name in names))
 CHUNK = 1000
 """Episodes of a chunk in v2, unless info.json has ``chunks_size``."""
 PICTURES = ("video", "image")
+DAMAGED = (DecodeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+JOINED = "several tasks, and no task_index of the rows that tells which is when: every clip has all of them"
+
+PLAIN_FORMAT = re.compile(r"0?\d{0,2}d?")
+"""Of a number in a path: ``03d``."""
 
 log = logging.getLogger(__name__)
 
@@ -75,14 +81,30 @@ def recordings(folder: Path) -> Iterator[Found]:
             try:
                 place = f"episode_{int(episode['episode_index']):06d}"
                 recording = _recording(folder, layout, episode, place, camera)
-                is_depth = camera in layout.depth
-                yield LeftOut(recording.name, "a depth map", recording.footage) if is_depth else recording
-            except (DecodeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+                if camera in layout.depth:
+                    yield LeftOut(recording.name, "a depth map", recording.footage)
+                else:
+                    yield from _by_task(folder, recording, episode["tasks"])
+            except DAMAGED as error:
                 yield Unusable(f"{place}/{_plain(camera)}", f"its description is damaged ({error!r})"[:300])
 
 
 def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
-    """Actions and state at the episode's time stamps."""
+    """Actions and state at the times of the pictures that their rows belong to."""
+    rows, times = _rows_of(recording)
+    first, last = recording.details.get("rows", (0, len(rows)))
+    taken = _table(recording.details["table"]).take(rows[first:last])
+    times = times[first:last] - (times[first] if first else 0.0)
+    present = _present(taken.column_names)
+    return {name: Track(times, rows_of(column, taken.column(column).to_pylist())) for name, column in present.items()}
+
+
+def _rows_of(recording: Recording) -> tuple[np.ndarray, np.ndarray]:
+    """(numbers of an episode's rows in its table, their seconds).
+
+    Raises:
+        DecodeError: rows are missing, or are not of the video's frames one by one.
+    """
     table = _table(recording.details["table"])
     for name in ("timestamp", "episode_index"):
         if name not in table.column_names:
@@ -91,13 +113,71 @@ def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
     length = recording.details["length"]
     if isinstance(length, int) and len(rows) != length:
         raise DecodeError(f"its table has {len(rows)} rows, its description {length} frames")
-    taken = table.take(rows)
-    times = rows_of("timestamp", taken.column("timestamp").to_pylist())
+    times = rows_of("timestamp", table.column("timestamp").take(rows).to_pylist())
     bad = np.flatnonzero(~np.isfinite(times))
     if len(bad):
         raise DecodeError(f"its timestamp is no number in {len(bad)} of {len(rows)} rows, first in row {bad[0]}")
-    present = _present(table.column_names)
-    return {name: Track(times, rows_of(column, taken.column(column).to_pylist())) for name, column in present.items()}
+    fps = recording.details["fps"]
+    if fps is None:  # each row has a picture of its own
+        return rows, times
+    steady = np.arange(len(rows)) / fps
+    apart = np.flatnonzero(np.abs(times - steady) >= 0.5 / fps)
+    if len(apart):
+        row = apart[0]
+        raise DecodeError(
+            f"its timestamp is {times[row]:.6g} in row {row}, which at {fps:g} rows a second is at {steady[row]:.6g}: "
+            "which row belongs to which frame cannot be told"
+        )
+    return rows, steady
+
+
+def _by_task(folder: Path, recording: Recording, tasks: Sequence[Any]) -> Iterator[Recording]:
+    """A recording for every stretch of one task, where the episode has several."""
+    if len(tasks) < 2:
+        yield recording
+        return
+    try:
+        names = _task_names(folder)
+        rows, times = _rows_of(recording)
+        given = _table(recording.details["table"]).column("task_index").take(rows).to_pylist()
+        spoken = [names[number] for number in given]
+    except DAMAGED:
+        yield replace(recording, notes=(JOINED,))
+        return
+    begins = [row for row in range(len(spoken)) if row == 0 or spoken[row] != spoken[row - 1]]
+    for number, (first, last) in enumerate(zip(begins, [*begins[1:], len(spoken)], strict=True)):
+        stretch = replace(recording, caption=spoken[first], fields={**recording.fields, "task": spoken[first]})
+        if len(begins) > 1:
+            begin, end = (times[first] if first else 0.0), recording.end
+            if last < len(times):
+                end = recording.start + float(times[last])
+            stretch = replace(
+                stretch,
+                name=f"{recording.name}/{number:03d}",
+                start=recording.start + float(begin),
+                end=end,
+                clock=float(begin),
+                details={**recording.details, "rows": (first, last)},
+            )
+        yield stretch
+
+
+@lru_cache(maxsize=1)
+def _task_names(folder: Path) -> dict[int, str]:
+    """The tasks by their numbers: ``meta/tasks.parquet`` of v3, ``meta/tasks.jsonl`` of v2.
+
+    Raises:
+        DecodeError: there is no such table. LookupError, TypeError: it has other columns.
+    """
+    path = folder / "meta" / "tasks.parquet"
+    rows = (row for _, row in read_rows(path if path.is_file() else folder / "meta" / "tasks.jsonl"))
+    named = {}
+    for row in rows:
+        if isinstance(row, DecodeError):
+            raise row
+        text = row["task"] if "task" in row else row["__index_level_0__"]
+        named[int(row["task_index"])] = str(text)
+    return named
 
 
 def described_controls(folder: Path) -> dict[str, Control | str]:
@@ -151,7 +231,7 @@ def _layout(folder: Path) -> _Layout:
     """Read ``meta/info.json``; cameras that see depth are left out, and named."""
     try:
         info = read_json_object(folder / "meta" / "info.json")
-        version, features = str(info["codebase_version"]), info["features"]
+        version, features = f"v{str(info['codebase_version']).lower().removeprefix('v')}", info["features"]
         cameras = {name: feature["dtype"] for name, feature in features.items() if feature["dtype"] in PICTURES}
         depth = [name for name in cameras if _is_depth(features[name])]
         depth += _named_depth([name for name in cameras if name not in depth])
@@ -159,15 +239,17 @@ def _layout(folder: Path) -> _Layout:
             version,
             {name: dtype for name, dtype in cameras.items() if name not in depth},
             {name: cameras[name] for name in depth},
-            str(info.get("video_path") or ""),
-            str(info["data_path"]),
+            _plain_path(str(info.get("video_path") or "")),
+            _plain_path(str(info["data_path"])),
             int(info.get("chunks_size") or CHUNK),
             float(info["fps"]),
             str(info.get("robot_type") or "robot"),
             _held_out(info.get("splits") or {}),
         )
+        if not layout.fps > 0:
+            raise ValueError(f"fps {layout.fps:g}")
     except (DecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{str(folder)!r}: meta/info.json is damaged ({error!r}): fetch it again") from error
+        raise UserError(f"{str(folder)!r}: meta/info.json is damaged ({error if isinstance(error, DecodeError) else repr(error)}): fetch it again") from error
     if not version.startswith(("v2.", "v3.")):
         raise UserError(f"{str(folder)!r} is LeRobot {version}: v2.0, v2.1 and v3.0 are read; convert it by lerobot")
     if not layout.cameras:
@@ -217,6 +299,7 @@ def _recording(folder: Path, layout: _Layout, episode: Mapping[str, Any], place:
             start = float(episode[f"videos/{camera}/from_timestamp"])
             end = float(episode[f"videos/{camera}/to_timestamp"])
     task = "; ".join(str(task) for task in episode["tasks"])
+    counted = None if isinstance(footage, ParquetImages) else layout.fps
     return Recording(
         name=f"{place}/{_plain(camera)}",
         group=place,
@@ -228,7 +311,7 @@ def _recording(folder: Path, layout: _Layout, episode: Mapping[str, Any], place:
         camera=_plain(camera),
         split=None if layout.held_out is None else "heldout" if index in layout.held_out else "train",
         fields={"task": task, "robot": layout.robot},
-        details={"table": table, "episode": index, "length": episode.get("length")},
+        details={"table": table, "episode": index, "length": episode.get("length"), "fps": counted},
     )
 
 
@@ -283,6 +366,18 @@ def _path(template: str, episode: Mapping[str, Any], prefix: str, camera: str, c
         "file_index": episode.get(f"{prefix}file_index"),
     }
     return template.format_map(values)
+
+
+def _plain_path(template: str) -> str:
+    """A template of info.json.
+
+    Raises:
+        DecodeError: it asks for more than the value of a field. ValueError: it is malformed.
+    """
+    for _, field, format, converted in string.Formatter().parse(template):
+        if field is not None and (converted or not field.isidentifier() or not PLAIN_FORMAT.fullmatch(format or "")):
+            raise DecodeError(f"in the path {template[:200]!r} {field!r} is no plain field")
+    return template
 
 
 def _held_out(splits: Mapping[str, Any]) -> frozenset[int] | None:

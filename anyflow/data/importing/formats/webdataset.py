@@ -15,10 +15,10 @@ from anyflow.data.card import CARD_NAME, load_card
 from anyflow.data.controls import Control
 from anyflow.data.decode import DecodeError
 from anyflow.data.importing.footage import read_bytes
-from anyflow.data.importing.formats.folder import split_of
+from anyflow.data.importing.formats.folder import described, other_caption, split_of
 from anyflow.data.importing.recording import Found, LeftOut, Recording, Track, Unread, Unusable, VideoFile
 from anyflow.data.importing.walk import walk, walk_videos
-from anyflow.data.safety import MAX_TEXT_BYTES, PICKLES, VIDEO_SUFFIXES, decode_text, is_safe_name, parse_json
+from anyflow.data.safety import MAX_TEXT_BYTES, VIDEO_SUFFIXES, decode_text, is_safe_name, parse_json
 from anyflow.data.tables import CAPTION_COLUMNS, pick
 from anyflow.errors import UserError
 
@@ -44,17 +44,22 @@ def recordings(folder: Path) -> Iterator[Found]:
     for tar in tars:
         place = tar.relative_to(folder).as_posix()
         samples: dict[str, list[tuple[str, Span]]] = {}
+        told: list[Found] = []
         for item in _members(tar, place):
             if isinstance(item, Unusable | Unread):
-                yield item
+                told.append(item)
             else:
                 key, extension, span = item
                 samples.setdefault(key, []).append((extension, span))
-        for key, members in samples.items():
-            yield from _sample(tar, place, key, members, alone=len(tars) == 1)
         others = Counter(extension for members in samples.values() for extension, _ in members if _is_other(extension))
         for extension, count in sorted(others.items()):
-            yield Unread(f"{place}:*.{extension} ({count})", f"members that are not read (.{extension})")
+            told.append(Unread(f"{place}:*.{extension} ({count})", f"members that are not read (.{extension})"))
+        asked = {key: members for key, members in samples.items() if not all(_is_other(name) for name, _ in members)}
+        if not asked and all(isinstance(item, Unread) for item in told):
+            told.append(Unread(place, "a tar without a member that is read" if told else "a tar without members"))
+        yield from told
+        for key, members in asked.items():
+            yield from _sample(tar, place, key, members, alone=len(tars) == 1)
 
 
 def controls(folder: Path, recording: Recording) -> Mapping[str, Track]:
@@ -132,10 +137,8 @@ def _members(tar: Path, place: str) -> Iterator[tuple[str, str, Span] | Unusable
                     continue
                 if not is_safe_name(member.name):
                     yield Unusable(f"{place}:{name}", "the member's path leads out of the shard")
-                elif not member.isreg() or member.issparse():
+                elif (not member.isreg() or member.issparse()) and not _is_other(name.lower()):
                     yield Unusable(f"{place}:{name}", "the member is a link or a device, no file")
-                elif Path(name).suffix in PICKLES:
-                    yield Unusable(f"{place}:{name}", "a pickle is never read")
                 elif member.offset_data + member.size > size:
                     yield Unusable(f"{place}:{name}", "the shard is truncated")
                 else:
@@ -159,8 +162,10 @@ def _recording(tar: Path, place: str, key: str, parts: Mapping[str, Span], alone
     column = pick(description, CAPTION_COLUMNS)
     caption = None if column is None else description[column]
     text = next((name for name in TEXTS if name in parts), None)
+    notes: tuple[str, ...] = ()
     if text is not None:
-        caption = decode_text(_bytes(str(tar), parts[text]), "its caption")
+        given, caption = caption, decode_text(_bytes(str(tar), parts[text]), "its caption")
+        notes = other_caption(caption, f".{text}", given, ".json")
     labels = description.get("attributes")
     fields = {**description, **labels} if isinstance(labels, dict) else description
     own = {"caption", "fps", "domain", "licence"}
@@ -170,6 +175,7 @@ def _recording(tar: Path, place: str, key: str, parts: Mapping[str, Span], alone
         footage=VideoFile(str(tar), *parts[video]),
         stated_fps=_rate(description),
         caption=caption,
+        notes=notes,
         split=split_of(Path(place)),
         fields={
             name: value
@@ -188,9 +194,7 @@ def _rate(description: Mapping[str, Any]) -> float | None:
 
 def _json(tar: str, span: Span) -> dict[str, Any]:
     document = parse_json(_bytes(tar, span), "its json member")
-    if not isinstance(document, dict):
-        raise DecodeError("its json member holds no object")
-    return document
+    return described(document, "its json member")
 
 
 def _bytes(tar: str, span: Span) -> bytes:
