@@ -249,7 +249,8 @@ def _layout(folder: Path) -> _Layout:
         if not layout.fps > 0:
             raise ValueError(f"fps {layout.fps:g}")
     except (DecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{str(folder)!r}: meta/info.json is damaged ({error if isinstance(error, DecodeError) else repr(error)}): fetch it again") from error
+        reason = error if isinstance(error, DecodeError) else repr(error)
+        raise UserError(f"{str(folder)!r}: meta/info.json is damaged ({reason}): fetch it again") from error
     if not version.startswith(("v2.", "v3.")):
         raise UserError(f"{str(folder)!r} is LeRobot {version}: v2.0, v2.1 and v3.0 are read; convert it by lerobot")
     if not layout.cameras:
