@@ -27,7 +27,6 @@ from anyflow.evaluation.distance import (
 from anyflow.evaluation.measurement import Measurement
 from anyflow.flowmap.samplers import SAMPLERS
 from anyflow.simulators.motion import (
-    PROBES,
     MotionScore,
     Reading,
     asked_motion,
@@ -178,19 +177,17 @@ def _read(clips: Tensor, items: Sequence[HeldOut]) -> MotionScore:
 
 
 def swap_partners(items: Sequence[HeldOut]) -> list[int] | None:
-    """For each prompt the one whose controls differ most from its own, and are given in their place.
+    """For each prompt the one whose path leaves its own farthest, and whose controls are given in place of its own.
 
     None: nothing is swapped. It is where the domain's motion can be read from pixels and the model is told controls.
     """
-    domains = {item.domain for item in items}
-    controls = [item.controls for item in items if item.controls is not None]
-    if len(domains) != 1 or not domains <= PROBES.keys() or len(items) < 2 or len(controls) < len(items):
+    if len(items) < 2 or any(item.controls is None or bool(item.controls.isnan().all()) for item in items):
         return None
-    numbers = torch.stack(controls)
-    known = numbers.nan_to_num(0.0).flatten(0, 1)
-    scaled = ((numbers.nan_to_num(0.0) - known.mean(0)) / known.std(0).clamp(min=1e-6)).flatten(1)
-    apart = torch.cdist(scaled, scaled, p=1)
-    return None if bool(numbers.isnan().all()) else apart.argmax(dim=1).tolist()
+    read = [read_motion(torch.as_tensor(item.frames).numpy(), item.domain) for item in items]
+    paths = [reading.path for reading in read if reading is not None]
+    if len(paths) < len(items) or len({item.domain for item in items}) > 1:
+        return None
+    return [max(range(len(paths)), key=lambda other: path_error(paths[other], own) or 0.0) for own in paths]
 
 
 def _wanted(item: HeldOut) -> tuple[str, str | None]:

@@ -18,7 +18,15 @@ COLUMNS = tuple(FIGURES[name] for name in ("motion_accuracy", "frame_frechet", "
 WHOLE_CARS = FIGURES["whole_cars"]
 """Leads both where a domain has it."""
 
-_FURTHER = ("frame_kernel", "spread", "temporal_consistency", "path_error", "given_frame_psnr", "preview_error")
+_FURTHER = (
+    "frame_kernel",
+    "spread",
+    "temporal_consistency",
+    "path_error",
+    "swap_gap",
+    "given_frame_psnr",
+    "preview_error",
+)
 DETAILS = tuple(FIGURES[name] for name in _FURTHER)
 """The measures of the second table; figures that only some models have follow them."""
 
