@@ -43,6 +43,7 @@ FIGURES = {
         Figure("motion_accuracy", "motion right", HIGHER, is_share=True),
         Figure("motion_unread", "motion not read", LOWER, is_share=True, has_ratio=False),
         Figure("whole_cars", "whole cars", HIGHER, is_share=True),
+        Figure("whole_frames", "frames of whole cars", HIGHER, is_share=True),
         Figure("frame_frechet", "frame Frechet", LOWER),
         Figure("sliced_w1", "sliced W1", LOWER, digits=4),
         Figure("motion_energy", "motion energy", AS_REAL, digits=2),

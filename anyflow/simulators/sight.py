@@ -10,24 +10,28 @@ from torch import Tensor
 from torch.nn import functional
 
 from anyflow.simulators.simulated import HEIGHT, WIDTH
-from anyflow.simulators.whole_cars import Frames, is_whole
+from anyflow.simulators.whole_cars import Frames, whole_frames
 
-EYES: Mapping[str, tuple[str, Callable[[Frames], bool]]] = {"driving-open": ("whole_cars", is_whole)}
-"""By domain: the figure, and what tells of a clip whether it counts."""
+EYES: Mapping[str, tuple[str, str, Callable[[Frames], float]]] = {
+    "driving-open": ("whole_cars", "whole_frames", whole_frames)
+}
+"""By domain: the figures of whole clips and of their frames, and the share of a clip's frames that are whole."""
 
 
 def seen_shares(clips: Tensor, domains: Sequence[str]) -> dict[str, float]:
-    """The share of clips that count, by figure; nothing of domains without an eye.
+    """The shares of clips and of frames that are whole, by figure; nothing of domains without an eye.
 
     Args:
         clips: uint8 ``[N, F, H, W, 3]``; those of another size than the simulators' are brought to it.
         domains: one a clip.
     """
-    found: dict[str, list[bool]] = {}
+    found: dict[str, list[float]] = {}
     for clip, domain in zip(clips, domains, strict=True):
         if domain in EYES:
-            name, counts = EYES[domain]
-            found.setdefault(name, []).append(counts(_sized(clip)))
+            clip_figure, frame_figure, share_of = EYES[domain]
+            share = share_of(_sized(clip))
+            found.setdefault(clip_figure, []).append(share == 1)
+            found.setdefault(frame_figure, []).append(share)
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,12 +122,19 @@ class Blob:
         return "ragged" if self.area < FILLED * self.length * self.width else None
 
 
-def is_whole(frames: Frames) -> bool:
-    """Whether every car of a clip, uint8 ``[F, H, W, 3]``, is whole in every frame."""
-    return next(faults(frames), None) is None
+class Fault(NamedTuple):
+    """A reason for which a frame of a clip is not whole."""
+
+    frame: int
+    told: str
 
 
-def faults(frames: Frames) -> Iterator[str]:
+def whole_frames(frames: Frames) -> float:
+    """The share of a clip's frames, uint8 ``[F, H, W, 3]``, in which every car is whole: 1 for a whole clip."""
+    return 1 - len({fault.frame for fault in faults(frames)}) / len(frames)
+
+
+def faults(frames: Frames) -> Iterator[Fault]:
     """Every reason for which a clip, uint8 ``[F, 64, 96, 3]``, is not whole, one by one.
 
     Raises:
@@ -144,16 +151,15 @@ def faults(frames: Frames) -> Iterator[str]:
             yield _told(blob, "is beside the road")
     yield from (_told(ghost, "is a ghost") for ghost in _ghosts(strange, masks, frames))
     by_frame = [[blob for blob in blobs if blob.frame == frame] for frame in range(len(frames))]
-    yield from (f"frame {frame}: no car" for frame, seen in enumerate(by_frame) if not seen)
+    yield from (Fault(frame, "no car") for frame, seen in enumerate(by_frame) if not seen)
     yield from _track_faults(by_frame)
 
 
-def _told(blob: Blob, fault: str) -> str:
+def _told(blob: Blob, fault: str) -> Fault:
     name = NAMES[blob.colour] if blob.colour >= 0 else "what"
     x, y = blob.centre
-    return (
-        f"frame {blob.frame}: {name} at {x:.0f}, {y:.0f} {fault} ({blob.area} px, {blob.length:.1f}x{blob.width:.1f})"
-    )
+    size = f"{blob.area} px, {blob.length:.1f}x{blob.width:.1f}"
+    return Fault(blob.frame, f"{name} at {x:.0f}, {y:.0f} {fault} ({size})")
 
 
 def _masks(frames: Frames) -> tuple[list[Mask], Mask, Mask]:
@@ -215,7 +221,7 @@ def _blobs(mask: Mask, colour: int, frames: Frames) -> list[Blob]:
     return blobs
 
 
-def _track_faults(by_frame: Sequence[Sequence[Blob]]) -> Iterator[str]:
+def _track_faults(by_frame: Sequence[Sequence[Blob]]) -> Iterator[Fault]:
     """What cannot be followed: cars that come and go in the picture, jump, or change their size."""
     running = [[blob] for blob in by_frame[0]]
     tracks = list(running)

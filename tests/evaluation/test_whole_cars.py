@@ -20,7 +20,7 @@ from anyflow.evaluation.curve import HeldOut
 from anyflow.evaluation.report.folder import write_report
 from anyflow.simulators.driving_open import CAR_LENGTH, CAR_WIDTH, PALETTE, PIXELS_PER_METRE
 from anyflow.simulators.sight import seen_shares
-from anyflow.simulators.whole_cars import faults, is_whole
+from anyflow.simulators.whole_cars import faults, whole_frames
 
 DATA = Path(__file__).parents[2] / "data"
 LENGTH, WIDTH = CAR_LENGTH * PIXELS_PER_METRE, CAR_WIDTH * PIXELS_PER_METRE
@@ -72,6 +72,10 @@ SAMPLE = read_sample("heldout")
 flaws = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 
 
+def is_whole(frames: Frames) -> bool:
+    return whole_frames(frames) == 1
+
+
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_real_clips_are_whole(split: str) -> None:
     """The figure that makes the eye a measure."""
@@ -86,7 +90,7 @@ def test_real_clips_are_whole_through_the_shipped_autoencoder() -> None:
     with torch.no_grad():
         decoded = codec.decode(codec.encode_video(clips))
     assert (decoded != clips).any()
-    assert seen_shares(decoded, ["driving-open"] * 10) == {"whole_cars": 1.0}
+    assert seen_shares(decoded, ["driving-open"] * 10) == {"whole_cars": 1.0, "whole_frames": 1.0}
 
 
 @st.composite
@@ -211,10 +215,12 @@ def test_shares_count_the_clips_of_domains_that_have_an_eye() -> None:
     good, bad = torch.from_numpy(SAMPLE[0].frames), torch.full((FRAMES, 64, 96, 3), 100, dtype=torch.uint8)
     clips = torch.stack([good, bad, bad, bad])
     domains = ["driving-open", "driving-open", "driving", "cooking"]
-    assert seen_shares(clips, domains) == {"whole_cars": 0.5}
+    assert seen_shares(clips, domains) == {"whole_cars": 0.5, "whole_frames": 0.5}
+    bad_end = torch.cat([good[:-2], bad[-2:]])
+    assert seen_shares(bad_end[None], ["driving-open"]) == {"whole_cars": 0.0, "whole_frames": 14 / 17}
     assert seen_shares(clips, ["driving"] * 4) == {}
     large = good.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    assert seen_shares(large[None], ["driving-open"]) == {"whole_cars": 1.0}
+    assert seen_shares(large[None], ["driving-open"]) == {"whole_cars": 1.0, "whole_frames": 1.0}
     with pytest.raises(ValueError, match="192x128"):
         is_whole(large.numpy())
 
@@ -233,9 +239,10 @@ def test_a_curve_and_its_report_have_whole_cars(tmp_path: Path) -> None:
     assert [row.figure("whole_cars") for row in curve.rows] == [0.0, 1.0]
     paths = write_report(tmp_path, None, result)
     headings = paths["table.md"].read_text().splitlines()[2]
-    assert [cell.strip() for cell in headings.split("|")][1:5] == [
+    assert [cell.strip() for cell in headings.split("|")][1:6] == [
         "steps",
         "whole cars",
+        "frames of whole cars",
         "motion right",
         "frame Frechet",
     ]

@@ -18,7 +18,7 @@ from anyflow.evaluation.report.picture import Grid, Prompt, save_mp4, save_png
 from anyflow.evaluation.report.plot import Line, Panel, save_panels
 from anyflow.evaluation.report.tables import (
     COLUMNS,
-    WHOLE_CARS,
+    WHOLE,
     asked_of,
     check_comparable,
     comparison_markdown,
@@ -46,8 +46,8 @@ def plot_curve(path: Path, before: Curve | None, after: Curve) -> None:
     ]
     if after.rows[0].motion_accuracy is None:
         columns.pop(0)
-    if WHOLE_CARS in main_columns(after):
-        columns.insert(0, (WHOLE_CARS, "clips with whole cars alone, read from pixels\n(higher is better)"))
+    if WHOLE[1] in main_columns(after):
+        columns.insert(0, (WHOLE[1], "frames of whole cars alone, read from pixels\n(higher is better)"))
     curves = [(style, curve) for style, curve in enumerate((before, after)) if curve is not None]
     panels = [_panel(column, title, curves) for column, title in columns]
     panels.append(_panel(COLUMNS[2], "sliced Wasserstein against time\n(lower is better)", curves, against_time=True))

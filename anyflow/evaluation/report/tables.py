@@ -15,8 +15,8 @@ from anyflow.system.tables import markdown_table
 COLUMNS = tuple(FIGURES[name] for name in ("motion_accuracy", "frame_frechet", "sliced_w1", "motion_energy"))
 """The measures of the first table, and of the plot."""
 
-WHOLE_CARS = FIGURES["whole_cars"]
-"""Leads both where a domain has it."""
+WHOLE = (FIGURES["whole_cars"], FIGURES["whole_frames"])
+"""Lead both where a domain has them."""
 
 _FURTHER = (
     "frame_kernel",
@@ -40,12 +40,13 @@ UNBOUNDED = 10_000
 
 def main_columns(curve: Curve) -> tuple[Figure, ...]:
     """The columns of the first table."""
-    return (WHOLE_CARS, *COLUMNS) if _has(curve.real, WHOLE_CARS) else COLUMNS
+    return (*(figure for figure in WHOLE if _has(curve.real, figure)), *COLUMNS)
 
 
 def detail_columns(curve: Curve) -> tuple[Figure, ...]:
     """The columns of the second table: those that the curve has any figure for."""
-    more = dict.fromkeys(name for marks in (*curve.rows, curve.real) for name in marks.more if name != WHOLE_CARS.name)
+    leading = {figure.name for figure in WHOLE}
+    more = dict.fromkeys(name for marks in (*curve.rows, curve.real) for name in marks.more if name not in leading)
     further = [figure_of(name) or Figure(name, name.replace("_", " "), AS_REAL) for name in more]
     return tuple(figure for figure in (*DETAILS, *further) if any(_has(row, figure) for row in curve.rows))
 
@@ -209,7 +210,11 @@ def comparison_markdown(before: Curve | None, after: Curve) -> str:
         "Means over the seeds with their 95 % interval." if len(after.all_seeds) > 1 else "",
         "Whole cars: clips in which every car keeps one colour, a car's area and outline in every frame, and comes and "
         "goes at the picture's ends alone, read from the pixels."
-        if _has(after.real, WHOLE_CARS)
+        if _has(after.real, WHOLE[0])
+        else "",
+        "Swap gap: how much farther a sample goes from the path asked for under the controls of another clip; 0: the "
+        "model ignores its controls."
+        if after.real.swap_gap is not None
         else "",
         "Motion right: the motion asked for, read from the pixels (95 % interval). Distances are to other real clips; "
         "lower is better; the row of real clips says what as many of them get. Frame Frechet is "
