@@ -76,7 +76,7 @@ class Conditions(NamedTuple):
     controls: Tensor | None = None
     """``[B, F, P, W]`` float32: the W numbers of the P pixel frames that each latent frame covers, in their own units;
     NaN: not known. None: none are. Those of a video that is streamed may come
-    as it is made (:class:`anyflow.backbone.controls.ControlFeed`)."""
+    as it is made (:class:`anyflow.backbone.control_feed.ControlFeed`)."""
 
     @property
     def num_given(self) -> int:

@@ -91,10 +91,7 @@ class ModelCard:
             f'export_to_gif(video, "video.gif", fps={self.fps:g})',
         ]
         hints = ["Any number of steps works, from 1 up. Guidance is in the weights: keep `guidance_scale` at 1."]
-        if lora:
-            hints.append(_LORA_HINT)
-        if self.causal:
-            hints.append(_CAUSAL_HINT)
+        hints += [_LORA_HINT] * lora + [_CAUSAL_HINT] * self.causal
         return "\n".join(["```python", *code, "```", "", "\n\n".join(hints)])
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.conditions import Conditions
-from anyflow.backbone.controls import ControlFeed, by_latent_frame
+from anyflow.backbone.control_feed import ControlFeed
+from anyflow.backbone.controls import by_latent_frame
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.flowmap.sampling import steps_of
 

@@ -27,7 +27,8 @@ from anyflow.errors import UserError, first_line
 from anyflow.evaluation.curve import CurveResult, HeldOut
 from anyflow.evaluation.kept_samples import KeptSamples
 from anyflow.evaluation.measure import OnProgress, measure_curve, sampler_of
-from anyflow.evaluation.measurement import BATCH_SIZE, CurveCodec, Measurement, SampledModel, Sampler, Told
+from anyflow.evaluation.measurement import BATCH_SIZE, CurveCodec, Measurement, SampledModel, Sampler
+from anyflow.evaluation.told import Told
 from anyflow.flowmap.endpoint import Renoise
 from anyflow.flowmap.sampling import Take
 from anyflow.system.files import replacing

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from anyflow.evaluation.curve import HeldOut, Marks, pixel_frames
@@ -25,6 +24,7 @@ from anyflow.evaluation.distance import (
     temporal_consistency,
 )
 from anyflow.evaluation.measurement import Measurement
+from anyflow.evaluation.obedience import swap_gap, swap_partners
 from anyflow.flowmap.samplers import SAMPLERS
 from anyflow.simulators.motion import (
     MotionScore,
@@ -32,7 +32,6 @@ from anyflow.simulators.motion import (
     asked_motion,
     mean_path_error,
     motion_accuracy,
-    path_error,
     read_motion,
 )
 from anyflow.simulators.sight import seen_shares
@@ -102,7 +101,7 @@ class Judge:
             motion_energy=motion_energy(made),
             temporal_consistency=temporal_consistency(made),
             path_error=mean_path_error(self._paths(clips, motion), self.asked(real)),
-            swap_gap=None if swapped is None else self._swap_gap(clips, swapped, real),
+            swap_gap=None if swapped is None else swap_gap(self.items, clips, swapped, real),
             given_frame_psnr=given,
             preview_error=None if ends is None else preview_error(made_latents, ends, self.latents),
             more={
@@ -134,16 +133,6 @@ class Judge:
             return motion.readings
         return tuple(read_motion(clip.numpy(), item.domain) for clip, item in zip(clips, self.items, strict=True))
 
-    def _swap_gap(self, clips: Tensor, swapped: Tensor, real: Tensor) -> float | None:
-        """How much farther the swapped clips go from the paths asked for than the clips, in pixels."""
-        gaps = []
-        for item, *three in zip(self.items, clips, swapped, real, strict=True):
-            own, other, asked = (read_motion(clip.numpy(), item.domain) for clip in three)
-            if own and other and asked:
-                errors = path_error(own.path, asked.path), path_error(other.path, asked.path)
-                gaps += [] if None in errors else [errors[1] - errors[0]]  # type: ignore[operator]
-        return sum(gaps) / len(gaps) if gaps else None
-
     def _path_floor(self, real: Tensor) -> float | None:
         others = _read(self._reference_clips, self.reference).readings
         free = dict(enumerate(zip(self.reference, others, strict=True)))
@@ -174,20 +163,6 @@ class Judge:
 def _read(clips: Tensor, items: Sequence[HeldOut]) -> MotionScore:
     """What the motion of each clip is, beside what its item asks for."""
     return motion_accuracy(clips.numpy(), [item.attributes for item in items], [item.domain for item in items])
-
-
-def swap_partners(items: Sequence[HeldOut]) -> list[int] | None:
-    """For each prompt the one whose path leaves its own farthest, and whose controls are given in place of its own.
-
-    None: nothing is swapped. It is where the domain's motion can be read from pixels and the model is told controls.
-    """
-    if len(items) < 2 or any(item.controls is None or bool(item.controls.isnan().all()) for item in items):
-        return None
-    read = [read_motion(torch.as_tensor(item.frames).numpy(), item.domain) for item in items]
-    paths = [reading.path for reading in read if reading is not None]
-    if len(paths) < len(items) or len({item.domain for item in items}) > 1:
-        return None
-    return [max(range(len(paths)), key=lambda other: path_error(paths[other], own) or 0.0) for own in paths]
 
 
 def _wanted(item: HeldOut) -> tuple[str, str | None]:

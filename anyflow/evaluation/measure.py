@@ -24,9 +24,11 @@ from anyflow.backbone.conditions import Conditions
 from anyflow.backbone.controls import by_latent_frame
 from anyflow.backbone.guidance import UNGUIDED, Guidance
 from anyflow.evaluation.curve import Curve, CurveResult, CurveRow, HeldOut, Marks, over_seeds
-from anyflow.evaluation.judge import Judge, swap_partners
+from anyflow.evaluation.judge import Judge
 from anyflow.evaluation.kept_samples import KeptSamples
-from anyflow.evaluation.measurement import Measurement, SampledModel, Sampler, Told
+from anyflow.evaluation.measurement import Measurement, SampledModel, Sampler
+from anyflow.evaluation.obedience import swap_partners
+from anyflow.evaluation.told import Told
 from anyflow.flowmap.endpoint import Renoise
 from anyflow.flowmap.samplers import SamplerKind
 from anyflow.flowmap.sampling import Take, take_jump, take_velocity

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,27 +12,6 @@ from torch import Tensor
 from anyflow.backbone.guidance import UNGUIDED, Guidance
 from anyflow.evaluation.curve import STEPS, HeldOut
 from anyflow.flowmap.samplers import SamplerKind
-
-
-class Told(NamedTuple):
-    """What samples are made by, one row a clip."""
-
-    captions: list[str]
-    """The prompts."""
-    first_frames: Tensor | None = None
-    """Given clean latents ``[B, k, C, H, W]``; None: no frames are given."""
-    controls: Tensor | None = None
-    """Numbers of the pixel frames ``[B, F, W]``, NaN where they are not known; None: the model is told none."""
-
-    def of_rows(self, rows: Sequence[int]) -> Told:
-        """Of some clips."""
-        own = [self.captions[row] for row in rows]
-        return Told(own, *(None if part is None else part[list(rows)] for part in self[1:]))
-
-    def to(self, device: torch.device | str) -> Told:
-        """On a device."""
-        return Told(self.captions, *(None if part is None else part.to(device) for part in self[1:]))
-
 
 Sampler = Callable[..., Tensor]
 """``(told, noise, num_steps, shift)`` to clean latents: a model's own sampler, text encoder included.

@@ -210,12 +210,12 @@ def roles_kind(recipe: Recipe) -> dict[str, Any]:
     return {"trains_teacher": recipe.declared.trains_teacher, "has_critic": recipe.has_critic}
 
 
-def lora_settings(recipe: Recipe, backbone: FlowMapBackbone) -> LoraSettings:
+def lora_settings(recipe: Recipe, backbone: FlowMapBackbone | None = None) -> LoraSettings:
     """The shape of the recipe's adapters; what embeds a network's controls is trained in full beside them."""
     lora = recipe.model.lora
     released = RELEASED_FULL[recipe.model.architecture]
     full = [name for item in lora.full for name in (released if item == "released" else (item,))]
-    if controls_of(backbone.transformer) is not None and CONTROLS not in full:
+    if backbone is not None and controls_of(backbone.transformer) is not None and CONTROLS not in full:
         full.append(CONTROLS)
     return part_of(LoraSettings, lora, full=tuple(full))
 

@@ -16,6 +16,7 @@ from anyflow.backbone.parallelize import join_ranks, leave_ranks, own_rows
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.evaluation import heldout as curves
 from anyflow.evaluation.heldout import held_out, load_curve
+from anyflow.evaluation.told import Told
 from anyflow.flowmap.endpoint import Renoise
 from anyflow.flowmap.sampling import take_velocity
 from anyflow.recipe import load_recipe
@@ -124,7 +125,7 @@ def test_a_single_held_out_clip_gives_no_curve_and_stops_nothing(
     small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A first look at a little footage of one's own."""
-    monkeypatch.setattr(curves, "held_out", lambda *asked: held_out(*asked[:-1], 1))
+    monkeypatch.setattr(curves, "held_out", lambda *asked: held_out(*asked[:3], 1))
     assert measured(small_model, tmp_path, 1) == 0
     assert "no curve (before): 3 prompts need 6 clips of the heldout split" in capsys.readouterr().err
     assert not (tmp_path / "curves").exists()
@@ -153,13 +154,13 @@ def test_a_rank_takes_the_jumps_that_it_is_told_to(monkeypatch: pytest.MonkeyPat
     """Catches a divided teacher that is sampled as a flow map, and re-noising that is divided in spite of its draws."""
     seen: list[tuple[int, Any]] = []
 
-    def sampler(captions: list[str], noise: torch.Tensor, *rest: Any, **way: Any) -> torch.Tensor:
-        seen.append((len(captions), way.get("take")))
+    def sampler(told: Told, noise: torch.Tensor, *rest: Any, **way: Any) -> torch.Tensor:
+        seen.append((len(told.captions), way.get("take")))
         return noise
 
     monkeypatch.setattr(curves, "own_rows", lambda count: [0])
     monkeypatch.setattr(curves, "join_rows", lambda own, count: own)
     divided, renoise = curves._divided(sampler), Renoise(torch.randn_like)
     for way in ({}, {"take": take_velocity}, {"take": renoise}):
-        divided(["a", "b"], torch.zeros(2, 1), 2, 3.0, None, **way)
+        divided(Told(["a", "b"]), torch.zeros(2, 1), 2, 3.0, **way)
     assert seen == [(1, None), (1, take_velocity), (2, renoise)]

@@ -13,7 +13,8 @@ from torch.nn import functional
 from anyflow.evaluation import measure
 from anyflow.evaluation.curve import CurveResult, HeldOut
 from anyflow.evaluation.kept_samples import KeptSamples
-from anyflow.evaluation.measurement import CurveCodec, Measurement, SampledModel, Sampler, Told
+from anyflow.evaluation.measurement import CurveCodec, Measurement, SampledModel, Sampler
+from anyflow.evaluation.told import Told
 from anyflow.flowmap.sampling import sample
 from anyflow.flowmap.schedule import like_latents
 

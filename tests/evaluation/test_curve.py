@@ -18,8 +18,9 @@ from anyflow.backbone.conditions import Conditions
 from anyflow.evaluation.curve import Curve, CurveResult, CurveRow, HeldOut, over_seeds
 from anyflow.evaluation.heldout import as_asked
 from anyflow.evaluation.measure import prompt_noise, sampler_of
-from anyflow.evaluation.measurement import Judges, Told
+from anyflow.evaluation.measurement import Judges
 from anyflow.evaluation.report.tables import comparison_text
+from anyflow.evaluation.told import Told
 from anyflow.flowmap.sampling import Take, sample
 
 # Few directions: the block codec's latents are as large as the pixels.

@@ -35,6 +35,7 @@ class Mutant:
 
 
 WIRING, PASSES = "tests/wiring/test_wiring.py", "tests/stages/test_passes.py"
+CONTROLS = "tests/wiring/test_control_wiring.py"
 ONPOLICY, FORWARD, BASE = "stages/onpolicy.py", "stages/forward.py", "stages/base.py"
 UPDATE, BATCH = "stages/update.py", "stages/batch.py"
 EXPORTED = f"{WIRING}::test_the_exported_model_is_the_average"
@@ -93,8 +94,8 @@ MUTANTS = [
     Mutant(
         "rollouts of dropped texts",
         BATCH,
-        "Conditions(self.text.select(self.own_rows), first_frames)",
-        "Conditions(self.text.select(self.rows), first_frames)",
+        "self.conditions_of(self.own_rows)",
+        "self.conditions_of(self.rows)",
         f"{WIRING}::test_rollouts_are_of_the_samples_own_prompts",
     ),
     Mutant(
@@ -177,8 +178,8 @@ MUTANTS = [
     Mutant(
         "texts are never dropped",
         BATCH,
-        "drop < self.conditioning.text_drop",
-        "drop < 0",
+        'self._is_dropped("drop", self.conditioning.text_drop, count)',
+        'self._is_dropped("drop", 0.0, count)',
         "tests/stages/test_stages.py::test_dropped_texts_use_the_negative_prompt",
     ),
     Mutant(
@@ -208,6 +209,20 @@ MUTANTS = [
         "        negative_prompt=recipe.model.negative_prompt,",
         '        negative_prompt="",',
         f"{WIRING}::test_options_of_the_recipe_reach_their_stage",
+    ),
+    Mutant(
+        "a clip gets its neighbour's controls",
+        BATCH,
+        "self.controls[rows % count]",
+        "self.controls[(rows + 1) % count]",
+        f"{CONTROLS}::test_a_forward_step_asks_with_each_clips_own_controls",
+    ),
+    Mutant(
+        "controls are never dropped",
+        BATCH,
+        'self._is_dropped("controls", self.conditioning.control_drop, count)',
+        'self._is_dropped("controls", 0.0, count)',
+        f"{CONTROLS}::test_a_forward_step_asks_with_each_clips_own_controls",
     ),
     Mutant(
         "an adapter's alpha is its rank",
