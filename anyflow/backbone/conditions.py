@@ -87,7 +87,7 @@ class Conditions(NamedTuple):
         """Those of the given rows (int64 ``[n]``)."""
         return Conditions(self.text.select(rows), *(None if part is None else part[rows] for part in self[1:]))
 
-    def of_frames(self, frames: slice | Tensor) -> Conditions:
+    def of_frames(self, frames: slice | list[int] | Tensor) -> Conditions:
         """For a call with these frames' latents alone."""
         return self if self.controls is None else self._replace(controls=self.controls[:, frames])
 

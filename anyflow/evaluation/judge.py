@@ -86,6 +86,7 @@ class Judge:
         clips of the same noise under another clip's controls.
         """
         motion = _read(clips, self.items)
+        paths, asked = self._paths(clips, motion), self.asked(real)
         made, made_latents = self._compared(clips), latents[:, self.left_out :]
         features, several, spreads = frame_features(made), len(clips) > 1, len(self.latents) > 1
         given = given_frame_psnr(clips[:, : self.given_frames], real[:, : self.given_frames]) if self.given else None
@@ -100,8 +101,8 @@ class Judge:
             motion_clips=motion.clips or None,
             motion_energy=motion_energy(made),
             temporal_consistency=temporal_consistency(made),
-            path_error=mean_path_error(self._paths(clips, motion), self.asked(real)),
-            swap_gap=None if swapped is None else swap_gap(self.items, clips, swapped, real),
+            path_error=mean_path_error(paths, asked),
+            swap_gap=None if swapped is None else swap_gap(paths, self._followed(swapped), asked),
             given_frame_psnr=given,
             preview_error=None if ends is None else preview_error(made_latents, ends, self.latents),
             more={
@@ -131,6 +132,9 @@ class Judge:
         """What was followed in each clip: where a prompt asks for a motion, or controls do."""
         if all(item.controls is None for item in self.items):
             return motion.readings
+        return self._followed(clips)
+
+    def _followed(self, clips: Tensor) -> tuple[Reading | None, ...]:
         return tuple(read_motion(clip.numpy(), item.domain) for clip, item in zip(clips, self.items, strict=True))
 
     def _path_floor(self, real: Tensor) -> float | None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from anyflow.evaluation.curve import HeldOut
-from anyflow.simulators.motion import path_error, read_motion
+from anyflow.simulators.motion import Reading, path_error, read_motion
+
+Readings = Sequence[Reading | None]
 
 
 def swap_partners(items: Sequence[HeldOut]) -> list[int] | None:
@@ -29,18 +30,16 @@ def swap_partners(items: Sequence[HeldOut]) -> list[int] | None:
     return [max(range(len(paths)), key=lambda other: path_error(paths[other], own) or 0.0) for own in paths]
 
 
-def swap_gap(items: Sequence[HeldOut], clips: Tensor, swapped: Tensor, real: Tensor) -> float | None:
+def swap_gap(clips: Readings, swapped: Readings, real: Readings) -> float | None:
     """How much farther the swapped clips go from the paths asked for than the clips do, in pixels; None: none is seen.
 
     Args:
-        items: the prompts.
-        clips: samples under their own controls, uint8 ``[N, F, H, W, 3]``.
+        clips: what is read of samples under their own controls.
         swapped: of the same noise, under their partners' controls.
-        real: the prompts' own clips, whose paths are asked for.
+        real: of the prompts' own clips, whose paths are asked for.
     """
     gaps = []
-    for item, *three in zip(items, clips, swapped, real, strict=True):
-        own, other, asked = (read_motion(clip.numpy(), item.domain) for clip in three)
+    for own, other, asked in zip(clips, swapped, real, strict=True):
         if own and other and asked:
             errors = path_error(own.path, asked.path), path_error(other.path, asked.path)
             gaps += [] if None in errors else [errors[1] - errors[0]]  # type: ignore[operator]

@@ -16,8 +16,18 @@ import numpy as np
 
 from anyflow.data.clip import Clip, SplitName
 from anyflow.data.controls import Control
-from anyflow.simulators.road import FPS, LANE_WIDTH, LICENCE, PACKAGES, CarState, Road, draw_frames, lane_change
-from anyflow.simulators.simulated import FRAMES, WIDTH, choose_look, clip_generator, need_package, on_screen
+from anyflow.simulators.road import (
+    FPS,
+    LANE_WIDTH,
+    LICENCE,
+    PACKAGES,
+    CarState,
+    Road,
+    draw_frames,
+    drive_controls,
+    lane_change,
+)
+from anyflow.simulators.simulated import FRAMES, WIDTH, choose_look, clip_generator, need_package
 from anyflow.system.pool import batches, run_jobs
 
 __all__ = ["ATTRIBUTES", "CONTROLS", "DESCRIPTION", "FPS", "LICENCE", "LOOKS", "PACKAGES", "render"]
@@ -26,15 +36,7 @@ DESCRIPTION = (
     "A road with three lanes seen from above (up is left). A green car keeps its lane or changes one lane to the left "
     "or right, at one of three speeds, beside one or two other cars."
 )
-CONTROLS: dict[str, Control | str] = {
-    "actions": Control(
-        "per frame: speed in m/s and heading in radians (negative is to the left) of the green car",
-        2,
-        unit=("m/s", "rad"),
-        numbers=("speed", "heading"),
-    ),
-    "trajectory": on_screen("per frame: [x, y] of the green car's centre, in pixels of the frame"),
-}
+CONTROLS: dict[str, Control | str] = {**drive_controls("green car")}
 ATTRIBUTES: dict[str, str | list[str]] = {
     "manoeuvre": ["keep", "left", "right"],
     "speed": ["slow", "medium", "fast"],

@@ -26,9 +26,10 @@ from anyflow.simulators.road import (
     Colour,
     Road,
     draw_frames,
+    drive_controls,
     lane_change,
 )
-from anyflow.simulators.simulated import FRAMES, WIDTH, choose_look, clip_generator, need_package, on_screen
+from anyflow.simulators.simulated import FRAMES, WIDTH, choose_look, clip_generator, need_package
 from anyflow.system.pool import batches, run_jobs
 
 __all__ = ["ATTRIBUTES", "CONTROLS", "DESCRIPTION", "FPS", "LICENCE", "LOOKS", "PACKAGES", "render"]
@@ -39,13 +40,7 @@ DESCRIPTION = (
     "brake, speed up and pass each other. One caption stands for all clips: what happens is left open."
 )
 CONTROLS: dict[str, Control | str] = {
-    "actions": Control(
-        "per frame: speed in m/s and heading in radians (negative is to the left) of the first car",
-        2,
-        unit=("m/s", "rad"),
-        numbers=("speed", "heading"),
-    ),
-    "trajectory": on_screen("per frame: [x, y] of the first car's centre, in pixels of the frame"),
+    **drive_controls("first car"),
     "cars": "per frame: [x, y, heading] of every car, in pixels and radians, in the order of its colours; the first "
     "car is the first, a car outside of the frame has places outside of it",
 }

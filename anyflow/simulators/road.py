@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anyflow.simulators.simulated import FRAMES, HEIGHT, WIDTH, area_downscale
+from anyflow.data.controls import Control
+from anyflow.simulators.simulated import FRAMES, HEIGHT, WIDTH, area_downscale, on_screen
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 
@@ -20,6 +21,19 @@ LANE_WIDTH = 4.0
 SUPERSAMPLE = 4
 
 Colour = tuple[int, int, int]
+
+
+def drive_controls(car: str) -> dict[str, Control]:
+    """What a clip tells of how a car is driven, and where that takes it."""
+    return {
+        "actions": Control(
+            f"per frame: speed in m/s and heading in radians (negative is to the left) of the {car}",
+            2,
+            unit=("m/s", "rad"),
+            numbers=("speed", "heading"),
+        ),
+        "trajectory": on_screen(f"per frame: [x, y] of the {car}'s centre, in pixels of the frame"),
+    }
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,7 @@ class FlowBatch:
         """
         if layout is None:
             return bind(ask, self.conditions_of)
-        frames = torch.tensor(layout.frames, device=self.clean.device)
-        return bind(ask, lambda rows: self.conditions_of(rows).of_frames(frames), layout=layout)
+        return bind(ask, lambda rows: self.conditions_of(rows).of_frames(layout.frames), layout=layout)
 
     def on_path(self, timestep: Tensor, r_timestep: Tensor, layout: ChunkLayout | None = None) -> PathBatch:
         """The batch at times ``[B]`` as the network is taught it: a first frame given or not, in chunks or not."""

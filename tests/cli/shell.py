@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from forked import Forked
@@ -53,3 +54,16 @@ def _app() -> Any:
     from anyflow.cli.main import app
 
     return app
+
+
+def state_after(out: Path, steps: int) -> dict[str, Any]:
+    """The tensors of a run's newest checkpoint, which is of that many steps."""
+    import torch
+
+    from anyflow.tracking.checkpoints import latest_checkpoint
+
+    path = latest_checkpoint(out / "checkpoints")
+    assert path is not None
+    loaded = torch.load(path, weights_only=True)
+    assert loaded["anyflow"]["step"] == steps
+    return loaded["state_dict"]

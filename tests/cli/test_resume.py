@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from shell import command, environment, here, run, start
+from shell import command, environment, here, run, start, state_after
 
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
 from anyflow.tracking.checkpoints import latest_checkpoint
@@ -80,11 +80,7 @@ def start_and_stop(words: list[str], out: Path, number: signal.Signals, group: b
 
 
 def state(out: Path) -> dict[str, torch.Tensor]:
-    path = latest_checkpoint(out / "checkpoints")
-    assert path is not None
-    loaded = torch.load(path, weights_only=True)
-    assert loaded["anyflow"]["step"] == STEPS
-    return loaded["state_dict"]
+    return state_after(out, STEPS)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

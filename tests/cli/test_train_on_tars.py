@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import webdataset
-from shell import command, environment, run
+from shell import command, environment, run, state_after
 
 from anyflow.data.reader import ShardReader, split_folders
 from anyflow.tracking.checkpoints import latest_checkpoint
@@ -71,11 +71,7 @@ def kill_after_first_checkpoint(words: list[str], out: Path) -> None:
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    path = latest_checkpoint(out / "checkpoints")
-    assert path is not None
-    loaded = torch.load(path, weights_only=True)
-    assert loaded["anyflow"]["step"] == STEPS
-    return loaded["state_dict"]
+    return state_after(out, STEPS)
 
 
 @pytest.mark.parametrize("streaming", ["true", pytest.param("false", marks=pytest.mark.slow)])
