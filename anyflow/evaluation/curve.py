@@ -57,6 +57,7 @@ class Marks:
     Attributes:
         sliced_w1: sliced Wasserstein-1 distance of the latents.
         frame_frechet: Frechet distance on fixed frame features (see ``distance.py``: not FVD).
+        decoded_frechet: the same to reference clips after the codec, whose loss no network can mend.
         motion_accuracy: share of clips whose motion, read from pixels, is the one asked for; ``None`` without a probe.
         motion_unread: share in which the probe found nothing to follow (they count as wrong).
         motion_clips: of how many clips these are shares: those whose prompt asks for a motion.
@@ -79,6 +80,7 @@ class Marks:
     motion_unread: float | None
     motion_energy: float
     motion_clips: int | None = None
+    decoded_frechet: float | None = None
     frame_kernel: float | None = None
     spread: float | None = None
     temporal_consistency: float | None = None

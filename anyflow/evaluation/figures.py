@@ -45,6 +45,7 @@ FIGURES = {
         Figure("whole_cars", "whole cars", HIGHER, is_share=True),
         Figure("whole_frames", "frames of whole cars", HIGHER, is_share=True),
         Figure("frame_frechet", "frame Frechet", LOWER),
+        Figure("decoded_frechet", "Frechet to decoded clips", LOWER),
         Figure("sliced_w1", "sliced W1", LOWER, digits=4),
         Figure("motion_energy", "motion energy", AS_REAL, digits=2),
         Figure("spread", "spread", AS_REAL),

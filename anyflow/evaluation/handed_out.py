@@ -81,11 +81,10 @@ class Coding:
     """The task of encoding clips, and of decoding what came of it."""
 
     clips: Tensor
-    decode: bool
 
     def do(self, loaded: Loaded) -> tuple[Tensor, Tensor]:
         """Latents, and the clips after the codec."""
-        return next(_here(loaded, Measurement()).code([self.clips], self.decode))
+        return next(_here(loaded, Measurement()).code([self.clips]))
 
 
 @dataclass(frozen=True)
@@ -144,9 +143,9 @@ class HandedOut:
         self.staff, self.asked, self.kept = staff, replace(asked, judges=Judges()), kept
         self._calls = calls
 
-    def code(self, batches: Sequence[Tensor], decode: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    def code(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Latents of each batch of clips, and the clips after the codec."""
-        return in_order(_results(self.staff, (Coding(batch, decode) for batch in batches)))
+        return in_order(_results(self.staff, map(Coding, batches)))
 
     def make(self, batches: Sequence[Batch]) -> Iterator[Made]:
         """What becomes of each batch; what is sampled is kept as it comes."""

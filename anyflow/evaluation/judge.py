@@ -49,6 +49,7 @@ class Judge:
         reference: other real clips, as many.
         reference_clips: uint8 ``[N, F, H, W, 3]``.
         reference_latents: ``[N, F, C, H, W]``.
+        reference_decoded: the reference clips after the codec.
         asked: what is given and left out, and the further judges. Previews are compared unless the sampler re-noises:
             it draws anew at every step, so that few steps do not lead where many lead.
     """
@@ -59,6 +60,7 @@ class Judge:
         reference: Sequence[HeldOut],
         reference_clips: Tensor,
         reference_latents: Tensor,
+        reference_decoded: Tensor,
         asked: Measurement,
     ) -> None:
         self.items, self.reference = items, reference
@@ -67,6 +69,7 @@ class Judge:
         self.left_out = max(asked.given_frames, asked.left_out)
         self.latents = reference_latents[:, self.left_out :]
         self.features = frame_features(self._compared(reference_clips))
+        self.decoded_features = frame_features(self._compared(reference_decoded))
         self.extracted = [(extract, extract(self._compared(reference_clips))) for extract in asked.judges.extractors]
         self.labels = asked.judges.labels
         self._asked: tuple[Reading | None, ...] | None = None
@@ -94,6 +97,7 @@ class Judge:
         return Marks(
             sliced_w1=sliced_wasserstein(made_latents, self.latents),
             frame_frechet=frechet(self.features, features),
+            decoded_frechet=frechet(self.decoded_features, features),
             frame_kernel=kernel_distance(self.features, features, clips=len(clips)) if several else None,
             spread=spread_ratio(made_latents, self.latents) if several and spreads else None,
             motion_accuracy=motion.accuracy,

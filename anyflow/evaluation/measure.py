@@ -126,9 +126,8 @@ def curve_by(
         swapped = [replace(item, controls=items[other].controls) for item, other in zip(items, partners, strict=True)]
     runner = _Runner(maker, asked, BatchProgress(asked, len(items), on_progress, sets=1 if swapped is None else 2))
     real_clips, other_clips = _stack(items), _stack(reference)
-    real_latents, decoded = runner.encode_and_decode(real_clips)
-    other_latents, _ = runner.encode_and_decode(other_clips, decode=False)
-    judge = Judge(items, reference, other_clips, other_latents, asked)
+    real_latents, decoded = runner.encode_and_decode(real_clips, "real clips through the codec")
+    judge = Judge(items, reference, other_clips, *runner.encode_and_decode(other_clips, "reference clips"), asked)
     samples = runner.samples(items, real_latents, swapped)
     rows, shown = _rows(samples, partial(judge, real=real_clips), asked.show)
     curve = Curve(
@@ -211,8 +210,8 @@ class Made:
 class Maker(Protocol):
     """Runs codec and sampler, here or elsewhere."""
 
-    def code(self, batches: Sequence[Tensor], decode: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Latents of each batch of clips, and the clips after the codec (as given, if they are not to be decoded)."""
+    def code(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Latents of each batch of clips, and the clips after the codec."""
         ...
 
     def make(self, batches: Sequence[Batch]) -> Iterator[Made]:
@@ -232,11 +231,11 @@ class Here:
     asked: Measurement
     kept: KeptSamples | None = None
 
-    def code(self, batches: Sequence[Tensor], decode: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    def code(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Latents of each batch of clips, and the clips after the codec."""
         for batch in batches:
             encoded = self.model.codec.encode_video(batch.to(self.model.device))
-            yield encoded.float().cpu(), self.model.codec.decode(encoded).cpu() if decode else batch
+            yield encoded.float().cpu(), self.model.codec.decode(encoded).cpu()
 
     def make(self, batches: Sequence[Batch]) -> Iterator[Made]:
         """What becomes of each batch, or became of it if it is kept."""
@@ -301,12 +300,12 @@ class _Runner:
     asked: Measurement
     progress: BatchProgress
 
-    def encode_and_decode(self, clips: Tensor, decode: bool = True) -> tuple[Tensor, Tensor]:
-        """Return the clips' latents, and the clips after the codec (as given, if they are not to be decoded)."""
+    def encode_and_decode(self, clips: Tensor, what: str) -> tuple[Tensor, Tensor]:
+        """Return the clips' latents, and the clips after the codec."""
         coded = []
-        for pair in self.maker.code(clips.split(self.asked.batch_size), decode):
+        for pair in self.maker.code(clips.split(self.asked.batch_size)):
             coded.append(pair)
-            self.progress("real clips through the codec" if decode else "reference clips", 0)
+            self.progress(what, 0)
         latents, decoded = zip(*coded, strict=True)
         return torch.cat(latents), torch.cat(decoded)
 

@@ -62,6 +62,19 @@ def test_an_error_that_grows_with_the_jump_gives_a_falling_curve(faulty: CurveRe
     assert faulty.curve.size == (17, 64, 96) and faulty.curve.clips == 6 and faulty.curve.domain == "driving"
 
 
+def test_the_decoded_distance_leaves_out_what_the_codec_loses() -> None:
+    class Blurred(BlockCodec):
+        def decode(self, latents: Tensor) -> Tensor:
+            return super().decode(latents) // 64 * 64
+
+    marks = measure_curve(exact_sampler(ITEMS), Blurred(), ITEMS, REFERENCE, steps=(1,)).curve
+    lossless = measure_curve(exact_sampler(ITEMS), BlockCodec(), ITEMS, REFERENCE, steps=(1,)).curve
+    assert lossless.codec.decoded_frechet == lossless.codec.frame_frechet
+    for made in (marks.rows[0], marks.codec):
+        assert made.decoded_frechet is not None and made.decoded_frechet < made.frame_frechet / 2
+    assert marks.real.decoded_frechet == pytest.approx(marks.codec.frame_frechet, rel=0.5)
+
+
 def test_the_samples_do_not_depend_on_the_batch_size(faulty: CurveResult) -> None:
     small = measure_curve(
         exact_sampler(ITEMS, error=0.6), BlockCodec(), ITEMS, REFERENCE, steps=(2,), batch_size=4, show=6

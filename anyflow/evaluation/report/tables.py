@@ -19,6 +19,7 @@ WHOLE = (FIGURES["whole_cars"], FIGURES["whole_frames"])
 """Lead both where a domain has them."""
 
 _FURTHER = (
+    "decoded_frechet",
     "frame_kernel",
     "spread",
     "temporal_consistency",
