@@ -57,7 +57,7 @@ PALETTE: dict[str, Colour] = {
 ATTRIBUTES: dict[str, str | list[str]] = {
     "lanes": "number of lanes, 2 to 4",
     "road": ["sand", "gravel", "clay", "concrete"],
-    "cars": "number of other cars, 1 to 4",
+    "cars": "number of other cars: 1 to 4, in rush 4 to 6",
     "colours": f"of every car, the first car's first: {', '.join(PALETTE)}",
 }
 ROADS: dict[str, tuple[Colour, Colour, float]] = {
@@ -68,7 +68,23 @@ ROADS: dict[str, tuple[Colour, Colour, float]] = {
 }
 """Colours of shoulder and asphalt, all of them greyer than any colour of a car, and metres from dash to dash."""
 
-LOOKS = {"mixed": tuple(ROADS), **{name: (name,) for name in ROADS}}
+
+@dataclass(frozen=True)
+class Traffic:
+    """What scenes are drawn from: roads by name, least and most lanes and cars, and the share of lane changes."""
+
+    roads: tuple[str, ...]
+    lanes: tuple[int, int] = (2, 4)
+    cars: tuple[int, int] = (2, 5)
+    changes: float = 0.4
+
+
+LOOKS = {
+    "mixed": Traffic(tuple(ROADS)),
+    **{name: Traffic((name,)) for name in ROADS},
+    "rush": Traffic(tuple(ROADS), lanes=(4, 4), cars=(5, 7), changes=0.8),
+}
+"""The embedded models know the first; rush is a new domain for them."""
 
 PIXELS_PER_METRE = 3.6
 """Four lanes fill the frame's height; a car covers 20 x 8.6 pixels."""
@@ -109,20 +125,20 @@ class Scene:
 
 def render(count: int, split: SplitName, seed: int, workers: int = 2, look: str | None = None) -> Iterator[Clip]:
     """``count`` clips, frames encoded as mp4; clip n depends on (seed, split, n, look) alone."""
-    roads = choose_look("driving-open", LOOKS, look)
+    traffic = choose_look("driving-open", LOOKS, look)
     need_package("highway_env", "highway-env")
-    for clips in run_jobs(partial(_render_batch, roads, split, seed), batches(count, 25), workers):
+    for clips in run_jobs(partial(_render_batch, traffic, split, seed), batches(count, 25), workers):
         yield from clips
 
 
-def _render_batch(roads: tuple[str, ...], split: SplitName, seed: int, numbers: range) -> list[Clip]:
-    return [render_clip(roads, split, seed, number).encoded() for number in numbers]
+def _render_batch(traffic: Traffic, split: SplitName, seed: int, numbers: range) -> list[Clip]:
+    return [render_clip(traffic, split, seed, number).encoded() for number in numbers]
 
 
-def render_clip(roads: tuple[str, ...], split: SplitName, seed: int, number: int) -> Clip:
+def render_clip(traffic: Traffic, split: SplitName, seed: int, number: int) -> Clip:
     """One clip, its frames not encoded."""
     generator = clip_generator(seed, split, number)
-    scene = draw_scene(generator, roads)
+    scene = draw_scene(generator, traffic)
     shoulder, asphalt, dash_spacing = ROADS[scene.road]
     road = Road(scene.lanes, dash_spacing, shoulder, asphalt, PIXELS_PER_METRE, 0.5, (CAR_LENGTH, CAR_WIDTH))
     cameras = 100.0 + float(generator.random()) * dash_spacing + scene.camera_speed * np.arange(FRAMES) / FPS
@@ -161,26 +177,27 @@ def _state(path: Path, frame: int, camera: float) -> CarState:
     return CarState(camera + ahead, across, heading, speed)
 
 
-def draw_scene(generator: np.random.Generator, roads: tuple[str, ...]) -> Scene:
-    """A random scene without a collision, on one of these roads."""
-    road, lanes = str(generator.choice(roads)), int(generator.integers(2, 5))
-    count, camera_speed = int(generator.integers(2, 6)), float(generator.uniform(*CAMERA_SPEED))
+def draw_scene(generator: np.random.Generator, traffic: Traffic) -> Scene:
+    """A random scene without a collision."""
+    road, lanes = str(generator.choice(traffic.roads)), int(generator.integers(*traffic.lanes, endpoint=True))
+    count = int(generator.integers(*traffic.cars, endpoint=True))
+    camera_speed = float(generator.uniform(*CAMERA_SPEED))
     colours = tuple(str(colour) for colour in generator.choice(list(PALETTE), count))
     while True:
         paths: list[Path] = []
         for _ in range(TRIES * count):
-            path = draw_path(generator, lanes, camera_speed)
+            path = draw_path(generator, lanes, camera_speed, traffic.changes)
             if _is_drivable(path, is_first=not paths) and all(are_clear(path, other) for other in paths):
                 paths.append(path)
             if len(paths) == count:
                 return Scene(road, lanes, camera_speed, colours, tuple(paths))
 
 
-def draw_path(generator: np.random.Generator, lanes: int, camera_speed: float) -> Path:
+def draw_path(generator: np.random.Generator, lanes: int, camera_speed: float, changes: float) -> Path:
     """A random way: from any place and lane, perhaps to the next lane, perhaps braking or speeding up."""
     lane = int(generator.integers(lanes))
     target = lane
-    if generator.random() < 0.4:
+    if generator.random() < changes:
         target = int(generator.choice([side for side in (lane - 1, lane + 1) if 0 <= side < lanes]))
     done, rate = lane_change(int(generator.integers(-4, 8)), int(generator.integers(12, 17)))
     across, sideways = LANE_WIDTH * (lane + (target - lane) * done), LANE_WIDTH * (target - lane) * rate

@@ -147,6 +147,15 @@ def test_open_driving_draws_free_scenes_without_a_collision() -> None:
             assert steps == pytest.approx(path.speed[:-1] - scene.camera_speed)
 
 
+def test_rush_fills_four_lanes_whose_cars_mostly_change_them() -> None:
+    scenes = [
+        driving_open.draw_scene(sources.clip_generator(0, "train", number), driving_open.LOOKS["rush"])
+        for number in range(60)
+    ]
+    assert {scene.lanes for scene in scenes} == {4} and {len(scene.paths) for scene in scenes} == {5, 6, 7}
+    assert np.mean([abs(path.across[-1] - path.across[0]) > 1 for scene in scenes for path in scene.paths]) > 0.4
+
+
 def test_open_driving_clips_have_one_caption_and_show_their_cars() -> None:
     need("highway_env")
     looks = driving_open.LOOKS["mixed"]
