@@ -16,8 +16,8 @@ class RenderOptions:
     seed: int = option(0, "Seed of the scenes.", low=0)
     look: str | None = option(
         None,
-        "Driving: city, country. Driving-open: mixed, rush, or one of sand, gravel, clay, concrete. Robotics: middle, side. "
-        "Games: high, low. First by default.",
+        "Driving: city, country. Driving-open: mixed, rush, or sand, gravel, clay, concrete alone. "
+        "Robotics: middle, side. Games: high, low. First by default.",
     )
     workers: int = option(2, "Simulators at a time.", low=1)
 
