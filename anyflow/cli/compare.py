@@ -29,7 +29,7 @@ def compare(
     Examples:
       anyflow compare runs/finetune-driving-tiny-001 runs/finetune-driving-tiny-002
       anyflow compare runs/experiments/retention/plain runs/experiments/retention/forward
-      anyflow compare experiments/results/retention-domains/measured/plain experiments/results/retention-domains/measured/forward
+      anyflow compare experiments/results/causal/measured/base-text experiments/results/causal/measured/tuned-text
     \b
     An arm of an experiment stands for all of its seeds. A star marks the better one where the intervals are apart;
     without an interval nothing is marked.

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from anyflow.evaluation.curve import CurveResult
 from anyflow.evaluation.heldout import load_curve
@@ -17,6 +18,8 @@ from anyflow.experiment.pieces import Piece, curve_folder
 
 CELLS = 8
 """Rows of samples in a picture, at most (prompts x arms, but one prompt at least)."""
+COLUMNS = 5
+"""Step counts of a picture, at most: the fewest, and the most."""
 FILM_QUALITIES = (23, 28, 33, 38, 43)
 FILMS_BYTES = 1_300_000
 """Of the films of all data sets together: a page that holds them opens at once, and a repository can keep them."""
@@ -87,8 +90,19 @@ def sample_grids(measured: Measured, pieces: Sequence[Piece]) -> dict[str, tuple
             kept = [_cut(measured, result, max(1, min(3, CELLS // len(found)))) for result in found]
             alike = [result for result in kept if _keys(result) == _keys(kept[0])]
             title = f"{measured.experiment.name}: {short(card)}, the first seed of every arm"
-            grids[card] = [result.curve.label for result in alike], sample_grid(alike, title)
+            grid = replace(sample_grid(alike, title), **_notes(measured, card))
+            grids[card] = [result.curve.label for result in alike], grid
     return grids
+
+
+def _notes(measured: Measured, card: str) -> dict[str, Any]:
+    """Above the samples, where the deciding figure is a share: what it is of all samples of an arm and step count."""
+    deciding = measured.experiment.metric("")
+    if not deciding.is_share:
+        return {}
+    arms = {arm: measured.curve(arm, card, deciding.name) for arm in measured.experiment.shown}
+    shares = {arm: {steps: f"{100 * found.mean:.0f} %" for steps, found in of.items()} for arm, of in arms.items()}
+    return {"notes": shares, "notes_say": f"{deciding.heading}, of all samples and seeds."}
 
 
 def _samples(piece: Piece, card: str) -> CurveResult | None:
@@ -99,7 +113,8 @@ def _samples(piece: Piece, card: str) -> CurveResult | None:
 
 def _cut(measured: Measured, result: CurveResult, prompts: int) -> CurveResult:
     experiment = measured.experiment
-    counts = sorted({min(experiment.evaluation.steps), experiment.few, experiment.most} & set(result.samples))
+    fewest = sorted(experiment.evaluation.steps)[: COLUMNS - 1]
+    counts = sorted({*fewest, experiment.most} & set(result.samples))
     samples = {count: result.samples[count][:prompts] for count in counts}
     return replace(result, shown=result.shown[:prompts], samples=samples)
 

@@ -14,10 +14,12 @@ from anyflow.evaluation.report.picture import (
     CELL_WIDTH,
     GAP,
     GIVEN,
+    NOTE_HEIGHT,
     RIGHT,
     WRONG,
     Grid,
     Prompt,
+    _Layout,
     moving,
     save_mp4,
     save_png,
@@ -121,3 +123,14 @@ def test_files_are_written_and_the_mp4_decodes(tmp_path: Path) -> None:
 def test_clips_that_do_not_match_the_prompts_are_refused() -> None:
     with pytest.raises(ValueError, match="2 prompts"):
         Grid(PROMPTS, {"": {1: LEFT[None]}})
+
+
+def test_a_note_stands_above_its_sample_and_moves_no_other() -> None:
+    """Each cell moves down by the notes' rows; only the strip above the noted one has ink."""
+    plain = Grid(PROMPTS[:1], {"one": {1: LEFT[None]}, "two": {1: LEFT[None]}})
+    noted = replace(plain, notes={"two": {1: "75 %"}}, notes_say="whole cars")
+    first, second = (list(_Layout(grid).cells()) for grid in (plain, noted))
+    assert [cell.box[1] for cell in second] == [cell.box[1] + NOTE_HEIGHT * (row + 1) for row, cell in enumerate(first)]
+    page = np.asarray(still(noted))
+    strips_of = [page[y - NOTE_HEIGHT : y - 2, x : x + width] for x, y, width, _ in (cell.box for cell in second)]
+    assert strips_of[0].min() == 255 and strips_of[1].min() < 100

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ LABEL_WIDTH = 74
 LABEL_LETTER = 11
 """Pixels of a letter of a label, the widest ones apart."""
 HEADER_HEIGHT = 34
+NOTE_HEIGHT = 20
 TITLE_HEIGHT = 76
 MIN_TITLED_WIDTH = 980
 """A title and its legend need this much, however few the columns."""
@@ -90,6 +91,8 @@ class Grid:
         title: one line above the grid.
         headings: of the columns; by default the step counts.
         given: frames at the clips' start that were given, not sampled; they are framed.
+        notes: what stands above each variant's samples of a step count: a figure of all that were measured.
+        notes_say: what these figures are, for the legend.
     """
 
     prompts: Sequence[Prompt]
@@ -98,6 +101,8 @@ class Grid:
     title: str = ""
     headings: Mapping[int, str] | None = None
     given: int = 0
+    notes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    notes_say: str = ""
 
     def __post_init__(self) -> None:
         for clips in self._all():
@@ -145,7 +150,9 @@ class _Layout:
         self.caption_x = MARGIN
         self.real_x = MARGIN + CAPTION_WIDTH + GAP
         self.steps_x = self.real_x + (CELL_WIDTH + 3 * GAP if grid.real is not None else 0) + self.labels
-        self.block = len(grid.variants) * (self.cell[1] + GAP) + 2 * GAP
+        self.note = NOTE_HEIGHT if grid.notes else 0
+        self.pitch = self.note + self.cell[1] + GAP
+        self.block = len(grid.variants) * self.pitch + 2 * GAP
         self.top = MARGIN + (TITLE_HEIGHT if grid.title else 0) + HEADER_HEIGHT
         right = self.steps_x + len(grid.steps) * (CELL_WIDTH + GAP) - GAP + MARGIN
         right = max(right, MIN_TITLED_WIDTH if grid.title else 0)
@@ -153,16 +160,16 @@ class _Layout:
 
     def cells(self) -> Iterator[_Cell]:
         for index, prompt in enumerate(self.grid.prompts):
-            y = self.top + index * self.block
+            y = self.top + index * self.block + self.note
             if self.grid.real is not None:
                 # Centred beside the variants' rows: it belongs to all of them.
-                centre = y + ((len(self.grid.variants) - 1) * (self.cell[1] + GAP)) // 2
+                centre = y + ((len(self.grid.variants) - 1) * self.pitch) // 2
                 yield _Cell(self.grid.real[index], (self.real_x, centre, *self.cell), prompt, is_real=True)
             for row, samples in enumerate(self.grid.variants.values()):
                 for column, count in enumerate(self.grid.steps):
                     if count in samples:
                         x = self.steps_x + column * (CELL_WIDTH + GAP)
-                        yield _Cell(samples[count][index], (x, y + row * (self.cell[1] + GAP), *self.cell), prompt)
+                        yield _Cell(samples[count][index], (x, y + row * self.pitch, *self.cell), prompt)
 
 
 def strips(
@@ -284,13 +291,18 @@ def _background(layout: _Layout) -> tuple[Image, ImageDraw]:
         y = layout.top + index * layout.block
         if index:
             pen.line([(MARGIN, y - 1.5 * GAP), (layout.size[0] - MARGIN, y - 1.5 * GAP)], RULE)
-        lines = len(grid.variants) * layout.cell[1] // 21
+        lines = len(grid.variants) * layout.pitch // 21
         wrapped = textwrap.wrap(prompt.caption, 28, max_lines=max(2, lines), placeholder=" …")
         pen.multiline_text((layout.caption_x, y), "\n".join(wrapped), INK, _font(15), spacing=5)
         for row, name in enumerate(grid.variants if layout.labels else ()):
-            middle = y + row * (layout.cell[1] + GAP) + layout.cell[1] / 2
+            middle = y + row * layout.pitch + layout.note + layout.cell[1] / 2
             colour = VARIANT_COLOURS[row % len(VARIANT_COLOURS)]
             pen.text((layout.steps_x - GAP, middle), name, colour, _font(16, bold=True), anchor="rm")
+        for row, name in enumerate(grid.variants):
+            for column, count in enumerate(grid.steps):
+                x = layout.steps_x + column * (CELL_WIDTH + GAP) + CELL_WIDTH / 2
+                note = grid.notes.get(name, {}).get(count, "")
+                pen.text((x, y + row * layout.pitch + layout.note / 2), note, INK, _font(15), anchor="mm")
     return page, pen
 
 
@@ -301,6 +313,8 @@ def _legend(grid: Grid) -> list[str]:
         lines.append("Line: the motion read from the pixels; ✓ it is what the prompt asks for, ✗ it is not.")
     if any(prompt.domain == "driving" and prompt.is_read for prompt in grid.prompts):
         lines[-1] += " (Seen from above, driving to the right: left is up.)"
+    if grid.notes_say:
+        lines.append(f"Above each sample: {grid.notes_say}")
     if grid.given:
         lines[0] += " Framed: what was given of the real clip."
     return lines
