@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from anyflow.data.cached_choice import chosen_of
-from anyflow.data.controls import Control, control_values
+from anyflow.data.controls import Control, control_values, with_domain
 from anyflow.data.decode import Choice, ClipShape, DecodeError, decode_clip
 from anyflow.data.mixture import MixedOrder
 from anyflow.data.order import Order, OrderIdentity, sample_seed
@@ -185,7 +185,10 @@ def values_of(metadata: Mapping[str, Any], controls: Mapping[str, Control] | Non
     """
     if not controls:
         return {}
-    return {"control_values": control_values(metadata.get("controls"), controls, choice.numbers, choice.frames)}
+    own = metadata.get("controls")
+    if isinstance(own, Mapping):
+        own = with_domain(str(metadata.get("domain") or ""), own)
+    return {"control_values": control_values(own, controls, choice.numbers, choice.frames)}
 
 
 def stacked(metadata: Sequence[Mapping[str, Any]]) -> Batch:

@@ -125,6 +125,11 @@ def control_values(
     return np.concatenate(columns, axis=1)
 
 
+def with_domain(domain: str, controls: Mapping[str, Any]) -> dict[str, Any]:
+    """Controls by both of their names, ``actions`` and ``games.actions``: those of several domains are told apart."""
+    return {**controls, **({f"{domain}.{name}": told for name, told in controls.items()} if domain else {})}
+
+
 def check_length(name: str, control: Control, entries: int, frames: int, exact: bool = True) -> None:
     """Compare a control's entries with a clip's frames; actions may lack the one that leads out of the clip.
 

@@ -273,6 +273,7 @@ class Split:
         caption: stands in for a missing one (for every clip's own: a ``CaptionOverride``); None refuses clips without.
         frames, fps, height, width: what every clip has, if a card says so.
         controls: as a card tells them.
+        domain: of its clips, if a card names it.
     """
 
     name: str
@@ -284,6 +285,7 @@ class Split:
     height: int | None = None
     width: int | None = None
     controls: Mapping[str, Control | str] = field(default_factory=dict)
+    domain: str = ""
 
     def shape_of(self, sample: Sample) -> Noted:
         """A clip's shape: as the index notes it, else as the card says of all; empty if neither does."""
@@ -325,6 +327,7 @@ def find_split(card: str | Path, split: str, *, index: bool = True, shapes: bool
         found.height,
         found.width,
         found.controls,
+        found.domain,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from anyflow.data.controls import Control
+from anyflow.data.controls import Control, with_domain
 from anyflow.data.reader import find_split
 from anyflow.errors import UserError
 
@@ -23,18 +23,20 @@ def wanted_controls(
     A card may lack one: its clips then have NaN. The range covers those of all cards that tell one.
 
     Args:
-        cards: names, paths, addresses, folders of shards. names: of the controls, in the order of their columns.
+        cards: names, paths, addresses, folders of shards. names: of the controls, in the order of their columns;
+            ``DOMAIN.NAME`` is that of one domain's cards and clips alone.
         split: one that all cards have. where: the option or field that names the controls, for the message.
 
     Raises:
         UserError: no card has a control, one tells it in words alone, or two tell different things.
     """
-    told = {str(card): find_split(card, split, index=False).controls for card in cards}
+    splits = {str(card): find_split(card, split, index=False) for card in cards}
+    told = {card: with_domain(found.domain, found.controls) for card, found in splits.items()}
     found: dict[str, Control] = {}
     for name in dict.fromkeys(names):
         of = {card: controls[name] for card, controls in told.items() if name in controls}
         if not of:
-            known = ", ".join(sorted({known for controls in told.values() for known in controls}))
+            known = ", ".join(sorted({known for split in splits.values() for known in split.controls}))
             raise UserError(f"{where}: {name!r} is no control of {_listed(told)}: {_choose(known)}")
         typed = []
         for card, control in of.items():
@@ -68,7 +70,7 @@ def _together(name: str, told: Sequence[tuple[str, Control]], where: str) -> Con
                 one, other = (list(v) if isinstance(v, tuple) else v for v in (one, other))
                 raise UserError(
                     f"{where}: {name!r} has {what} {one} in the card {first!r}, and {other} in {card!r}: name another "
-                    "control, or leave one of the cards out"
+                    f"control, name each by its domain (DOMAIN.{name}), or leave one of the cards out"
                 )
         whole = replace(whole, unit=whole.unit or control.unit, numbers=whole.numbers or control.numbers)
         if whole.low and control.low:
@@ -91,7 +93,8 @@ def learnt_controls(facts: Mapping[str, Any], cards: Sequence[str | Path], split
     """
     known = {name: described(own) for name, own in facts.items()}
     for card in cards:
-        for name, told in find_split(card, split, index=False).controls.items():
+        found = find_split(card, split, index=False)
+        for name, told in with_domain(found.domain, found.controls).items():
             own = known.get(name)
             if own is not None and isinstance(told, Control) and own.told() != told.told():
                 raise UserError(

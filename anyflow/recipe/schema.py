@@ -37,7 +37,9 @@ class ControlRecipe:
     """What the network is told of each frame: what an arm, a wheel or keys do."""
 
     names: list[str] = _option(
-        [], "controls of the cards (anyflow data show), such as [actions]; empty: those that model.weights has learnt"
+        [],
+        "controls of the cards (anyflow data show), such as [actions], or [driving.actions, games.actions] where "
+        "domains differ; empty: those that model.weights has learnt",
     )
     dropout: float = _option(
         0.1, "share of the samples trained without their controls, on a learned vector in their place", low=0, high=1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_shards import MakeShards, card_of, clip_parts
 
+from anyflow.data.batches import ClipDataset
 from anyflow.data.card import load_card, write_card
 from anyflow.data.card_controls import write_controls
 from anyflow.data.controls import Control, control_rows, control_values
-from anyflow.data.decode import DecodeError
-from anyflow.data.wanted import wanted_controls
+from anyflow.data.decode import ClipShape, DecodeError
+from anyflow.data.order import Order
+from anyflow.data.reader import ShardReader, find_split
+from anyflow.data.wanted import learnt_controls, wanted_controls
 from anyflow.errors import UserError
 
 STATE = Control("a state", 2)
@@ -200,6 +204,30 @@ def test_cards_together(make_shards: MakeShards) -> None:
     ]:
         with pytest.raises(UserError, match=sentence):
             wanted_controls([cards[card] for card in of], names, where="data.controls")
+
+
+def test_controls_of_one_name_are_told_apart_by_their_domain() -> None:
+    """The shipped cards of driving and games both have actions, of other meanings: each clip fills its own columns."""
+    cards = ["driving-uncaptioned", "games-uncaptioned"]
+    with pytest.raises(UserError, match=r"name each by its domain \(DOMAIN.actions\)"):
+        wanted_controls(cards, ["actions"])
+    names = ["driving.actions", "games.actions"]
+    wanted = wanted_controls(cards, names)
+    assert [control.numbers for control in wanted.values()] == [("speed", "heading"), ("turn_right", "forward")]
+    facts = {name: json.loads(json.dumps(control.to_dict())) for name, control in wanted.items()}
+    assert learnt_controls(facts, cards, "heldout") == wanted
+    assert wanted_controls(cards[1:], ["games.actions", "actions"])["actions"] == wanted["games.actions"]
+    for column, card in enumerate(cards):
+        found = find_split(card, "heldout")
+        reader, shape = ShardReader([found.folder], [found.caption]), ClipShape(17, 64, 96)
+        clips = ClipDataset(reader, Order(reader.identities(), seed=0, global_batch=1), shape, controls=wanted)
+        frames = np.empty((17, 64, 96, 3), dtype=np.uint8)
+        facts = clips.load(0, 0, reader.shards[0][1].samples[0], frames)
+        known = ~np.isnan(facts["control_values"])
+        assert known[1:].reshape(16, 2, 2).all((0, 2)).tolist() == [column == 0, column == 1]
+        assert known.reshape(17, 2, 2).any((0, 2)).tolist() == [column == 0, column == 1]
+    with pytest.raises(UserError, match=r"'robotics\.actions' is no control"):
+        wanted_controls(cards, ["robotics.actions"])
 
 
 def test_a_cards_other_lines_stay_when_its_controls_are_written(tmp_path: Path) -> None:
