@@ -127,7 +127,7 @@ def test_a_wrong_recipe_fails_the_check(anyflow: Run, tmp_path: Path) -> None:
 
 def test_recipes_show_for_people(anyflow: Run) -> None:
     out = anyflow("recipes", "show", "finetune/driving").stdout
-    assert "optimizer.lr" in out and "recipes/models/tiny.yaml" in out and "learning rate" in out
+    assert "optimizer.lr" in out and "recipes/models/tiny-open.yaml" in out and "learning rate" in out
 
 
 @pytest.mark.parametrize(

@@ -40,12 +40,15 @@ def test_layers_win_in_order_and_say_so() -> None:
     recipe = load("optimizer.lr=3e-4", "data.width=128")
     rows = {row.key: row for row in describe(recipe)}
     assert recipe.optimizer.lr == 3e-4 and rows["optimizer.lr"].source == "command line"
-    assert recipe.model.weights == "data/models/tiny" and rows["model.weights"].source == "recipes/models/tiny.yaml"
+    assert (
+        recipe.model.weights == "data/models/tiny-open"
+        and rows["model.weights"].source == "recipes/models/tiny-open.yaml"
+    )
     assert rows["stage.steps"].source == "recipes/finetune/driving.yaml"
     assert recipe.hardware.accelerator == "auto"
     assert rows["hardware.accelerator"].source == "recipes/hardware/local.yaml"
     assert rows["stage.delta"].source == "default" and rows["stage.delta"].value == 5.0
-    assert rows["run.name"].value == "finetune-driving-tiny" and rows["run.name"].source == "derived"
+    assert rows["run.name"].value == "finetune-driving-tiny-open" and rows["run.name"].source == "derived"
 
 
 def test_every_field_is_described_once_with_a_meaning() -> None:
@@ -219,7 +222,10 @@ MISTAKES = [
     ("data.fps=[1,", "is not understood"),
     ("optimizer.lr=${nowhere}", "optimizer.lr='${nowhere}' (command line) refers to nothing"),
     ("model.weights=${oc.env:NO_SUCH_VARIABLE}", "NO_SUCH_VARIABLE"),
-    ("stage.steps=${model.name}", "stage.steps='tiny' (command line) is not of the right type: give a whole number"),
+    (
+        "stage.steps=${model.name}",
+        "stage.steps='tiny-open' (command line) is not of the right type: give a whole number",
+    ),
     ("stage.rebalance=1", "stage.rebalance=1 (command line) is not of the right type: give true or false"),
 ]
 

@@ -27,7 +27,7 @@ def compare(
 
     \b
     Examples:
-      anyflow compare runs/finetune-driving-tiny-001 runs/finetune-driving-tiny-002
+      anyflow compare runs/finetune-driving-tiny-open-001 runs/finetune-driving-tiny-open-002
       anyflow compare runs/experiments/retention/plain runs/experiments/retention/forward
       anyflow compare experiments/results/causal/measured/base-text experiments/results/causal/measured/tuned-text
     \b

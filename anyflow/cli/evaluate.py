@@ -78,7 +78,7 @@ def evaluate(
     \b
     Examples:
       anyflow evaluate --model data/models/tiny --data driving
-      anyflow evaluate --model runs/finetune-driving-tiny-001 --against data/models/tiny --data driving --prompts 32
+      anyflow evaluate --model runs/finetune-driving-tiny-open-001 --against data/models/tiny-open --data driving-rush
       anyflow evaluate --model data/models/tiny --data driving --seeds 0 --steps 1,4
       anyflow evaluate --model data/models/tiny --data driving --given-frames 1
       anyflow evaluate --model data/models/tiny --data robotics --probe --encoder efficientnet-lite

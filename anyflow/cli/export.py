@@ -44,7 +44,7 @@ def export(
 
     \b
     Examples:
-      anyflow export runs/finetune-driving-tiny-001 --to models/driving
+      anyflow export runs/finetune-driving-tiny-open-001 --to models/driving
       anyflow export runs/finetune-driving-wan --to models/driving-lora --lora
       anyflow export runs/finetune-driving-wan --to models/driving-comfyui --lora --layout comfyui
       anyflow export Wan-AI/Wan2.1-T2V-1.3B-Diffusers --to models/wan-as-flow-map

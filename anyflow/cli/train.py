@@ -53,7 +53,7 @@ def train(
       anyflow train finetune/driving
       anyflow train finetune/driving stage.steps=400 optimizer.lr=5e-4 --resume auto
       anyflow train finetune/robotics --model anyflow-wan2.1-t2v-1.3b --hardware 8gpu --dry-run
-      anyflow train runs/finetune-driving-tiny-001 --resume runs/finetune-driving-tiny-001
+      anyflow train runs/finetune-driving-tiny-open-001 --resume runs/finetune-driving-tiny-open-001
     \b
     Exit codes: 0 done; 2 a mistake in recipe, arguments or files; 75 stopped by SIGTERM and saved (start it again with
     --resume auto); 130 stopped by Ctrl-C and saved.

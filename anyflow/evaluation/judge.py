@@ -117,10 +117,14 @@ class Judge:
         )
 
     def of_real(self, real: Tensor, latents: Tensor) -> Marks:
-        """The floor: the marks of the prompts' own clips, with the path error of other clips of the same motion."""
+        """The floor: the marks of the prompts' own clips, with the path error of other clips of the same motion.
+
+        How far they are from decoded clips says nothing: the floor of that distance are clips that are decoded, too.
+        """
         partners = swap_partners(self.items)
         swapped = None if partners is None else real[partners]
-        return replace(self(real, latents, real, swapped=swapped), path_error=self._path_floor(real))
+        marks = self(real, latents, real, swapped=swapped)
+        return replace(marks, path_error=self._path_floor(real), decoded_frechet=None)
 
     def of_codec(self, decoded: Tensor, latents: Tensor, real: Tensor) -> Marks:
         """The marks of the prompts' own clips after the codec; their paths are those asked for and have no error."""

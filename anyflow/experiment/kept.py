@@ -13,12 +13,16 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from anyflow.errors import UserError
 from anyflow.experiment.pieces import (
+    ROOT,
     Piece,
     curve_folder,
+    curve_settings,
     judged_by,
     read_curve,
     setting_changes,
@@ -121,13 +125,18 @@ def _file(results: Path, piece: Piece) -> Path:
 def _difference(experiment: Experiment, piece: Piece, kept: dict[str, Any]) -> str:
     """What sets what is kept of a piece apart from what would come out now (but for rounding); empty: nothing."""
     shown, curves = piece.cards if piece.is_shown else (), kept["curves"]
-    if kept.get("recipe") != _computed(piece.recipe):
+    if not _computes_the_same(kept.get("recipe"), _computed(piece.recipe)):
         return "recipe"
-    if _facts_differ(kept.get("facts") or {}, _facts(piece)):
-        return "start or training clips"
+    with suppress(UserError):  # clips that are not here, such as rendered ones, cannot be compared
+        if _facts_differ(kept.get("facts") or {}, _facts(piece)):
+            return "start or training clips"
     for card in shown:
         was = {key: value for key, value in curves.get(card, {}).get("measured_on", {}).items() if key != "model"}
-        for key in setting_changes(was, judged_by(experiment, piece, card)):
+        try:
+            now = judged_by(experiment, piece, card)
+        except UserError:
+            now = {**{key: was[key] for key in ("data", "probe") if key in was}, **curve_settings(experiment, piece)}
+        for key in setting_changes(was, now):
             return {"data": "held-out split", "probe": "training split of the probe"}.get(key, key)
     return ""
 
@@ -148,6 +157,20 @@ def _computed(recipe: Recipe | None) -> dict[str, Any] | None:
         return None
     fields = {key: value for key, value in flatten(to_dict(recipe)) if not key.startswith(FREE_ON_RESUME)}
     return json.loads(json.dumps(fields))
+
+
+def _computes_the_same(kept: dict[str, Any] | None, now: dict[str, Any] | None) -> bool:
+    """Whether two recipes train the same; a field that came after what is kept was then at its default."""
+    if kept is None or now is None:
+        return kept is now
+    before = {**(_computed(Recipe()) or {}), **kept}
+    return before.keys() == now.keys() and all(_place(before[key]) == _place(now[key]) for key in now)
+
+
+def _place(value: Any) -> Any:
+    """A field's value; another arm's model without the experiment's name, which may change."""
+    inside = isinstance(value, str) and Path(value).is_relative_to(ROOT)
+    return Path(value).parts[len(ROOT.parts) + 1 :] if inside else value
 
 
 def _facts(piece: Piece) -> dict[str, str]:

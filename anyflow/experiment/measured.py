@@ -25,7 +25,7 @@ class Measured:
     Attributes:
         experiment: the question.
         rows: by arm, card and seed, a curve's rows by step count.
-        real_of: by arm and card, what real clips get.
+        real_of: by arm and card, what real clips get; decoded ones where real ones have no such figure.
         clips: by card, the number of prompts.
     """
 
@@ -93,7 +93,8 @@ def read_measured(experiment: Experiment, tasks: Iterable[Task]) -> Measured:
         if found is not None:
             curve, piece = found["curve"], task.piece
             rows[piece.arm, task.card, piece.seed] = {row["num_steps"]: row for row in curve["rows"]}
-            real.setdefault((piece.arm, task.card), curve["real"])
+            floor = {name: value for name, value in curve["real"].items() if value is not None}
+            real.setdefault((piece.arm, task.card), {**curve["codec"], **floor})
             clips[task.card] = curve["clips"]
     return Measured(experiment, rows, real, clips)
 

@@ -31,7 +31,7 @@ def test_trainings_that_start_together_have_runs_of_their_own(small_model: Path,
     for code, told in together(words(1e-3), words(1e-5)):
         assert code == 0, told
     runs = sorted((tmp_path / "runs").iterdir())
-    assert [run.name for run in runs] == ["finetune-driving-tiny-001", "finetune-driving-tiny-002"]
+    assert [run.name for run in runs] == ["finetune-driving-tiny-open-001", "finetune-driving-tiny-open-002"]
     assert {RunFolder(run).status["state"] for run in runs} == {"finished"}
     assert {yaml.safe_load((run / "recipe.yaml").read_text())["optimizer"]["lr"] for run in runs} == {1e-3, 1e-5}
 

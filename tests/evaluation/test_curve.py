@@ -40,7 +40,7 @@ def test_an_exact_flow_map_gives_the_real_clips_figures_at_any_number_of_steps()
     result = measure_curve(exact_sampler(ITEMS), BlockCodec(), ITEMS, REFERENCE, steps=(1, 4), show=2)
     curve = result.curve
     assert (
-        curve.real == replace(curve.codec, path_error=curve.real.path_error)
+        curve.real == replace(curve.codec, path_error=curve.real.path_error, decoded_frechet=None)
         and curve.real.motion_accuracy == 1.0
         and curve.real.sliced_w1 > 0
     )
@@ -72,7 +72,7 @@ def test_the_decoded_distance_leaves_out_what_the_codec_loses() -> None:
     assert lossless.codec.decoded_frechet == lossless.codec.frame_frechet
     for made in (marks.rows[0], marks.codec):
         assert made.decoded_frechet is not None and made.decoded_frechet < made.frame_frechet / 2
-    assert marks.real.decoded_frechet == pytest.approx(marks.codec.frame_frechet, rel=0.5)
+    assert marks.real.decoded_frechet is None, "real clips are no floor of a distance to decoded ones"
 
 
 def test_the_samples_do_not_depend_on_the_batch_size(faulty: CurveResult) -> None:

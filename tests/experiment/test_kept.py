@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 from study import TEXT, invent_curve, invent_training, write_study
 
+from anyflow.experiment.kept import _computed, _computes_the_same
+from anyflow.experiment.load import list_experiments, load_experiment
 from anyflow.experiment.measured import read_measured
-from anyflow.experiment.pieces import Piece
+from anyflow.experiment.pieces import Piece, pieces_of
 from anyflow.experiment.report import write_report
 from anyflow.experiment.schema import Experiment
 from anyflow.experiment.tasks import tasks_of
+from anyflow.recipe import Recipe
 
 PROJECT = Path(__file__).resolve().parents[2]
 FEWER = TEXT.replace("seeds: [0, 1, 2]", "seeds: [0]").replace("cards: [driving, games]", "cards: [driving]")
@@ -110,6 +113,35 @@ def test_other_clips_and_a_broken_file_do_not_count(tmp_path: Path) -> None:
     found = {task.piece.arm: (task.state, task.reason) for task in tasks_of(experiment, pieces)}
     assert found["plain"] == ("missing", "what is kept has another start or training clips")
     assert found["more"] == ("missing", "what is kept has another plain-0-driving") and found["base"][0] == "missing"
+
+
+@pytest.mark.parametrize(("now", "state"), [("", "kept"), ("stage.text_drop=0.3, ", "missing")])
+def test_a_field_that_came_later_was_at_its_default(tmp_path: Path, now: str, state: str) -> None:
+    elsewhere(tmp_path)
+    text = FEWER.replace("overrides: [stage.steps", f"overrides: [{now}stage.steps")
+    experiment, pieces = write_study(tmp_path, text)
+    path = experiment.results / "measured" / "plain-0-driving.json"
+    document = json.loads(path.read_text())
+    del document["recipe"]["stage.text_drop"]
+    path.write_text(json.dumps(document))
+    assert {task.state for task in tasks_of(experiment, pieces) if task.piece.arm == "plain"} == {state}
+
+
+def test_a_renamed_experiment_keeps_what_was_trained_from_its_own_arms() -> None:
+    was, now, other = (f"runs/experiments/{name}/model" for name in ("before/plain-0", "now/plain-0", "now/plain-1"))
+    same, different = {"model.weights": now}, {"model.weights": other}
+    usual = _computed(Recipe()) or {}
+    assert _computes_the_same({**usual, "model.weights": was}, {**usual, **same})
+    assert not _computes_the_same({**usual, "model.weights": was}, {**usual, **different})
+
+
+@pytest.mark.parametrize("name", [name for name in list_experiments() if name != "doctor"])
+def test_the_committed_results_count_as_they_stand(name: str) -> None:
+    """A recipe field that is added, or a file that is renamed, must not ask for hours of training again."""
+    experiment = load_experiment(name)
+    if not (experiment.results / "measured").is_dir():
+        pytest.skip("nothing is committed yet")
+    assert {task.state for task in tasks_of(experiment, pieces_of(experiment))} <= {"kept", "done"}
 
 
 def test_what_is_here_goes_before_what_is_kept(tmp_path: Path) -> None:
