@@ -40,8 +40,8 @@ KEYS = {
     r"use": ("KeyE",),
 }
 """What a key does -> the keys of a keyboard that do it, by their place on a plain one (``KeyboardEvent.code``)."""
-SPARE = [*(f"Digit{number % 10}" for number in range(1, 11)), *(f"Key{letter}" for letter in "QERTYUIOPGHJKLZXCVBNM")]
-"""Keys for the rest, in this order."""
+SPARE = [*(f"Digit{number % 10}" for number in range(1, 11)), *(f"Key{letter}" for letter in "QETYUIOGHJKLZXVBNMCF")]
+"""Keys for the rest, in this order; P and R are the page's own."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def levers_of(controls: Mapping[str, Mapping[str, Any]]) -> list[Lever]:
     has_keys = any(lever.kind == "key" for lever in plain)
     for place, stick in zip(free[:2], _sticks([plain[place] for place in free[:2]]), strict=True):
         plain[place] = _on_axis(plain[place], stick, arrows_alone=has_keys)
-    return list(_with_keys(plain))
+    return _with_keys(plain)
 
 
 def _plain(name: str, control: Control) -> Iterator[Lever]:
@@ -145,16 +145,23 @@ def _on_axis(lever: Lever, stick: int, arrows_alone: bool) -> Lever:
     return replace(lever, kind="axis", stick=stick, more=more[:count], less=less[:count])
 
 
-def _with_keys(levers: Sequence[Lever]) -> Iterator[Lever]:
-    """Give each key lever the key that its name asks for, if that is free, else the next one."""
+def _with_keys(levers: Sequence[Lever]) -> list[Lever]:
+    """Give each key lever the key that its name asks for, if that is free; then the others the next free ones."""
+    found = list(levers)
     taken = {code for lever in levers for code in lever.more + lever.less}
-    for lever in levers:
-        if lever.kind == "key":
-            last = re.split(r"[._ ]", lever.label.lower())[-1]
-            asked = next((keys for names, keys in KEYS.items() if re.fullmatch(names, last)), ())
-            codes = tuple(code for code in asked if code not in taken)
-            spare = next((code for code in SPARE if code not in taken), None)
-            codes = codes or ((spare,) if spare else ())
-            taken.update(codes)
-            lever = replace(lever, more=codes)
-        yield lever
+    for by_name in (True, False):
+        for place, lever in enumerate(found):
+            if lever.kind == "key" and not lever.more:
+                wanted = _asked(lever.label) if by_name else SPARE
+                free = tuple(code for code in wanted if code not in taken)
+                found[place] = replace(lever, more=free if by_name else free[:1])
+                taken.update(found[place].more)
+    return found
+
+
+def _asked(label: str) -> Sequence[str]:
+    """The keys that a name asks for."""
+    last = re.split(r"[._ ]", label.lower())[-1]
+    if re.fullmatch(r"\d", last):
+        return [f"Digit{last}"]
+    return next((keys for names, keys in KEYS.items() if re.fullmatch(names, last)), ())

@@ -168,8 +168,8 @@ function beginChunk(chunk, now) {
   }
   $("rate").textContent = chunk.rate ? `${chunk.rate.toFixed(1)} fps` : "–";
   $("steps-now").textContent = chunk.steps;
-  const slow = `The model makes ${chunk.rate.toFixed(1)} frames a second, the footage has ${facts.fps}: it plays slower. `;
-  say(chunk.is_behind ? `${slow}A key still acts in the next chunk; fewer steps are faster.` : "");
+  const slow = `The model makes ${chunk.rate.toFixed(1)} of the footage’s ${facts.fps} frames a second: it plays slower.`;
+  say(chunk.is_behind ? `${slow} A key still acts in the next chunk.` : "");
 }
 
 setInterval(() => { // frames of the last two seconds
@@ -188,7 +188,9 @@ function begin(line) {
   facts = line;
   Object.assign(wish, { number: 0, shown: 0, run: 0, film: 0, paused: false, steps: facts.steps });
   [queue.length, shownRun, press] = [0, 0, null];
-  [$("picture").width, $("picture").height] = facts.size;
+  const [width, height] = facts.size;
+  Object.assign($("picture"), { width, height });
+  $("picture").style.maxWidth = `calc(72vh * ${width / height})`;
   $("model").textContent = `${facts.model} · ${facts.size.join(" × ")} pixels, ${facts.fps} frames a second`;
   $("notes").replaceChildren(...facts.notes.map((note) => element("li", { textContent: note })));
   $("steps").max = facts.all_steps.length - 1;
