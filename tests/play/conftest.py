@@ -1,4 +1,4 @@
-"""What the tests of the play share: a small model that is told controls, and a world that is drawn instead of sampled."""
+"""What the tests of the play share: a small model that is told controls, and a world that is drawn."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -44,25 +44,25 @@ HEIGHT, WIDTH = 64, 96
 class DrawnRollout:
     """What :class:`anyflow.play.rollout.Rollout` is asked for."""
 
-    made: list[int] = []
+    made: ClassVar[list[int]] = []
     """The steps of each chunk that was asked for."""
     seconds = 0.0
     """That a chunk takes."""
 
     def __init__(self, model: Any, caption: str, start: Tensor | None = None, seed: int = 0) -> None:
-        self.next_frames = 1
+        self.next_frames, self.ground = 1, 0 if start is None else int(start.float().mean())
 
     def chunk(self, controls: Tensor, num_steps: int) -> Tensor:
         time.sleep(self.seconds)
         self.made.append(num_steps)
         assert len(controls) == self.next_frames
         self.next_frames = 8
-        return torch.from_numpy(np.stack([draw(*row) for row in controls.tolist()]))
+        return torch.from_numpy(np.stack([draw(self.ground, *row) for row in controls.tolist()]))
 
 
-def draw(speed: float, heading: float) -> np.ndarray:
-    """A dot whose place tells the controls."""
-    picture = np.full((HEIGHT, WIDTH, 3), 30, dtype=np.uint8)
+def draw(ground: int, speed: float, heading: float) -> np.ndarray:
+    """A dot whose place tells the controls, on a ground that tells the start."""
+    picture = np.full((HEIGHT, WIDTH, 3), ground, dtype=np.uint8)
     x, y = round(WIDTH * (0.5 + 0.8 * heading)), round(HEIGHT * (0.9 - 0.8 * (speed - 6) / 8))
     picture[max(0, y - 3) : y + 4, max(0, x - 3) : x + 4] = 255
     return picture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def costs(loaded: LoadedModel, chunks: int, looked_at: list[int]) -> list[tuple[
             controls = torch.tensor([[10.0, 0.5]]).expand(rollout.next_frames, 2)
             asked.clear()
             if number in looked_at:
-                peak, left = held_bytes(lambda: rollout.chunk(controls, 2), "cpu")
+                peak, left = held_bytes(partial(rollout.chunk, controls, 2), "cpu")
                 found.append((sum(asked), peak, left))
             else:
                 picture = rollout.chunk(controls, 1)

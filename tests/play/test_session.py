@@ -1,4 +1,4 @@
-"""When chunks are begun and of what: a page, a model of any speed and a person are played through by a clock of ours."""
+"""When chunks are begun and of what: page, model and person are played through by a clock of ours."""
 
 from __future__ import annotations
 
