@@ -43,22 +43,23 @@ class Wheel:
 
     def __init__(self, levers: Sequence[Lever], fps: float) -> None:
         self.levers, self._fps = levers, fps
-        self.values = [lever.begin for lever in levers]
-        self._is_first = True
+        self.begin()
 
-    def begin(self) -> None:
-        """Back to where every number begins, for a video's first frame."""
+    def begin(self, domain: str = "") -> None:
+        """Back to where every number begins, for the first frame of a video of a domain."""
         self.values = [lever.begin for lever in self.levers]
-        self._is_first = True
+        self._is_first, self._domain = True, domain
 
     def move(self, hands: Hands, frames: int) -> NDArray[np.float32]:
-        """The numbers of the next frames, float32 ``[frames, W]``; of a video's first one NaN where none is known."""
+        """The numbers of the next frames, float32 ``[frames, W]``; NaN where none is known: of actions that would lead
+        to a video's first frame, and of other domains."""
         rows = np.empty((frames, len(self.levers)), dtype=np.float32)
         for frame in range(frames):
             now = frame / self._fps
             for place, lever in enumerate(self.levers):
                 self.values[place] = self._moved(place, lever, hands, now)
-                rows[frame, place] = np.nan if self._is_first and lever.is_action else self.values[place]
+                is_known = lever.domain in ("", self._domain) and not (self._is_first and lever.is_action)
+                rows[frame, place] = self.values[place] if is_known else np.nan
             self._is_first = False
         return rows
 

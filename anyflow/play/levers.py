@@ -3,12 +3,15 @@
 Two continuous numbers are moved by keys: one by up and down, one by left and right. One that means "no action" at
 zero goes back there when it is let go (a wheel, a gripper's motion); a speed stays. A number of a multi-hot control is
 a key that is held. All further numbers are sliders, and so are states: where a thing is follows from what is done.
+
+A model of several domains has controls of each (``driving.actions``, ``games.actions``). They share the keys, since a
+video is of one domain: of the other domains' numbers nothing is known in it, as in the clips that it was trained on.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -60,6 +63,7 @@ class Lever:
         stick: the gamepad's axis (0 to the right, 1 up) of an "axis".
         sign: -1 where the stick's direction is less of the number.
         is_state: whether it says where a thing is.
+        domain: of the videos that have it; empty: all have.
     """
 
     label: str
@@ -75,29 +79,43 @@ class Lever:
     stick: int | None = None
     sign: int = 1
     is_state: bool = False
+    domain: str = ""
 
 
-def levers_of(controls: Mapping[str, Mapping[str, Any]]) -> list[Lever]:
+def levers_of(controls: Mapping[str, Mapping[str, Any]], domains: Collection[str] = ()) -> list[Lever]:
     """A lever for each number, in the network's order.
 
     Args:
         controls: name -> description, as a network's configuration has them.
+        domains: of the videos; a control whose name begins with one of them and a dot is that one's alone.
 
     Raises:
         UserError: there is nothing to steer by, but states.
     """
     wanted = {name: described(facts) for name, facts in controls.items()}
-    plain = [lever for name, control in wanted.items() for lever in _plain(name, control)]
+    plain = [
+        replace(lever, domain=domain_of(name, wanted, domains))
+        for name, control in wanted.items()
+        for lever in _plain(name, control)
+    ]
     if all(lever.is_state for lever in plain):
         raise UserError(
             f"--model is told {' and '.join(wanted)} alone, which say where things are, not what is done: keys cannot "
             "steer by that; train one with model.control.names=[actions]"
         )
-    free = [place for place, lever in enumerate(plain) if lever.kind == "slider" and not lever.is_state]
-    has_keys = any(lever.kind == "key" for lever in plain)
-    for place, stick in zip(free[:2], _sticks([plain[place] for place in free[:2]]), strict=True):
-        plain[place] = _on_axis(plain[place], stick, arrows_alone=has_keys)
-    return _with_keys(plain)
+    common = _with_keys([lever for lever in plain if not lever.domain])
+    found = {"": iter(common)}
+    for domain in dict.fromkeys(lever.domain for lever in plain if lever.domain):
+        own = _with_keys([*common, *(lever for lever in plain if lever.domain == domain)])
+        found[domain] = iter(own[len(common) :])
+    return [next(found[lever.domain]) for lever in plain]
+
+
+def domain_of(name: str, names: Collection[str], domains: Collection[str]) -> str:
+    """The domain that a control's name begins with: one of ``domains``, or one of several that have such a control."""
+    domain, _, control = name.partition(".")
+    is_one = domain in domains or any(other != name and other.partition(".")[2] == control for other in names)
+    return domain if control and is_one else ""
 
 
 def _plain(name: str, control: Control) -> Iterator[Lever]:
@@ -146,9 +164,15 @@ def _on_axis(lever: Lever, stick: int, arrows_alone: bool) -> Lever:
 
 
 def _with_keys(levers: Sequence[Lever]) -> list[Lever]:
-    """Give each key lever the key that its name asks for, if that is free; then the others the next free ones."""
+    """Give up to two numbers a stick and keys, and each key lever the key that its name asks for, else a free one."""
     found = list(levers)
-    taken = {code for lever in levers for code in lever.more + lever.less}
+    axes = [place for place, lever in enumerate(found) if lever.kind == "axis"]
+    free_axes = [place for place, lever in enumerate(found) if lever.kind == "slider" and not lever.is_state]
+    if not axes:
+        has_keys = any(lever.kind == "key" for lever in found)
+        for place, stick in zip(free_axes[:2], _sticks([found[place] for place in free_axes[:2]]), strict=True):
+            found[place] = _on_axis(found[place], stick, arrows_alone=has_keys)
+    taken = {code for lever in found for code in lever.more + lever.less}
     for by_name in (True, False):
         for place, lever in enumerate(found):
             if lever.kind == "key" and not lever.more:

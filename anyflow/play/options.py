@@ -17,7 +17,9 @@ class PlayOptions:
     """What is played, and where it is shown."""
 
     image: Path | None = option(None, "A picture to start from.")
-    data: str | None = option(None, "A card: start from its held-out clips. Else: those of the model's own cards.")
+    data: str | None = option(
+        None, "A card: start from its held-out clips (with --image: take its prompt); else from the model's own cards'."
+    )
     prompt: str | None = option(None, "The prompt; else that of the clip.")
     steps: int = option(2, f"Steps to begin with, {', '.join(map(str, STEPS))}; the page changes them.", low=1)
     fps: float | None = option(None, "Frames a second to play; else the footage's own.", low=0.1, high=240)
@@ -32,8 +34,6 @@ class PlayOptions:
         Raises:
             UserError: it cannot.
         """
-        if self.image is not None and self.data is not None:
-            raise UserError("--image and --data are both given: a video has one beginning, give one of them")
         if self.image is not None and not self.image.is_file():
             raise UserError(f"--image {self.image}: there is no such file")
         if self.steps not in STEPS:

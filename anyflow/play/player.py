@@ -107,7 +107,7 @@ class Player:
             start = self.starts[task.start or 0]
             pixels = None if start.pixels is None else torch.from_numpy(start.pixels)
             self._rollout = Rollout(self._model, start.caption, pixels, self._seed)
-            self._wheel.begin()
+            self._wheel.begin(start.domain)
         assert self._rollout is not None
         controls = self._wheel.move(task.hands, self._rollout.next_frames)
         frames = self._rollout.chunk(torch.from_numpy(controls), task.steps).numpy()

@@ -8,9 +8,10 @@ import socket
 import sys
 import threading
 import webbrowser
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -23,7 +24,7 @@ from anyflow.play.levers import Lever, levers_of
 from anyflow.play.options import PlayOptions
 from anyflow.play.player import Player
 from anyflow.play.server import Facts, Site
-from anyflow.play.starts import starts_of
+from anyflow.play.starts import Start, starts_of
 from anyflow.system.signals import sigterm_raises
 
 if TYPE_CHECKING:
@@ -38,12 +39,12 @@ class Playable:
 
     Attributes:
         name: folder or hub id.
-        levers: of its controls.
+        controls: that it is told, as its configuration describes them.
         shape: of its clips; fps is that of its footage.
     """
 
     name: str
-    levers: list[Lever]
+    controls: Mapping[str, Any]
     shape: ClipShape
 
 
@@ -65,7 +66,8 @@ def playable(model: str) -> Playable:
         raise UserError(
             f"--model {model} is told no controls: train one that is, by make finetune RECIPE=driving-control"
         )
-    return Playable(model, levers_of(found["controls"]), native_shape(model))
+    levers_of(found["controls"])
+    return Playable(model, found["controls"], native_shape(model))
 
 
 def player_of(model: Playable, asked: PlayOptions) -> tuple[Player, Facts]:
@@ -75,15 +77,35 @@ def player_of(model: Playable, asked: PlayOptions) -> tuple[Player, Facts]:
         UserError: the frame to start from cannot be read.
     """
     starts, note = starts_of(model.name, model.shape, asked.image, asked.data, asked.prompt)
+    levers = levers_of(model.controls, {start.domain for start in starts})
     fps = asked.fps or model.shape.fps or 8.0
-    states = [lever.label for lever in model.levers if lever.is_state]
+    states = [lever.label for lever in levers if lever.is_state]
     notes = [note] if note else []
     if states:
         notes.append(f"{', '.join(states)}: where things are, not what is done. Keys cannot steer by that.")
     name = Path(model.name).resolve().name
-    player = Player(starts, Wheel(model.levers, fps), fps, asked.out / name, asked.seed)
-    size = (model.shape.width, model.shape.height)
-    return player, Facts(name, model.levers, fps, size, asked.steps, notes)
+    starts = in_domain(starts, levers)
+    player = Player(starts, Wheel(levers, fps), fps, asked.out / name, asked.seed)
+    return player, Facts(name, levers, fps, (model.shape.width, model.shape.height), asked.steps, notes)
+
+
+def in_domain(starts: Sequence[Start], levers: Sequence[Lever]) -> list[Start]:
+    """The starts that can be steered; one of no domain is taken for the first that the model is told controls of.
+
+    Raises:
+        UserError: there is none.
+    """
+    known = list(dict.fromkeys(lever.domain for lever in levers))
+    if "" in known:
+        return list(starts)
+    found = [start if start.domain else replace(start, domain=known[0]) for start in starts]
+    found = [start for start in found if start.domain in known]
+    if not found:
+        raise UserError(
+            f"--data is of the domain {starts[0].domain}, and the model is told controls of {' and '.join(known)} "
+            "alone: name a card of one of them"
+        )
+    return found
 
 
 def serve(model: Playable, asked: PlayOptions, listening: socket.socket) -> None:

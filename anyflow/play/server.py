@@ -133,7 +133,7 @@ class Site:
                 session.note(made)
                 if made.trouble:
                     yield _line("film", said=made.trouble, is_recording=False)
-                yield _chunk(session, made, wish=wish.number, run=wish.run, steps=wish.steps)
+                yield _chunk(session, made, wish=wish.number, run=wish.run, steps=wish.steps, start=task.start)
             else:
                 await self._listen(LOOK_UP_SECONDS if delay is None else min(delay, LOOK_UP_SECONDS))
         yield _line("over")
@@ -153,7 +153,11 @@ class Site:
 
     def _starts(self) -> list[dict[str, Any]]:
         return [
-            {"label": start.label, "jpeg": None if start.pixels is None else _text(jpeg(start.pixels[0, 0]))}
+            {
+                "label": start.label,
+                "domain": start.domain,
+                "jpeg": None if start.pixels is None else _text(jpeg(start.pixels[0, 0])),
+            }
             for start in self._player.starts
         ]
 
@@ -172,7 +176,7 @@ class _Stream(StreamingResponse):
             self._on_end()
 
 
-def _chunk(session: Session, made: Made, **asked: int) -> str:
+def _chunk(session: Session, made: Made, **asked: int | None) -> str:
     pace = session.pace
     frames = [_text(frame) for frame in made.frames]
     speed = {"rate": round(pace.rate, 2), "is_behind": pace.is_behind, "seconds": session.on_show}

@@ -29,11 +29,13 @@ class Start:
         label: said of it.
         caption: the prompt that goes with it.
         pixels: uint8 ``[1, 1, H, W, 3]``; None: the first frame is sampled too.
+        domain: of the clip, as its card says.
     """
 
     label: str
     caption: str
     pixels: NDArray[np.uint8] | None = None
+    domain: str = ""
 
 
 def starts_of(
@@ -48,7 +50,7 @@ def starts_of(
         model: folder or hub id.
         shape: of the model's clips.
         image: a picture's file.
-        data: a card.
+        data: a card; beside a picture it gives prompt and domain alone.
         prompt: the caption; else each clip's own.
 
     Raises:
@@ -59,14 +61,13 @@ def starts_of(
         try:
             pixels = decode_clip(image.read_bytes(), _one_frame(shape))[None]
         except (OSError, DecodeError) as error:
-            raise UserError(
-                f"--image {image} cannot be read ({error}): give a picture (png, jpg) or a video"
-            ) from error
-        return [Start(image.name, _caption(cards) if prompt is None else prompt, pixels)], ""
+            raise UserError(f"--image {image} cannot be read ({error}): give a picture, such as a png") from error
+        caption, domain = _facts(cards, is_asked=data is not None)
+        return [Start(image.name, caption if prompt is None else prompt, pixels, domain)], ""
     found: list[Start] = []
-    for card in cards:
+    for number, card in enumerate(cards):
         try:
-            found += islice(_held_out(card, shape, prompt), MOST - len(found))
+            found += islice(_held_out(card, shape, prompt), (MOST - len(found)) // (len(cards) - number))
         except UserError:
             if data is not None:
                 raise
@@ -90,16 +91,17 @@ def cards_of(model: str) -> Sequence[str]:
     return re.findall(r"^- \*\*(.+?)\*\*", section[1], re.MULTILINE) if section else ()
 
 
-def _caption(cards: Sequence[str]) -> str:
-    """What stands for all clips of the first card that says it; else nothing."""
+def _facts(cards: Sequence[str], is_asked: bool) -> tuple[str, str]:
+    """Caption and domain of the first card that is here: the caption that stands for all of its clips, if one does."""
     for card in cards:
         try:
-            caption = load_card(card).caption
+            found = load_card(card)
         except UserError:
+            if is_asked:
+                raise
             continue
-        if caption:
-            return caption
-    return ""
+        return found.caption or "", found.domain
+    return "", ""
 
 
 def _held_out(card: str, shape: ClipShape, prompt: str | None) -> Iterator[Start]:
@@ -110,10 +112,11 @@ def _held_out(card: str, shape: ClipShape, prompt: str | None) -> Iterator[Start
         for sample in shard.samples:
             try:
                 pixels = decode_clip(reader.video(number, sample), _one_frame(shape))[None]
-                caption = reader.describe(number, sample)["caption"]
+                facts = reader.describe(number, sample)
             except DecodeError:
                 continue
-            yield Start(sample.key, caption if prompt is None else prompt, pixels)
+            caption = facts["caption"] if prompt is None else prompt
+            yield Start(sample.key, caption, pixels, str(facts.get("domain") or ""))
 
 
 def _one_frame(shape: ClipShape) -> ClipShape:

@@ -59,7 +59,7 @@ def test_beginnings_that_cannot_be(anyflow: Run, steered_model: Path, tmp_path: 
     for words, sentence in (
         (["--image", str(tmp_path / "none.png")], "there is no such file"),
         (["--image", str(tmp_path / "bad.png")], "give a picture"),
-        (["--image", str(tmp_path / "bad.png"), "--data", "driving"], "are both given"),
+        (["--image", str(tmp_path / "bad.png"), "--data", "driving"], "give a picture"),
         (["--data", "no-such-card"], "no-such-card"),
         (["--steps", "3"], "--steps 3 is not on the page"),
         (["--out", str(tmp_path / "film")], "it is a file"),

@@ -184,6 +184,23 @@ def test_a_hall_is_walked_through_while_a_key_is_held() -> None:
     assert (forward.more, forward.rest) == (UP, 0.0)
 
 
+def test_domains_share_the_keys_and_know_nothing_of_each_other() -> None:
+    hall = control(["turn_right", "forward"], [-1.2, 0.0], [1.2, 16.0], at="transition")
+    controls = {"driving.actions": DRIVING["actions"], "games.actions": hall}
+    levers = levers_of(controls)
+    assert [lever.domain for lever in levers] == ["driving"] * 2 + ["games"] * 2
+    assert [lever.more for lever in levers] == [UP, RIGHT, RIGHT, UP]
+    wheel = Wheel(levers, FPS)
+    for domain, known in (("driving", [True, True, False, False]), ("games", [False, False, True, True])):
+        wheel.begin(domain)
+        wheel.move(Hands(), 1)
+        rows = wheel.move(Hands({"KeyD": HELD, "KeyW": HELD}), 4)
+        assert (~np.isnan(rows)).all(0).tolist() == known == (~np.isnan(rows)).any(0).tolist()
+    alone = levers_of({"games.actions": hall}, ["games"])
+    assert {lever.domain for lever in alone} == {"games"}
+    assert {lever.domain for lever in levers_of({"observation.arm": hall}, ["games"])} == {""}
+
+
 def test_a_wheel_that_counts_to_the_left() -> None:
     steering = {
         "holds": "per frame: steering wheel, degrees to the left",

@@ -79,7 +79,8 @@ function readGamepad() {
     wish.sticks = sticks;
     tell();
   }
-  const keys = facts.levers.filter((lever) => lever.kind === "key").map((lever) => lever.more[0]);
+  const shown = facts.levers.filter((lever, place) => !$(`lever-${place}`).hidden);
+  const keys = shown.filter((lever) => lever.kind === "key").map((lever) => lever.more[0]);
   pad.buttons.forEach((button, number) => {
     const code = CROSS[number] ?? keys[number];
     if (code) (button.pressed ? pressed : released)(code, "gamepad");
@@ -159,6 +160,7 @@ function show(now) {
 }
 
 function beginChunk(chunk, now) {
+  if (chunk.start !== null) showLevers(facts.starts[chunk.start].domain);
   wish.shown = chunk.number;
   tell();
   over("");
@@ -198,6 +200,7 @@ function begin(line) {
   $("all-steps").replaceChildren(...facts.all_steps.map((count) => element("span", { textContent: count })));
   used = new Set(facts.levers.flatMap((lever) => [...lever.more, ...lever.less]));
   $("levers").replaceChildren(...facts.levers.map(leverRow));
+  showLevers(facts.starts[0].domain);
   $("starts").replaceChildren(...facts.starts.map(startButton));
   film({ said: "", is_recording: false });
   pause(false);
@@ -243,7 +246,13 @@ function leverRow(lever, place) {
     middle = element("div", { className: lever.kind === "key" ? "" : "track" }, ...(lever.kind === "key" ? [] : [rest, dot]));
   }
   const keys = [lever.less, lever.more].map((codes) => codes.slice(0, 1).map(keyButton));
-  return element("div", { className: "lever" }, name, element("div", { className: "move" }, ...keys[0], middle, ...keys[1]));
+  return element("div", { className: "lever", id: `lever-${place}` }, name, element("div", { className: "move" }, ...keys[0], middle, ...keys[1]));
+}
+
+function showLevers(domain) {
+  facts.levers.forEach((lever, place) => {
+    $(`lever-${place}`).hidden = lever.domain !== "" && lever.domain !== domain;
+  });
 }
 
 const percent = (value, { low, high }) => `${(100 * (value - low)) / (high - low || 1)}%`;
