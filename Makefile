@@ -20,7 +20,7 @@ STEPS ?= 1,4,16
 
 .DEFAULT_GOAL := help
 .PHONY: help install finetune teacher forward onpolicy consistency dmd codec base sample plan data experiment mlflow
-.PHONY: bench doctor
+.PHONY: bench doctor play
 .PHONY: test test-slow lint
 
 help: ## this list
@@ -72,6 +72,9 @@ base: $(VENV)/.installed-sim ## the embedded tiny models from nothing: render, c
 
 sample: $(VENV)/.installed ## clips of a prompt at several step counts: PROMPT="..." [MODEL=folder] [STEPS=1,4,16]
 	$(ANYFLOW) sample "$$PROMPT" --model $(or $(MODEL),data/models/tiny) --steps $(STEPS) $(ARGS)
+
+play: $(VENV)/.installed ## steer a causal model by keyboard, in a page on this machine: [MODEL=folder] (data/models/tiny-world)
+	$(ANYFLOW) play $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 plan: $(VENV)/.installed ## the memory that recipes need on GPUs, all of them or RECIPE=forward/wan2.1-t2v-14b [MODEL=...] [HARDWARE=...]
 	$(ANYFLOW) plan $(RECIPE) $(if $(MODEL),--model $(MODEL)) $(if $(HARDWARE),--hardware $(HARDWARE)) $(ARGS)

@@ -80,6 +80,15 @@ def serve(project: Path) -> Serve:
     return serving
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    """Debian's chromium without a window; the test is skipped where there is none."""
+    from looking import open_browser
+
+    with open_browser() as driver:
+        yield driver
+
+
 CAPTIONS = ["A green car drives slowly and keeps the middle lane.", "A blue car is ahead in the left lane."]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from anyflow.errors import UserError, first_line
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name that ``pipeline.load_lora_weights(folder)`` looks for."""
+CAUSAL_KIND = "AnyFlowFARTransformer3DModel"
+"""diffusers' name of the causal network."""
 PEFT_FILE = "adapter_model.safetensors"
 """PEFT's own name for an adapter's weights."""
 
@@ -78,6 +80,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object: download or export it again.")
     return content
+
+
+def says_causal(config: Mapping[str, Any]) -> bool:
+    """Whether a transformer's configuration is a causal (FAR) network's."""
+    return config.get("_class_name") == CAUSAL_KIND or bool(config.get("init_far_model"))
 
 
 def read_weights(place: Path, precision: Callable[[str], torch.dtype] | None) -> dict[str, Tensor]:

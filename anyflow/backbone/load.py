@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from anyflow.backbone.bidirectional import FLOAT32_PARTS, BidirectionalBackbone
 from anyflow.backbone.causal import CausalBackbone
 from anyflow.backbone.controls import CONFIG_KEY, ControlSettings, add_controls, check_controls, new_weights
-from anyflow.backbone.files import read_json, read_weights, resolve_folder
+from anyflow.backbone.files import CAUSAL_KIND, read_json, read_weights, resolve_folder, says_causal
 from anyflow.backbone.full import stored_name
 from anyflow.backbone.guidance import Guidance
 from anyflow.errors import UserError
@@ -50,7 +50,7 @@ _KINDS = (
     "WanTransformer3DModel",
     "AnyFlowTransformer3DModel",
     "FAR_Wan_Transformer3DModel",  # the old layout of the published AnyFlow folders
-    "AnyFlowFARTransformer3DModel",
+    CAUSAL_KIND,
 )
 _TIME, _DELTA = "condition_embedder.time_embedder.", "condition_embedder.delta_embedder."
 
@@ -184,7 +184,7 @@ def read_transformer(
     _refuse_unsupported(config, place)
     weights = read_weights(place, precision)
     # the old layout has one class for both networks, and the wrong one would load with a warning only
-    is_causal = kind == _KINDS[-1] or config.get("init_far_model") or any(name.startswith("far_") for name in weights)
+    is_causal = says_causal(config) or any(name.startswith("far_") for name in weights)
     wanted = architecture or ("causal" if is_causal else "bidirectional")
     _, target = backbone_class(wanted)
     if is_causal and wanted != "causal":

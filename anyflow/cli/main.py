@@ -22,6 +22,7 @@ from anyflow.cli import (
     experiment,
     export,
     plan,
+    play,
     recipes,
     sample,
     sync,
@@ -69,6 +70,7 @@ def _top(
 
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
+app.command("play")(play.play)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("experiment")(experiment.experiment)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 from typing import Annotated
 
@@ -10,7 +9,14 @@ import typer
 
 from anyflow.cli.common import Json, print_json
 from anyflow.errors import UserError
-from anyflow.system.addresses import LOCAL_DATABASE, check_store, how_to_open, is_server, tell_unused_variable
+from anyflow.system.addresses import (
+    LOCAL_DATABASE,
+    check_store,
+    how_to_open,
+    is_server,
+    listen_here,
+    tell_unused_variable,
+)
 from anyflow.system.processes import begin, end
 from anyflow.system.signals import sigterm_raises
 
@@ -61,12 +67,7 @@ def _check_servable(uri: str, port: int) -> None:
     """
     if is_server(uri):
         raise UserError(f"--serve: {uri} is a server already: open it in a browser, or name a database")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise UserError(f"--port {port} cannot be served on ({error.strerror}): give another one") from error
+    listen_here(port).close()
 
 
 def serve_until_stopped(command: list[str]) -> int:

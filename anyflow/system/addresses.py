@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import sys
 from pathlib import Path
 
@@ -91,6 +92,23 @@ def check_store(address: str, option: str, *, is_there: bool = True) -> str:
             if opened.read(len(_HEAD)) != _HEAD:
                 raise UserError(f"{option} {address}: {file} is no SQLite database: name another file")
     return f"{DATABASE}{file}"
+
+
+def listen_here(port: int, option: str = "--port") -> socket.socket:
+    """A socket that listens on this machine alone (127.0.0.1); port 0 is any free one.
+
+    Raises:
+        UserError: the port is taken, or nobody but root may have it.
+    """
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(("127.0.0.1", port))
+        listening.listen()
+    except OSError as error:
+        listening.close()
+        raise UserError(f"{option} {port} cannot be served on ({error.strerror}): give another one") from error
+    return listening
 
 
 def how_to_open(address: str) -> str:

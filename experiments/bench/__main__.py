@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +15,7 @@ from anyflow.errors import UserError
 from anyflow.system.files import require_place
 
 FIGURES = ("step", "onpolicy", "stream", "loader", "latents", "tars", "start")
-ON_DEMAND = ("memory", "import", "engines")
+ON_DEMAND = ("memory", "import", "engines", "play")
 """Measured only when they are asked for: minutes, or footage of the user's."""
 
 
@@ -26,7 +28,9 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder for the plot of memory.")] = Path("runs/bench"),
     recipe: Annotated[str, typer.Option(help="Recipe of the start's figure.")] = "finetune/driving",
     batch_size: Annotated[int, typer.Option(help="Clips of a step.", min=2)] = 16,
-    model: Annotated[str, typer.Option(help="Causal model of the stream's figure.")] = "data/models/tiny-causal",
+    model: Annotated[
+        str, typer.Option(help="Causal model of the stream's figure and of play's.")
+    ] = "data/models/tiny-causal",
     chunks: Annotated[int, typer.Option(help="Chunks of the stream's figure.", min=8)] = 24,
     plot: Annotated[Path | None, typer.Option(help="A picture of the stream's figure to write (.png).")] = None,
     as_json: Json = False,
@@ -34,7 +38,8 @@ def bench(
     """Measure training steps, streaming, the data and the start, each beside a plainer way of work or its limit.
 
     memory: a decoding worker over 10 epochs. import: importing a folder of footage beside bare decoding. engines: an
-    import and an encoding by this process, its pool and Ray workers (needs: pip install -e '.[cluster]').
+    import and an encoding by this process, its pool and Ray workers (needs: pip install -e '.[cluster]'). play: what a
+    person at the keyboard waits for, of a --model that is told controls.
 
     \b
     Examples:
@@ -45,6 +50,7 @@ def bench(
       python -m experiments.bench --only memory --out runs/bench
       python -m experiments.bench --only import --footage my-drives
       python -m experiments.bench --only engines
+      python -m experiments.bench --only play --model data/models/tiny-world
     """
     wanted = [name.strip() for name in only.split(",")]
     for name in wanted:
@@ -62,6 +68,10 @@ def bench(
     for name in wanted:
         if name == "stream":
             results[name] = _stream(model, chunks, plot)
+        elif name == "play":
+            from experiments.bench.play import play_benchmark
+
+            results[name] = play_benchmark(model)
         else:
             results[name] = _measure(name, data, recipe, batch_size, footage, out)
         if not as_json:
@@ -148,10 +158,9 @@ def _told(name: str, result: dict[str, Any]) -> list[str]:
         return [f"start: {result['total']:.1f} s from the command to the end of the first training step", *parts]
     if name == "stream":
         return _told_stream(result)
-    if name == "engines":
-        from experiments.bench import engines
-
-        return engines.told(result)
+    if name in ("engines", "play"):
+        told: Callable[[dict[str, Any]], list[str]] = import_module(f"experiments.bench.{name}").told
+        return told(result)
     if name == "onpolicy":
         return _told_onpolicy(result["step"], result["weights"])
     return [line for terms, figures in result.items() for line in _told_step(terms, figures)]

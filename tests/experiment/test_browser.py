@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from looking import keep_picture, text_of, wait_for
 from study import TEXT, invent, invent_training, tasks_in_state, write_study
 
 PROJECT = Path(__file__).resolve().parents[2]
-WAIT = 180
-"""Seconds that a page may take on a busy machine."""
-
 pytestmark = pytest.mark.slow
 
 
@@ -69,49 +65,6 @@ def site(recorded: Site, serve: Any) -> Iterator[Site]:
     """The same, served by the command that a user types."""
     with serve("-m", "anyflow", "mlflow", "--serve", "--uri", recorded.address) as address:
         yield replace(recorded, address=address)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Debian's chromium without a window."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is missing: pip install -e '.[dev]'")
-    paths = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
-    if not all(paths.values()):
-        pytest.skip("chromium is missing: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = paths["chromium"]
-    for option in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1600,1400"):
-        options.add_argument(option)
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(paths["chromedriver"]))
-    driver.set_page_load_timeout(WAIT)
-    driver.set_script_timeout(WAIT)
-    yield driver
-    driver.quit()
-
-
-def wait_for(browser: Any, found: Callable[[], Any], what: str) -> Any:
-    """What ``found`` gives as soon as it is something."""
-    deadline = time.monotonic() + WAIT
-    while time.monotonic() < deadline:
-        value = found()
-        if value:
-            return value
-        time.sleep(0.5)
-    keep = os.environ.get("ANYFLOW_SCREENSHOTS")
-    if keep:
-        browser.save_screenshot(str(Path(keep) / "failed.png"))
-    raise AssertionError(f"{what} did not appear; the page says: {text_of(browser)[:1500]}")
-
-
-def text_of(browser: Any) -> str:
-    return str(browser.execute_script("return document.body ? document.body.innerText : ''"))
-
-
-def keep_picture(browser: Any, name: str) -> None:
-    """A screenshot for people, where ANYFLOW_SCREENSHOTS names a folder."""
-    folder = os.environ.get("ANYFLOW_SCREENSHOTS")
-    if folder:
-        browser.save_screenshot(str(Path(folder) / f"{name}.png"))
 
 
 def test_the_experiments_runs_stand_below_it(browser: Any, site: Site) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anyflow.evaluation.report.mp4 import Mp4
 from anyflow.simulators.motion import PROBES, Reading, asked_motion, read_motion
 
 if TYPE_CHECKING:
@@ -255,18 +256,9 @@ def save_mp4(grid: Grid, path: Path, *, fps: float = 8.0, loops: int = 3, hold: 
 
 def write_mp4(path: Path, frames: Sequence[NDArray[np.uint8]], fps: float, quality: int = 18) -> None:
     """Encode uint8 RGB frames ``[H, W, 3]`` of even sizes as h264, yuv420p, playable while it loads."""
-    from fractions import Fraction
-
-    import av
-
-    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(quality), "preset": "medium"}
+    with Mp4(path, fps, quality) as film:
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode(None))
+            film.add(frame)
 
 
 def _background(layout: _Layout) -> tuple[Image, ImageDraw]:

@@ -1,0 +1,1 @@
+"""A causal model steered by hand, in a browser on this machine."""
