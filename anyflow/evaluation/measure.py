@@ -128,7 +128,7 @@ def curve_by(
     real_clips, other_clips = _stack(items), _stack(reference)
     real_latents, decoded = runner.encode_and_decode(real_clips)
     other_latents, _ = runner.encode_and_decode(other_clips, decode=False)
-    judge = Judge(items, reference, other_clips, other_latents, asked)
+    judge = Judge(items, reference, other_clips, other_latents, asked, partners)
     samples = runner.samples(items, real_latents, swapped)
     rows, shown = _rows(samples, partial(judge, real=real_clips), asked.show)
     curve = Curve(
