@@ -154,6 +154,7 @@ class Curve:
         seeds: all seeds of the noise; empty: ``seed`` alone.
         sampler: how jumps were taken: ``flowmap``, ``euler`` or ``renoise``.
         guidance_scale: of the samples; 1: the network was asked once a step.
+        control_guidance_scale: of the samples by their controls; 1: none.
         notes: what stands beside the figures: how far a probe can be trusted.
     """
 
@@ -171,6 +172,7 @@ class Curve:
     seeds: tuple[int, ...] = ()
     sampler: str = "flowmap"
     guidance_scale: float = 1.0
+    control_guidance_scale: float = 1.0
     notes: tuple[str, ...] = ()
 
     @property

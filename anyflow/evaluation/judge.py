@@ -138,13 +138,13 @@ class Judge:
 
     def _paths(self, clips: Tensor, motion: MotionScore) -> tuple[Reading | None, ...]:
         """What was followed in each clip: where a prompt asks for a motion, or controls do."""
-        return self._followed(clips) if self._is_told else motion.readings
+        return self._followed(clips) if self.is_told else motion.readings
 
     def _followed(self, clips: Tensor) -> tuple[Reading | None, ...]:
         return tuple(read_motion(clip.numpy(), item.domain) for clip, item in zip(clips, self.items, strict=True))
 
     @property
-    def _is_told(self) -> bool:
+    def is_told(self) -> bool:
         """Whether samples are told controls."""
         return any(item.controls is not None for item in self.items)
 
@@ -158,7 +158,7 @@ class Judge:
     def _path_figures(self, paths: Sequence[Reading | None], asked: Sequence[Reading | None]) -> Mapping[str, Any]:
         """Where paths end; a prompt alone does not say it."""
         size = self._reference_clips.shape[2:4]
-        return path_figures(paths, asked, self.items, (size[0], size[1])) if self._is_told else {}
+        return path_figures(paths, asked, self.items, (size[0], size[1])) if self.is_told else {}
 
     def _same_motion(self) -> list[Reading | None]:
         """For each prompt what another real clip shows of the same motion."""

@@ -141,6 +141,7 @@ def curve_by(
         left_out=judge.left_out,
         sampler=asked.sampler,
         guidance_scale=asked.guidance.scale,
+        control_guidance_scale=asked.guidance.control if judge.is_told else 1.0,
         notes=(*asked.judges.notes, *filter(None, [asked.guidance.told])),
         shift=asked.shift,
         size=(real_clips.shape[1], real_clips.shape[2], real_clips.shape[3]),
@@ -192,7 +193,7 @@ class Batch:
 
     def name(self, kept: KeptSamples, asked: Measurement) -> str:
         """What its samples are kept by."""
-        guided = () if asked.guidance.scale == 1 else (asked.guidance,)
+        guided = () if asked.guidance.calls == 1 else (asked.guidance,)
         facts = (self.told.captions, self.keys, self.seed, self.num_steps, asked.shift, asked.sampler, *guided)
         controls = () if self.told.controls is None else (self.told.controls,)
         return kept.name((self.noise(), self.told.first_frames, *controls), facts)

@@ -43,7 +43,7 @@ from anyflow.stages.base import Stage, Training
 from anyflow.stages.parts import StageParts
 from anyflow.system.console import progress_line
 from anyflow.system.option import part_of
-from anyflow.training.controls import asked_controls
+from anyflow.training.controls import asked_controls, check_told
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def assemble(recipe: Recipe, *, leave_stored: bool = False, encode: bool = True)
     """
     codec, backbone = load_networks(recipe, leave_stored=leave_stored or is_sharded(recipe))
     told = controls_of(backbone.transformer)
+    check_told(recipe, told)
     stage = build_stage(recipe, codec, backbone)
     return Parts(codec, backbone, stage, build_data(recipe, codec, told, encode=encode))
 

@@ -10,6 +10,20 @@ from anyflow.recipe import Recipe
 FIELD = "model.control.names"
 
 
+def check_told(recipe: Recipe, told: ControlSettings | None) -> None:
+    """That samples are guided by controls where the network is told some.
+
+    Raises:
+        UserError: it is told none.
+    """
+    scale = recipe.sampling.control_guidance_scale
+    if scale != 1 and told is None:
+        raise UserError(
+            f"sampling.control_guidance_scale={scale:g}: this network is told no controls: name some in {FIELD}, or "
+            "leave it out"
+        )
+
+
 def asked_controls(recipe: Recipe, pixel_frames: int) -> ControlSettings | None:
     """What the recipe's network shall be told; None: nothing, or what it has learnt.
 
