@@ -94,5 +94,5 @@ class Guided:
             others = [conditions.under(self.negative)] if self.negative is not None else []
             others += [conditions.without_controls()] if self.control != 1 else []
             self._all = conditions, Conditions.concatenate([conditions, *others])
-        answer, *others = self.ask(*repeated, self._all[1], **view).chunk(count)
-        return guide_from(answer, list(zip(others, self._scales, strict=True)))
+        answer, *against = self.ask(*repeated, self._all[1], **view).chunk(count)
+        return guide_from(answer, list(zip(against, self._scales, strict=True)))

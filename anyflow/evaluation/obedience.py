@@ -77,18 +77,20 @@ def swap_gap(
         The mean in pixels, and as a share of what it is where each clip goes where its partner does, from its own place
         on: 0 of a model that ignores its controls, 1 of an obedient one. None: none is seen.
     """
-    gaps, whole = [], []
+    gaps: list[float] = []
+    whole: list[float] = []
     for place, (own, other, wanted) in enumerate(zip(clips, swapped, asked, strict=True)):
         partner = asked[partners[place]]
         if partners[place] == place or not (own and other and wanted and partner):
             continue
-        errors = [path_error(reading.path, wanted.path) for reading in (own, other, partner)]
-        if None not in errors:
-            gaps.append(errors[1] - errors[0])  # type: ignore[operator]
+        found = [path_error(reading.path, wanted.path) for reading in (own, other, partner)]
+        errors = [error for error in found if error is not None]
+        if len(errors) == len(found):
+            gaps.append(errors[1] - errors[0])
             whole.append(errors[2])
     if not gaps:
         return None, None
-    return sum(gaps) / len(gaps), sum(gaps) / sum(whole) if sum(whole) > 0 else None  # type: ignore[operator]
+    return sum(gaps) / len(gaps), sum(gaps) / sum(whole) if sum(whole) > 0 else None
 
 
 def path_figures(
