@@ -245,6 +245,7 @@ def describe_parts(recipe: Recipe, parts: Parts) -> Iterator[str]:
     if parts.data.stream is not None:
         yield f"data        {parts.data.stream.dataset.told()}"
     yield from (f"bucket      {line}" for line in parts.data.shares)
+    yield from parts.notes
     if parts.stage.shares is not None:
         yield f"intervals   {parts.stage.shares.told(recipe.global_batch)}"
     if recipe.data.precompute and "frames" in batch and not recipe.declared.trains_codec:
