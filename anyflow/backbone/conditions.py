@@ -91,9 +91,23 @@ class Conditions(NamedTuple):
         """For a call with these frames' latents alone."""
         return self if self.controls is None else self._replace(controls=self.controls[:, frames])
 
+    def under(self, prompt: Text) -> Conditions:
+        """With a prompt (one row) in place of each sample's own; controls and given frames stay."""
+        rows = torch.zeros(len(self.text.embeddings), dtype=torch.int64, device=self.text.embeddings.device)
+        return self._replace(text=prompt.to(self.text.embeddings.device, self.text.embeddings.dtype).select(rows))
+
+    def without_controls(self) -> Conditions:
+        """With no control known; prompts and given frames stay."""
+        controls = self.controls
+        return self if controls is None else self._replace(controls=torch.full_like(controls, float("nan")))
+
+    @staticmethod
+    def concatenate(parts: Sequence[Conditions]) -> Conditions:
+        """Several batches that differ in no more than prompts and controls, as one."""
+        text = Text.concatenate([part.text for part in parts])
+        rest = zip(*(part[1:] for part in parts), strict=True)
+        return Conditions(text, *(None if of[0] is None else torch.cat(of) for of in rest))
+
     def with_negative(self, negative: Text) -> Conditions:
         """The batch twice: as it is, then with the negative prompt (one row) in place of each sample's own."""
-        rows = torch.zeros(len(self.text.embeddings), dtype=torch.int64, device=self.text.embeddings.device)
-        unprompted = negative.to(self.text.embeddings.device, self.text.embeddings.dtype).select(rows)
-        both = Text.concatenate([self.text, unprompted])
-        return Conditions(both, *(None if part is None else torch.cat([part, part]) for part in self[1:]))
+        return Conditions.concatenate([self, self.under(negative)])

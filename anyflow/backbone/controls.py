@@ -20,18 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anyflow.backbone import control_embedding
+from anyflow.backbone.control_embedding import CONFIG_KEY, LIMIT, MODULE, PREFIX, by_latent_frame, ranges_of
 from anyflow.errors import UserError
 
-CONFIG_KEY = "anyflow_controls"
-"""Where a transformer's configuration has its controls; diffusers leaves it alone."""
-
-MODULE = "control_embedder"
-"""The name of the module within the transformer's ``condition_embedder``, and so the start of its weights' names."""
-
-PREFIX = f"condition_embedder.{MODULE}."
-
-LIMIT = 3.0
-"""Normalised numbers further out are cut off: a sensor's rare spike must not drown everything else."""
+__all__ = ["CONFIG_KEY", "LIMIT", "MODULE", "PREFIX", "by_latent_frame"]
 
 
 @dataclass(frozen=True)
@@ -67,17 +60,11 @@ class ControlSettings:
 
     def ranges(self) -> tuple[list[float], list[float]]:
         """Low and high of every number; keys are 0 or 1."""
-        low: list[float] = []
-        high: list[float] = []
-        for facts in self.controls.values():
-            is_key = facts.get("kind") == "multi-hot"
-            low += [0.0] * facts["width"] if is_key else list(facts["low"])
-            high += [1.0] * facts["width"] if is_key else list(facts["high"])
-        return low, high
+        return ranges_of(self.controls)
 
 
-class ControlEmbedder(nn.Module):
-    """Numbers of pixel frames to an embedding of their latent frame; at first it is zero.
+class ControlEmbedder(control_embedding.ControlEmbedder):
+    """The module that exports' pipelines have too, made new by settings.
 
     Args:
         settings: the controls.
@@ -85,20 +72,8 @@ class ControlEmbedder(nn.Module):
     """
 
     def __init__(self, settings: ControlSettings, dim: int) -> None:
-        super().__init__()
+        super().__init__(settings.controls, settings.width, settings.pixel_frames, dim)
         self.settings = settings
-        inputs, width = settings.pixel_frames * settings.numbers, settings.width
-        last = nn.Linear(width, dim)
-        self.layers = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
-        self.unknown = nn.Parameter(torch.empty(dim))
-        self.low: Tensor
-        self.high: Tensor
-        self.set_ranges()
-
-    def set_ranges(self) -> None:
-        """The ranges of the numbers, from the settings: no checkpoint carries them, nor does ``meta``."""
-        for name, values in zip(("low", "high"), self.settings.ranges(), strict=True):
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float32, device="cpu"), persistent=False)
 
     def initialise(self, generator: torch.Generator | None = None) -> None:
         """Fill new weights."""
@@ -108,20 +83,6 @@ class ControlEmbedder(nn.Module):
                 nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.layers[-1].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.unknown)
-
-    def nothing(self, batch: int) -> Tensor:
-        """Controls of which nothing is known, equal for all frames: ``[B, 1, P, W]``."""
-        return self.low.new_full((batch, 1, self.settings.pixel_frames, len(self.low)), float("nan"))
-
-    def forward(self, controls: Tensor) -> Tensor:
-        """``[B, F, P, W]`` (NaN: not known) to ``[B, F, dim]`` float32."""
-        span = self.high - self.low
-        middle = (self.high + self.low) / 2
-        scaled = 2 * (controls.float() - middle) / torch.where(span > 0, span, 2.0)
-        flat = scaled.clamp(-LIMIT, LIMIT).flatten(2)
-        is_known = ~flat.isnan().any(dim=2, keepdim=True)
-        embedded = self.layers(flat.nan_to_num(0.0).to(self.unknown.dtype)).float()
-        return torch.where(is_known, embedded, self.unknown.float())
 
 
 def add_controls(transformer: Any, settings: ControlSettings) -> ControlEmbedder:
@@ -161,15 +122,6 @@ def check_controls(found: ControlSettings | None, asked: ControlSettings, place:
     if theirs != ours or found.pixel_frames != asked.pixel_frames:
         raise UserError(f"{place} was trained with the controls {theirs}; model.control asks for {ours}: name the same")
     return False
-
-
-def by_latent_frame(controls: Tensor, pixel_frames: int) -> Tensor:
-    """Controls of pixel frames ``[B, 1 + P * n, W]`` as latent frames cover them: ``[B, 1 + n, P, W]``.
-
-    The first latent frame covers one pixel frame, whose numbers stand for all P.
-    """
-    first = controls[:, :1].unsqueeze(2).expand(-1, -1, pixel_frames, -1)
-    return torch.cat([first, controls[:, 1:].unflatten(1, (-1, pixel_frames))], dim=1)
 
 
 def without(controls: Tensor, is_dropped: Tensor) -> Tensor:

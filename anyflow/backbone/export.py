@@ -1,7 +1,8 @@
 """Any checkpoint out: a folder that diffusers' pipelines load, or an adapter that they load on top.
 
 ``AnyFlowPipeline`` loads a bidirectional network, ``AnyFlowFARPipeline`` a causal one. The latter's cached attention is
-wrong in diffusers, so the corrected pipeline goes with the folder (see :mod:`anyflow.backbone.far_pipeline`).
+wrong in diffusers, so the corrected pipeline goes with the folder (see :mod:`anyflow.backbone.far_pipeline`). With a
+network that is told controls goes a pipeline that takes them (:mod:`anyflow.backbone.control_embedding`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anyflow.backbone import far_pipeline
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.controls import CONFIG_KEY, controls_of
 from anyflow.backbone.files import LORA_FILE
@@ -81,9 +81,9 @@ def export_pipeline(
         _write_codec(place, codec)
         is_causal = isinstance(transformer, AnyFlowFARTransformer3DModel)
         _write_index(place, codec, type(transformer).__name__, "AnyFlowFARPipeline" if is_causal else "AnyFlowPipeline")
-        if is_causal:
-            shutil.copyfile(far_pipeline.__file__, place / "pipeline.py")
-        (place / "README.md").write_text(replace(card, causal=is_causal).render(), encoding="utf-8")
+        is_told = controls_of(transformer) is not None
+        _write_code(place, is_causal, is_told)
+        (place / "README.md").write_text(replace(card, causal=is_causal, told=is_told).render(), encoding="utf-8")
     return target
 
 
@@ -198,6 +198,19 @@ def _write_scheduler(place: Path, shift: float, card: ModelCard) -> None:
     if more:
         file = place / "scheduler_config.json"
         _write_json(file, {**json.loads(file.read_text(encoding="utf-8")), **more})
+
+
+def _write_code(place: Path, is_causal: bool, is_told: bool) -> None:
+    """What diffusers' own pipelines lack: right attention of a causal network, and controls."""
+    here = Path(__file__).parent
+    files = {
+        (False, False): (),
+        (True, False): ("far_pipeline.py",),
+        (False, True): ("told_pipeline.py", "control_embedding.py"),
+        (True, True): ("told_far_pipeline.py", "control_embedding.py", "far_pipeline.py"),
+    }[is_causal, is_told]
+    for number, name in enumerate(files):
+        shutil.copyfile(here / name, place / (name if number else "pipeline.py"))
 
 
 def _write_codec(place: Path, codec: Codec) -> None:

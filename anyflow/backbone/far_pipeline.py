@@ -59,6 +59,10 @@ def correct_attention(transformer: Any) -> Any:
     return transformer
 
 
+# diffusers runs the file of every export in one module, and wants one pipeline in it: another export's may be there
+globals().pop("ToldPipeline", None)
+
+
 class ExactFARPipeline(AnyFlowFARPipeline):
     """``AnyFlowFARPipeline`` whose transformer has its attention corrected."""
 

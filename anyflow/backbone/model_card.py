@@ -35,6 +35,8 @@ class ModelCard:
     """What it cannot do."""
     causal: bool = False
     """Whether it makes a video chunk by chunk; the export knows."""
+    told: bool = False
+    """Whether it is told controls; the export knows."""
     sampler: SamplerKind = "flowmap"
     """How it is sampled."""
     guidance: Guidance | None = None
@@ -73,8 +75,9 @@ class ModelCard:
                 told.insert(1, f"It has no guidance in its weights, and is sampled with {self.guidance.told}.")
             return "\n\n".join([f"```sh\n{command}\n```", *told])
         place = self.base_model if lora else "."
-        kind = "DiffusionPipeline" if self.causal else "AnyFlowPipeline"
-        corrected = f', custom_pipeline="{place}", trust_remote_code=True' if self.causal else ""
+        has_code = self.causal or (self.told and not lora)
+        kind = "DiffusionPipeline" if has_code else "AnyFlowPipeline"
+        corrected = f', custom_pipeline="{place}", trust_remote_code=True' if has_code else ""
         load = [f'pipe = {kind}.from_pretrained("{place}"{corrected})']
         if lora:
             load.append('pipe.load_lora_weights(".")')
@@ -91,7 +94,7 @@ class ModelCard:
             f'export_to_gif(video, "video.gif", fps={self.fps:g})',
         ]
         hints = ["Any number of steps works, from 1 up. Guidance is in the weights: keep `guidance_scale` at 1."]
-        hints += [_LORA_HINT] * lora + [_CAUSAL_HINT] * self.causal
+        hints += [_LORA_HINT] * lora + [_CAUSAL_HINT] * self.causal + [_TOLD_HINT] * (self.told and not lora)
         return "\n".join(["```python", *code, "```", "", "\n\n".join(hints)])
 
 
@@ -115,6 +118,13 @@ _CAUSAL_HINT = (
     "`pipeline.py` is diffusers' `AnyFlowFARPipeline` with its cached attention corrected (the stock one attends to "
     "padding); it is short, read it before you trust it. `AnyFlowFARPipeline.from_pretrained` loads this folder too, "
     "with that defect: call `correct_attention(pipe.transformer)` of `pipeline.py` after it."
+)
+
+
+_TOLD_HINT = (
+    "This network is told what is done in each frame: `pipe(..., controls=array)` takes a row of numbers a frame. "
+    "Their names, units and ranges are `anyflow_controls` in `transformer/config.json`. Load it with its "
+    "`pipeline.py`: diffusers' own pipelines leave the controls out, and warn of weights that they do not know."
 )
 
 

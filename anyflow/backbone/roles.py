@@ -13,7 +13,7 @@ Switching adapters is full of traps that raise no error, so it is done here and 
 - The student's adapter on the delta embedder must not reach the teacher. Here a role sees its own adapter alone, on
   every layer, and the time embedders of critic and teacher are the base's. So are the modules that only the student
   trains in full: critic and teacher see all frames at once, where a causal network has no compressed ones. What embeds
-  the controls each of them trains for itself.
+  the controls each of them trains for itself, if the teacher knows any.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from anyflow.backbone.conditions import Conditions
 from anyflow.backbone.controls import MODULE as CONTROLS
+from anyflow.backbone.controls import controls_of
 from anyflow.backbone.full import FullModule, original_name
 from anyflow.backbone.lora import ADAPTER, LoraSettings, add_lora, has_lora, lora_settings
 from anyflow.backbone.parallelize import is_sharded_module
@@ -47,7 +48,10 @@ class Roles:
         student: The network that is sampled and exported; left alone it answers as the student.
         others: Modules besides the student that hold trained weights; a stage registers them as its own.
         frozen: A module besides the student that is never trained nor saved, or None.
+        teacher_is_told: Whether the teacher knows controls; the critic does where it does.
     """
+
+    teacher_is_told = False
 
     def __init__(self, student: FlowMapBackbone) -> None:
         self.student = student
@@ -123,6 +127,7 @@ class SeparateRoles(Roles):
         if has_critic:
             self._networks["critic"] = self.others["critic"] = copy.deepcopy(teacher).requires_grad_(True)
         self._networks["teacher"] = teacher.requires_grad_(trains_teacher)
+        self.teacher_is_told = controls_of(teacher.transformer) is not None
         if trains_teacher:
             self.others["teacher"] = teacher
         self.frozen = None if trains_teacher else teacher
@@ -155,6 +160,8 @@ class AdapterRoles(Roles):
             trained in full but what embeds the controls.
         trains_teacher: add a teacher's adapter to be trained (adapted to a domain) before it teaches.
         has_critic: whether there is a critic.
+        base_is_told: whether the base has learnt the controls that it embeds. Where the teacher knows none, the critic
+            is told none either: two that know other things do not compare.
         seed: of the new adapters' weights, which change nothing at first.
     """
 
@@ -165,13 +172,17 @@ class AdapterRoles(Roles):
         *,
         trains_teacher: bool = False,
         has_critic: bool = True,
+        base_is_told: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__(backbone)
         if not has_lora(backbone):
             raise ValueError("the network carries no adapter: add the student's before its roles")
         blocks_alone = [target for target in settings.targets if "_embedder" not in target]
-        full = tuple(name for name in settings.full if name == CONTROLS)  # all of them see the controls
+        named = any(f"{CONTROLS}.lora_full.teacher." in name for name, _ in backbone.named_parameters())
+        is_told = base_is_told or trains_teacher or named
+        self.teacher_is_told = is_told and controls_of(backbone.transformer) is not None
+        full = tuple(name for name in settings.full if name == CONTROLS and is_told)
         settings = replace(settings, targets=blocks_alone or settings.targets, full=full)
         if "teacher" in backbone.transformer.peft_config:
             settings = lora_settings(backbone, "teacher")  # so that the critic can start as its copy

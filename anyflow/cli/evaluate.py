@@ -87,6 +87,7 @@ def evaluate(
       anyflow evaluate --model runs/tiny-forward-001 --against runs/tiny-teacher-001 --data games --guidance 2
     \b
     --guidance is of networks that have none in their weights; of two models it guides such a one alone.
+    --control-guidance is of networks that are told controls.
     Broken off, the same command goes on: samples are kept until all of them are measured.
     """
     folder = fresh_folder(out, f"runs/evaluations/{Path(options.data).stem}")
@@ -227,13 +228,17 @@ def _ways(models: list[str], way: WayOptions) -> dict[str, tuple[Any, Guidance]]
     """How each model is sampled. Where some have guidance in their weights and some not, the options guide the latter.
 
     A teacher is compared with what was made of it: that the latter is guided by itself is no reason to guide it twice.
+    Likewise controls guide the model that is told some, where the other one is told none.
     """
+    from anyflow.backbone.load import read_controls
     from anyflow.evaluation.models import has_guidance, way_of
 
     fused = {model: has_guidance(model) for model in models}
     left_alone = {model for model in models if fused[model] and not all(fused.values())}
     own = {model: (None, None) if model in left_alone else (way.guidance, way.negative) for model in models}
-    return {model: way_of(model, way.sampler, *own[model]) for model in models}
+    told = [model for model in models if read_controls(model) is not None] or models
+    control = {model: way.control_guidance if model in told else None for model in models}
+    return {model: way_of(model, way.sampler, *own[model], control[model]) for model in models}
 
 
 def _curve(

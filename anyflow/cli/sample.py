@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -94,6 +94,7 @@ def sample(
     check_model(model)
     options.check()
     engine.check()
+    way = _guided(way, options)
     made = _by_engine(engine, model, prompts, options, way) if engine.is_ray else _here(model, prompts, options, way)
     with whole_folder(folder) as partial:
         names = _write(partial, prompts, made.clips, made.shape.fps or 8.0, options.num_given)
@@ -104,9 +105,23 @@ def sample(
     }
     if as_json:
         asked = {"model": model, "prompts": prompts, "seed": options.seed, "guidance": made.guidance.scale}
+        asked |= {"control_guidance": made.guidance.control} if options.controls is not None else {}
         print_json({**asked, **found})
     else:
         _show(found, made.guidance.told)
+
+
+def _guided(way: WayOptions, options: SampleOptions) -> WayOptions:
+    """Controls guide where there are any.
+
+    Raises:
+        UserError: they are asked to, and there are none.
+    """
+    if options.controls is not None:
+        return way
+    if way.control_guidance not in (None, 1):
+        raise UserError(f"--control-guidance {way.control_guidance:g}: nothing asks for it: give --controls with it")
+    return replace(way, control_guidance=1.0)
 
 
 @dataclass(frozen=True)
@@ -166,7 +181,8 @@ def _by_engine(
 
     shape, pixels = _wanted(model, options)
     controls = _told(model, options, shape.frames)
-    taken, steps = way_of(model, way.sampler, way.guidance, way.negative), sorted(options.steps)
+    taken = way_of(model, way.sampler, way.guidance, way.negative, way.control_guidance)
+    steps = sorted(options.steps)
     cluster = engine_of(engine, 0)
     with progress_line("sampling") as show:
         found = sample_by_engine(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,7 +95,10 @@ def vbench(
 
     prompts = read_prompts(options.prompt_list, options.chosen, image=options.is_image)
     _check_images(options.images, prompts)
-    guidance = way_of(model, way.sampler, way.guidance, way.negative)[1]
+    if way.control_guidance not in (None, 1):
+        raise UserError(f"--control-guidance {way.control_guidance:g}: VBench's prompts have no controls: leave it out")
+    way = replace(way, control_guidance=1.0)
+    guidance = way_of(model, way.sampler, way.guidance, way.negative, way.control_guidance)[1]
     with _alone(out):
         _settle(out, model, options, way, guidance.told)
         folders = {count: out / f"steps-{count:02d}" / "videos" for count in sorted(options.steps)}

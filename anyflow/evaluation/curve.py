@@ -67,8 +67,12 @@ class Marks:
         temporal_consistency: mean SSIM of successive frames.
         path_error: mean distance of the path read from the pixels to that of the prompt's own clip, in pixels; of real
             clips that of others in which the same motion was asked for.
+        path_end_error: distance of the last places of both paths, in pixels, where samples are told controls.
+        path_right: share of clips whose path ends where it was asked to, within a tolerance (``obedience.py``).
         swap_gap: how much farther from that path a sample goes that is given another clip's controls, in pixels: what
-            controls do; of real clips how much farther that other clip goes. 0: they are ignored.
+            controls do. Of real clips how far that other clip's path leads, begun at the same place. 0: they are
+            ignored.
+        obedience: the swap gap as a share of that of real clips: 1 is an obedient model's.
         given_frame_psnr: of given frames to the real ones, in decibels.
         preview_error: how far a sample lies from the one of the same noise at the most steps (``distance.py``).
         more: figures that only some sets have, by name.
@@ -85,7 +89,10 @@ class Marks:
     spread: float | None = None
     temporal_consistency: float | None = None
     path_error: float | None = None
+    path_end_error: float | None = None
+    path_right: float | None = None
     swap_gap: float | None = None
+    obedience: float | None = None
     given_frame_psnr: float | None = None
     preview_error: float | None = None
     more: Mapping[str, float] = field(default_factory=dict)
@@ -149,6 +156,7 @@ class Curve:
         seeds: all seeds of the noise; empty: ``seed`` alone.
         sampler: how jumps were taken: ``flowmap``, ``euler`` or ``renoise``.
         guidance_scale: of the samples; 1: the network was asked once a step.
+        control_guidance_scale: of the samples by their controls; 1: none.
         notes: what stands beside the figures: how far a probe can be trusted.
     """
 
@@ -166,6 +174,7 @@ class Curve:
     seeds: tuple[int, ...] = ()
     sampler: str = "flowmap"
     guidance_scale: float = 1.0
+    control_guidance_scale: float = 1.0
     notes: tuple[str, ...] = ()
 
     @property

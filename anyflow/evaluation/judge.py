@@ -6,8 +6,9 @@ the reference of the same size, and the path error of reference clips in which t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from anyflow.evaluation.distance import (
     temporal_consistency,
 )
 from anyflow.evaluation.measurement import Measurement
-from anyflow.evaluation.obedience import swap_gap, swap_partners
+from anyflow.evaluation.obedience import path_figures, swap_gap
 from anyflow.flowmap.samplers import SAMPLERS
 from anyflow.simulators.motion import (
     MotionScore,
@@ -52,6 +53,7 @@ class Judge:
         reference_decoded: the reference clips after the codec.
         asked: what is given and left out, and the further judges. Previews are compared unless the sampler re-noises:
             it draws anew at every step, so that few steps do not lead where many lead.
+        partners: whose controls swapped clips were made under (:func:`anyflow.evaluation.obedience.swap_partners`).
     """
 
     def __init__(
@@ -62,8 +64,9 @@ class Judge:
         reference_latents: Tensor,
         reference_decoded: Tensor,
         asked: Measurement,
+        partners: Sequence[int] | None = None,
     ) -> None:
-        self.items, self.reference = items, reference
+        self.items, self.reference, self.partners = items, reference, partners
         self.has_previews = not SAMPLERS[asked.sampler].draws
         self.given, self.given_frames = asked.given_frames, pixel_frames(asked.given_frames)
         self.left_out = max(asked.given_frames, asked.left_out)
@@ -93,6 +96,7 @@ class Judge:
         made, made_latents = self._compared(clips), latents[:, self.left_out :]
         features, several, spreads = frame_features(made), len(clips) > 1, len(self.latents) > 1
         given = given_frame_psnr(clips[:, : self.given_frames], real[:, : self.given_frames]) if self.given else None
+        gap, obedience = self._swap_gap(paths, swapped, asked)
         ends = finals[:, self.left_out :] if finals is not None and self.has_previews and spreads else None
         return Marks(
             sliced_w1=sliced_wasserstein(made_latents, self.latents),
@@ -106,7 +110,9 @@ class Judge:
             motion_energy=motion_energy(made),
             temporal_consistency=temporal_consistency(made),
             path_error=mean_path_error(paths, asked),
-            swap_gap=None if swapped is None else swap_gap(paths, self._followed(swapped), asked),
+            **self._path_figures(paths, asked),
+            swap_gap=gap,
+            obedience=obedience,
             given_frame_psnr=given,
             preview_error=None if ends is None else preview_error(made_latents, ends, self.latents),
             more={
@@ -117,18 +123,19 @@ class Judge:
         )
 
     def of_real(self, real: Tensor, latents: Tensor) -> Marks:
-        """The floor: the marks of the prompts' own clips, with the path error of other clips of the same motion.
+        """The floor: the marks of the prompts' own clips, with the paths of other clips of the same motion.
 
         How far they are from decoded clips says nothing: the floor of that distance are clips that are decoded, too.
         """
-        partners = swap_partners(self.items)
-        swapped = None if partners is None else real[partners]
-        marks = self(real, latents, real, swapped=swapped)
-        return replace(marks, path_error=self._path_floor(real), decoded_frechet=None)
+        swapped = None if self.partners is None else real[list(self.partners)]
+        others, asked = self._same_motion(), self.asked(real)
+        ends = self._path_figures(others, asked) if any(others) else {"path_end_error": None, "path_right": None}
+        paths = {"path_error": mean_path_error(others, asked), **ends}
+        return replace(self(real, latents, real, swapped=swapped), **paths, decoded_frechet=None)
 
     def of_codec(self, decoded: Tensor, latents: Tensor, real: Tensor) -> Marks:
         """The marks of the prompts' own clips after the codec; their paths are those asked for and have no error."""
-        return replace(self(decoded, latents, real), path_error=None)
+        return replace(self(decoded, latents, real), path_error=None, path_end_error=None, path_right=None)
 
     def asked(self, real: Tensor) -> tuple[Reading | None, ...]:
         """The paths of the prompts' own clips: what is asked for. Read once."""
@@ -138,21 +145,37 @@ class Judge:
 
     def _paths(self, clips: Tensor, motion: MotionScore) -> tuple[Reading | None, ...]:
         """What was followed in each clip: where a prompt asks for a motion, or controls do."""
-        if all(item.controls is None for item in self.items):
-            return motion.readings
-        return self._followed(clips)
+        return self._followed(clips) if self.is_told else motion.readings
 
     def _followed(self, clips: Tensor) -> tuple[Reading | None, ...]:
         return tuple(read_motion(clip.numpy(), item.domain) for clip, item in zip(clips, self.items, strict=True))
 
-    def _path_floor(self, real: Tensor) -> float | None:
+    @property
+    def is_told(self) -> bool:
+        """Whether samples are told controls."""
+        return any(item.controls is not None for item in self.items)
+
+    def _swap_gap(
+        self, paths: Sequence[Reading | None], swapped: Tensor | None, asked: Sequence[Reading | None]
+    ) -> tuple[float | None, float | None]:
+        if swapped is None or self.partners is None:
+            return None, None
+        return swap_gap(paths, self._followed(swapped), asked, self.partners)
+
+    def _path_figures(self, paths: Sequence[Reading | None], asked: Sequence[Reading | None]) -> Mapping[str, Any]:
+        """Where paths end; a prompt alone does not say it."""
+        size = self._reference_clips.shape[2:4]
+        return path_figures(paths, asked, self.items, (size[0], size[1])) if self.is_told else {}
+
+    def _same_motion(self) -> list[Reading | None]:
+        """For each prompt what another real clip shows of the same motion."""
         others = _read(self._reference_clips, self.reference).readings
         free = dict(enumerate(zip(self.reference, others, strict=True)))
         matched: list[Reading | None] = []
         for item in self.items:
             same = [index for index, (other, _) in free.items() if _wanted(other) == _wanted(item)]
             matched.append(free.pop(same[0])[1] if same else None)
-        return mean_path_error(matched, self.asked(real))
+        return matched
 
     def _compared(self, clips: Tensor) -> Tensor:
         """The frames that comparisons look at."""

@@ -49,7 +49,7 @@ class LoadedModel:
         Raises:
             UserError: there is no such model, or it cannot be sampled this way.
         """
-        sampler, guidance = models.way_of(model, way.sampler, way.guidance, way.negative)
+        sampler, guidance = models.way_of(model, way.sampler, way.guidance, way.negative, way.control_guidance)
         codec, backbone, shift = models.load_model(model, way.precision)
         return cls(backbone, codec, shift, sampler, guidance, shape)
 

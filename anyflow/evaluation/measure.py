@@ -127,7 +127,8 @@ def curve_by(
     runner = _Runner(maker, asked, BatchProgress(asked, len(items), on_progress, sets=1 if swapped is None else 2))
     real_clips, other_clips = _stack(items), _stack(reference)
     real_latents, decoded = runner.encode_and_decode(real_clips, "real clips through the codec")
-    judge = Judge(items, reference, other_clips, *runner.encode_and_decode(other_clips, "reference clips"), asked)
+    coded = runner.encode_and_decode(other_clips, "reference clips")
+    judge = Judge(items, reference, other_clips, *coded, asked, partners)
     samples = runner.samples(items, real_latents, swapped)
     rows, shown = _rows(samples, partial(judge, real=real_clips), asked.show)
     curve = Curve(
@@ -140,6 +141,7 @@ def curve_by(
         left_out=judge.left_out,
         sampler=asked.sampler,
         guidance_scale=asked.guidance.scale,
+        control_guidance_scale=asked.guidance.control if judge.is_told else 1.0,
         notes=(*asked.judges.notes, *filter(None, [asked.guidance.told])),
         shift=asked.shift,
         size=(real_clips.shape[1], real_clips.shape[2], real_clips.shape[3]),
@@ -191,7 +193,7 @@ class Batch:
 
     def name(self, kept: KeptSamples, asked: Measurement) -> str:
         """What its samples are kept by."""
-        guided = () if asked.guidance.scale == 1 else (asked.guidance,)
+        guided = () if asked.guidance.calls == 1 else (asked.guidance,)
         facts = (self.told.captions, self.keys, self.seed, self.num_steps, asked.shift, asked.sampler, *guided)
         controls = () if self.told.controls is None else (self.told.controls,)
         return kept.name((self.noise(), self.told.first_frames, *controls), facts)

@@ -74,7 +74,11 @@ def shift_of(model: str) -> float:
 
 
 def way_of(
-    model: str, sampler: str | None = None, scale: float | None = None, negative: str | None = None
+    model: str,
+    sampler: str | None = None,
+    scale: float | None = None,
+    negative: str | None = None,
+    control: float | None = None,
 ) -> tuple[SamplerKind, Guidance]:
     """How a model is sampled: as the user says, else as usual; what is odd is reported on stderr.
 
@@ -87,19 +91,28 @@ def way_of(
         sampler: how jumps are taken.
         scale: of the guidance.
         negative: the negative prompt.
+        control: scale of the guidance by controls; else that of the recipe beside the weights.
 
     Raises:
-        UserError: the folder holds no such model, or a negative prompt is given that nothing asks for.
+        UserError: the folder holds no such model, or a negative prompt or controls are to guide that nothing asks for.
     """
     from anyflow.backbone.guidance import Guidance
-    from anyflow.backbone.load import is_wan, read_guidance, read_sampler
+    from anyflow.backbone.load import is_wan, read_controls, read_guidance, read_sampler
 
     found, recipe, fused = read_guidance(model), recipe_of(model), has_guidance(model)
     if found is None:
         known = recipe or (Recipe() if is_wan(model) else None)
         usual = known.teacher_guidance if known is not None and not fused else 1.0
         found = Guidance(usual, recipe.model.negative_prompt if recipe is not None else "")
-    guidance = Guidance(found.scale if scale is None else scale, found.negative if negative is None else negative)
+    is_told = read_controls(model) is not None
+    if control not in (None, 1) and not is_told:
+        raise UserError(f"--control-guidance {control:g}: {model} is told no controls: leave it out")
+    usual = recipe.sampling.control_guidance_scale if recipe is not None and is_told else 1.0
+    guidance = Guidance(
+        found.scale if scale is None else scale,
+        found.negative if negative is None else negative,
+        usual if control is None else control,
+    )
     if scale not in (None, 1) and fused and os.environ.get("RANK", "0") == "0":
         print(f"{model} has guidance in its weights: --guidance {scale:g} guides it twice", file=sys.stderr)
     if negative is not None and guidance.scale == 1:

@@ -25,6 +25,9 @@ class WayOptions:
         low=1,
     )
     negative: str | None = option(None, "The negative prompt that guidance leads away from; else the model's.")
+    control_guidance: float | None = option(
+        None, "How much more than told a model obeys its controls: a further call a step; 1 is none, and usual.", low=1
+    )
     precision: str = option(
         "", f"Of the network, {' or '.join(PRECISIONS)}; else on a GPU that of the model's recipe.", choices=PRECISIONS
     )

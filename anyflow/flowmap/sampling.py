@@ -68,7 +68,19 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     It is ``unconditional + scale * (conditional - unconditional)``: 1 gives the conditional answer, more leads farther
     away from the unconditional one.
     """
-    return scale * at_least_float32(conditional) + (1 - scale) * at_least_float32(unconditional)
+    return guide_from(conditional, [(unconditional, scale)])
+
+
+def guide_from(answer: Tensor, others: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """Guidance away from several answers ``[B, ...]`` at once, each by a scale of its own.
+
+    It is ``answer + sum of (scale - 1) * (answer - other)``: of one other it is :func:`guide`.
+    """
+    whole = sum(scale for _, scale in others) - (len(others) - 1)
+    found = whole * at_least_float32(answer)
+    for other, scale in others:
+        found = found + (1 - scale) * at_least_float32(other)
+    return found
 
 
 def follow(

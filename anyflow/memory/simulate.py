@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anyflow.backbone.conditions import Conditions
+from anyflow.backbone.controls import MODULE as CONTROLS
 from anyflow.backbone.controls import add_controls
 from anyflow.backbone.load import backbone_class, weight_precision, wrap
 from anyflow.backbone.lora import add_lora
@@ -158,7 +159,8 @@ def _networks(recipe: Recipe, config: dict[str, Any]) -> Roles:
             if recipe.stage.onpolicy.teacher and recipe.declared.teacher == "given":
                 # an adapter of the teacher stage: as wide, without the time embedders, which that stage leaves alone
                 blocks_alone = [target for target in recipe.model.lora.targets if "_embedder" not in target]
-                settings = replace(lora_settings(recipe, student), targets=blocks_alone, full=())
+                told = tuple(name for name in lora_settings(recipe, student).full if name == CONTROLS)
+                settings = replace(lora_settings(recipe, student), targets=blocks_alone, full=told)
                 add_lora(student, settings, adapter="teacher")
             if recipe.has_teacher:
                 return AdapterRoles(student, lora_settings(recipe, student), **which)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from anyflow.backbone.conditions import Conditions, Text
 from anyflow.backbone.controls import controls_of
+from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.backbone.roles import Role, Roles
 from anyflow.flowmap.chunks import ChunkLayout, layout_of
 from anyflow.flowmap.sampling import Jump, Take, take_jump
@@ -40,9 +41,10 @@ def turns(
 def sample_once(recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], rows: int) -> None:
     """Sample so many clips of full-length prompts, as a curve does, but in one step: further ones take no more."""
     width = roles.student.transformer.config.text_dim
-    rows *= 1 if recipe.sampled_guidance == 1 else 2  # a guided call asks for both texts at once
+    # a guided call asks all questions at once
+    rows *= 1 + (recipe.sampled_guidance != 1) + (recipe.sampling.control_guidance_scale != 1)
     noise, given = torch.empty(rows, *latents), recipe.sampling.given_frames
-    conditions = full_length(rows, width, noise[:, :given] if given else None)
+    conditions = told_to(roles.student, full_length(rows, width, noise[:, :given] if given else None), latents[0])
     with torch.no_grad():
         parts = roles.generate("student", conditions, noise, JUMPS[:1])
         torch.cat(list(parts), dim=1)
@@ -127,17 +129,10 @@ class HeaviestStep:
         """Samples of the student."""
         noise = torch.empty(self.batch, *self.latents)
         first_frames = noise[:, :1] if self.stage.i2v_prob > 0 else None
-        conditions = self.told(full_length(self.batch, self.text_width, first_frames), noise.shape[1])
+        own = full_length(self.batch, self.text_width, first_frames)
+        conditions = told_to(self.roles.student, own, noise.shape[1])
         parts = self.roles.generate("student", conditions, noise, jumps, take)
         return torch.cat(list(parts), dim=1)
-
-    def told(self, conditions: Conditions, frames: int) -> Conditions:
-        """With controls for so many latent frames, if the network knows any."""
-        known = controls_of(self.roles.student.transformer)
-        if known is None:
-            return conditions
-        clips = len(conditions.text.embeddings)
-        return conditions._replace(controls=torch.empty(clips, frames, known.pixel_frames, known.numbers))
 
     def ask(self, role: Role, clips: int, layout: ChunkLayout | None = None) -> Tensor:
         """One answer; times are per frame where some frames are given."""
@@ -145,8 +140,17 @@ class HeaviestStep:
         frames = frames if layout is None else layout.num_frames
         times = torch.empty((clips, frames) if layout is not None or self.stage.i2v_prob > 0 else clips)
         view: dict[str, Any] = {} if layout is None else {"layout": layout}
-        conditions = self.told(full_length(clips, self.text_width), frames)
+        conditions = told_to(self.roles.student, full_length(clips, self.text_width), frames)
         return self.roles(role, torch.empty(clips, frames, *rest), times, times, conditions, **view)
+
+
+def told_to(network: FlowMapBackbone, conditions: Conditions, frames: int) -> Conditions:
+    """With controls for so many latent frames, if the network knows any."""
+    known = controls_of(network.transformer)
+    if known is None:
+        return conditions
+    clips = len(conditions.text.embeddings)
+    return conditions._replace(controls=torch.empty(clips, frames, known.pixel_frames, known.numbers))
 
 
 def full_length(clips: int, width: int, first_frames: Tensor | None = None) -> Conditions:

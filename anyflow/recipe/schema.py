@@ -144,6 +144,11 @@ class SamplingRecipe:
         "a step; 1: none; 0: as much as stage.guidance_scale",
         low=0,
     )
+    control_guidance_scale: float = _option(
+        1.0,
+        "guidance of samples by their controls, away from none known: a further network call a step; 1: none",
+        low=1,
+    )
     every_steps: int = _option(0, "training steps between samplings; 0: only before and after", low=0)
     encoders: list[str] = _option(
         [],

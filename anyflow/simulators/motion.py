@@ -81,6 +81,9 @@ TURN_SHARE = 0.2
 ZOOM_TOTAL = 0.12
 """Expansion in all that makes a walk."""
 
+TOLERANCE = {"driving": (LANE / 4, 0.0), "robotics": (FINGER_STILL, 0.0), "games": (0.0, TURN_SHARE / 2)}
+"""How far from where it should a path may end and still be right: shares of the frame's height, and of its width."""
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -157,16 +160,28 @@ def motion_accuracy(
     )
 
 
-def path_error(path: Path2D, asked: Path2D) -> float | None:
-    """How far a path leaves the one asked for, in pixels: the mean distance of places, both paths begun at one point.
+def path_distances(path: Path2D, asked: Path2D) -> Path2D | None:
+    """How far a path is from the one asked for, frame by frame, in pixels; both are begun at one point.
 
-    ``[F, 2]`` each; places where either was not seen (nan) are left out. None where fewer than half are seen.
+    ``[F, 2]`` each; frames in which either was not seen (nan) are left out. None where fewer than half are seen.
     """
     seen = ~(np.isnan(path).any(1) | np.isnan(asked).any(1))
     if np.count_nonzero(seen) < max(2, len(path) / 2):
         return None
     moved = (path[seen] - path[seen][0]) - (asked[seen] - asked[seen][0])
-    return float(np.hypot(*moved.T).mean())
+    return np.hypot(*moved.T)  # type: ignore[no-any-return]
+
+
+def path_error(path: Path2D, asked: Path2D) -> float | None:
+    """The mean of :func:`path_distances`; None where a path was seen too rarely."""
+    distances = path_distances(path, asked)
+    return None if distances is None else float(distances.mean())
+
+
+def path_tolerance(domain: str, height: int, width: int) -> float:
+    """Pixels within which a path of a domain that has a probe must end to be right (:data:`TOLERANCE`)."""
+    of_height, of_width = TOLERANCE[domain]
+    return of_height * height + of_width * width
 
 
 def mean_path_error(readings: Sequence[Reading | None], asked: Sequence[Reading | None]) -> float | None:

@@ -218,10 +218,11 @@ def _measured(curves: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[Figures,
         key: _possible(own[0] if len(own) == 1 else estimate([[value.mean for value in own]]), key[1])
         for key, own in values.items()
     }
-    told = [{"left_out": curve.get("given_frames"), "guidance_scale": 1.0, **curve} for _, curve in curves]
+    usual = {"guidance_scale": 1.0, "control_guidance_scale": 1.0}
+    told = [{"left_out": curve.get("given_frames"), **usual, **curve} for _, curve in curves]
     settings = {
         f"{MEASURED}{key}": _joined(str(curve[key]) for curve in told if key in curve)
-        for key in ("domain", "clips", "given_frames", "left_out", "guidance_scale", "version")
+        for key in ("domain", "clips", "given_frames", "left_out", *usual, "version")
     }
     return figures, {key: value for key, value in settings.items() if value}
 

@@ -17,10 +17,10 @@ from anyflow.backbone.attention import prefer_kernel
 from anyflow.backbone.codec import Codec, codec_dtypes
 from anyflow.backbone.compiled import compile_blocks
 from anyflow.backbone.controls import MODULE as CONTROLS
-from anyflow.backbone.controls import ControlSettings, controls_of
+from anyflow.backbone.controls import ControlSettings, check_controls, controls_of
 from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build_vae, transformer_config
 from anyflow.backbone.full import RELEASED_FULL, add_full
-from anyflow.backbone.load import load_backbone, new_backbone
+from anyflow.backbone.load import load_backbone, new_backbone, read_controls
 from anyflow.backbone.lora import ADAPTER, LoraSettings, add_lora, load_lora
 from anyflow.backbone.parallelize import (
     ParallelSettings,
@@ -43,7 +43,7 @@ from anyflow.stages.base import Stage, Training
 from anyflow.stages.parts import StageParts
 from anyflow.system.console import progress_line
 from anyflow.system.option import part_of
-from anyflow.training.controls import asked_controls
+from anyflow.training.controls import asked_controls, check_teacher, check_told
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Parts:
     backbone: FlowMapBackbone
     stage: Stage
     data: VideoDataModule
+    notes: tuple[str, ...] = ()
+    """What is to be said before it starts."""
 
 
 def assemble(recipe: Recipe, *, leave_stored: bool = False, encode: bool = True) -> Parts:
@@ -69,8 +71,10 @@ def assemble(recipe: Recipe, *, leave_stored: bool = False, encode: bool = True)
     """
     codec, backbone = load_networks(recipe, leave_stored=leave_stored or is_sharded(recipe))
     told = controls_of(backbone.transformer)
+    check_told(recipe, told)
     stage = build_stage(recipe, codec, backbone)
-    return Parts(codec, backbone, stage, build_data(recipe, codec, told, encode=encode))
+    notes = tuple(filter(None, [check_teacher(recipe, told, stage.roles)]))
+    return Parts(codec, backbone, stage, build_data(recipe, codec, told, encode=encode), notes)
 
 
 def load_networks(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, FlowMapBackbone]:
@@ -191,7 +195,8 @@ def build_roles(recipe: Recipe, backbone: FlowMapBackbone) -> Roles:
         if teacher and not recipe.has_tail:
             load_lora(backbone, teacher, adapter="teacher")
         settings, seed = lora_settings(recipe, backbone), recipe.run.seed
-        return AdapterRoles(backbone, settings, seed=seed, **kind)
+        is_told = read_controls(recipe.model.weights) is not None
+        return AdapterRoles(backbone, settings, seed=seed, base_is_told=is_told, **kind)
     network = load_backbone(
         teacher or recipe.model.weights,
         # of either architecture where there is a critic: both see all frames at once
@@ -202,6 +207,9 @@ def build_roles(recipe: Recipe, backbone: FlowMapBackbone) -> Roles:
     )
     if recipe.hardware.gradient_checkpointing:
         checkpoint_activations(network, recipe.hardware.keep_attention)
+    told, asked = controls_of(network.transformer), controls_of(backbone.transformer)
+    if told is not None and asked is not None:
+        check_controls(told, asked, teacher or recipe.model.weights)
     return SeparateRoles(backbone, network, **kind)
 
 

@@ -3,11 +3,50 @@
 from __future__ import annotations
 
 from anyflow.backbone.controls import ControlSettings
+from anyflow.backbone.roles import Roles
 from anyflow.data.wanted import wanted_controls
 from anyflow.errors import UserError
 from anyflow.recipe import Recipe
 
 FIELD = "model.control.names"
+
+
+def check_told(recipe: Recipe, told: ControlSettings | None) -> None:
+    """That samples are guided by controls where the network is told some.
+
+    Raises:
+        UserError: it is told none.
+    """
+    scale = recipe.sampling.control_guidance_scale
+    if scale != 1 and told is None:
+        raise UserError(
+            f"sampling.control_guidance_scale={scale:g}: this network is told no controls: name some in {FIELD}, or "
+            "leave it out"
+        )
+
+
+def check_teacher(recipe: Recipe, told: ControlSettings | None, roles: Roles | None) -> str:
+    """A warning where the student is told controls and its teacher is not; empty: there is nothing to say.
+
+    Such a teacher judges whether samples look real, and not whether they obey. That asks no wrong thing of them, as
+    long as the critic is told as little, but it teaches no controls.
+
+    Raises:
+        UserError: nothing else would teach them.
+    """
+    if told is None or roles is None or roles.teacher_is_told:
+        return ""
+    teacher = recipe.stage.onpolicy.teacher or recipe.model.weights
+    obeys = "train a teacher that is told them (stage teacher, with the same model.control.names)"
+    if recipe.sampler != "flowmap" or recipe.stage.onpolicy.forward_weight == 0:
+        raise UserError(
+            f"the teacher {teacher} is told no controls, and in stage {recipe.stage.name} nothing else teaches the "
+            f"student to obey them: {obeys}, or set stage.name=onpolicy and stage.onpolicy.forward_weight=1"
+        )
+    return (
+        f"warning: the teacher {teacher} is told no controls, and so is the critic: they judge whether samples look "
+        f"real and not whether they obey, which the loss on data alone teaches; to judge both, {obeys}"
+    )
 
 
 def asked_controls(recipe: Recipe, pixel_frames: int) -> ControlSettings | None:

@@ -46,8 +46,8 @@ from anyflow.training.callbacks.preemption import stop_between_calls
 
 
 def guidance_of(recipe: Recipe) -> Guidance:
-    """How samples of what the recipe trains are guided: not at all if its weights hold guidance."""
-    return Guidance(recipe.sampled_guidance, recipe.model.negative_prompt)
+    """How samples of what the recipe trains are guided: by text not at all if its weights hold guidance."""
+    return Guidance(recipe.sampled_guidance, recipe.model.negative_prompt, recipe.sampling.control_guidance_scale)
 
 
 def clip_shape(recipe: Recipe) -> ClipShape:
@@ -74,9 +74,11 @@ def measure(
     """
     if not recipe.sampling.prompts:
         return None
-    other = ("every_steps", "guidance_scale")  # the latter by what it comes to
+    other = ("every_steps", "guidance_scale", "control_guidance_scale")  # the latter by what they come to
     asked = {key: value for key, value in asdict(recipe.sampling).items() if key not in other}
-    asked |= asdict(guidance_of(recipe)) if recipe.sampled_guidance != 1 else {}
+    guidance = guidance_of(recipe)
+    asked |= {"scale": guidance.scale, "negative": guidance.negative} if guidance.scale != 1 else {}
+    asked |= {"control": guidance.control} if guidance.control != 1 else {}
     kept = from_rank_zero(load_curve(run.path / "curves", label, asked))
     if kept is not None:
         return kept
@@ -243,6 +245,7 @@ def describe_parts(recipe: Recipe, parts: Parts) -> Iterator[str]:
     if parts.data.stream is not None:
         yield f"data        {parts.data.stream.dataset.told()}"
     yield from (f"bucket      {line}" for line in parts.data.shares)
+    yield from parts.notes
     if parts.stage.shares is not None:
         yield f"intervals   {parts.stage.shares.told(recipe.global_batch)}"
     if recipe.data.precompute and "frames" in batch and not recipe.declared.trains_codec:

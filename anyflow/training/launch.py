@@ -124,6 +124,8 @@ def _check_held_out(recipe: Recipe) -> None:
 def _train(recipe: Recipe, run: RunFolder, more: list[Any]) -> int:
     parts = assemble(recipe)
     if rank_and_size()[0] == 0:
+        for note in parts.notes:
+            print(note, file=sys.stderr)
         run.clear_leftovers(recipe.total_steps, is_changed=bool(more))
     wait_for_all()
     return _train_parts(recipe, run, parts, more)

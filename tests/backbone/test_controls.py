@@ -27,6 +27,7 @@ from anyflow.backbone.controls import (
     without,
 )
 from anyflow.backbone.export import export_lora, export_pipeline
+from anyflow.backbone.guidance import Guidance, Guided
 from anyflow.backbone.load import load_backbone, wrap
 from anyflow.backbone.lora import LoraSettings, add_lora, load_lora, merged_state
 from anyflow.backbone.model_card import ModelCard
@@ -34,6 +35,7 @@ from anyflow.backbone.roles import ROLES, AdapterRoles
 from anyflow.backbone.stream import stream_video
 from anyflow.errors import UserError
 from anyflow.flowmap.chunks import PathBatch, in_chunks, layout_of
+from anyflow.flowmap.sampling import guide
 
 STEER = {"width": 2, "kind": "continuous", "low": [0.0, -1.0], "high": [20.0, 1.0]}
 KEYS = {"width": 1, "kind": "multi-hot"}
@@ -133,6 +135,51 @@ def test_text_guidance_and_rows_leave_controls_with_their_samples(make_text: Mak
     assert torch.equal(both.controls, torch.cat([told.controls, told.controls]))
     chosen = told.select(torch.tensor([1, 1, 0])).of_frames(slice(1, 3))
     assert chosen.controls is not None and torch.equal(chosen.controls, told.controls[[1, 1, 0], 1:3])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text_scale", [1.0, 1.5])
+def test_controls_guide_away_from_none_known(backbone, codec: Codec, text_scale: float) -> None:
+    """Two questions, or three with text guidance, each asked with all that it keeps."""
+    controlled(backbone)
+    told = Conditions(codec.encode_text(["a car", "a"]), controls=some_controls())
+    negative = codec.encode_text(["blurred"])
+    guidance = Guidance(text_scale, "blurred", control=3.0)
+    assert guidance.calls == (2 if text_scale == 1 else 3)
+    words = f"control guidance 3 against no controls: {'two' if text_scale == 1 else 'three'} network calls a step"
+    assert guidance.told.endswith(words)
+    [ask] = guidance.way(backbone, codec).values()
+    z, t = torch.randn(2, FRAMES, 16, 8, 8), torch.tensor([900.0, 300.0])
+    whole, none, against = (
+        backbone(z, t, 0.4 * t, one) for one in (told, told._replace(controls=None), told.under(negative))
+    )
+    expected = none + 3.0 * (whole - none) + (text_scale - 1) * (whole - against)
+    torch.testing.assert_close(ask(z, t, 0.4 * t, told), expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(whole, none, atol=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["causal"], indirect=True)
+def test_each_question_of_a_guided_video_looks_back_at_its_own(backbone, codec: Codec) -> None:
+    """The question without controls sees earlier frames without them too."""
+    controlled(backbone)
+    told = Conditions(codec.encode_text(["a car", "a"]), controls=some_controls())
+    noise, jumps = torch.randn(2, FRAMES, 16, 8, 8), [(1000.0, 0.0)]
+    whole = list(backbone.generate(told, noise, jumps, ask=Guided(backbone, 1.0, None, control=2.0)))
+    done: list[Tensor] = []
+
+    def by_hand(z: Tensor, t: Tensor, r: Tensor, own: Conditions, **view: object) -> Tensor:
+        if "record" in view:
+            return backbone(z, t, r, own, **view)
+        chunks, clean = CHUNKS[: len(done)], torch.cat([z[:, :0], *done], dim=1)
+        earlier = told.of_frames(slice(0, clean.shape[1]))
+        pairs = ((own, earlier), (own.without_controls(), earlier.without_controls()))
+        answers = [backbone(z, t, r, now, window=backbone.look_back(clean, chunks, seen)) for now, seen in pairs]
+        return guide(*answers, 2.0)
+
+    for part in backbone.generate(told, noise, jumps, ask=by_hand):
+        done.append(part)
+    torch.testing.assert_close(torch.cat(whole, dim=1), torch.cat(done, dim=1), atol=2e-5, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -11,9 +11,13 @@ from test_wiring import SMALL
 from torch import Tensor
 
 from anyflow.backbone.controls import MODULE, by_latent_frame, controls_of
+from anyflow.backbone.export import export_pipeline
+from anyflow.backbone.model_card import ModelCard
+from anyflow.backbone.roles import ROLES
 from anyflow.errors import UserError
 from anyflow.recipe import load_recipe
 from anyflow.training.assemble import Parts, assemble
+from anyflow.training.finish import describe_parts
 
 CONTROL = ("model.control.names=[actions]", "model.control.width=8", "data.card=driving-uncaptioned")
 
@@ -75,15 +79,75 @@ def test_a_forward_step_asks_with_each_clips_own_controls(small_model: Path, dro
     assert dropout or torch.equal(first, own)
 
 
-def test_an_on_policy_step_tells_the_student_the_controls(small_model: Path) -> None:
-    """A critic starts as its teacher: neither has learnt any here, so the student alone listens."""
-    parts = parts_of("onpolicy/tiny", small_model, "model.control.dropout=0", "stage.onpolicy.budgets=[2]")
-    assert parts.stage.roles is not None
-    assert controls_of(parts.stage.roles.network("teacher").transformer) is None
+@pytest.fixture(scope="module")
+def told_model(small_model: Path, project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learnt the controls."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(project)
+        parts = parts_of("forward/tiny", small_model)
+    card = ModelCard("told", size=(5, 32, 32), fps=8.0)
+    folder = tmp_path_factory.mktemp("told") / "model"
+    return export_pipeline(folder, parts.backbone.transformer, parts.codec, 3.0, card, dtype=torch.float32)
+
+
+ON_POLICY = ("model.control.dropout=0", "stage.onpolicy.budgets=[2]")
+
+
+def test_an_on_policy_step_tells_all_three_the_same_controls(small_model: Path, told_model: Path) -> None:
+    """Each clip's own, whoever is asked, with text and without."""
+    parts = parts_of("onpolicy/tiny", small_model, *ON_POLICY, f"stage.onpolicy.teacher={told_model}")
+    assert parts.notes == ()
     batch = next(iter(parts.data.train_dataloader()))
     own = by_latent_frame(batch["controls"], 4)
     asked = told(parts.stage, batch)
-    assert asked and all(all(is_one_of(rows, own)) for _, rows in asked)
+    assert {name for name, _ in asked} == {"student", "critic", "teacher"}
+    assert all(all(is_one_of(rows, own)) for _, rows in asked)
+
+
+def test_a_teacher_that_is_told_none_is_warned_of(small_model: Path) -> None:
+    """The student alone listens; the critic starts as the teacher, and knows as little. The dry run says so."""
+    parts = parts_of("onpolicy/tiny", small_model, *ON_POLICY)
+    assert parts.stage.roles is not None
+    for role in ("teacher", "critic"):
+        assert controls_of(parts.stage.roles.network(role).transformer) is None  # type: ignore[arg-type]
+    batch = next(iter(parts.data.train_dataloader()))
+    own = by_latent_frame(batch["controls"], 4)
+    asked = told(parts.stage, batch)
+    assert asked and {name for name, _ in asked} == {"student"}
+    assert all(all(is_one_of(rows, own)) for _, rows in asked)
+    [note] = parts.notes
+    assert f"warning: the teacher {small_model} is told no controls, and so is the critic" in note
+    recipe = load_recipe("onpolicy/tiny", overrides=[*SMALL, f"model.weights={small_model}", *CONTROL])
+    assert note in list(describe_parts(recipe, parts))
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_adapters_critic_knows_what_its_teacher_knows(small_model: Path, told_model: Path, is_told: bool) -> None:
+    """The teacher is the frozen base: one that has never learnt the controls must not face a critic that does."""
+    lora = ("model.lora.enabled=true", "model.lora.rank=2", "stage.onpolicy.teacher=")
+    parts = parts_of("onpolicy/tiny", told_model if is_told else small_model, *ON_POLICY, *lora)
+    assert parts.stage.roles is not None
+    trained = {role: [name for name, _ in parts.stage.roles.parameters(role) if MODULE in name] for role in ROLES}
+    assert (len(trained["student"]), len(trained["critic"]), trained["teacher"]) == (7, 7 * is_told, [])
+    assert bool(parts.notes) is not is_told
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"), [("dmd/tiny", ()), ("consistency/tiny", ()), ("onpolicy/tiny", ("forward_weight=0",))]
+)
+def test_where_nothing_would_teach_the_controls_it_is_refused(
+    small_model: Path, told_model: Path, stage: str, more: tuple[str, ...]
+) -> None:
+    budgets = ("stage.onpolicy.budgets=[2]", *(f"stage.onpolicy.{one}" for one in more))
+    with pytest.raises(UserError, match=r"is told no controls, and in stage .* nothing else teaches the student"):
+        parts_of(stage, small_model, *budgets)
+    assert parts_of(stage, small_model, *budgets, f"stage.onpolicy.teacher={told_model}").notes == ()
+
+
+def test_a_teacher_of_other_controls_is_refused(small_model: Path, told_model: Path) -> None:
+    other = ("model.control.names=[trajectory]", f"stage.onpolicy.teacher={told_model}")
+    with pytest.raises(UserError, match=r"was trained with the controls actions .* asks for trajectory"):
+        parts_of("onpolicy/tiny", small_model, *ON_POLICY, *other)
 
 
 def test_cached_latents_come_with_the_controls_of_their_frames(small_model: Path, tmp_path: Path) -> None:

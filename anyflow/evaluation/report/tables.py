@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from anyflow.evaluation.curve import Curve, CurveRow, Marks
 from anyflow.evaluation.figures import AS_REAL, FIGURES, LOWER, Figure, figure_of
 from anyflow.evaluation.intervals import wilson_interval
+from anyflow.evaluation.report.obeyed import control_notes, obedience_lines
 from anyflow.evaluation.retention import change, few_step_ratio, retention
 from anyflow.evaluation.statistics import Estimate
 from anyflow.system.tables import markdown_table
@@ -24,7 +25,10 @@ _FURTHER = (
     "spread",
     "temporal_consistency",
     "path_error",
+    "path_end_error",
+    "path_right",
     "swap_gap",
+    "obedience",
     "given_frame_psnr",
     "preview_error",
 )
@@ -131,6 +135,12 @@ def change_lines(before: Curve | None, after: Curve) -> list[str]:
     return lines
 
 
+def lines_below(before: Curve | None, after: Curve) -> list[str]:
+    """What stands below the tables."""
+    told = [line for curve in (before, after) if curve is not None for line in obedience_lines(curve)]
+    return [*told, *change_lines(before, after), *few_step_lines(before, after), *after.notes]
+
+
 def _percent(ratio: Estimate) -> str:
     found = ratio.percent
     interval = f" [{found.low:+.1f}, {found.high:+.1f}]" if found.low is not None else ""
@@ -191,7 +201,7 @@ def comparison_text(before: Curve | None, after: Curve) -> str:
         for index, cells in enumerate(rows):
             table.add_row(*cells, end_section=index == len(after.rows) - 1)
         console.print(table)
-    for line in (*change_lines(before, after), *few_step_lines(before, after), *after.notes):
+    for line in lines_below(before, after):
         console.print(line)
     return "\n".join(line.rstrip() for line in sink.getvalue().split("\n")).strip("\n") + "\n"
 
@@ -202,7 +212,7 @@ def comparison_markdown(before: Curve | None, after: Curve) -> str:
     for columns in (main_columns(after), detail_columns(after)):
         if columns:
             lines += ["", *markdown_table(*table_cells(before, after, columns), "r")]
-    if told := [*change_lines(before, after), *few_step_lines(before, after), *after.notes]:
+    if told := lines_below(before, after):
         lines += ["", *(f"- {line}" for line in told)]
     frames, height, width = after.size
     notes = [
@@ -213,10 +223,7 @@ def comparison_markdown(before: Curve | None, after: Curve) -> str:
         "goes at the picture's ends alone, read from the pixels."
         if _has(after.real, WHOLE[0])
         else "",
-        "Swap gap: how much farther a sample goes from the path asked for under the controls of another clip; 0: the "
-        "model ignores its controls."
-        if after.real.swap_gap is not None
-        else "",
+        *control_notes(after),
         "Motion right: the motion asked for, read from the pixels (95 % interval). Distances are to other real clips; "
         "lower is better; the row of real clips says what as many of them get. Frame Frechet is "
         "taken on fixed features of frames (it is not FVD). Motion energy: mean change from frame to frame in grey "

@@ -1,0 +1,112 @@
+"""Models that are told controls, through the commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from anyflow.backbone.codec import Codec
+from anyflow.backbone.controls import MODULE, ControlSettings
+from anyflow.backbone.export import export_pipeline
+from anyflow.backbone.guidance import Guidance
+from anyflow.backbone.load import load_backbone
+from anyflow.backbone.model_card import ModelCard
+from anyflow.cli.main import app
+from anyflow.data.wanted import wanted_controls
+from anyflow.errors import UserError
+from anyflow.evaluation.models import way_of
+from anyflow.recipe import load_recipe, save_recipe
+from anyflow.training.assemble import assemble
+
+CARD = "driving-uncaptioned"
+SCALE = ("sampling.control_guidance_scale=2", "data.precompute=false")
+
+
+@pytest.fixture(autouse=True)
+def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+
+
+@pytest.fixture(scope="module")
+def told_model(small_causal_model: Path, project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small causal model that is told what driving clips hold, with random weights."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(project)
+        found = wanted_controls([CARD], ["actions"])
+    settings = ControlSettings({name: control.to_dict() for name, control in found.items()}, width=8)
+    backbone = load_backbone(small_causal_model, controls=settings)
+    module = backbone.transformer.condition_embedder.get_submodule(MODULE)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module.layers[-1].weight.normal_(std=0.3)
+    folder = tmp_path_factory.mktemp("told") / "model"
+    card = ModelCard("told", size=(17, 64, 96), fps=8.0)
+    return export_pipeline(
+        folder, backbone.transformer, Codec.from_folder(small_causal_model), 3.0, card, dtype=torch.float32
+    )
+
+
+@pytest.fixture
+def actions(tmp_path: Path) -> Path:
+    place = tmp_path / "actions.npy"
+    np.save(place, np.stack([np.full(17, 10.0), np.linspace(-0.6, 0.6, 17)], axis=1))
+    return place
+
+
+def call(*words: object) -> Any:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_samples_are_guided_by_their_controls(told_model: Path, actions: Path, tmp_path: Path) -> None:
+    """Two calls a step, another clip; scale 1 is the clip without the option."""
+    found: dict[str, tuple[dict[str, Any], bytes]] = {}
+    for scale in ("none", "1", "4"):
+        more = [] if scale == "none" else ["--control-guidance", scale]
+        words = ["sample", "a car", "--model", told_model, "--steps", "2", "--controls", actions]
+        result = call(*words, "--out", tmp_path / scale, "--json", *more)
+        assert result.exit_code == 0, result.output
+        facts = json.loads(result.stdout)
+        found[scale] = facts, Path(facts["files"]["2"][0]).read_bytes()
+    assert found["none"][1] == found["1"][1] != found["4"][1]
+    assert found["4"][0]["nfe"]["2"] == 2 * found["1"][0]["nfe"]["2"]
+    assert [found[scale][0]["control_guidance"] for scale in ("none", "1", "4")] == [1, 1, 4]
+
+
+def test_guidance_by_controls_that_are_not_there_is_refused(told_model: Path, small_model: Path, actions: Path) -> None:
+    words = ["--control-guidance", "2"]
+    for command, sentence in (
+        (["sample", "a", "--model", told_model], "nothing asks for it: give --controls with it"),
+        (["sample", "a", "--model", small_model, "--controls", actions], "this model is told none"),
+        (["evaluate", "--model", small_model, "--data", CARD, "--prompts", 2], "is told no controls: leave it out"),
+    ):
+        result = call(*command, *words)
+        assert isinstance(result.exception, UserError) and sentence in str(result.exception), result.output
+    with pytest.raises(UserError, match=r"sampling.control_guidance_scale=2: this network is told no controls"):
+        assemble(load_recipe("forward/tiny", overrides=[f"model.weights={small_model}", *SCALE]))
+
+
+def test_evaluate_guides_by_controls_and_says_so(told_model: Path, small_causal_model: Path, tmp_path: Path) -> None:
+    """Of two models the one that is told controls."""
+    words = ["evaluate", "--model", told_model, "--against", small_causal_model, "--data", CARD, "--prompts", 2]
+    result = call(*words, "--steps", "1", "--seeds", "0", "--control-guidance", 3, "--out", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    before, after = json.loads(result.stdout)["curves"]
+    assert (before["control_guidance_scale"], after["control_guidance_scale"]) == (1, 3)
+    assert after["rows"][0]["nfe"] == 2 * before["rows"][0]["nfe"]
+    assert "control guidance 3 against no controls" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_model_is_guided_as_its_recipe_says(told_model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    recipe = load_recipe("finetune/driving-control", overrides=["sampling.control_guidance_scale=2"])
+    save_recipe(recipe, run / "recipe.yaml")
+    (run / "model").symlink_to(told_model)
+    assert way_of(str(run / "model"))[1] == Guidance(control=2.0)
+    assert way_of(str(run / "model"), control=1.0)[1] == Guidance()
