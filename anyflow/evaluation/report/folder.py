@@ -111,6 +111,8 @@ def sample_grid(results: Sequence[CurveResult], title: str = "") -> Grid:
     shown = results[0].shown
     import numpy as np
 
+    notes = _shares(results)
+
     return Grid(
         prompts=[Prompt(item.caption, item.domain, item.attributes) for item in shown],
         variants={
@@ -119,7 +121,22 @@ def sample_grid(results: Sequence[CurveResult], title: str = "") -> Grid:
         real=np.stack([np.asarray(item.frames) for item in shown]),
         title=title,
         given=pixel_frames(results[0].curve.given_frames),
+        notes=notes,
+        notes_say=f"{WHOLE[1].heading}, of all samples." if notes else "",
     )
+
+
+def _shares(results: Sequence[CurveResult]) -> dict[str, dict[int, str]]:
+    """Above the samples of open driving: the share of frames in which every car is whole."""
+    found = {
+        result.curve.label: {
+            row.num_steps: f"{100 * share:.0f} %"
+            for row in result.curve.rows
+            if (share := row.figure(WHOLE[1].name)) is not None
+        }
+        for result in results
+    }
+    return found if any(found.values()) else {}
 
 
 def write_report(
