@@ -119,7 +119,8 @@ def serving(folder: Path, controls: Any = None, load: bool = True) -> Iterator[S
     with listen_here(0) as listening:
         port = listening.getsockname()[1]
         over = threading.Event()
-        app = Site(facts, player, over.is_set).app(port, TOKEN)
+        site = Site(facts, player, over.is_set)
+        app = site.app(port, TOKEN)
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", ws="none"))
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
@@ -129,4 +130,5 @@ def serving(folder: Path, controls: Any = None, load: bool = True) -> Iterator[S
             over.set()
             server.should_exit = True
             thread.join(30)
+            site.worker.shutdown()
             assert not thread.is_alive()
