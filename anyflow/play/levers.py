@@ -166,11 +166,10 @@ def _on_axis(lever: Lever, stick: int, arrows_alone: bool) -> Lever:
 def _with_keys(levers: Sequence[Lever]) -> list[Lever]:
     """Give up to two numbers a stick and keys, and each key lever the key that its name asks for, else a free one."""
     found = list(levers)
-    axes = [place for place, lever in enumerate(found) if lever.kind == "axis"]
-    free_axes = [place for place, lever in enumerate(found) if lever.kind == "slider" and not lever.is_state]
-    if not axes:
+    if not any(lever.kind == "axis" for lever in found):
+        moved = [place for place, lever in enumerate(found) if lever.kind == "slider" and not lever.is_state][:2]
         has_keys = any(lever.kind == "key" for lever in found)
-        for place, stick in zip(free_axes[:2], _sticks([found[place] for place in free_axes[:2]]), strict=True):
+        for place, stick in zip(moved, _sticks([found[place] for place in moved]), strict=True):
             found[place] = _on_axis(found[place], stick, arrows_alone=has_keys)
     taken = {code for lever in found for code in lever.more + lever.less}
     for by_name in (True, False):

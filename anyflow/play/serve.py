@@ -9,12 +9,14 @@ import sys
 import threading
 import webbrowser
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from anyflow.backbone.controls import ControlSettings
 from anyflow.backbone.files import read_json, resolve_folder, says_causal
 from anyflow.errors import UserError
 from anyflow.evaluation.models import check_model, native_shape
@@ -29,8 +31,6 @@ from anyflow.system.signals import sigterm_raises
 
 if TYPE_CHECKING:
     from anyflow.data.decode import ClipShape
-
-CONFIG_KEY = "anyflow_controls"
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ def playable(model: str) -> Playable:
             f"--model {model} makes all frames at once: give a causal model, such as one that recipes/models/"
             "tiny-causal.yaml starts from"
         )
-    found = config.get(CONFIG_KEY)
-    if not found:
+    told = ControlSettings.of(config)
+    if told is None:
         raise UserError(
             f"--model {model} is told no controls: train one that is, by make finetune RECIPE=driving-control"
         )
-    levers_of(found["controls"])
-    return Playable(model, found["controls"], native_shape(model))
+    levers_of(told.controls)
+    return Playable(model, told.controls, native_shape(model))
 
 
 def player_of(model: Playable, asked: PlayOptions) -> tuple[Player, Facts]:
@@ -126,19 +126,12 @@ def serve(model: Playable, asked: PlayOptions, listening: socket.socket) -> None
         server_header=False,
     )
     server = uvicorn.Server(config)
-    failures: list[BaseException] = []
 
-    def load() -> None:
-        try:
-            from anyflow.evaluation.loaded import LoadedModel
+    def end_if_failed(loading: Future[None]) -> None:
+        server.should_exit = server.should_exit or loading.exception() is not None
 
-            player.load(LoadedModel.of(model.name, WayOptions(), model.shape))
-        except BaseException as error:
-            failures.append(error)
-            server.should_exit = True
-
-    loading = threading.Thread(target=load, daemon=True)
-    loading.start()
+    loading = site.worker.submit(_load, player, model)
+    loading.add_done_callback(end_if_failed)
     address = f"http://127.0.0.1:{port}/{token}/"
     print(address, flush=True)
     print("on this machine alone; Ctrl-C ends it", file=sys.stderr)
@@ -149,11 +142,16 @@ def serve(model: Playable, asked: PlayOptions, listening: socket.socket) -> None
             server.run([listening])
     except KeyboardInterrupt:
         pass
-    if failures:
-        raise failures[0]
-    if loading.is_alive():
-        sys.stdout.flush()
-        os._exit(0)  # compiled libraries in the midst of their imports abort when the interpreter ends
+    if not loading.done():
+        os._exit(0)  # nothing is open; compiled libraries in the midst of their imports would abort
+    site.worker.shutdown()  # the film is finished
+    loading.result()
+
+
+def _load(player: Player, model: Playable) -> None:
+    from anyflow.evaluation.loaded import LoadedModel
+
+    player.load(LoadedModel.of(model.name, WayOptions(), model.shape))
 
 
 def has_screen() -> bool:

@@ -12,12 +12,12 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from anyio import to_thread
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
@@ -76,6 +76,8 @@ class Site:
         self._session: Session | None = None
         self._seat = 0
         self._heard = asyncio.Event()
+        self.worker = ThreadPoolExecutor(1, "player")
+        """The one thread that the player works in: torch keeps a team of threads for each that asks it."""
 
     def app(self, port: int, token: str) -> Guard:
         """The application, guarded."""
@@ -114,22 +116,23 @@ class Site:
         return _Stream(self._lines(self._session), self._leave)
 
     def _leave(self) -> None:
-        """The page is gone: its film is finished, and the next one may steer."""
+        """The page is gone: its film is finished behind the chunk in work, and the next page may steer."""
         self._session = None
-        self._record(False)
+        self.worker.submit(self._record, False)
 
     async def _lines(self, session: Session) -> AsyncIterator[str]:
+        work = asyncio.get_running_loop().run_in_executor
         yield _line("facts", seat=self._seat, all_steps=STEPS, starts=self._starts(), **asdict(self._facts))
         while not self._player.is_ready and not self._is_over():
             await asyncio.sleep(0.05)
         while not self._is_over():
             wanted = session.take_film()
             if wanted is not None:
-                yield _line("film", **await to_thread.run_sync(self._record, wanted))
+                yield _line("film", **await work(self.worker, self._record, wanted))
             delay = session.due(time.monotonic())
             if delay == 0:
                 wish, task = session.wish, session.take(time.monotonic())
-                made = await to_thread.run_sync(self._player.make, task)
+                made = await work(self.worker, self._player.make, task)
                 session.note(made)
                 if made.trouble:
                     yield _line("film", said=made.trouble, is_recording=False)

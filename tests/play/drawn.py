@@ -9,7 +9,7 @@ import json
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -57,7 +57,8 @@ class DrawnRollout:
         self.made.append(num_steps)
         assert len(controls) == self.next_frames
         self.next_frames = 8
-        return torch.from_numpy(np.stack([draw(self.ground, *row) for row in controls.tolist()]))
+        known = [[number for number in row if not np.isnan(number)] or [10.0, 0.0] for row in controls.tolist()]
+        return torch.from_numpy(np.stack([draw(self.ground, *row) for row in known]))
 
 
 def draw(ground: int, speed: float, heading: float) -> np.ndarray:
@@ -74,16 +75,12 @@ def replace_rollouts(set_attribute: Callable[[Any, str, Any], Any]) -> None:
     set_attribute(DrawnRollout, "made", [])
 
 
-def make_player(folder: Path, controls: Any = None, starts: int = 3) -> tuple[Player, Facts]:
-    """A player of the drawn world, and what its page says."""
+def make_player(folder: Path, controls: Any = None, domains: Sequence[str] = ("", "", "")) -> tuple[Player, Facts]:
+    """A player of the drawn world, and what its page says; a start for each domain."""
     levers = levers_of(controls or DRIVING)
-    frames = [np.full((1, 1, HEIGHT, WIDTH, 3), 60 * number, dtype=np.uint8) for number in range(starts)]
-    player = Player(
-        [Start(f"clip {n}", "a road", frame) for n, frame in enumerate(frames)],
-        Wheel(levers, 8.0),
-        8.0,
-        folder / "film",
-    )
+    frames = [np.full((1, 1, HEIGHT, WIDTH, 3), 60 * number, dtype=np.uint8) for number in range(len(domains))]
+    starts = [Start(f"clip {n}", "a road", *of) for n, of in enumerate(zip(frames, domains, strict=True))]
+    player = Player(starts, Wheel(levers, 8.0), 8.0, folder / "film")
     return player, Facts("drawn", levers, 8.0, (WIDTH, HEIGHT), 2, [])
 
 
@@ -111,15 +108,16 @@ class Served:
 
 
 @contextmanager
-def serving(folder: Path, controls: Any = None, load: bool = True) -> Iterator[Served]:
-    """The drawn world, served from a thread."""
-    player, facts = make_player(folder, controls)
+def serving(folder: Path, load: bool = True, **world: Any) -> Iterator[Served]:
+    """The drawn world, served from a thread; ``world`` is :func:`make_player`'s."""
+    player, facts = make_player(folder, **world)
     if load:
         player._model, player.is_ready = object(), True  # type: ignore[assignment]
     with listen_here(0) as listening:
         port = listening.getsockname()[1]
         over = threading.Event()
-        app = Site(facts, player, over.is_set).app(port, TOKEN)
+        site = Site(facts, player, over.is_set)
+        app = site.app(port, TOKEN)
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", ws="none"))
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
@@ -129,4 +127,5 @@ def serving(folder: Path, controls: Any = None, load: bool = True) -> Iterator[S
             over.set()
             server.should_exit = True
             thread.join(30)
+            site.worker.shutdown()
             assert not thread.is_alive()

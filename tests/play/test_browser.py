@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import drawn
 import pytest
 from drawn import HEIGHT, WIDTH, DrawnRollout, Served
 from looking import keep_picture, text_of, wait_for
@@ -148,6 +149,24 @@ def test_a_model_that_cannot_keep_up_is_told(page: Page, monkeypatch: pytest.Mon
     page.wait(lambda: page.dot()[0] == pytest.approx(LEFT, abs=2), "the dot at the left")
     page.key("ArrowLeft", False)
     keep_picture(page.browser, "play-slow")
+
+
+def test_controls_of_the_starts_domain_are_shown_and_steered(browser: Any, site: Any) -> None:
+    hall = {**drawn.DRIVING["actions"], "numbers": ["forward", "turn_right"], "low": [6.0, -0.5], "high": [14.0, 0.5]}
+    controls = {"driving.actions": drawn.DRIVING["actions"], "games.actions": hall}
+    with site(controls=controls, domains=["games", "driving"]) as served:
+        page = Page(browser, served)
+        assert "turn_right" in page.text("levers") and "heading" not in page.text("levers")
+        page.key("KeyA", True)
+        page.wait(lambda: page.dot()[0] == pytest.approx(LEFT, abs=2), "the dot at the left")
+        assert page.text("value-3") == "-0.50"
+        page.key("KeyA", False)
+        browser.find_elements("css selector", "#starts button")[1].click()
+        page.wait(lambda: "heading" in page.text("levers") and "turn_right" not in page.text("levers"), "the road's")
+        page.key("KeyD", True)
+        page.wait(lambda: page.dot()[0] == pytest.approx(WIDTH * 0.9, abs=2), "the dot at the right")
+        page.key("KeyD", False)
+        browser.get("about:blank")
 
 
 def test_one_person_steers_at_a_time(page: Page) -> None:

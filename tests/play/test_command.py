@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import shutil
@@ -14,7 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 PROJECT = Path(__file__).resolve().parents[2]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -98,6 +102,15 @@ def ended(process: subprocess.Popen[str]) -> str:
     return said
 
 
+def test_damaged_weights_are_told_when_they_are_read(anyflow: Run, steered_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(steered_model, tmp_path / "damaged")
+    for weights in (folder / "transformer").glob("*.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:1000])
+    done = anyflow("play", "--model", str(folder), "--no-browser")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "missing or damaged" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_ends_while_the_model_is_loaded(playing: Any, number: signal.Signals) -> None:
     process, address = playing()
@@ -136,8 +149,6 @@ def test_it_plays_from_held_out_frames_and_ends_with_its_film(playing: Any, tmp_
 
 
 def test_a_picture_is_the_only_start(playing: Any, tmp_path: Path) -> None:
-    from PIL import Image
-
     Image.new("RGB", (200, 100), (10, 200, 10)).save(tmp_path / "start.png")
     process, address = playing("--image", "start.png", "--fps", "12")
     with urllib.request.urlopen(address + "stream", timeout=60) as stream:
@@ -146,3 +157,38 @@ def test_a_picture_is_the_only_start(playing: Any, tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         stream.read()
     ended(process)
+
+
+WORLD = PROJECT / "data" / "models" / "tiny-world"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("key", "direction"), [("ArrowLeft", -1), ("ArrowRight", 1)])
+def test_the_shipped_world_obeys(playing: Any, key: str, direction: int) -> None:
+    """The road's lanes lie side by side in the picture, up is left: the green car goes where the key says."""
+    if not WORLD.is_dir():
+        pytest.skip("data/models/tiny-world is not here")
+    _, address = playing("--model", str(WORLD), "--data", "driving-uncaptioned")
+    ways = []
+    with urllib.request.urlopen(address + "stream", timeout=120) as stream:
+        facts, rows, run = json.loads(stream.readline()), [], 0
+        for number, line in enumerate(stream, start=1):
+            told = json.loads(line)
+            if told["run"] == run:
+                rows += [green_row(picture) for picture in told["frames"]]
+            if len(rows) > 16:
+                ways.append(np.nanmean(rows[-4:]) - rows[0])
+                rows, run = [], run + 1
+            if run == 6:
+                break
+            wish = {"seat": facts["seat"], "number": number, "keys": [key], "sticks": [0, 0], "sliders": {}, "film": 0}
+            further = {"steps": 2, "paused": False, "shown": told["number"], "run": run, "start": run}
+            urllib.request.urlopen(urllib.request.Request(address + "wish", json.dumps({**wish, **further}).encode()))
+    assert direction * np.nanmedian(ways) > 3, ways
+
+
+def green_row(jpeg: str) -> float:
+    """The middle row of what is green in a picture; NaN if nothing is."""
+    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(jpeg)))).astype(int)
+    rows, _ = np.nonzero((picture[..., 1] > 140) & (picture[..., 0] < 120) & (picture[..., 2] < 120))
+    return float(rows.mean()) if len(rows) else float("nan")
