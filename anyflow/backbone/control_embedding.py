@@ -28,6 +28,9 @@ LIMIT = 3.0
 class ControlEmbedder(nn.Module):
     """Numbers of pixel frames to an embedding of their latent frame; at first it is zero.
 
+    Each number comes with a flag that says whether it is known: clips of several domains know some of them alone. A
+    frame of which nothing is known has a learned vector of its own.
+
     Args:
         controls: name -> ``width``, ``kind`` and, of a continuous one, ``low`` and ``high`` of each number.
         width: of the hidden layers.
@@ -38,7 +41,7 @@ class ControlEmbedder(nn.Module):
     def __init__(self, controls: Mapping[str, Mapping[str, Any]], width: int, pixel_frames: int, dim: int) -> None:
         super().__init__()
         self.controls, self.pixel_frames = controls, pixel_frames
-        inputs = pixel_frames * sum(int(facts["width"]) for facts in controls.values())
+        inputs = 2 * pixel_frames * sum(int(facts["width"]) for facts in controls.values())
         last = nn.Linear(width, dim)
         self.layers = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
         self.unknown = nn.Parameter(torch.empty(dim))
@@ -61,9 +64,10 @@ class ControlEmbedder(nn.Module):
         middle = (self.high + self.low) / 2
         scaled = 2 * (controls.float() - middle) / torch.where(span > 0, span, 2.0)
         flat = scaled.clamp(-LIMIT, LIMIT).flatten(2)
-        is_known = ~flat.isnan().any(dim=2, keepdim=True)
-        embedded = self.layers(flat.nan_to_num(0.0).to(self.unknown.dtype)).float()
-        return torch.where(is_known, embedded, self.unknown.float())
+        is_known = ~flat.isnan()
+        numbers = torch.cat([flat.nan_to_num(0.0), is_known.float()], dim=2)
+        embedded = self.layers(numbers.to(self.unknown.dtype)).float()
+        return torch.where(is_known.any(dim=2, keepdim=True), embedded, self.unknown.float())
 
 
 def ranges_of(controls: Mapping[str, Mapping[str, Any]]) -> tuple[list[float], list[float]]:

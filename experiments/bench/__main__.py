@@ -159,8 +159,8 @@ def _told(name: str, result: dict[str, Any]) -> list[str]:
     if name == "stream":
         return _told_stream(result)
     if name in ("engines", "play"):
-        told: Callable[[dict[str, Any]], list[str]] = import_module(f"experiments.bench.{name}").told
-        return told(result)
+        say: Callable[[dict[str, Any]], list[str]] = import_module(f"experiments.bench.{name}").told
+        return say(result)
     if name == "onpolicy":
         return _told_onpolicy(result["step"], result["weights"])
     return [line for terms, figures in result.items() for line in _told_step(terms, figures)]
