@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -92,7 +92,7 @@ def test_at_the_start_the_network_answers_as_before(backbone, make_text: MakeTex
 
 @torch.no_grad()
 def test_what_is_not_known_is_one_learned_vector(backbone, make_text: MakeText) -> None:
-    """No controls, dropped ones and single unknown numbers; other frames and samples are as they were."""
+    """No controls, and dropped ones; other frames and samples are as they were."""
     controlled(backbone)
     z, t, told = question(make_text)
     controls = some_controls()
@@ -102,12 +102,25 @@ def test_what_is_not_known_is_one_learned_vector(backbone, make_text: MakeText) 
     torch.testing.assert_close(mixed[0], whole[0])
     torch.testing.assert_close(mixed[1], none[1])
     assert not torch.allclose(whole[1], none[1], atol=0.1)
-    embedder = backbone.transformer.condition_embedder.control_embedder
-    holed = controls.clone()
-    holed[0, 2, 1, 0] = float("nan")
-    embedded, expected = embedder(holed), embedder(controls)
-    expected[0, 2] = embedder.unknown
-    torch.testing.assert_close(embedded, expected)
+
+
+def test_a_frame_of_which_something_is_known_is_told_that() -> None:
+    """A clip knows its own domain's controls alone; a number that is not known is none in the middle of its range."""
+    embedder = ControlEmbedder(ControlSettings({"a": STEER, "b": {**STEER, "low": [-1, -1], "high": [1, 1]}}), 8)
+    embedder.initialise(torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(embedder.layers[-1].weight, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(embedder.unknown, generator=torch.Generator().manual_seed(2))
+    nothing = embedder.nothing(1)
+    own = nothing.clone()
+    own[..., :2] = torch.tensor([5.0, 0.5])
+    other, middle = own.clone(), own.clone()
+    other[..., 0] = 15.0
+    middle[..., 2:] = 0.0
+    seen = [embedder(values)[0, 0] for values in (nothing, own, other, middle)]
+    torch.testing.assert_close(seen[0], embedder.unknown.float())
+    assert min((one - two).norm() for one, two in combinations(seen, 2)) > 0.05
+    holed = torch.cat([own, nothing], dim=1)
+    torch.testing.assert_close(embedder(holed)[0], torch.stack([seen[1], seen[0]]))
 
 
 def test_numbers_are_brought_near_one_by_their_ranges() -> None:
@@ -117,7 +130,8 @@ def test_numbers_are_brought_near_one_by_their_ranges() -> None:
     module.layers.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     values = torch.tensor([[0.0, 1.0, 5.0, 6.0], [10.0, 0.0, 5.0, 5.0], [20.0, -1.0, 5.0, 4.0], [1e6, -1e6, 5.0, 5.0]])
     module(values[None, None])
-    numbers = seen[0].unflatten(-1, (4, 4))[0, 0]
+    numbers, is_known = seen[0].unflatten(-1, (2, 4, 4))[0, 0]
+    assert bool((is_known == 1).all())
     expected = [[-1, 1, 0, 1], [0, 0, 0, 0], [1, -1, 0, -1], [LIMIT, -LIMIT, 0, 0]]
     torch.testing.assert_close(numbers, torch.tensor(expected, dtype=torch.float32))
 
