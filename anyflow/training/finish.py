@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from anyflow.backbone.codec import Codec, pixels_from_bytes
+from anyflow.backbone.controls import controls_of
 from anyflow.backbone.export import export_lora, export_pipeline
 from anyflow.backbone.guidance import Guidance
 from anyflow.backbone.model_card import ModelCard
@@ -118,7 +119,13 @@ def _sampled(recipe: Recipe, parts: Parts, label: str, samples: KeptSamples, lis
     where, learnt_from = "sampling.encoders", recipe.data.split
     with progress_line("training the probe") as on_progress:
         judges = judges_of(
-            sampling.encoders, where, prompts, learnt_from=learnt_from, device=device, on_progress=on_progress
+            sampling.encoders,
+            where,
+            prompts,
+            controls=controls_of(parts.backbone.transformer),
+            learnt_from=learnt_from,
+            device=device,
+            on_progress=on_progress,
         )
     asked = Measurement(
         label=label,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from anyflow.backbone.model_card import ModelCard
 from anyflow.cli.main import app
 from anyflow.data.wanted import wanted_controls
 from anyflow.errors import UserError
+from anyflow.evaluation import control_probe
+from anyflow.evaluation.control_probe import ControlProbeSettings
 from anyflow.evaluation.models import way_of
 from anyflow.recipe import load_recipe, save_recipe
 from anyflow.training.assemble import assemble
@@ -110,3 +113,27 @@ def test_a_model_is_guided_as_its_recipe_says(told_model: Path, tmp_path: Path) 
     (run / "model").symlink_to(told_model)
     assert way_of(str(run / "model"))[1] == Guidance(control=2.0)
     assert way_of(str(run / "model"), control=1.0)[1] == Guidance()
+
+
+def test_controls_are_read_back_where_they_can_be(
+    told_model: Path, small_causal_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A probe that has hardly learnt is left out in words; it is kept, and trained once."""
+    monkeypatch.setattr(control_probe, "MOST_CLIPS", 8)
+    monkeypatch.setattr(control_probe, "ControlProbeSettings", partial(ControlProbeSettings, channels=(8,)))
+    monkeypatch.setitem(control_probe.control_probe_of.__kwdefaults__, "root", tmp_path / "probes")
+    words = ["evaluate", "--data", CARD, "--prompts", 2, "--steps", "1", "--seeds", "0", "--encoder", "controls"]
+    result = call(*words, "--model", told_model, "--out", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    [probe] = [path for path in (tmp_path / "probes").iterdir() if path.is_dir()]
+    text = (tmp_path / "out" / "table.txt").read_text()
+    assert "actions.speed (" in text and "actions.heading (" in text
+    reached = json.loads((probe / "probe.json").read_text())["reached"]
+    row = json.loads(result.stdout)["curves"][0]["rows"][0]
+    assert ("control_correlation" in row) is any(share is not None and share >= 0.9 for share in reached)
+    monkeypatch.setattr(control_probe, "train_control_probe", None)
+    again = call(*words, "--model", told_model, "--against", small_causal_model, "--out", tmp_path / "more", "--json")
+    assert again.exit_code == 0, again.output
+    none = call(*words, "--model", small_causal_model, "--out", tmp_path / "none", "--json")
+    assert none.exit_code == 0, none.output
+    assert "is told no controls, so there is nothing to read back" in (tmp_path / "none" / "table.txt").read_text()
