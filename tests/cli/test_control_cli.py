@@ -105,6 +105,21 @@ def test_evaluate_guides_by_controls_and_says_so(told_model: Path, small_causal_
     assert "control guidance 3 against no controls" in (tmp_path / "out" / "table.md").read_text()
 
 
+@pytest.mark.parametrize("model", ["anyflow-wan2.1-t2v-1.3b", "anyflow-far-wan2.1-1.3b"])
+def test_the_dry_run_of_a_released_model_builds_its_controls(
+    small_model: Path, small_causal_model: Path, model: str
+) -> None:
+    """A small stand-in for the weights; LoRA trains what embeds the controls in full beside it."""
+    weights = small_causal_model if "far" in model else small_model
+    options = [f"model.weights={weights}", f"model.codec={weights}", "model.lora.rank=2", "model.network={}"]
+    options += ["data.frames=17", "data.height=64", "data.width=96", "data.precompute=false", "hardware.strategy=auto"]
+    options += ["hardware.devices=1", "data.global_batch=2", "sampling.prompts=0", "hardware.compile=false"]
+    result = call("train", "finetune/robotics-control", "--model", model, "--hardware", "cpu", "--dry-run", *options)
+    assert result.exit_code == 0, result.output
+    assert "batch       controls [2, 17, 4] float32" in result.output
+    assert "controls    actions: 4 numbers a frame; " in result.output
+
+
 def test_a_model_is_guided_as_its_recipe_says(told_model: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
