@@ -177,6 +177,7 @@ class ControlProbe:
         lines = [f"{read}: {used}"] if used else []
         if left:
             why = f"below {TRUSTED:g} on real held-out clips, so no figure uses them"
+            why += "" if used else ", and whether a model obeys is not known"
             lines.append(f"controls that cannot be read back from pixels: {left}; {why}")
         return lines
 

@@ -83,6 +83,7 @@ def test_figures_are_of_what_is_trusted(probe: ControlProbe) -> None:
     blind = ControlProbe(probe.network, SMALL, CONTROLS, [0.5] * 4)
     assert blind.accuracies(clips, REAL) == {} and blind.partners(REAL) is None
     assert [line.split(":")[0] for line in blind.notes()] == ["controls that cannot be read back from pixels"]
+    assert blind.notes()[0].endswith("and whether a model obeys is not known")
 
 
 def test_agreement_is_correlation_or_the_share_of_right_states() -> None:
