@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from anyflow.backbone import codec as codec_module
 from anyflow.backbone.codec import Codec
+from anyflow.backbone.controls import CONFIG_KEY, MODULE, controls_of
 from anyflow.backbone.embedded import build_vae
 from anyflow.cli.main import app
 from anyflow.errors import EXIT_PREEMPTED, UserError
@@ -222,6 +223,31 @@ def test_every_recipe_builds_on_meta_with_its_hardware(stage: str, model: str | 
         roles = _networks(recipe, config)
         assert roles.parameters("student")
         assert all(weight.is_meta for network in roles.networks for weight in network.parameters())
+
+
+CONTROLLED = [name for name in list_recipes()["finetune"] if name.endswith("-control")]
+
+
+@pytest.mark.parametrize("model", list_recipes()["models"])
+@pytest.mark.parametrize("stage", CONTROLLED)
+def test_every_control_recipe_builds_on_meta_with_every_model(stage: str, model: str, project: Path) -> None:
+    """Published models too: the module that embeds the controls is there, is trained, and is counted."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(project)
+        recipe = load_recipe(f"finetune/{stage}", model=model)
+        config = {**transformer_config_of(recipe), "num_layers": 1}
+        roles = _networks(recipe, config)
+        embedder = roles.student.transformer.condition_embedder.get_submodule(MODULE)
+        card = "-".join([stage.removesuffix("-control"), "uncaptioned"])
+        assert recipe.data.card == [card] and len(embedder.low) == (4 if card.startswith("robotics") else 2)
+        trained = [weight for name, weight in roles.parameters("student") if MODULE in name]
+        assert len(trained) == 7 and all(weight.is_meta for weight in trained)
+        without = _networks(load_recipe("finetune/driving", model=model), config)
+        assert roles.weight_bytes > without.weight_bytes
+        plain = dataclasses.replace(recipe.model, control=dataclasses.replace(recipe.model.control, names=[]))
+        learnt = {**config, CONFIG_KEY: controls_of(roles.student.transformer).to_json()}  # type: ignore[union-attr]
+        again = _networks(dataclasses.replace(recipe, model=plain), learnt)
+        assert again.weight_bytes == roles.weight_bytes, "of weights that have learnt them it is counted too"
 
 
 @pytest.fixture

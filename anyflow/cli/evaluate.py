@@ -50,7 +50,7 @@ class EvaluateOptions:
     batch_size: int = option(8, "Clips a pass, at most: of large ones fewer fit.", low=1)
     probe: bool = option(False, "Judge labels (task, scene ...) and features by the data set's own probe.")
     encoder: list[str] | None = option(
-        None, "Distances by probe, efficientnet-lite, I3D weights, or an encoder's folder."
+        None, "controls (reads them back); distances by probe, efficientnet-lite, I3D weights, or an encoder's folder."
     )
     devices: int | None = option(None, "GPUs that prompts are dealt out to; else all of the machine.", low=1)
 
@@ -187,6 +187,7 @@ def _measured(
     model: str, options: EvaluateOptions, way: WayOptions, kept: KeptSamples, cluster: Engine | None
 ) -> tuple[CurveResult | None, CurveResult | None]:
     """The curves before (if there is one to compare with) and after; None for both on all ranks but the first."""
+    from anyflow.backbone.load import read_controls
     from anyflow.backbone.parallelize import join_ranks, leave_ranks, rank_and_size
     from anyflow.evaluation.further_judges import judges_of
     from anyflow.evaluation.heldout import Prompts
@@ -200,7 +201,8 @@ def _measured(
     prompts = Prompts([options.data], native_shape(model), options.prompts, options.split)
     device = join_ranks("auto")
     with progress_line("training the probe") as on_progress:
-        judges = judges_of(options.judges, "--encoder", prompts, device=device, on_progress=on_progress)
+        told = next(filter(None, map(read_controls, models)), None)
+        judges = judges_of(options.judges, "--encoder", prompts, controls=told, device=device, on_progress=on_progress)
     asked = Measurement(
         steps=sorted(options.steps),
         seeds=options.seeds,

@@ -74,7 +74,7 @@ class Judge:
         self.features = frame_features(self._compared(reference_clips))
         self.decoded_features = frame_features(self._compared(reference_decoded))
         self.extracted = [(extract, extract(self._compared(reference_clips))) for extract in asked.judges.extractors]
-        self.labels = asked.judges.labels
+        self.labels, self.reader = asked.judges.labels, asked.judges.controls
         self._asked: tuple[Reading | None, ...] | None = None
         self._reference_clips = reference_clips
 
@@ -96,7 +96,7 @@ class Judge:
         made, made_latents = self._compared(clips), latents[:, self.left_out :]
         features, several, spreads = frame_features(made), len(clips) > 1, len(self.latents) > 1
         given = given_frame_psnr(clips[:, : self.given_frames], real[:, : self.given_frames]) if self.given else None
-        gap, obedience = self._swap_gap(paths, swapped, asked)
+        gaps = {} if swapped is None else self._swap_gaps(clips, paths, swapped, asked)
         ends = finals[:, self.left_out :] if finals is not None and self.has_previews and spreads else None
         return Marks(
             sliced_w1=sliced_wasserstein(made_latents, self.latents),
@@ -111,14 +111,15 @@ class Judge:
             temporal_consistency=temporal_consistency(made),
             path_error=mean_path_error(paths, asked),
             **self._path_figures(paths, asked),
-            swap_gap=gap,
-            obedience=obedience,
+            swap_gap=gaps.get("swap_gap"),
+            obedience=gaps.get("obedience"),
             given_frame_psnr=given,
             preview_error=None if ends is None else preview_error(made_latents, ends, self.latents),
             more={
                 **seen_shares(clips, [item.domain for item in self.items]),
                 **self._further_distances(made),
                 **self._further_accuracies(clips),
+                **({"control_gap": gaps["control_gap"]} if "control_gap" in gaps else {}),
             },
         )
 
@@ -155,12 +156,16 @@ class Judge:
         """Whether samples are told controls."""
         return any(item.controls is not None for item in self.items)
 
-    def _swap_gap(
-        self, paths: Sequence[Reading | None], swapped: Tensor | None, asked: Sequence[Reading | None]
-    ) -> tuple[float | None, float | None]:
-        if swapped is None or self.partners is None:
-            return None, None
-        return swap_gap(paths, self._followed(swapped), asked, self.partners)
+    def _swap_gaps(
+        self, clips: Tensor, paths: Sequence[Reading | None], swapped: Tensor, asked: Sequence[Reading | None]
+    ) -> dict[str, Any]:
+        """By the paths; where none are read, by the controls that a probe reads back."""
+        assert self.partners is not None, "clips were swapped"
+        gap, obedience = swap_gap(paths, self._followed(swapped), asked, self.partners)
+        if gap is None and self.reader is not None:
+            gap, obedience = self.reader.gap(clips, swapped, self.items, self.partners)
+            return {"control_gap": gap, "obedience": obedience}
+        return {"swap_gap": gap, "obedience": obedience}
 
     def _path_figures(self, paths: Sequence[Reading | None], asked: Sequence[Reading | None]) -> Mapping[str, Any]:
         """Where paths end; a prompt alone does not say it."""

@@ -121,6 +121,8 @@ def curve_by(
         raise ValueError(f"{len(items)} prompts need as many reference clips, got {len(reference)}, and a seed")
     reference = reference[: len(items)]
     partners = swap_partners(items)
+    if partners is None and asked.judges.controls is not None:
+        partners = asked.judges.controls.partners(items)
     swapped = None
     if partners is not None:
         swapped = [replace(item, controls=items[other].controls) for item, other in zip(items, partners, strict=True)]

@@ -40,6 +40,18 @@ class Labels(Protocol):
         """By name of the figure, the share of clips whose label, read from the pixels, is the one asked for."""
 
 
+class ControlReader(Labels, Protocol):
+    """Reads controls back from pixels: :class:`anyflow.evaluation.control_probe.ControlProbe`."""
+
+    def partners(self, items: Sequence[HeldOut]) -> list[int] | None:
+        """For each prompt the one whose controls differ most from its own; None: none can be compared."""
+
+    def gap(
+        self, clips: Tensor, swapped: Tensor, items: Sequence[HeldOut], partners: Sequence[int]
+    ) -> tuple[float, float | None]:
+        """How much farther clips under their partners' controls are from their own; and as a share of the whole."""
+
+
 class CurveCodec(Protocol):
     """The part of the codec that a curve needs."""
 
@@ -75,11 +87,13 @@ class Judges:
         extractors: of further distances.
         labels: of further accuracies.
         notes: what is to be said of them.
+        controls: of the labels the one that reads controls back; None: none does.
     """
 
     extractors: Sequence[Extractor] = ()
     labels: Sequence[Labels] = ()
     notes: Sequence[str] = ()
+    controls: ControlReader | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -269,12 +269,7 @@ def probe_of(
         UserError: the card or a split is missing, or its clips have nothing to learn from.
     """
     settings = settings or ProbeSettings()
-    folders = [str(find_split(card, name).folder) for name in (split, heldout)]
-    indices = [Path(folder) / "index.json" for folder in folders]
-    told = [index.read_text(encoding="utf-8") if index.is_file() else str(index) for index in indices]
-    facts = repr((told, astuple(shape), astuple(settings)))
-    folder = root / f"{Path(card).stem}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = folder_of([card], (split, heldout), (astuple(shape), astuple(settings)), root)
     with locked(folder.with_name(f".{folder.name}.lock")):  # several may ask at once: one of them trains
         kept = Probe.load(folder)
         if kept is not None:
@@ -282,6 +277,19 @@ def probe_of(
         probe = train_probe(held_out([card], split, shape), held_out([card], heldout, shape), settings, on_progress)
         probe.save(folder)
     return probe
+
+
+def folder_of(cards: Sequence[str], splits: Sequence[str], facts: tuple[object, ...], root: Path) -> Path:
+    """Where a probe of some cards is kept, by their shards and other ``facts``. The folder above it is made.
+
+    Raises:
+        UserError: a card or a split is missing.
+    """
+    indices = [Path(str(find_split(card, name).folder)) / "index.json" for card in cards for name in splits]
+    told = [index.read_text(encoding="utf-8") if index.is_file() else str(index) for index in indices]
+    digest = hashlib.sha256(repr((told, *facts)).encode()).hexdigest()
+    root.mkdir(parents=True, exist_ok=True)
+    return root / f"{Path(cards[0]).stem}-{digest[:12]}"
 
 
 def disturbed(pictures: Tensor, generator: torch.Generator) -> Tensor:

@@ -23,6 +23,7 @@ def measure_piece(
     experiment: Experiment, piece: Piece, card: str, on_progress: Callable[..., None] | None = None
 ) -> None:
     """Measure the any-step curve of a piece on a card, and keep it in the piece's folder."""
+    from anyflow.backbone.controls import controls_of
     from anyflow.evaluation.further_judges import judges_of
     from anyflow.evaluation.heldout import Prompts, curve_of, save_curve
     from anyflow.evaluation.measurement import Measurement
@@ -35,7 +36,7 @@ def measure_piece(
     prompts = Prompts([card], shape, settings.prompts, settings.split)
     scale = None if has_guidance(piece.model) else settings.guidance_scale or None
     sampler, guidance = way_of(piece.model, scale=scale)
-    where, device = "evaluation.encoders", codec.device
+    where, device, told = "evaluation.encoders", codec.device, controls_of(backbone.transformer)
     asked = Measurement(
         label=Path(card).stem,
         steps=settings.steps,
@@ -46,7 +47,7 @@ def measure_piece(
         sampler=sampler,
         guidance=guidance,
         batch_size=settings.batch_size,
-        judges=judges_of(settings.encoders, where, prompts, device=device, on_progress=on_progress),
+        judges=judges_of(settings.encoders, where, prompts, controls=told, device=device, on_progress=on_progress),
     )
     result = curve_of(backbone, codec, prompts, asked, device=device, on_progress=on_progress)
     del codec, backbone

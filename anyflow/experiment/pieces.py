@@ -16,7 +16,7 @@ from typing import Any
 
 from anyflow.errors import UserError
 from anyflow.evaluation.curve import VERSION
-from anyflow.evaluation.encoders import PROBE
+from anyflow.evaluation.encoders import OWN
 from anyflow.experiment.load import ARM_MODEL, in_order, needed_arms
 from anyflow.experiment.schema import Experiment
 from anyflow.recipe import Recipe, RunRecipe, load_recipe
@@ -239,7 +239,7 @@ def judged_by(experiment: Experiment, piece: Piece, card: str) -> dict[str, Any]
         UserError: the card's shards are missing.
     """
     found = {"data": data_fingerprint(card, experiment.evaluation.split)}
-    if PROBE in experiment.evaluation.encoders:
+    if set(OWN) & set(experiment.evaluation.encoders):
         found["probe"] = data_fingerprint(card, "train")
     return {**found, **curve_settings(experiment, piece)}
 

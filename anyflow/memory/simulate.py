@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anyflow.backbone.conditions import Conditions
 from anyflow.backbone.controls import MODULE as CONTROLS
-from anyflow.backbone.controls import add_controls
+from anyflow.backbone.controls import ControlSettings, add_controls
 from anyflow.backbone.load import backbone_class, weight_precision, wrap
 from anyflow.backbone.lora import add_lora
 from anyflow.backbone.parallelize import checkpoint_activations, device_mesh, load_parts, parallelize
@@ -138,7 +138,7 @@ def _networks(recipe: Recipe, config: dict[str, Any]) -> Roles:
     """The recipe's networks on ``meta``, with adapters and roles as in training."""
 
     _, kind = backbone_class(recipe.model.architecture)
-    controls = asked_controls(recipe, 4)
+    controls = asked_controls(recipe, 4) or ControlSettings.of(config)
 
     def build() -> FlowMapBackbone:
         transformer: Any = kind.from_config(config)  # type: ignore[attr-defined]

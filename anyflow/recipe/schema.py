@@ -152,7 +152,8 @@ class SamplingRecipe:
     every_steps: int = _option(0, "training steps between samplings; 0: only before and after", low=0)
     encoders: list[str] = _option(
         [],
-        "further distances, by the features of: probe (the data set's own, which judges its labels too), "
+        "further judges: controls (a probe of the data set's own reads them back from samples); further distances, by "
+        "the features of: probe (the data set's own, which judges its labels too), "
         "efficientnet-lite (frames), a file of I3D weights (FVD), or a local folder of a transformers video encoder",
         is_path=True,
     )

@@ -14,7 +14,7 @@ from anyflow.data.card import caption_identity
 from anyflow.data.reader import find_split
 from anyflow.data.shards import load_index
 from anyflow.data.tars import load_set
-from anyflow.evaluation.encoders import FRAMES, PROBE
+from anyflow.evaluation.encoders import FRAMES, OWN
 from anyflow.recipe import Recipe, is_hub_id
 from anyflow.recipe.fields import value_of
 from anyflow.system.files import file_sha256
@@ -66,7 +66,7 @@ def model_fingerprint(model: str) -> str:
 def encoder_fingerprint(choice: str) -> str:
     """Of a network that judges clips (:mod:`anyflow.evaluation.encoders`): its name, or its weights."""
     path = Path(choice).expanduser()
-    if choice in (PROBE, FRAMES):
+    if choice in (*OWN, FRAMES):
         return choice
     if path.is_file():
         return f"{path.suffix} {file_sha256(path)[:DIGITS]}"

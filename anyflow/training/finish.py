@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from anyflow.backbone.codec import Codec, pixels_from_bytes
+from anyflow.backbone.controls import MODULE as CONTROLS
+from anyflow.backbone.controls import controls_of
 from anyflow.backbone.export import export_lora, export_pipeline
 from anyflow.backbone.guidance import Guidance
 from anyflow.backbone.model_card import ModelCard
@@ -118,7 +120,13 @@ def _sampled(recipe: Recipe, parts: Parts, label: str, samples: KeptSamples, lis
     where, learnt_from = "sampling.encoders", recipe.data.split
     with progress_line("training the probe") as on_progress:
         judges = judges_of(
-            sampling.encoders, where, prompts, learnt_from=learnt_from, device=device, on_progress=on_progress
+            sampling.encoders,
+            where,
+            prompts,
+            controls=controls_of(parts.backbone.transformer),
+            learnt_from=learnt_from,
+            device=device,
+            on_progress=on_progress,
         )
     asked = Measurement(
         label=label,
@@ -246,6 +254,9 @@ def describe_parts(recipe: Recipe, parts: Parts) -> Iterator[str]:
         yield f"data        {parts.data.stream.dataset.told()}"
     yield from (f"bucket      {line}" for line in parts.data.shares)
     yield from parts.notes
+    if (told := controls_of(parts.backbone.transformer)) is not None and not recipe.declared.trains_codec:
+        added = sum(p.numel() for name, p in parts.stage.named_parameters() if CONTROLS in name and p.requires_grad)
+        yield f"controls    {', '.join(told.controls)}: {told.numbers} numbers a frame; {added:,} parameters embed them"
     if parts.stage.shares is not None:
         yield f"intervals   {parts.stage.shares.told(recipe.global_batch)}"
     if recipe.data.precompute and "frames" in batch and not recipe.declared.trains_codec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from anyflow.backbone.model_card import ModelCard
 from anyflow.cli.main import app
 from anyflow.data.wanted import wanted_controls
 from anyflow.errors import UserError
+from anyflow.evaluation import control_probe
+from anyflow.evaluation.control_probe import ControlProbeSettings
 from anyflow.evaluation.models import way_of
 from anyflow.recipe import load_recipe, save_recipe
 from anyflow.training.assemble import assemble
@@ -102,6 +105,21 @@ def test_evaluate_guides_by_controls_and_says_so(told_model: Path, small_causal_
     assert "control guidance 3 against no controls" in (tmp_path / "out" / "table.md").read_text()
 
 
+@pytest.mark.parametrize("model", ["anyflow-wan2.1-t2v-1.3b", "anyflow-far-wan2.1-1.3b"])
+def test_the_dry_run_of_a_released_model_builds_its_controls(
+    small_model: Path, small_causal_model: Path, model: str
+) -> None:
+    """A small stand-in for the weights; LoRA trains what embeds the controls in full beside it."""
+    weights = small_causal_model if "far" in model else small_model
+    options = [f"model.weights={weights}", f"model.codec={weights}", "model.lora.rank=2", "model.network={}"]
+    options += ["data.frames=17", "data.height=64", "data.width=96", "data.precompute=false", "hardware.strategy=auto"]
+    options += ["hardware.devices=1", "data.global_batch=2", "sampling.prompts=0", "hardware.compile=false"]
+    result = call("train", "finetune/robotics-control", "--model", model, "--hardware", "cpu", "--dry-run", *options)
+    assert result.exit_code == 0, result.output
+    assert "batch       controls [2, 17, 4] float32" in result.output
+    assert "controls    actions: 4 numbers a frame; " in result.output
+
+
 def test_a_model_is_guided_as_its_recipe_says(told_model: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -110,3 +128,27 @@ def test_a_model_is_guided_as_its_recipe_says(told_model: Path, tmp_path: Path) 
     (run / "model").symlink_to(told_model)
     assert way_of(str(run / "model"))[1] == Guidance(control=2.0)
     assert way_of(str(run / "model"), control=1.0)[1] == Guidance()
+
+
+def test_controls_are_read_back_where_they_can_be(
+    told_model: Path, small_causal_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A probe that has hardly learnt is left out in words; it is kept, and trained once."""
+    monkeypatch.setattr(control_probe, "MOST_CLIPS", 8)
+    monkeypatch.setattr(control_probe, "ControlProbeSettings", partial(ControlProbeSettings, channels=(8,)))
+    monkeypatch.setitem(control_probe.control_probe_of.__kwdefaults__, "root", tmp_path / "probes")
+    words = ["evaluate", "--data", CARD, "--prompts", 2, "--steps", "1", "--seeds", "0", "--encoder", "controls"]
+    result = call(*words, "--model", told_model, "--out", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    [probe] = [path for path in (tmp_path / "probes").iterdir() if path.is_dir()]
+    text = (tmp_path / "out" / "table.txt").read_text()
+    assert "actions.speed (" in text and "actions.heading (" in text
+    reached = json.loads((probe / "probe.json").read_text())["reached"]
+    row = json.loads(result.stdout)["curves"][0]["rows"][0]
+    assert ("control_correlation" in row) is any(share is not None and share >= 0.9 for share in reached)
+    monkeypatch.setattr(control_probe, "train_control_probe", None)
+    again = call(*words, "--model", told_model, "--against", small_causal_model, "--out", tmp_path / "more", "--json")
+    assert again.exit_code == 0, again.output
+    none = call(*words, "--model", small_causal_model, "--out", tmp_path / "none", "--json")
+    assert none.exit_code == 0, none.output
+    assert "is told no controls, so there is nothing to read back" in (tmp_path / "none" / "table.txt").read_text()

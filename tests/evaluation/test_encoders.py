@@ -168,7 +168,9 @@ def test_frame_distances_grow_with_the_harm_done() -> None:
 def test_a_choice_is_checked_before_anything_is_loaded(folder: Path, i3d: Path, tmp_path: Path) -> None:
     for choice in ("efficientnet-lite", str(folder), str(i3d)):
         check_encoders([choice], "--encoder", 17)
-    with pytest.raises(UserError, match=r"--encoder \S+: there is no config\.json: give probe, efficientnet-lite, a"):
+    with pytest.raises(
+        UserError, match=r"--encoder \S+: there is no config\.json: give probe, controls, efficientnet-lite, a"
+    ):
         check_encoders([str(tmp_path)], "--encoder", 17)
     with pytest.raises(UserError, match=r"sampling\.encoders efficientnet: there is nothing"):
         check_encoders(["efficientnet"], "sampling.encoders", 17)

