@@ -66,7 +66,8 @@ base: $(VENV)/.installed-sim ## the embedded tiny models from nothing: render, c
 	done
 	$(ANYFLOW) train forward/tiny-causal model.weights=runs/tiny-forward/model \
 		--out runs/tiny-causal-forward --resume auto $(ARGS)
-	@echo 'the models are in runs/tiny-onpolicy/model and runs/tiny-causal-forward/model; copy them to data/models to ship them'
+	$(ANYFLOW) train forward/tiny-world model.weights=runs/tiny-causal-forward/model --out runs/tiny-world --resume auto $(ARGS)
+	@echo 'the models are in runs/tiny-{onpolicy,causal-forward,world}/model; copy them to data/models to ship them'
 
 # --- looking ----------------------------------------------------------------------------------------------------------
 

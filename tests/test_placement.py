@@ -70,6 +70,7 @@ class Named(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.places: list[Any] = []
         self.is_parked = False
+        self.transformer = SimpleNamespace(config={})
 
     def to(self, device: Any) -> Any:
         self.places.append(device)

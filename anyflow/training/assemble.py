@@ -195,7 +195,8 @@ def build_roles(recipe: Recipe, backbone: FlowMapBackbone) -> Roles:
         if teacher and not recipe.has_tail:
             load_lora(backbone, teacher, adapter="teacher")
         settings, seed = lora_settings(recipe, backbone), recipe.run.seed
-        is_told = read_controls(recipe.model.weights) is not None
+        hears = controls_of(backbone.transformer) is not None
+        is_told = hears and read_controls(recipe.model.weights) is not None
         return AdapterRoles(backbone, settings, seed=seed, base_is_told=is_told, **kind)
     network = load_backbone(
         teacher or recipe.model.weights,

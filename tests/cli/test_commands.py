@@ -279,7 +279,7 @@ def test_a_dry_run_builds_everything_and_writes_no_run(
         (["--probe", "--split", "train"], r"a probe has seen these clips"),
         (
             ["--encoder", "efficientnet"],
-            r"--encoder efficientnet: there is nothing: give probe, efficientnet-lite",
+            r"--encoder efficientnet: there is nothing: give probe, controls, efficientnet-lite",
         ),
         (["--model", "data"], r"--model data is no model: it has no model_index.json"),
         (["--out", "README.md/curves"], r"--out README.md/curves: .*README.md is a file"),
