@@ -1,0 +1,1 @@
+../../../anyflow/backbone/control_embedding.py

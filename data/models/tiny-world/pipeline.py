@@ -1,0 +1,1 @@
+../../../anyflow/backbone/told_far_pipeline.py
