@@ -57,7 +57,7 @@ def made_sideways(domain: str, clip: Clip) -> float | None:
         return None
     seen = reading.path[np.isfinite(reading.path).all(1)]
     moved = seen[-1] - seen[0]
-    return float(moved[1] if domain == "driving" else -moved[0])
+    return float(moved[1] if domain == "driving" else moved[0])
 
 
 def sharpness(clip: Clip) -> float:
