@@ -133,7 +133,12 @@ def plot(found: dict[str, Any], path: Path) -> None:
         for axis, figure in zip(line, figures, strict=True):
             for steps, blocks in facts["steps"].items():
                 values = [np.nan if block[figure] is None else block[figure] for block in blocks]
-                axis.plot([block["chunk"] for block in blocks], values, marker="o", label=f"{steps} steps")
+                axis.plot(
+                    [block["chunk"] for block in blocks],
+                    values,
+                    marker="o",
+                    label=f"{steps} step{'s' * (steps != '1')}",
+                )
             if figure in facts["real"]:
                 axis.axhline(facts["real"][figure], color="grey", linestyle="--", label="real clips")
             axis.set(
