@@ -26,7 +26,7 @@ from anyflow.evaluation.curve import HeldOut
 from anyflow.evaluation.given_controls import labels
 from anyflow.evaluation.heldout import held_out
 from anyflow.evaluation.measure import OnProgress
-from anyflow.evaluation.probe import KEPT, TRUSTED, disturbed, folder_of
+from anyflow.evaluation.probe import KEPT, TRUSTED, convolutional_body, disturbed, folder_of
 from anyflow.system.files import replacing, write_atomically
 from anyflow.system.locks import locked
 
@@ -66,16 +66,8 @@ class ControlProbeNetwork(nn.Module):
 
     def __init__(self, settings: ControlProbeSettings, numbers: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        width = 9
-        for index, channels in enumerate(settings.channels):
-            size = 5 if index == 0 else 3
-            convolution = nn.Conv2d(width, channels, size, stride=2, padding=size // 2, bias=False)
-            layers += [convolution, nn.BatchNorm2d(channels), nn.ReLU()]
-            width = channels
-        layers += [nn.AdaptiveAvgPool2d((2, 3)), nn.Flatten(), nn.Linear(6 * width, settings.features), nn.ReLU()]
-        self.body = nn.Sequential(*layers)
         features = settings.features
+        self.body = convolutional_body(9, settings.channels, features)
         self.mix = nn.Sequential(
             nn.Conv1d(features, features, 3, padding=1), nn.ReLU(), nn.Conv1d(features, numbers, 1)
         )

@@ -16,6 +16,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -72,21 +73,24 @@ class ProbeSettings:
     seed: int = 0
 
 
+def convolutional_body(inputs: int, channels: Sequence[int], features: int) -> nn.Sequential:
+    """Pictures ``[N, inputs, H, W]`` to features ``[N, features]``, by a layer for each number of channels."""
+    layers: list[nn.Module] = []
+    for index, (before, after) in enumerate(pairwise([inputs, *channels])):
+        size = 5 if index == 0 else 3
+        convolution = nn.Conv2d(before, after, size, stride=2, padding=size // 2, bias=False)
+        layers += [convolution, nn.BatchNorm2d(after), nn.ReLU()]
+    # Where something is matters (which lane), so the last maps are not averaged away but into six places.
+    layers += [nn.AdaptiveAvgPool2d((2, 3)), nn.Flatten(), nn.Linear(6 * channels[-1], features), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
 class ProbeNetwork(nn.Module):
     """Clips to features ``[N, D]``, and features to answers, one for each label."""
 
     def __init__(self, settings: ProbeSettings, labels: Mapping[str, Sequence[str]]) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        width = 3 * settings.frames
-        for index, channels in enumerate(settings.channels):
-            size = 5 if index == 0 else 3
-            convolution = nn.Conv2d(width, channels, size, stride=2, padding=size // 2, bias=False)
-            layers += [convolution, nn.BatchNorm2d(channels), nn.ReLU()]
-            width = channels
-        # Where something is matters (which lane), so the last maps are not averaged away but into six places.
-        layers += [nn.AdaptiveAvgPool2d((2, 3)), nn.Flatten(), nn.Linear(6 * width, settings.features), nn.ReLU()]
-        self.body = nn.Sequential(*layers)
+        self.body = convolutional_body(3 * settings.frames, settings.channels, settings.features)
         self.heads = nn.ModuleDict({name: nn.Linear(settings.features, len(kinds)) for name, kinds in labels.items()})
 
     def forward(self, pictures: Tensor) -> Tensor:
