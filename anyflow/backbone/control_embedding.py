@@ -60,10 +60,7 @@ class ControlEmbedder(nn.Module):
 
     def forward(self, controls: Tensor) -> Tensor:
         """``[B, F, P, W]`` (NaN: not known) to ``[B, F, dim]`` float32."""
-        span = self.high - self.low
-        middle = (self.high + self.low) / 2
-        scaled = 2 * (controls.float() - middle) / torch.where(span > 0, span, 2.0)
-        flat = scaled.clamp(-LIMIT, LIMIT).flatten(2)
+        flat = near_one(controls, self.low, self.high).flatten(2)
         is_known = ~flat.isnan()
         numbers = torch.cat([flat.nan_to_num(0.0), is_known.float()], dim=2)
         embedded = self.layers(numbers.to(self.unknown.dtype)).float()
@@ -79,6 +76,12 @@ def ranges_of(controls: Mapping[str, Mapping[str, Any]]) -> tuple[list[float], l
         low += [0.0] * facts["width"] if is_key else list(facts["low"])
         high += [1.0] * facts["width"] if is_key else list(facts["high"])
     return low, high
+
+
+def near_one(controls: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Numbers ``[..., W]`` brought to -1..1 by their ranges, and cut off beyond ``LIMIT``."""
+    span, middle = high - low, (high + low) / 2
+    return (2 * (controls.float() - middle) / torch.where(span > 0, span, 2.0)).clamp(-LIMIT, LIMIT)
 
 
 def by_latent_frame(controls: Tensor, pixel_frames: int) -> Tensor:

@@ -41,11 +41,15 @@ class ControlFeed:
                 raise ValueError(f"the controls end before latent frame {frames.stop}")
             if (part.shape[1] - (self._known is None)) % self._pixel_frames:
                 raise ValueError(f"controls of {part.shape[1]} pixel frames are no whole latent frames")
-            if self._known is None:
-                self._known = by_latent_frame(part, self._pixel_frames)
-            else:
-                self._known = torch.cat([self._known, part.unflatten(1, (-1, self._pixel_frames))], dim=1)
+            self._known = followed(self._known, part, self._pixel_frames)
         found = self._known[:, frames.start - self._first : frames.stop - self._first]
         surplus = max(0, self._known.shape[1] - self.kept)
         self._known, self._first = self._known[:, surplus:], self._first + surplus
         return found
+
+
+def followed(known: Tensor | None, part: Tensor, pixel_frames: int) -> Tensor:
+    """Controls of latent frames so far ``[B, n, P, W]``, and with them those of the next pixel frames ``[B, f, W]``."""
+    if known is None:
+        return by_latent_frame(part, pixel_frames)
+    return torch.cat([known, part.unflatten(1, (-1, pixel_frames))], dim=1)

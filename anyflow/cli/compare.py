@@ -28,7 +28,7 @@ def compare(
     \b
     Examples:
       anyflow compare runs/finetune-driving-tiny-open-001 runs/finetune-driving-tiny-open-002
-      anyflow compare runs/experiments/retention/plain runs/experiments/retention/forward
+      anyflow compare runs/experiments/retention/plain runs/experiments/retention/default
       anyflow compare experiments/results/causal/measured/base-text experiments/results/causal/measured/tuned-text
     \b
     An arm of an experiment stands for all of its seeds. A star marks the better one where the intervals are apart;

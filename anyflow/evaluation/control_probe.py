@@ -9,16 +9,16 @@ It sees each frame with the changes from the frame before and to the one after, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from anyflow.backbone.control_embedding import LIMIT, ranges_of
+from anyflow.backbone.control_embedding import near_one, ranges_of
 from anyflow.data.controls import Control
 from anyflow.data.decode import ClipShape
 from anyflow.errors import UserError
@@ -26,8 +26,16 @@ from anyflow.evaluation.curve import HeldOut
 from anyflow.evaluation.given_controls import labels
 from anyflow.evaluation.heldout import held_out
 from anyflow.evaluation.measure import OnProgress
-from anyflow.evaluation.probe import KEPT, TRUSTED, convolutional_body, disturbed, folder_of
-from anyflow.system.files import replacing, write_atomically
+from anyflow.evaluation.probe import (
+    KEPT,
+    TRUSTED,
+    convolutional_body,
+    disturbed,
+    fit,
+    folder_of,
+    read_probe,
+    write_probe,
+)
 from anyflow.system.locks import locked
 
 MOST_CLIPS = 512
@@ -99,7 +107,7 @@ class ControlProbe:
     ) -> None:
         self.network = network.eval().requires_grad_(False)
         self.settings, self.controls, self.reached = settings, dict(controls), list(reached)
-        self.is_key = torch.tensor([c.kind == "multi-hot" for c in controls.values() for _ in range(c.width)])
+        self.is_key = are_keys(controls)
 
     @property
     def trusted(self) -> Tensor:
@@ -175,15 +183,10 @@ class ControlProbe:
 
     def save(self, folder: Path) -> None:
         """Write the probe: weights as safetensors, the rest as JSON."""
-        from safetensors.torch import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
         controls = {name: control.to_dict() for name, control in self.controls.items()}
-        with replacing(folder / "probe.safetensors") as weights:
-            save_file(self.network.state_dict(), weights)
         reached = [None if share != share else share for share in self.reached]
-        about = {"settings": asdict(self.settings), "controls": controls, "reached": reached}
-        write_atomically(folder / "probe.json", json.dumps(about, indent=1) + "\n")  # last: who finds it finds all
+        facts = {"settings": asdict(self.settings), "controls": controls, "reached": reached}
+        write_probe(folder, self.network, facts)
 
     @classmethod
     def load(cls, folder: Path, controls: Mapping[str, Control]) -> ControlProbe | None:
@@ -192,21 +195,14 @@ class ControlProbe:
         Raises:
             UserError: what is there cannot be read.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
 
-        if not (folder / "probe.json").is_file():
-            return None
-        try:
-            facts = json.loads((folder / "probe.json").read_text(encoding="utf-8"))
+        def build(facts: dict[str, Any]) -> ControlProbe:
             channels = tuple(facts["settings"].pop("channels"))
             settings = ControlProbeSettings(channels=channels, **facts["settings"])
-            network = ControlProbeNetwork(settings, len(facts["reached"]))
-            network.load_state_dict(load_file(folder / "probe.safetensors"))
             reached = [float("nan") if share is None else float(share) for share in facts["reached"]]
-            return cls(network, settings, controls, reached)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder} holds no whole probe ({error}): delete it, and it is trained again") from error
+            return cls(ControlProbeNetwork(settings, len(reached)), settings, controls, reached)
+
+        return read_probe(folder, build)
 
 
 def agreement(read: Tensor, asked: Tensor, is_key: Tensor) -> Tensor:
@@ -231,10 +227,12 @@ def agreement(read: Tensor, asked: Tensor, is_key: Tensor) -> Tensor:
 def normalised(controls: Tensor, described: Mapping[str, Control]) -> Tensor:
     """Numbers ``[..., W]`` near -1..1 by their ranges, as networks are told them; keys stay 0 and 1."""
     low, high = map(torch.tensor, ranges_of({name: asdict(control) for name, control in described.items()}))
-    is_key = torch.tensor([c.kind == "multi-hot" for c in described.values() for _ in range(c.width)])
-    span = torch.where(high > low, high - low, 2.0)
-    scaled = (2 * (controls.float() - (high + low) / 2) / span).clamp(-LIMIT, LIMIT)
-    return torch.where(is_key, controls.float(), scaled)
+    return torch.where(are_keys(described), controls.float(), near_one(controls, low, high))
+
+
+def are_keys(described: Mapping[str, Control]) -> Tensor:
+    """``[W]`` bool: which numbers are a multi-hot control's."""
+    return torch.tensor([c.kind == "multi-hot" for c in described.values() for _ in range(c.width)])
 
 
 def train_control_probe(
@@ -246,7 +244,6 @@ def train_control_probe(
 ) -> ControlProbe:
     """Train a probe on real clips with their controls, and measure it on others that it never saw."""
     settings = settings or ControlProbeSettings()
-    generator = torch.Generator().manual_seed(settings.seed)
     targets = normalised(torch.stack([torch.as_tensor(clip.controls) for clip in clips]), controls)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -255,20 +252,16 @@ def train_control_probe(
     network.requires_grad_(True)
     seen = torch.cat([((_pictures(torch.as_tensor(clip.frames)[None], settings) + 1) * 127.5).byte() for clip in clips])
     epochs = max(2, min(settings.most_epochs, settings.frames_seen // max(1, seen.shape[0] * seen.shape[1])))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=0.05)
-    steps = epochs * -(-len(clips) // settings.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=steps)
-    for epoch in range(epochs):
-        network.train()
-        for rows in torch.randperm(len(clips), generator=generator).split(settings.batch_size):
-            whole = disturbed(seen[rows].flatten(1, 2).float() / 127.5 - 1, generator)
-            loss = _loss(network(whole.unflatten(1, (-1, 3))), targets[rows], probe.is_key)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+
+    def loss_of(rows: Tensor, generator: torch.Generator) -> Tensor:
+        whole = disturbed(seen[rows].flatten(1, 2).float() / 127.5 - 1, generator)
+        return _loss(network(whole.unflatten(1, (-1, 3))), targets[rows], probe.is_key)
+
+    def tell(done: int) -> None:
         if on_progress is not None:
-            on_progress(epoch + 1, epochs, "epochs of the probe of controls")
+            on_progress(done, epochs, "epochs of the probe of controls")
+
+    fit(network, settings, len(clips), epochs, loss_of, tell)
     network.eval().requires_grad_(False)
     read = torch.cat([probe.read(torch.as_tensor(clip.frames)[None]) for clip in real])
     probe.reached = _reached(read, probe.asked(real), probe.is_key)

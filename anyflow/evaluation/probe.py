@@ -14,10 +14,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -158,14 +159,8 @@ class Probe:
 
     def save(self, folder: Path) -> None:
         """Write the probe: weights as safetensors, the rest as JSON."""
-        from safetensors.torch import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
         facts = {"domain": self.domain, "labels": self.labels, "accuracy": self.accuracy}
-        with replacing(folder / "probe.safetensors") as weights:
-            save_file(self.network.state_dict(), weights)
-        about = json.dumps({**facts, "settings": asdict(self.settings)}, indent=1) + "\n"
-        write_atomically(folder / "probe.json", about)  # last: who finds it finds the weights
+        write_probe(folder, self.network, {**facts, "settings": asdict(self.settings)})
 
     @classmethod
     def load(cls, folder: Path) -> Probe | None:
@@ -174,20 +169,96 @@ class Probe:
         Raises:
             UserError: what is there cannot be read.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
 
-        if not (folder / "probe.json").is_file():
-            return None
-        try:
-            facts = json.loads((folder / "probe.json").read_text(encoding="utf-8"))
+        def build(facts: dict[str, Any]) -> Probe:
             channels = tuple(facts["settings"].pop("channels"))
             settings = ProbeSettings(channels=channels, **facts.pop("settings"))
-            network = ProbeNetwork(settings, facts["labels"])
-            network.load_state_dict(load_file(folder / "probe.safetensors"))
-            return cls(network, settings, **facts)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder} holds no whole probe ({error}): delete it, and it is trained again") from error
+            return cls(ProbeNetwork(settings, facts["labels"]), settings, **facts)
+
+        return read_probe(folder, build)
+
+
+class _WithNetwork(Protocol):
+    @property
+    def network(self) -> nn.Module: ...
+
+
+_Kept = TypeVar("_Kept", bound=_WithNetwork)
+
+
+def write_probe(folder: Path, network: nn.Module, facts: Mapping[str, Any]) -> None:
+    """Keep a probe: weights as safetensors, the rest as JSON."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "probe.safetensors") as weights:
+        save_file(network.state_dict(), weights)
+    about = json.dumps(facts, indent=1) + "\n"
+    write_atomically(folder / "probe.json", about)  # last: who finds it finds the weights
+
+
+def read_probe(folder: Path, build: Callable[[dict[str, Any]], _Kept]) -> _Kept | None:
+    """The probe of a folder, which ``build`` makes of its facts and the weights fill; None if there is none.
+
+    Raises:
+        UserError: what is there cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not (folder / "probe.json").is_file():
+        return None
+    try:
+        probe = build(json.loads((folder / "probe.json").read_text(encoding="utf-8")))
+        probe.network.load_state_dict(load_file(folder / "probe.safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} holds no whole probe ({error}): delete it, and it is trained again") from error
+    return probe
+
+
+class Learning(Protocol):
+    """How a probe's weights are learnt: what the settings of each kind of probe have."""
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def fit(
+    network: nn.Module,
+    learning: Learning,
+    clips: int,
+    epochs: int,
+    loss_of: Callable[[Tensor, torch.Generator], Tensor | None],
+    tell: Callable[[int], None],
+) -> None:
+    """Train a probe's network: AdamW, its rate one cycle.
+
+    Args:
+        network: left in training mode.
+        learning: batch, rate and seed of the order.
+        clips: how many there are.
+        epochs: passes over them.
+        loss_of: of some rows, with a generator for what disturbs them; None: there is nothing to learn in them.
+        tell: called with the number of passes done.
+    """
+    generator = torch.Generator().manual_seed(learning.seed)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=learning.lr, weight_decay=0.05)
+    steps = epochs * -(-clips // learning.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning.lr, total_steps=steps)
+    for epoch in range(epochs):
+        network.train()
+        for rows in torch.randperm(clips, generator=generator).split(learning.batch_size):
+            loss = loss_of(rows, generator)
+            optimizer.zero_grad()
+            if loss is not None:
+                loss.backward()
+                optimizer.step()
+            schedule.step()
+        tell(epoch + 1)
 
 
 def pictures(clips: Tensor, settings: ProbeSettings) -> Tensor:
@@ -223,32 +294,27 @@ def train_probe(
             "the training clips have no attribute of two values or more that each stand beside at least "
             f"{FEWEST} clips: a probe has nothing to learn; write attributes into the shards, or do without a probe"
         )
-    generator = torch.Generator().manual_seed(settings.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         network = ProbeNetwork(settings, labels)
     # thinned out and shrunk once; as bytes, since thousands of clips are in memory
     seen = torch.cat([_bytes(pictures(torch.as_tensor(clip.frames)[None], settings)) for clip in clips])
     targets = {name: torch.tensor([_index(clip, name, values) for clip in clips]) for name, values in labels.items()}
-    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=0.05)
-    steps = settings.epochs * -(-len(clips) // settings.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=steps)
-    for epoch in range(settings.epochs):
-        network.train()
-        for rows in torch.randperm(len(clips), generator=generator).split(settings.batch_size):
-            features = network(disturbed(seen[rows].float() / 127.5 - 1, generator))
-            losses = [
-                functional.cross_entropy(head(features), targets[name][rows], ignore_index=-1)
-                for name, head in network.heads.items()
-                if bool((targets[name][rows] >= 0).any())
-            ]
-            optimizer.zero_grad()
-            if losses:
-                torch.stack(losses).sum().backward()
-                optimizer.step()
-            schedule.step()
+
+    def loss_of(rows: Tensor, generator: torch.Generator) -> Tensor | None:
+        features = network(disturbed(seen[rows].float() / 127.5 - 1, generator))
+        losses = [
+            functional.cross_entropy(head(features), targets[name][rows], ignore_index=-1)
+            for name, head in network.heads.items()
+            if bool((targets[name][rows] >= 0).any())
+        ]
+        return torch.stack(losses).sum() if losses else None
+
+    def tell(done: int) -> None:
         if on_progress is not None:
-            on_progress(epoch + 1, settings.epochs, "epochs of the probe")
+            on_progress(done, settings.epochs, "epochs of the probe")
+
+    fit(network, settings, len(clips), settings.epochs, loss_of, tell)
     probe = Probe(network, settings, clips[0].domain, labels, dict.fromkeys(labels, 1.0))
     right = probe.accuracies(torch.stack([torch.as_tensor(clip.frames) for clip in real]), real)
     probe.accuracy = {name: right.get(f"probe_{name}_right", 0.0) for name in labels}

@@ -90,19 +90,17 @@ def sample_grids(measured: Measured, pieces: Sequence[Piece]) -> dict[str, tuple
             kept = [_cut(measured, result, max(1, min(3, CELLS // len(found)))) for result in found]
             alike = [result for result in kept if _keys(result) == _keys(kept[0])]
             title = f"{measured.experiment.name}: {short(card)}, the first seed of every arm"
-            grid = replace(sample_grid(alike, title), **_notes(measured, card))
-            grids[card] = [result.curve.label for result in alike], grid
+            grids[card] = [result.curve.label for result in alike], sample_grid(alike, title, **_shares(measured, card))
     return grids
 
 
-def _notes(measured: Measured, card: str) -> dict[str, Any]:
-    """Above the samples, where the deciding figure is a share: what it is of all samples of an arm and step count."""
+def _shares(measured: Measured, card: str) -> dict[str, Any]:
+    """Above the samples, where the deciding figure is a share: its mean over the seeds, by arm and step count."""
     deciding = measured.experiment.metric("")
     if not deciding.is_share:
         return {}
     arms = {arm: measured.curve(arm, card, deciding.name) for arm in measured.experiment.shown}
-    shares = {arm: {steps: f"{100 * found.mean:.0f} %" for steps, found in of.items()} for arm, of in arms.items()}
-    return {"notes": shares, "notes_say": f"{deciding.heading}, of all samples and seeds."}
+    return {"share": deciding, "values": {arm: {n: found.mean for n, found in of.items()} for arm, of in arms.items()}}
 
 
 def _samples(piece: Piece, card: str) -> CurveResult | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anyflow.backbone.conditions import Conditions
-from anyflow.backbone.controls import by_latent_frame
+from anyflow.backbone.control_feed import followed
 from anyflow.evaluation.loaded import LoadedModel
 from anyflow.evaluation.measure import take_of
 from anyflow.flowmap.sampling import steps_of
@@ -64,10 +64,7 @@ class Rollout:
             num_steps: of the sampler.
         """
         factor, part = self._model.codec.temporal_factor, controls[None].to(self._device)
-        if self._told is None:
-            self._told = by_latent_frame(part, factor)
-        else:
-            self._told = torch.cat([self._told, part.unflatten(1, (-1, factor))], dim=1)
+        self._told = followed(self._told, part, factor)
         self._steps = num_steps
         return next(self._video)[0].cpu()
 

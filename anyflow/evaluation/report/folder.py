@@ -99,8 +99,19 @@ def _apart(lines: Sequence[Line]) -> list[float]:
     return ticks
 
 
-def sample_grid(results: Sequence[CurveResult], title: str = "") -> Grid:
+def sample_grid(
+    results: Sequence[CurveResult],
+    title: str = "",
+    share: Figure = WHOLE[1],
+    values: Mapping[str, Mapping[int, float]] | None = None,
+) -> Grid:
     """Return the picture's content: the kept samples of one model, or of several with the same prompts.
+
+    Args:
+        results: of the models.
+        title: above the picture.
+        share: what stands above the samples, where it is known.
+        values: of the share, by label and step count; else the curves' own.
 
     Raises:
         ValueError: if the results show different prompts.
@@ -111,8 +122,15 @@ def sample_grid(results: Sequence[CurveResult], title: str = "") -> Grid:
     shown = results[0].shown
     import numpy as np
 
-    notes = _shares(results)
-
+    curves = [result.curve for result in results]
+    found: Mapping[str, Mapping[int, float | None]] = values or {
+        curve.label: {row.num_steps: row.figure(share.name) for row in curve.rows} for curve in curves
+    }
+    known = {
+        label: {count: f"{100 * value:.0f} %" for count, value in of.items() if value is not None}
+        for label, of in found.items()
+    }
+    notes = known if any(known.values()) else {}
     return Grid(
         prompts=[Prompt(item.caption, item.domain, item.attributes) for item in shown],
         variants={
@@ -122,21 +140,8 @@ def sample_grid(results: Sequence[CurveResult], title: str = "") -> Grid:
         title=title,
         given=pixel_frames(results[0].curve.given_frames),
         notes=notes,
-        notes_say=f"{WHOLE[1].heading}, of all samples." if notes else "",
+        notes_say=f"{share.heading}, of all samples." if notes else "",
     )
-
-
-def _shares(results: Sequence[CurveResult]) -> dict[str, dict[int, str]]:
-    """Above the samples of open driving: the share of frames in which every car is whole."""
-    found = {
-        result.curve.label: {
-            row.num_steps: f"{100 * share:.0f} %"
-            for row in result.curve.rows
-            if (share := row.figure(WHOLE[1].name)) is not None
-        }
-        for result in results
-    }
-    return found if any(found.values()) else {}
 
 
 def write_report(
