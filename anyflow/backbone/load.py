@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from anyflow.backbone.controls import CONFIG_KEY, ControlSettings, add_controls,
 from anyflow.backbone.files import CAUSAL_KIND, read_json, read_weights, resolve_folder, says_causal
 from anyflow.backbone.full import stored_name
 from anyflow.backbone.guidance import Guidance
+from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.errors import UserError
 from anyflow.flowmap.samplers import SAMPLERS, SamplerKind
 
@@ -88,7 +90,7 @@ def load_backbone(
         return wrap(transformer, gradient_checkpointing).to(device)
     found = read_transformer(path, None, architecture, network, controls)
     backbone = wrap(_assemble(*found, assign=False), gradient_checkpointing)
-    backbone.stored = StoredWeights(found.weights, lambda name: weight_precision(name, dtype))
+    backbone.stored = StoredWeights(found.weights, partial(weight_precision, dtype=dtype))
     return backbone
 
 
@@ -111,8 +113,19 @@ class StoredWeights:
         tensor = tensor[window] if window else tensor
         return tensor.to(self._precision(name) if tensor.is_floating_point() else tensor.dtype, copy=True)
 
+    def read_in(self, dtype: torch.dtype) -> StoredWeights:
+        """The same files, the bulk of them read in another precision."""
+        return StoredWeights(self._weights, partial(weight_precision, dtype=dtype))
+
     def __deepcopy__(self, memo: Any) -> StoredWeights:
         return self  # files are shared: a copy of the network reads the same
+
+
+def keep_in(backbone: FlowMapBackbone, dtype: torch.dtype) -> None:
+    """Keep the bulk of a network's weights in a precision; of one in its files, once they are read."""
+    backbone.to(dtype)
+    if backbone.stored is not None:
+        backbone.stored = backbone.stored.read_in(dtype)
 
 
 def new_backbone(

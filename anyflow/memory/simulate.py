@@ -30,7 +30,7 @@ from anyflow.memory.peak import Peak, fake_ranks, local_part
 from anyflow.memory.phases import Memory
 from anyflow.memory.turns import sample_once, turns
 from anyflow.recipe import Recipe
-from anyflow.training.assemble import lora_settings, parallel_settings, roles_kind, weights_dtype
+from anyflow.training.assemble import frozen_dtype, lora_settings, parallel_settings, roles_kind, weights_dtype
 from anyflow.training.controls import asked_controls
 
 DEPTHS = (4, 6)
@@ -84,7 +84,8 @@ def _simulate(recipe: Recipe, config: dict[str, Any], latents: tuple[int, int, i
         mesh = device_mesh("cpu", nodes) if sharded else None
         with FakeTensorMode():
             for network in roles.networks:
-                _materialise(recipe, network, mesh)
+                dtype = frozen_dtype(recipe) if network is roles.frozen else weights_dtype(recipe)
+                _materialise(recipe, network, dtype, mesh)
             return _measure(recipe, roles, latents, sharded)
 
 
@@ -193,14 +194,14 @@ class _BlankWeights:
         return torch.empty(shape, dtype=weight_precision(name, self._dtype))
 
 
-def _materialise(recipe: Recipe, network: FlowMapBackbone, mesh: Any) -> None:
+def _materialise(recipe: Recipe, network: FlowMapBackbone, dtype: torch.dtype, mesh: Any) -> None:
     for module in network.modules():  # built on meta outside of the fake mode, which takes its own tensors alone
         for name, weight in module.named_parameters(recurse=False):
             blank = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
             setattr(module, name, nn.Parameter(blank, weight.requires_grad))
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype), persistent=False)
-    network.stored = _BlankWeights(network.transformer, weights_dtype(recipe))
+    network.stored = _BlankWeights(network.transformer, dtype)
     if mesh is not None:
         parallelize(network, parallel_settings(recipe, compiled=False), torch.device("cpu"), mesh)
     else:
@@ -208,8 +209,8 @@ def _materialise(recipe: Recipe, network: FlowMapBackbone, mesh: Any) -> None:
 
 
 def _optimizer(weights: list[nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW with its state in place, as it is after the first step; several weights at once, as on a GPU."""
-    optimizer = torch.optim.AdamW(weights, foreach=True)
+    """AdamW with its state in place, as it is after the first step."""
+    optimizer = torch.optim.AdamW(weights, fused=True)
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
     optimizer.step()

@@ -102,6 +102,11 @@ class Stage(lightning.LightningModule):
         """Pixels to latents, prompts to embeddings."""
         return self._codec[0]
 
+    @property
+    def learns_from_samples(self) -> bool:
+        """Whether the update under way is a critic's, which learns from the student's samples and needs no clips."""
+        return self.turn > 0
+
     def on_fit_start(self) -> None:
         if self.codec is not None and not self.codec.is_parked:
             self.codec.to(self.device)

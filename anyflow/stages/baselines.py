@@ -143,4 +143,5 @@ class DmdStage(Stage):
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """One pass of the student's update or of the critic's."""
-        return correct(self, self.correction, self.batches.prepare(batch, self.device))
+        data = self.batches.prepare(batch, self.device, from_samples=self.learns_from_samples)
+        return correct(self, self.correction, data)

@@ -39,7 +39,7 @@ class FlowBatch:
     """One rank's batch, ready for the objective.
 
     Attributes:
-        clean: Normalised latents ``[B, F, C, H, W]``, float32.
+        clean: Normalised latents ``[B, F, C, H, W]``, float32; zeros where clips were not looked at.
         noise: Standard normal, as ``clean``.
         text: ``B + 1`` texts: the samples' own, then the negative prompt.
         rows: ``[B]`` whose conditions each sample is trained with: ``i``, or ``B + i`` where its text was dropped.
@@ -103,22 +103,37 @@ class Batches:
         self.conditioning = conditioning
         self.update = update
 
-    def prepare(self, batch: dict[str, Any], device: torch.device) -> FlowBatch:
-        """Encode what is not yet encoded, and draw noise, dropped texts and dropped controls."""
+    def prepare(self, batch: dict[str, Any], device: torch.device, *, from_samples: bool = False) -> FlowBatch:
+        """Encode what is not yet encoded, and draw noise, dropped texts and dropped controls.
+
+        An update that learns ``from_samples`` needs the shape of its clips, and their first frames where these are
+        given; nothing else is encoded.
+        """
         update, captions = self.update, [*batch["caption"], self.conditioning.negative_prompt]
-        is_ready = "latents" in batch and self.codec.remembers(captions)
-        with nullcontext() if is_ready else self.codec.lent(device):
-            clean = batch["latents"] if "latents" in batch else self.codec.encode_video(batch["frames"])
+        is_given = update.chance("i2v") < self.conditioning.i2v_prob
+        encodes = "latents" not in batch and (is_given or not from_samples)
+        with nullcontext() if not encodes and self.codec.remembers(captions) else self.codec.lent(device):
             text = self.codec.encode_text(captions).to(device)
-        clean = clean.to(device, torch.float32)
+            if "latents" in batch:
+                clean = batch["latents"].to(device, torch.float32)
+            elif from_samples:
+                clean = self._first_frames(batch["frames"], device, encodes)
+            else:
+                clean = self.codec.encode_video(batch["frames"]).to(device, torch.float32)
         count = len(clean)
         rows = torch.arange(count) + count * self._is_dropped("drop", self.conditioning.text_drop, count)
-        is_given = update.chance("i2v") < self.conditioning.i2v_prob
         controls = batch.get("controls")
         if controls is not None:
             told = by_latent_frame(controls.to(device, torch.float32), self.codec.temporal_factor)
             controls = without(told, self._is_dropped("controls", self.conditioning.control_drop, count))
         return FlowBatch(clean, update.draw_noise("noise", clean), text, rows.to(device), is_given, controls)
+
+    def _first_frames(self, frames: Tensor, device: torch.device, encodes: bool) -> Tensor:
+        """Latents of clips ``[B, F, H, W, 3]`` that are zero but for the first frame, and that, too, unless encoded."""
+        clean = torch.zeros(len(frames), *self.codec.latent_shape(*frames.shape[1:4]), device=device)
+        if encodes:
+            clean[:, :1] = self.codec.encode_video(frames[:, :1])  # the autoencoder is causal: it is as of a whole clip
+        return clean
 
     def _is_dropped(self, purpose: str, share: float, count: int) -> Tensor:
         """Which of a batch's samples do without something: ``[count]`` bool, drawn for the update's whole batch."""

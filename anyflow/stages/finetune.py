@@ -141,7 +141,7 @@ class FinetuneTailStage(Stage):
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """One batch of the phase that is due."""
-        data, end = self.batches.prepare(batch, self.device), 0
+        data, end = self.batches.prepare(batch, self.device, from_samples=self.learns_from_samples), 0
         for phase in self.phases:
             end += phase.steps
             if self.step < end:

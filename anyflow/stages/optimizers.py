@@ -53,7 +53,7 @@ def build_optimizer(settings: OptimizerSettings, parameters: Iterable[tuple[str,
     trainable = [(name, p) for name, p in parameters if p.requires_grad]
     adamw: dict[str, Any] = {"lr": settings.lr, "betas": tuple(settings.betas), "weight_decay": settings.weight_decay}
     if settings.name == "adamw":
-        return AdamW([p for _, p in trainable], **adamw)
+        return AdamW([p for _, p in trainable], **adamw, fused=True)
     if settings.name == "muon":
         matrices = [p for name, p in trainable if _is_matrix(name, p)]
         others = [p for name, p in trainable if not _is_matrix(name, p)]
@@ -84,7 +84,7 @@ class MuonWithAdamW(Optimizer):
         if matrices:
             self._inner.append(Muon(matrices, lr=lr, weight_decay=weight_decay))
         if others:
-            self._inner.append(AdamW(others, lr=lr * adamw_ratio, betas=betas, weight_decay=weight_decay))
+            self._inner.append(AdamW(others, lr=lr * adamw_ratio, betas=betas, weight_decay=weight_decay, fused=True))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

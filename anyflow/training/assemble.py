@@ -20,7 +20,7 @@ from anyflow.backbone.controls import MODULE as CONTROLS
 from anyflow.backbone.controls import ControlSettings, check_controls, controls_of
 from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build_vae, transformer_config
 from anyflow.backbone.full import RELEASED_FULL, add_full
-from anyflow.backbone.load import load_backbone, new_backbone, read_controls
+from anyflow.backbone.load import keep_in, load_backbone, new_backbone, read_controls
 from anyflow.backbone.lora import ADAPTER, LoraSettings, add_lora, load_lora
 from anyflow.backbone.parallelize import (
     ParallelSettings,
@@ -138,6 +138,11 @@ def weights_dtype(recipe: Recipe) -> torch.dtype:
     return torch.bfloat16 if frozen_base or hardware.precision == "bf16-true" else torch.float32
 
 
+def frozen_dtype(recipe: Recipe) -> torch.dtype:
+    """Precision that a network is kept in which is never trained: the one that it computes in."""
+    return torch.bfloat16 if recipe.hardware.precision.startswith("bf16") else torch.float32
+
+
 def parallel_settings(recipe: Recipe, *, compiled: bool = True) -> ParallelSettings:
     """How the recipe's hardware spreads a network; ``compiled`` False leaves compiling out."""
     hardware = recipe.hardware
@@ -211,7 +216,10 @@ def build_roles(recipe: Recipe, backbone: FlowMapBackbone) -> Roles:
     told, asked = controls_of(network.transformer), controls_of(backbone.transformer)
     if told is not None and asked is not None:
         check_controls(told, asked, teacher or recipe.model.weights)
-    return SeparateRoles(backbone, network, **kind)
+    roles = SeparateRoles(backbone, network, **kind)
+    if roles.frozen is not None:  # after the critic became its copy, in the precision that it is trained in
+        keep_in(network, frozen_dtype(recipe))
+    return roles
 
 
 def roles_kind(recipe: Recipe) -> dict[str, Any]:

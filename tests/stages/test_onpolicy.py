@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_stage import batch, moved, onpolicy_stage, prepared, turn, weights_of
+from tiny_stage import CAPTIONS, batch, moved, onpolicy_stage, prepared, turn, weights_of
 
 from anyflow.backbone.codec import Codec
 from anyflow.stages.batch import Conditioning
@@ -100,3 +100,24 @@ def test_jumps_taken_again_give_the_gradient_of_jumps_kept(codec: Codec, i2v: fl
     size = torch.stack([gradient.norm() for gradient in kept.values()]).norm()
     for name, gradient in kept.items():
         assert float((gradient - again[name]).norm()) < 1e-6 * float(size), name
+
+
+@pytest.mark.parametrize("i2v", [0.0, 1.0])
+def test_a_critics_turn_encodes_no_more_than_given_frames(
+    codec: Codec, monkeypatch: pytest.MonkeyPatch, i2v: float
+) -> None:
+    """It moves the critic as it would with the clips' latents at hand, which it only needs the shape of."""
+    video = torch.randint(256, (2, 5, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    seen, encode = [], codec.encode_video
+    monkeypatch.setattr(codec, "encode_video", lambda frames: (seen.append(tuple(frames.shape)), encode(frames))[1])
+    critics = []
+    for ready in (False, True):
+        stage = onpolicy_stage(codec, conditioning=Conditioning(i2v_prob=i2v))
+        clips = {"latents": encode(video)} if ready else {"frames": video}
+        for _ in range(2):
+            stage.begin_pass()
+            stage.training_step({**clips, "caption": CAPTIONS[:2]}, 0)
+        critics.append(weights_of(stage, "critic"))
+    assert seen == [(2, 5, 32, 32, 3), *([(2, 1, 32, 32, 3)] if i2v else [])]
+    for one, other in zip(*critics, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-5)

@@ -254,6 +254,21 @@ def test_a_base_in_bfloat16_is_trained_under_float32_adapters(small_model: Path,
     assert any(".lora_B." in name and tensor.abs().max() > 0 for name, tensor in state.items())
 
 
+@pytest.mark.parametrize("leave_stored", [False, True])
+def test_a_frozen_teacher_lies_in_what_it_computes_in(leave_stored: bool, small_model: Path) -> None:
+    """In float32 it takes twice the memory for nothing; its critic, begun from bfloat16, would start beside it."""
+    recipe = recipe_of("onpolicy/tiny", small_model, "hardware.precision=bf16-mixed")
+    roles: Any = assemble(recipe, leave_stored=leave_stored).stage.roles
+    found = {role: dict(roles.network(role).transformer.named_parameters()) for role in ("teacher", "critic")}
+    large, small = "blocks.0.attn1.to_q.weight", "condition_embedder.time_embedder.linear_1.weight"
+    if leave_stored:
+        found = {role: {name: roles.network(role).stored.read(name) for name in found[role]} for role in found}
+    assert found["teacher"][large].dtype == torch.bfloat16 and found["teacher"][small].dtype == torch.float32
+    assert found["critic"][large].dtype == torch.float32
+    assert not torch.equal(found["critic"][large], found["teacher"][large].float()), "not rounded on the way"
+    assert roles.parameters("teacher") == [] and len(roles.parameters("critic")) > 0
+
+
 @pytest.mark.parametrize("name", ["finetune/driving", "codec/tiny"])
 def test_weights_are_not_trained_in_bfloat16(name: str) -> None:
     with pytest.raises(UserError, match=r"hardware\.precision='bf16-true' .*bf16-mixed"):
