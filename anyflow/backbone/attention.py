@@ -50,10 +50,24 @@ class Recorder:
 
 
 def install_processors(transformer: Any, self_attention: type[SelfAttentionProcessor]) -> None:
-    """Put this kind of self-attention, and this module's attention to text, on every block."""
+    """Put this kind of self-attention, and this module's attention to text, on every block.
+
+    Whatever precision the stream between blocks has, layers get their own.
+    """
     for block in transformer.blocks:
         block.attn1.set_processor(self_attention())
         block.attn2.set_processor(TextAttentionProcessor())
+        block.ffn.register_forward_pre_hook(_narrow_inputs)
+
+
+def narrowed(inputs: Tensor, weight: Tensor) -> Tensor:
+    """Inputs that are no wider than the weight they meet, as float32 ones of a layer in bfloat16."""
+    is_wider = weight.is_floating_point() and inputs.dtype.itemsize > weight.dtype.itemsize
+    return inputs.to(weight.dtype) if is_wider else inputs
+
+
+def _narrow_inputs(feed_forward: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return narrowed(inputs[0], feed_forward.net[0].proj.weight), *inputs[1:]
 
 
 def rotary_table(rope: Any, device: torch.device, **layout: Any) -> RotaryTable:
@@ -152,6 +166,7 @@ class TextAttentionProcessor:
 
 def project(attn: Any, hidden_states: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, each ``[B, L, heads, head_dim]``."""
+    hidden_states, source = narrowed(hidden_states, attn.to_q.weight), narrowed(source, attn.to_k.weight)
     query = attn.norm_q(attn.to_q(hidden_states))
     key = attn.norm_k(attn.to_k(source))
     value = attn.to_v(source)

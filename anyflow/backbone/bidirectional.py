@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import AnyFlowTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from anyflow.backbone.attention import (
@@ -82,7 +82,7 @@ class BidirectionalBackbone(FlowMapBackbone):
     ) -> Tensor:
         """Frames of which every token sees every other; they stand at frame ``start``, after those of ``memories``."""
         check_times(latents, timestep, r_timestep)
-        hidden = self.transformer.patch_embedding(latents.to(self.dtype).transpose(1, 2))
+        hidden = in_float32(self.transformer.patch_embedding, latents.transpose(1, 2))
         frames, height, width = hidden.shape[2:]
         hidden = hidden.flatten(2).transpose(1, 2)  # [B, L, dim], L = frames * height * width
         time, modulation = self._embed_times(timestep, r_timestep, height * width, conditions.controls)
@@ -102,6 +102,7 @@ class BidirectionalBackbone(FlowMapBackbone):
     ) -> Tensor:
         """Tokens ``[B, L, dim]`` through all blocks; ``mask`` and ``memories`` (one a block) are for self-attention."""
         net = self.transformer
+        hidden = hidden.to(self._stream_dtype)
         text = with_spare_token(text)
         text = text._replace(embeddings=net.condition_embedder.text_embedder(text.embeddings.to(self.dtype)))
         checkpointing = net.gradient_checkpointing and torch.is_grad_enabled()
@@ -112,20 +113,28 @@ class BidirectionalBackbone(FlowMapBackbone):
 
     def _read_out(self, hidden: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Velocities ``[B, F, C, H, W]`` float32 of tokens; ``time`` is their embedding ``[B, 1 or L, dim]``."""
-        net = self.transformer
-        modulated: Tensor = (
-            checkpoint(self._modulate_last, hidden, time, use_reentrant=False)
-            if net.gradient_checkpointing and torch.is_grad_enabled()
-            else self._modulate_last(hidden, time)
+        projected: Tensor = (
+            checkpoint(self._project, hidden, time, use_reentrant=False)
+            if self.transformer.gradient_checkpointing and torch.is_grad_enabled()
+            else self._project(hidden, time)
         )
-        return self._unpatchify(net.proj_out(modulated), *grid).float()
+        return self._unpatchify(projected, *grid)
 
-    def _modulate_last(self, hidden: Tensor, time: Tensor) -> Tensor:
-        """The last norm, in float32: two activations that a checkpointed pass need not keep."""
+    def _project(self, hidden: Tensor, time: Tensor) -> Tensor:
+        """The last norm and layer, in float32: activations that a checkpointed pass need not keep."""
         net = self.transformer
         shift, scale = (net.scale_shift_table[None] + time[:, :, None]).unbind(2)
-        modulated = net.norm_out(hidden.float()) * (1 + scale) + shift
-        return modulated.to(net.proj_out.weight.dtype)
+        return in_float32(net.proj_out, net.norm_out(hidden.float()) * (1 + scale) + shift)
+
+    @property
+    def _stream_dtype(self) -> torch.dtype:
+        """Precision of what runs from block to block: see :class:`~anyflow.backbone.options.ParallelOptions`."""
+        if self.residual == "float32" or (self.residual == "auto" and not torch.is_grad_enabled()):
+            return torch.promote_types(self.dtype, torch.float32)
+        kind = self.device.type
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return self.sharded_compute or self.dtype
 
     def _embed_times(
         self,
@@ -188,6 +197,20 @@ class BidirectionalBackbone(FlowMapBackbone):
             return moved
 
         return super()._apply(keep_float32, recurse)
+
+
+def in_float32(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """A small layer in float32 (or its own precision if that is wider), whatever its weights are kept in.
+
+    What enters and leaves the network is rounded nowhere else: a finite difference is of the last bits of both.
+    """
+    weights = dict(layer.named_parameters())
+    dtype = torch.promote_types(torch.float32, next(iter(weights.values())).dtype)
+    with torch.autocast(inputs.device.type, enabled=False):
+        if all(weight.dtype == dtype for weight in weights.values()):
+            return layer(inputs.to(dtype))  # type: ignore[no-any-return]
+        wide = {name: weight.to(dtype) for name, weight in weights.items()}
+        return torch.func.functional_call(layer, wide, inputs.to(dtype))  # type: ignore[no-any-return]
 
 
 def check_times(latents: Tensor, timestep: Tensor, r_timestep: Tensor) -> None:

@@ -27,7 +27,7 @@ from diffusers import AnyFlowFARTransformer3DModel
 from torch import Tensor
 
 from anyflow.backbone.attention import Memory, Recorder, RotaryTable, SelfAttentionProcessor, rotary_table
-from anyflow.backbone.bidirectional import BidirectionalBackbone, check_times
+from anyflow.backbone.bidirectional import BidirectionalBackbone, check_times, in_float32
 from anyflow.backbone.conditions import Conditions
 from anyflow.backbone.far_pipeline import ExactFARAttnProcessor
 from anyflow.backbone.protocol import Ask
@@ -129,9 +129,9 @@ class CausalBackbone(BidirectionalBackbone):
             for patch in (net.config.patch_size, net.config.compressed_patch_size)
         )
         tokens, far_tokens = grid[0] * grid[1], far_grid[0] * far_grid[1]
-        video = latents.to(self.dtype).transpose(1, 2)
-        parts = [net.far_patch_embedding(video[:, :, :context])] if context else []
-        parts += [net.patch_embedding(video[:, :, context:])] if layout.full else []
+        video = latents.transpose(1, 2)
+        parts = [in_float32(net.far_patch_embedding, video[:, :, :context])] if context else []
+        parts += [in_float32(net.patch_embedding, video[:, :, context:])] if layout.full else []
         hidden = torch.cat([part.flatten(2) for part in parts], dim=2).transpose(1, 2)
 
         sizes = [far_tokens] * context + [tokens] * (layout.num_frames - context)

@@ -36,6 +36,7 @@ from anyflow.backbone.attention import (
     RotaryTable,
     attend,
     attend_and_keep,
+    narrowed,
     padding_bias,
     project,
     rotate,
@@ -61,7 +62,7 @@ class Layer(NamedTuple):
     scale: float = 1.0
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        result = F.linear(inputs, self.weight, self.bias)
+        result = F.linear(narrowed(inputs, self.weight), self.weight, self.bias)
         if self.down is None or self.up is None:
             return result
         change = F.linear(F.linear(inputs.to(self.down.dtype), self.down), self.up) * self.scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from anyflow.system.option import option as _option
 
@@ -19,6 +20,9 @@ RELEASED_TARGETS = (
     "delta_embedder.linear_2",
 )
 """The released list: self-attention, feed-forward and both timestep embedders (the delta embedder must learn)."""
+
+
+Residual = Literal["auto", "float32", "compute"]
 
 
 @dataclass(frozen=True)
@@ -38,4 +42,10 @@ class ParallelOptions:
     """How a network computes on its devices."""
 
     compile: bool = _option(False, "compile the network's blocks: faster steps after a slow start")
+    residual: Residual = _option(
+        "auto",
+        "precision of what runs from block to block in bf16; auto: float32 in passes without gradient, where it takes "
+        "no memory and halves the error of the flow map's finite difference; float32: in all; compute: in none",
+        choices=("auto", "float32", "compute"),
+    )
     offload: bool = _option(False, "fsdp: keep weights and optimiser in host memory: the least GPU memory, slow")

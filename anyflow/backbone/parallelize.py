@@ -1,7 +1,7 @@
 """A network over many devices, in one order: activation checkpointing, compile, FSDP2, weights. Nobody else shards.
 
 FSDP2 (``fully_shard``) cuts every weight along its first dimension and gathers a block while it computes. Here a block
-is one unit, and so are the few large layers around the blocks:
+is one unit, and so are the embedders of times and text:
 
 - the kept ("master") weights have whatever precision they were loaded in: float32 where they are trained, bfloat16 for
   a frozen base under float32 adapters;
@@ -41,7 +41,6 @@ WAIT = timedelta(minutes=30)
 """How long a rank waits for the others in one collective before it gives up."""
 
 _FLOAT32_UNITS = ("time_embedder", "delta_embedder", "time_proj", CONTROLS)
-_LARGE_UNITS = ("patch_embedding", "far_patch_embedding", "condition_embedder.text_embedder", "proj_out")
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ def parallelize(
     The ranks must have met (:func:`join_ranks`); ``mesh`` is the order they stand in, made here if it is not given.
     """
     transformer = backbone.transformer
+    backbone.residual, backbone.sharded_compute = settings.residual, settings.compute
     if settings.compile:
         compile_blocks(backbone)
     mesh = mesh or device_mesh(device.type, settings.nodes)
@@ -75,9 +75,7 @@ def parallelize(
         unit = getattr(transformer.condition_embedder, name, None)
         if unit is not None:
             shard(unit, mp_policy=_policy(torch.float32))
-    for name in _LARGE_UNITS:
-        if _has(transformer, name):
-            shard(transformer.get_submodule(name), mp_policy=_policy(settings.compute, cast_inputs=True))
+    shard(transformer.condition_embedder.text_embedder, mp_policy=_policy(settings.compute, cast_inputs=True))
     for block in transformer.blocks:
         shard(block, mp_policy=_policy(settings.compute))
     # gathered anew for every pass: weights may be exchanged for their average between two of them
@@ -99,11 +97,6 @@ def checkpoint_activations(backbone: FlowMapBackbone, keep_attention: bool = Fal
 
 def _policy(compute: torch.dtype | None, cast_inputs: bool = False) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=cast_inputs)
-
-
-def _has(module: nn.Module, name: str) -> bool:
-    owner, _, last = name.rpartition(".")
-    return hasattr(module.get_submodule(owner), last)
 
 
 _ATTENTION = (

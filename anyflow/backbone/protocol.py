@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from anyflow.backbone.conditions import Conditions
+from anyflow.backbone.options import Residual
 from anyflow.flowmap.chunks import ChunkLayout
 from anyflow.flowmap.sampling import Jump, Take, follow, steps_of, take_jump
 
@@ -37,6 +38,12 @@ class FlowMapBackbone(nn.Module):
     compute: torch.dtype | None = None
     """Precision that the large layers compute in where it is not that of their weights, in training and in sampling
     alike. Times, the state that is sampled and what is returned stay float32. None where sharding sees to it."""
+
+    residual: Residual = "auto"
+    """Precision of what runs from block to block: see :class:`~anyflow.backbone.options.ParallelOptions`."""
+
+    sharded_compute: torch.dtype | None = None
+    """That precision where sharding sees to it."""
 
     def __call__(self, latents: Tensor, *arguments: Any, **options: Any) -> Tensor:
         """:meth:`forward` in the network's precision, whoever asks."""

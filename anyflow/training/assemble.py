@@ -150,6 +150,7 @@ def parallel_settings(recipe: Recipe, *, compiled: bool = True) -> ParallelSetti
         compute=torch.bfloat16 if hardware.precision.startswith("bf16") else None,
         compile=hardware.compile and compiled,
         offload=hardware.offload,
+        residual=hardware.residual,
         nodes=hardware.num_nodes if hardware.shard_within == "node" else 1,
     )
 
@@ -161,6 +162,7 @@ def spread(recipe: Recipe, *networks: FlowMapBackbone) -> None:
         if is_sharded(recipe):
             parallelize(network, settings, join_ranks(hardware.accelerator))
             continue
+        network.residual = settings.residual
         if hardware.precision != "32-true":  # in sampling too, where Lightning is not around it
             network.compute = torch.bfloat16
         if settings.compile:

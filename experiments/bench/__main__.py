@@ -15,7 +15,7 @@ from anyflow.errors import UserError
 from anyflow.system.files import require_place
 
 FIGURES = ("step", "onpolicy", "stream", "loader", "latents", "tars", "start")
-ON_DEMAND = ("memory", "import", "engines", "play")
+ON_DEMAND = ("memory", "import", "engines", "play", "precision")
 """Measured only when they are asked for: minutes, or footage of the user's."""
 
 
@@ -39,7 +39,8 @@ def bench(
 
     memory: a decoding worker over 10 epochs. import: importing a folder of footage beside bare decoding. engines: an
     import and an encoding by this process, its pool and Ray workers (needs: pip install -e '.[cluster]'). play: what a
-    person at the keyboard waits for, of a --model that is told controls.
+    person at the keyboard waits for, of a --model that is told controls. precision: the flow map's finite difference in
+    bfloat16, beside float32.
 
     \b
     Examples:
@@ -105,6 +106,10 @@ def _measure(name: str, data: str, recipe: str, batch_size: int, footage: Path |
         from experiments.bench.footage import import_benchmark, usual_options
 
         return import_benchmark(footage, usual_options())
+    if name == "precision":
+        from experiments.bench.precision import precision_benchmark
+
+        return precision_benchmark()
     if name == "start":
         from experiments.bench.start import start_benchmark
 
@@ -158,7 +163,7 @@ def _told(name: str, result: dict[str, Any]) -> list[str]:
         return [f"start: {result['total']:.1f} s from the command to the end of the first training step", *parts]
     if name == "stream":
         return _told_stream(result)
-    if name in ("engines", "play"):
+    if name in ("engines", "play", "precision"):
         say: Callable[[dict[str, Any]], list[str]] = import_module(f"experiments.bench.{name}").told
         return say(result)
     if name == "onpolicy":
