@@ -2,12 +2,14 @@
 
 The target of a jump has the term ``(t - r) du/dt``, asked of the network at t + 5 and t - 5: a small difference of two
 answers, in which their rounding is large. Told are the term's root mean square in float32 (``signal``), that of what
-bfloat16 makes otherwise of it (``error``), and the second over the first (``relative``). On a GPU ``float32`` is what
-its convolutions, which round to TF32 unless they are told not to, make of the patches.
+bfloat16 makes otherwise of it (``error``), and the second over the first (``relative``). ``narrow`` is bfloat16 from
+block to block, too (``hardware.residual=compute``). On a GPU ``float32`` is what its convolutions, which round to TF32
+unless they are told not to, make of the patches.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,11 +24,15 @@ from anyflow.backbone.load import load_backbone, new_backbone
 from anyflow.doctor.findings import Findings
 from anyflow.doctor.here import Here
 from anyflow.doctor.items import TINY
+from anyflow.doctor.machine import memory
 from anyflow.flowmap.schedule import interpolate
 from anyflow.memory.need import PUBLISHED
 
 DELTA = 5.0
 """Half width of the difference, in timesteps: the recipes'."""
+
+ENOUGH = 12.0
+"""GiB of a CPU's memory that a 1.3B network in float32 and its copy in bfloat16 fit into."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,11 @@ def examine(found: Findings, here: Here, folder: Any) -> None:
             )
     else:
         found.leave_out("tiny", f"{TINY} is not here: run it in a clone of the project")
-    if here.is_gpu:
-        _network(
-            found, here, "1.3b", lambda: random_network(PUBLISHED["1.3b"], here), random_clips(PUBLISHED["1.3b"], here)
-        )
-    else:
-        found.leave_out("1.3b", "takes a CPU many minutes")
+    if not here.is_gpu and not ENOUGH < memory()["memory_free_gib"] < (memory()["memory_limit_gib"] or math.inf):
+        found.leave_out("1.3b", f"needs {ENOUGH:.0f} GiB of free memory")
+        return
+    config, size = PUBLISHED["1.3b"], (5, 30, 52) if here.is_gpu else (2, 8, 12)
+    _network(found, here, "1.3b", lambda: random_network(config, here), random_clips(config, here, size))
 
 
 @torch.no_grad()
@@ -82,6 +87,9 @@ def _network(found: Findings, here: Here, name: str, build: Any, question: Quest
     if here.is_gpu:
         told("float32", nullcontext())
     told("mixed", torch.autocast(here.device.type, torch.bfloat16))
+    network.residual = "compute"
+    told("narrow", torch.autocast(here.device.type, torch.bfloat16))
+    network.residual = "auto"
     network.to(torch.bfloat16)
     told("true", nullcontext())
 
@@ -122,7 +130,7 @@ def shipped_clips(count: int) -> Question:
     return Question(clean, _noise(clean), *_times(len(clean)), text)
 
 
-def random_clips(config: dict[str, Any], here: Here, size: tuple[int, int, int] = (5, 30, 52)) -> Question:
+def random_clips(config: dict[str, Any], here: Here, size: tuple[int, int, int]) -> Question:
     """One random clip of some latent frames, rows and columns, at the network's widths."""
     generator = torch.Generator().manual_seed(1)
     clean = torch.randn(1, size[0], config["in_channels"], *size[1:], generator=generator)

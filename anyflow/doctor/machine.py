@@ -31,7 +31,7 @@ def examine(found: Findings, here: Here, folder: Path) -> None:
     found.note({"device": _device_name(here), "anyflow": __version__, "python": platform.python_version()})
     found.note({"torch": torch.__version__, "cuda": torch.version.cuda, "gpus": torch.cuda.device_count()})
     found.note({name: _version(name) for name in PACKAGES})
-    found.note({"system": f"{platform.system()} {platform.release()}", **_processor(), **_memory(), **_disk()})
+    found.note({"system": f"{platform.system()} {platform.release()}", **_processor(), **memory(), **_disk()})
     seen = driver()
     found.note({"driver": seen})
     if here.is_gpu:
@@ -87,7 +87,7 @@ def _processor() -> dict[str, Any]:
     return {**facts, "load": round(os.getloadavg()[0], 1), "compiler": shutil.which("c++") or shutil.which("g++")}
 
 
-def _memory() -> dict[str, Any]:
+def memory() -> dict[str, Any]:
     """Of the machine; where there is a limit for this process's group, that too."""
     size = {"SC_PHYS_PAGES": 0.0, "SC_AVPHYS_PAGES": 0.0}
     if sys.platform.startswith("linux"):

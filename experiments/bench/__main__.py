@@ -14,8 +14,8 @@ from anyflow.cli.main import main
 from anyflow.errors import UserError
 from anyflow.system.files import require_place
 
-FIGURES = ("step", "onpolicy", "stream", "loader", "latents", "tars", "start")
-ON_DEMAND = ("memory", "import", "engines", "play", "precision")
+FIGURES = ("step", "order", "onpolicy", "stream", "loader", "latents", "tars", "start")
+ON_DEMAND = ("memory", "import", "engines", "play")
 """Measured only when they are asked for: minutes, or footage of the user's."""
 
 
@@ -37,10 +37,10 @@ def bench(
 ) -> None:
     """Measure training steps, streaming, the data and the start, each beside a plainer way of work or its limit.
 
-    memory: a decoding worker over 10 epochs. import: importing a folder of footage beside bare decoding. engines: an
-    import and an encoding by this process, its pool and Ray workers (needs: pip install -e '.[cluster]'). play: what a
-    person at the keyboard waits for, of a --model that is told controls. precision: the flow map's finite difference in
-    bfloat16, beside float32.
+    order: steps of four stages, with their FLOPs, passes and memory. memory: a decoding worker over 10 epochs. import:
+    importing a folder of footage beside bare decoding. engines: an import and an encoding by this process, its pool and
+    Ray workers (needs: pip install -e '.[cluster]'). play: what a person at the keyboard waits for, of a --model that is
+    told controls.
 
     \b
     Examples:
@@ -106,10 +106,10 @@ def _measure(name: str, data: str, recipe: str, batch_size: int, footage: Path |
         from experiments.bench.footage import import_benchmark, usual_options
 
         return import_benchmark(footage, usual_options())
-    if name == "precision":
-        from experiments.bench.precision import precision_benchmark
+    if name == "order":
+        from experiments.bench.order import order_benchmark
 
-        return precision_benchmark()
+        return order_benchmark()
     if name == "start":
         from experiments.bench.start import start_benchmark
 
@@ -163,7 +163,7 @@ def _told(name: str, result: dict[str, Any]) -> list[str]:
         return [f"start: {result['total']:.1f} s from the command to the end of the first training step", *parts]
     if name == "stream":
         return _told_stream(result)
-    if name in ("engines", "play", "precision"):
+    if name in ("engines", "order", "play"):
         say: Callable[[dict[str, Any]], list[str]] = import_module(f"experiments.bench.{name}").told
         return say(result)
     if name == "onpolicy":

@@ -321,6 +321,18 @@ def test_the_step_benchmark_agrees_with_the_plain_order() -> None:
 
 
 @pytest.mark.slow
+def test_every_stage_does_less_for_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caught: a seam that the plain order goes through no longer, so that both ways are one."""
+    from experiments.bench import order
+
+    monkeypatch.setattr(order, "STAGES", {name: (*terms[:2], 2) for name, terms in order.STAGES.items()})
+    for result in order.order_benchmark(repeats=1).values():
+        assert result["loss_difference"] < 1e-5
+        assert result["flop_ratio"] > 1.5 and result["memory_ratio"] > 1
+        assert result["ways"]["plain"]["passes"] > result["ways"]["anyflow"]["passes"]
+
+
+@pytest.mark.slow
 def test_a_stream_costs_no_more_when_it_is_long(small_causal_model: Path, tmp_path: Path) -> None:
     """Memory is exact: the same for every chunk once the window is full; looking back at everything takes more."""
     from anyflow.evaluation.models import load_model
