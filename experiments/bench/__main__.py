@@ -39,8 +39,8 @@ def bench(
 
     order: steps of four stages, with their FLOPs, passes and memory. memory: a decoding worker over 10 epochs. import:
     importing a folder of footage beside bare decoding. engines: an import and an encoding by this process, its pool and
-    Ray workers (needs: pip install -e '.[cluster]'). play: what a person at the keyboard waits for, of a --model that is
-    told controls.
+    Ray workers (needs: pip install -e '.[cluster]'). play: what a person at the keyboard waits for, of a --model that
+    is told controls.
 
     \b
     Examples:
