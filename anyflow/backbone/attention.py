@@ -7,7 +7,7 @@ frequencies, a plain tensor of text) they do what the stock ones do, so the wrap
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
 from typing import Any, NamedTuple
 
@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_anyflow import apply_rotary_emb as apply_stock_rotary
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anyflow.backbone.conditions import Text
 from anyflow.backbone.segments import SegmentMask
@@ -60,14 +59,15 @@ def install_processors(transformer: Any, self_attention: type[SelfAttentionProce
         block.ffn.register_forward_pre_hook(_narrow_inputs)
 
 
-def narrowed(inputs: Tensor, weight: Tensor) -> Tensor:
-    """Inputs that are no wider than the weight they meet, as float32 ones of a layer in bfloat16."""
+def narrowed(inputs: Tensor, layer: Any) -> Tensor:
+    """Inputs that are no wider than the weight of the layer they meet, as float32 ones of a layer in bfloat16."""
+    weight = getattr(layer, "weight", inputs)
     is_wider = weight.is_floating_point() and inputs.dtype.itemsize > weight.dtype.itemsize
     return inputs.to(weight.dtype) if is_wider else inputs
 
 
 def _narrow_inputs(feed_forward: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return narrowed(inputs[0], feed_forward.net[0].proj.weight), *inputs[1:]
+    return narrowed(inputs[0], feed_forward.net[0].proj), *inputs[1:]
 
 
 def rotary_table(rope: Any, device: torch.device, **layout: Any) -> RotaryTable:
@@ -166,7 +166,7 @@ class TextAttentionProcessor:
 
 def project(attn: Any, hidden_states: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, each ``[B, L, heads, head_dim]``."""
-    hidden_states, source = narrowed(hidden_states, attn.to_q.weight), narrowed(source, attn.to_k.weight)
+    hidden_states, source = narrowed(hidden_states, attn.to_q), narrowed(source, attn.to_k)
     query = attn.norm_q(attn.to_q(hidden_states))
     key = attn.norm_k(attn.to_k(source))
     value = attn.to_v(source)
@@ -182,37 +182,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | SegmentMask
     else:
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     return attended.transpose(1, 2).flatten(2, 3)
-
-
-_KERNELS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
-_preferred = ExitStack()
-
-
-def prefer_kernel(name: str) -> None:
-    """Which attention kernel this process tries first on a GPU; the others serve calls that it cannot.
-
-    It is set for the whole process and not round a pass, so that what is recomputed in a backward pass, or run under a
-    choice of its own (forward-mode derivatives need ``math``), finds what it needs.
-
-    Args:
-        name: of :data:`_KERNELS`, or ``auto``: torch's own order, but cuDNN first on Hopper, where it is about twice as
-            fast as torch's flash attention. Without a GPU nothing changes.
-    """
-    _preferred.close()
-    if not torch.cuda.is_available():
-        return
-    if name == "auto":
-        is_hopper = torch.cuda.get_device_capability()[0] == 9 and torch.backends.cudnn.is_available()
-        if not is_hopper:
-            return
-        name = "cudnn"
-    order = [_KERNELS[name], *(kernel for other, kernel in _KERNELS.items() if other != name)]
-    _preferred.enter_context(sdpa_kernel(order, set_priority=True))
 
 
 class KeptAttention:

@@ -62,7 +62,7 @@ class Layer(NamedTuple):
     scale: float = 1.0
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        result = F.linear(narrowed(inputs, self.weight), self.weight, self.bias)
+        result = F.linear(narrowed(inputs, self), self.weight, self.bias)
         if self.down is None or self.up is None:
             return result
         change = F.linear(F.linear(inputs.to(self.down.dtype), self.down), self.up) * self.scale

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from anyflow.backbone.conditions import Conditions
 from anyflow.backbone.options import Residual
+from anyflow.backbone.segments import AttentionKind
 from anyflow.flowmap.chunks import ChunkLayout
 from anyflow.flowmap.sampling import Jump, Take, follow, steps_of, take_jump
 
@@ -78,6 +79,9 @@ class FlowMapBackbone(nn.Module):
 
     is_causal = False
     """Whether it makes videos chunk by chunk."""
+
+    attention: AttentionKind = "segments"
+    """How a causal network's passes over chunks compute their masked attention (:mod:`anyflow.backbone.segments`)."""
 
     def draw_layout(self, num_frames: int, uniforms: Tensor, long_context: float) -> ChunkLayout | None:
         """Which frames of a clip a training pass looks at and how, from two uniforms; None: all of them at once.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyflow.backbone.attention import (
@@ -26,16 +26,10 @@ from anyflow.backbone.attention import (
     with_spare_token,
 )
 from anyflow.backbone.conditions import Text
+from anyflow.backbone.kernels import KERNELS, keep_fastest, only_kernel, prefer_kernel, usable_packages
 from anyflow.doctor.findings import Findings
 from anyflow.doctor.here import Here, is_out_of_memory
 from anyflow.recipe.fields import all_fields
-
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
 
 ON_A_CPU = ("flash", "math")
 """The others are GPUs' alone."""
@@ -81,21 +75,33 @@ def examine(found: Findings, here: Here, folder: Any) -> None:
     """Time every backend at every shape."""
     if not here.is_gpu:
         found.leave_out("whole clips", "32,760 tokens take a CPU hours: short shapes stand for them")
+    prefer_kernel("auto")
+    seconds: dict[str, list[float]] = {}
     for shape in GPU_SHAPES if here.is_gpu else CPU_SHAPES:
-        _shape(found, here, shape)
+        times = _shape(found, here, shape)
         here.tidy()
+        if shape.prompt is None and not shape.has_math:
+            for name, both in times.items():
+                seconds.setdefault(name, []).append(both)
+    whole = {name: sum(each) for name, each in seconds.items() if len(each) == max(map(len, seconds.values()))}
+    if here.is_gpu and whole:
+        fastest = min(whole, key=lambda name: whole[name])
+        file = keep_fastest(fastest)
+        found.note({"kept": fastest})
+        found.advise(f"hardware.attention=auto takes {fastest} on this kind of GPU from now on (kept in {file})")
 
 
-def _shape(found: Findings, here: Here, shape: Shape) -> None:
+def _shape(found: Findings, here: Here, shape: Shape) -> dict[str, float]:
+    """Time every kernel at a shape; returns the seconds of each, backward pass included."""
     query, key, value, bias, text = inputs(shape, here)
     products = 4.0 * shape.tokens * key.shape[2] * shape.heads * shape.width / 1e12
     times: dict[str, float] = {}
     reference: Tensor | None = None
-    for name, backend in BACKENDS.items():
+    for name in (*KERNELS, *usable_packages()):
         if (name == "math" and not shape.has_math) or not (here.is_gpu or name in ON_A_CPU):
             continue
         try:
-            with sdpa_kernel(backend), warnings.catch_warnings():
+            with only_kernel(name), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # why a backend cannot: that it cannot is what counts
                 answer, forward, both = _timed(here, query, key, value, bias)
         except (RuntimeError, MemoryError) as error:
@@ -110,6 +116,7 @@ def _shape(found: Findings, here: Here, shape: Shape) -> None:
         elif (difference := float((answer - reference).abs().max())) > 0.05:
             found.is_wrong(f"{shape.name}: {name} is off by {difference:.2g}: update torch and the driver")
     _chosen(found, here, shape, times, (query, key, value, bias, text))
+    return times
 
 
 def inputs(shape: Shape, here: Here) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Text | None]:
@@ -160,7 +167,7 @@ def _chosen(found: Findings, here: Here, shape: Shape, times: dict[str, float], 
         return
     fastest = min(times, key=lambda name: times[name])
     default = SDPBackend(torch._fused_sdp_choice(query, key, value, attn_mask=bias))
-    names = {backend: name for name, backend in BACKENDS.items()}
+    names = {backend: name for name, backend in KERNELS.items()}
     hidden = query.detach().transpose(1, 2).flatten(2).requires_grad_()
     attend = _project_attention(shape.heads, hidden, text)
     with Operators() as seen:
@@ -197,7 +204,7 @@ class Operators(TorchDispatchMode):
     @property
     def backend(self) -> str:
         """By the last one: math has no operator of its own."""
-        known = (name for name in BACKENDS if self.seen and f"{name}_attention" in self.seen[-1])
+        known = (name for name in KERNELS if self.seen and f"{name}_attention" in self.seen[-1])
         return next(known, "math")
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:

@@ -52,11 +52,12 @@ def load_model(model: str, precision: str = "") -> tuple[Codec, FlowMapBackbone,
     import torch
 
     from anyflow.backbone.codec import Codec
+    from anyflow.backbone.kernels import prefer_kernel
     from anyflow.backbone.load import load_backbone
     from anyflow.system.console import quiet_libraries
 
     quiet_libraries()
-
+    prefer_kernel("auto")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: torch.dtype = getattr(torch, precision or usual_precision(model))
     codec = Codec.from_folder(model, text_dtype=dtype, device=device)

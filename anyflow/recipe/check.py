@@ -298,6 +298,11 @@ def _check_hardware(recipe: Recipe) -> None:
             "hardware.precision='bf16-true' would train weights in bfloat16, which swallows small updates: set "
             "hardware.precision=bf16-mixed, or train float32 adapters on a frozen base (model.lora.enabled=true)"
         )
+    if hardware.attention == "flex" and recipe.model.architecture != "causal":
+        raise UserError(
+            f"hardware.attention=flex is for the masks of causal networks, and model.architecture is "
+            f"{recipe.model.architecture}: set hardware.attention=auto"
+        )
     if hardware.keep_attention and not hardware.gradient_checkpointing:
         raise UserError("hardware.keep_attention=true is part of hardware.gradient_checkpointing=true: set that too")
 

@@ -202,8 +202,9 @@ class HardwareRecipe(ParallelOptions):
     )
     attention: str = _option(
         "auto",
-        "attention kernel that a GPU tries first; auto: torch's choice, cuDNN on Hopper",
-        choices=("auto", "flash", "cudnn", "efficient", "math"),
+        "attention kernel that a GPU tries first; auto: the fastest that anyflow doctor found here, before it torch's "
+        "choice, cuDNN on Hopper; flash3, flash4: packages; flex: chunks of a causal network under a compiled mask",
+        choices=("auto", "flash", "flash3", "flash4", "cudnn", "efficient", "math", "flex"),
     )
     park_codec: bool = _option(
         False, "text encoder and autoencoder in host memory between batches: 11 GiB less for Wan, seconds more a batch"

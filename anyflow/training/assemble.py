@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from anyflow.backbone.attention import prefer_kernel
 from anyflow.backbone.codec import Codec, codec_dtypes
 from anyflow.backbone.compiled import compile_blocks
 from anyflow.backbone.controls import MODULE as CONTROLS
 from anyflow.backbone.controls import ControlSettings, check_controls, controls_of
 from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build_vae, transformer_config
 from anyflow.backbone.full import RELEASED_FULL, add_full
+from anyflow.backbone.kernels import prefer_kernel
 from anyflow.backbone.load import keep_in, load_backbone, new_backbone, read_controls
 from anyflow.backbone.lora import ADAPTER, LoraSettings, add_lora, load_lora
 from anyflow.backbone.parallelize import (
@@ -159,6 +159,8 @@ def spread(recipe: Recipe, *networks: FlowMapBackbone) -> None:
     """Compile, and spread over the ranks, as the recipe's hardware says; the last step before a stage is built."""
     hardware, settings = recipe.hardware, parallel_settings(recipe)
     for network in networks:
+        if hardware.attention == "flex" and network.is_causal and torch.cuda.is_available():
+            network.attention = "flex"
         if is_sharded(recipe):
             parallelize(network, settings, join_ranks(hardware.accelerator))
             continue

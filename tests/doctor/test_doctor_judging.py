@@ -122,14 +122,14 @@ def test_phases_in_words() -> None:
     assert devices.in_words(["training", "after"]) == "in training, and when sampling after training"
 
 
-def test_graphs_are_counted_without_generating_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_are_counted_without_generating_code() -> None:
     """Caught: a limit that is met without a word, recompilations that are not counted, a backend that compiles."""
 
     def double(x: torch.Tensor, name: str) -> torch.Tensor:
         return 2 * x + len(name)
 
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    with compiling.counted() as graphs:
+    limited: Any = torch._dynamo.config
+    with limited.patch(recompile_limit=8), compiling.counted() as graphs:
         compiled = torch.compile(double, backend="inductor")
         for length in range(12):
             compiled(torch.ones(2), "a" * length)
