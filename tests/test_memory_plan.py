@@ -250,6 +250,11 @@ def test_every_control_recipe_builds_on_meta_with_every_model(stage: str, model:
         assert again.weight_bytes == roles.weight_bytes, "of weights that have learnt them it is counted too"
 
 
+WAN = "anyflow-wan2.1-t2v-1.3b"
+UNENCODED = "data.precompute=false"
+"""Clips that a step encodes itself."""
+
+
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """A simulator of simple arithmetic: states over ranks, activations by frames."""
@@ -265,7 +270,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 def test_each_phase_has_what_lies_there_then(simulated: Any) -> None:
     """No optimiser before training, a second set of trained weights in every curve, a parked codec where it works."""
-    recipe = load_recipe("finetune/driving", model="anyflow-wan2.1-t2v-1.3b", overrides=["sampling.every_steps=100"])
+    recipe = load_recipe("finetune/driving", model=WAN, overrides=["sampling.every_steps=100", UNENCODED])
     need = plan(recipe)
     before, during, step = (need.phases[name] for name in (SAMPLING["before"], SAMPLING["during"], STEP))
     assert "optimiser" not in before and during["optimiser"] == step["optimiser"] == 8 * GIB
@@ -286,7 +291,7 @@ def test_each_phase_has_what_lies_there_then(simulated: Any) -> None:
 
 def test_what_is_told_is_the_phase_that_peaks(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what would make it fit lowers that phase: more checkpointing does nothing for a curve."""
-    recipe = load_recipe("finetune/driving", model="anyflow-wan2.1-t2v-1.3b", overrides=["sampling.every_steps=100"])
+    recipe = load_recipe("finetune/driving", model=WAN, overrides=["sampling.every_steps=100", UNENCODED])
     assert plan(recipe).peak == STEP
 
     def heavy(recipe: Any, config: Any, latents: Any) -> Memory:
@@ -307,7 +312,7 @@ def test_what_is_told_is_the_phase_that_peaks(simulated: Any, monkeypatch: pytes
 def test_one_gpu_holds_the_fine_tuning_of_1_3b(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its clips went through the autoencoder eight at once: 61 GiB, and 43 were told."""
     monkeypatch.undo()
-    need: Need = plan(load_recipe("finetune/driving", model="anyflow-wan2.1-t2v-1.3b"))
+    need: Need = plan(load_recipe("finetune/driving", model=WAN))
     assert need.gpus == 1 and need.fits and need.totals[DECODING["before"]] < 35 * GIB
 
 
@@ -338,7 +343,7 @@ def test_changes_that_do_not_do_alone_are_put_together(
 
     monkeypatch.setattr("anyflow.memory.simulate.simulate", heavy)
     tried: list[str] = []
-    need = plan(load_recipe("finetune/driving", model="anyflow-wan2.1-t2v-1.3b"), on_try=tried.append)
+    need = plan(load_recipe("finetune/driving", model=WAN, overrides=[UNENCODED]), on_try=tried.append)
     assert not need.fits and not need.remedies and need.together is not None
     more = ", hardware.park_codec=true" if clip == 65 else ""
     assert need.together.change == f"data.batch_size=1{more}"

@@ -11,10 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from anyflow.errors import UserError
+from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
 from anyflow.system.claims import claim_numbered, give_up_claim
 from anyflow.system.files import partial_folder, require_place
 from anyflow.system.places import find_shipped
+from anyflow.system.signals import Terminated, sigterm_raises
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document for machines, and nothing else, on stdout.")
@@ -23,6 +24,17 @@ Model = Annotated[
     str, typer.Option(help="A model folder, a run's folder, or a hub id.", parser=find_shipped, metavar="MODEL")
 ]
 Card = Annotated[str, typer.Argument(metavar="CARD", help="A dataset card: a name in data/, a file, or its folder.")]
+
+
+@contextmanager
+def goes_on(again: str) -> Iterator[None]:
+    """Exit well when a signal ends what is within, and say how it goes on: nothing of it is lost."""
+    try:
+        with sigterm_raises(Terminated):
+            yield
+    except (KeyboardInterrupt, Terminated) as stop:
+        typer.echo(f"\nStopped: {again}", err=True)
+        raise typer.Exit(EXIT_PREEMPTED if isinstance(stop, Terminated) else EXIT_INTERRUPTED) from None
 
 
 def print_json(document: Any) -> None:

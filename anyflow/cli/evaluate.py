@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anyflow.cli.common import Json, Model, fresh_folder, print_json, whole_folder
+from anyflow.cli.common import Json, Model, fresh_folder, goes_on, print_json, whole_folder
 from anyflow.cli.options import with_options
-from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
+from anyflow.errors import UserError
 from anyflow.evaluation.models import check_model
 from anyflow.evaluation.options import WayOptions
 from anyflow.system.engine_options import EngineOptions, engine_of
 from anyflow.system.option import option
 from anyflow.system.ranks import end_with_watcher, needs_watcher, watch
-from anyflow.system.signals import Terminated, sigterm_raises
 
 if TYPE_CHECKING:
     from anyflow.backbone.guidance import Guidance
@@ -100,7 +97,7 @@ def evaluate(
     from anyflow.evaluation.kept_samples import KeptSamples
 
     kept = KeptSamples(SAMPLES)
-    with _goes_on():
+    with goes_on(AGAIN):
         cluster = engine_of(engine, 0) if engine.is_ray else None
         before, after = _measured(model, options, way, kept, cluster)
     if after is not None:
@@ -109,17 +106,6 @@ def evaluate(
         curves = [result.curve.to_json() for result in (before, after) if result is not None]
         found = {"model": model, "against": options.against, "data": options.data, "curves": curves, "folder": folder}
         print_json(found) if as_json else _show(folder)
-
-
-@contextmanager
-def _goes_on() -> Iterator[None]:
-    """Say, when a signal ends it, that nothing is lost."""
-    try:
-        with sigterm_raises(Terminated):
-            yield
-    except (KeyboardInterrupt, Terminated) as stop:
-        typer.echo(f"\nStopped: {AGAIN}", err=True)
-        raise typer.Exit(EXIT_PREEMPTED if isinstance(stop, Terminated) else EXIT_INTERRUPTED) from None
 
 
 def _show(folder: Path) -> None:

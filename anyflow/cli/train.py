@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anyflow.cli.common import Json, print_json
+from anyflow.cli.common import Json, goes_on, print_json
 from anyflow.cli.options import with_options
 from anyflow.cli.recipes import Hardware, Model, Overrides
 from anyflow.memory.need import memory_here, plan, warn_in_background
@@ -66,9 +66,20 @@ def train(
     if "RANK" not in os.environ and not options.dry_run:
         warn_in_background(resolved)
     if needs_watcher(resolved.world_size) and not options.dry_run:
+        _encode_ahead(resolved)
         raise typer.Exit(watch(resolved.hardware.devices, resolved.hardware.num_nodes))
     end_with_watcher()
     raise typer.Exit((_train_json if as_json else _train)(resolved, options))
+
+
+def _encode_ahead(recipe: Recipe) -> None:
+    """What ranks would wait for the first of them to encode; the libraries are imported only if that may be."""
+    if not recipe.data.precompute:
+        return
+    from anyflow.training.launch import encode_ahead
+
+    with goes_on("clips that are encoded stay so; start the same command again to go on"):
+        encode_ahead(recipe)
 
 
 def _check_cards(recipe: Recipe) -> None:

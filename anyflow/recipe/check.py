@@ -303,8 +303,6 @@ def _check_hardware(recipe: Recipe) -> None:
             f"hardware.attention=flex is for the masks of causal networks, and model.architecture is "
             f"{recipe.model.architecture}: set hardware.attention=auto"
         )
-    if hardware.keep_attention and not hardware.gradient_checkpointing:
-        raise UserError("hardware.keep_attention=true is part of hardware.gradient_checkpointing=true: set that too")
 
 
 def _check_adapters(recipe: Recipe) -> None:

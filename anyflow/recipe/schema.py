@@ -195,7 +195,7 @@ class HardwareRecipe(ParallelOptions):
     threads: int = _option(0, "CPU threads of a rank; 0: all of its cores", low=0)
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass: less memory, slower")
     keep_attention: bool = _option(
-        False, "with gradient_checkpointing: keep attention's results instead of recomputing them: faster, more memory"
+        False, "keep attention's results where gradient_checkpointing recomputes the rest: faster, more memory"
     )
     recompute_jumps: bool = _option(
         False, "on-policy: keep one jump's activations of a rollout instead of three jumps': a tenth more time a step"

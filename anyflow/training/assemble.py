@@ -33,7 +33,6 @@ from anyflow.backbone.parallelize import (
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.backbone.roles import AdapterRoles, Roles, SeparateRoles
 from anyflow.data.cache import TextStore
-from anyflow.data.decode import ClipShape
 from anyflow.data.encode import Encoding, estimate
 from anyflow.data.module import VideoDataModule
 from anyflow.data.reader import ShardReader, find_split
@@ -44,6 +43,7 @@ from anyflow.stages.parts import StageParts
 from anyflow.system.console import progress_line
 from anyflow.system.option import part_of
 from anyflow.training.controls import asked_controls, check_teacher, check_told
+from anyflow.training.encoding import EncodingJob
 
 
 @dataclass(frozen=True)
@@ -291,10 +291,7 @@ def is_precomputed(recipe: Recipe) -> bool:
 
 def encoding_of(recipe: Recipe, codec: Codec, card: str) -> Encoding:
     """How a card's training split is encoded for this recipe; nothing is done yet."""
-    data = recipe.data
-    shapes = [ClipShape(*shape, data.fps or None) for shape in data.shapes]
-    prompts = [recipe.model.negative_prompt]
-    return Encoding(card, data.split, codec, shapes, prompts=prompts, error_budget=data.error_budget)
+    return EncodingJob.of(recipe, card).encoding(codec)
 
 
 def make_cache(encoding: Encoding, codec: Codec, accelerator: str) -> None:

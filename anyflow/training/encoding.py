@@ -8,15 +8,17 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from anyflow.backbone.codec import Codec
+from anyflow.backbone.codec import Codec, codec_dtypes
 from anyflow.data.decode import ClipShape
 from anyflow.data.encode import Encoding, estimate
 from anyflow.data.encode_parts import CachePart, EncodingCost, TimedTexts
 from anyflow.data.skips import Skip, enforce_budget
 from anyflow.errors import UserError
+from anyflow.recipe import Recipe
 from anyflow.system.console import progress_line
 from anyflow.system.engines import Engine, Work, values
 
@@ -34,6 +36,7 @@ class EncodingJob:
         shapes: of the clips.
         out: where the cache is made; beside the card by default.
         prompts: further prompts to embed.
+        error_budget: largest share of unusable clips that is tolerated.
     """
 
     card: str
@@ -44,6 +47,18 @@ class EncodingJob:
     shapes: tuple[ClipShape, ...]
     out: Path | None = None
     prompts: tuple[str, ...] = ()
+    error_budget: float = 0.01
+
+    @classmethod
+    def of(cls, recipe: Recipe, card: str) -> EncodingJob:
+        """How a card's training split is encoded for a recipe."""
+        data, model = recipe.data, recipe.model
+        shapes = tuple(ClipShape(*shape, data.fps or None) for shape in data.shapes)
+        dtypes = codec_dtypes(recipe.hardware.precision)
+        prompts, budget = (model.negative_prompt,), data.error_budget
+        return cls(
+            card, data.split, model.codec or model.weights, *dtypes, shapes, prompts=prompts, error_budget=budget
+        )
 
     def codec(self, device: str = "cpu", stored: bool = True) -> Codec:
         """The model's codec; ``stored`` leaves it in its files.
@@ -59,7 +74,8 @@ class EncodingJob:
         Raises:
             UserError: the footage is missing or too short.
         """
-        return Encoding(self.card, self.split, codec, self.shapes, self.out, prompts=self.prompts)
+        options: dict[str, Any] = {"prompts": self.prompts, "error_budget": self.error_budget}
+        return Encoding(self.card, self.split, codec, self.shapes, self.out, **options)
 
 
 def encode(job: EncodingJob, engine: Engine) -> Path:

@@ -36,6 +36,7 @@ from anyflow.evaluation.encoders import check_encoders
 from anyflow.recipe import Recipe, check_files, lagging_average, save_recipe, to_dict
 from anyflow.recipe.fields import flatten
 from anyflow.system.console import quiet_libraries
+from anyflow.system.engine_options import EngineOptions, engine_of
 from anyflow.system.ranks import leave_place
 from anyflow.system.signals import Listener, Terminated, signals_raise
 from anyflow.tracking.checkpoints import clear_leftovers, require_whole
@@ -43,7 +44,7 @@ from anyflow.tracking.fingerprints import facts_of
 from anyflow.tracking.mlflow import close_tracking, code_version, log_artifact, open_tracking
 from anyflow.tracking.run_log import RunLogger
 from anyflow.tracking.runs import RunFolder, changed_fields, taken_run
-from anyflow.training.assemble import Parts, assemble, batches_of
+from anyflow.training.assemble import Parts, assemble, batches_of, is_precomputed
 from anyflow.training.callbacks.background import BackgroundWriter, Writer
 from anyflow.training.callbacks.changes import KeepSettings
 from anyflow.training.callbacks.checkpoints import Checkpoints
@@ -52,6 +53,7 @@ from anyflow.training.callbacks.progress import TrainingProgress
 from anyflow.training.callbacks.sampling import Sampling
 from anyflow.training.callbacks.sharded import AnyCheckpoint, ShardedStrategy
 from anyflow.training.deterministic import make_deterministic
+from anyflow.training.encoding import EncodingJob, encode
 from anyflow.training.finish import describe_parts, finish_codec, finish_flow, measure, report_skipped, summary
 
 
@@ -108,6 +110,29 @@ def train(
                 return _train(recipe, run, [KeepSettings()] if changed else [])
         except Terminated as stop:
             return _stopped(run, stop.received)
+
+
+def encode_ahead(recipe: Recipe) -> None:
+    """Encode what several ranks of this machine will read, by as many processes; what is there already is left.
+
+    Ranks would wait for the first one, which would do it alone; so they do where they are on several machines. That all
+    else is right is seen before.
+
+    Raises:
+        UserError: the recipe cannot be run, or encoded.
+    """
+    hardware = recipe.hardware
+    if hardware.num_nodes > 1 or not is_precomputed(recipe):
+        return
+    quiet_libraries()
+    jobs = [EncodingJob.of(recipe, card) for card in recipe.data.card]
+    if all(job.encoding(job.codec()).is_whole() for job in jobs):
+        return
+    _check_held_out(recipe)
+    assemble(recipe, leave_stored=True, encode=False)
+    engine = engine_of(EngineOptions(), hardware.devices, gpus=accelerator_here(hardware.accelerator) == "gpu")
+    for job in jobs:
+        encode(job, engine)
 
 
 def _check_held_out(recipe: Recipe) -> None:

@@ -23,6 +23,8 @@ from anyflow.tracking.checkpoints import damage, latest_checkpoint
 from anyflow.training.callbacks.sharded import is_sharded_checkpoint, read_checkpoint
 
 STEPS = 8
+ROOT = Path(__file__).parents[2]
+NO_CACHE = shutil.ignore_patterns("cache")
 
 
 def training(model: Path, out: Path, *more: str, ranks: int = 2) -> list[str]:
@@ -93,6 +95,24 @@ def weights(out: Path) -> dict[str, Any]:
 
 def alive(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.slow
+def test_ranks_find_their_clips_encoded(small_model: Path, tmp_path: Path) -> None:
+    """By as many processes as there are ranks, once all else was found right; not by the first while others wait."""
+    folder = tmp_path / "data"
+    shutil.copytree(ROOT / "data" / "starter" / "driving", folder / "starter" / "driving", ignore=NO_CACHE)
+    shutil.copy(ROOT / "data" / "driving.yaml", folder)
+    card = (f"data.card={folder / 'driving.yaml'}", "data.precompute=true", "hardware.accelerator=cpu", "stage.steps=2")
+    wrong = start(training(small_model, tmp_path / "wrong", *card, "model.lora.targets=[nothing]"))
+    assert b"nothing" in wrong.communicate(timeout=300)[1] and wrong.returncode == 2
+    caches = folder / "starter" / "driving" / "cache"
+    assert not list(folder.rglob("cache.json"))
+    right = start(training(small_model, tmp_path / "right", *card))
+    words = right.communicate(timeout=300)[1].decode()
+    assert right.returncode == 0, words
+    assert len(list(folder.rglob("cache.json"))) == 1, caches
+    assert words.count(" prompts, about ") == 1 and words.index(" prompts, about ") < words.index("step 1/2")
 
 
 @pytest.fixture(scope="module")
