@@ -38,4 +38,10 @@ class ParallelOptions:
     """How a network computes on its devices."""
 
     compile: bool = _option(False, "compile the network's blocks: faster steps after a slow start")
+    context: int = _option(
+        1,
+        "ranks of a node that share the tokens of each clip: long clips in less memory; they count as one rank for "
+        "data.global_batch",
+        choices=(1, 2, 4, 8),
+    )
     offload: bool = _option(False, "fsdp: keep weights and optimiser in host memory: the least GPU memory, slow")

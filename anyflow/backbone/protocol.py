@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from anyflow.backbone.conditions import Conditions
+from anyflow.backbone.context import ALONE, Context
 from anyflow.flowmap.chunks import ChunkLayout
 from anyflow.flowmap.sampling import Jump, Take, follow, steps_of, take_jump
 
@@ -37,6 +38,9 @@ class FlowMapBackbone(nn.Module):
     compute: torch.dtype | None = None
     """Precision that the large layers compute in where it is not that of their weights, in training and in sampling
     alike. Times, the state that is sampled and what is returned stay float32. None where sharding sees to it."""
+
+    context: Context = ALONE
+    """The ranks that this network's calls share: each must make the same calls, and gets the whole answer."""
 
     def __call__(self, latents: Tensor, *arguments: Any, **options: Any) -> Tensor:
         """:meth:`forward` in the network's precision, whoever asks."""
