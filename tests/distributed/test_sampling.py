@@ -68,6 +68,8 @@ def _rank(rank: int, port: int, model: Path, out: Path) -> None:
     join_ranks("cpu")
     assert measured(model, out, 2) == STEPS * 2, "three prompts: two, and one with a filler, in one batch"
     assert measured(model, out / "guided", 2, *GUIDED) == STEPS * 2 * 2, "each asked for both prompts"
+    shared = ("finetune/driving", "hardware.context=2")
+    assert measured(model, out / "shared", 2, *shared) == STEPS * PROMPTS, "all prompts, of each half the tokens"
     leave_ranks()
 
 
@@ -78,6 +80,7 @@ def test_two_ranks_measure_what_one_process_measures(small_model: Path, tmp_path
     assert measured(small_model, tmp_path / "one" / "guided", 1, *GUIDED) == STEPS * PROMPTS * 2
     for part, nfe in ((".", STEPS), ("guided", 2 * STEPS)):
         _are_alike(tmp_path / "one" / part, tmp_path / "two" / part, nfe)
+    _are_alike(tmp_path / "one", tmp_path / "two" / "shared", STEPS)
 
 
 def _are_alike(first_run: Path, second_run: Path, nfe: int) -> None:
