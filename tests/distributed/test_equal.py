@@ -61,7 +61,8 @@ QUICK = "on-policy, one base"
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "teacher": ("teacher/tiny", ("model.init=weights", "model.codec=", *ODD)),
     "consistency, LoRA": ("consistency/tiny", (*LORA, CHECKPOINTED)),
-    "dmd, LoRA": ("dmd/tiny", LORA),
+    # critic and teacher begin alike: all that they teach in two steps is the rounding of their difference
+    "dmd, LoRA": ("dmd/tiny", (*LORA, "stage.onpolicy.forward_weight=1")),
     "forward, full": ("forward/tiny", (CHECKPOINTED, "hardware.keep_attention=true")),
     "finetune, LoRA": ("finetune/driving", (*LORA, CHECKPOINTED)),
     "finetune, offloaded": ("finetune/driving", ()),
