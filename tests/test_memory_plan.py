@@ -359,6 +359,39 @@ def test_gpus_keep_the_global_batch() -> None:
         with_gpus(recipe, 12)
 
 
+def test_ranks_that_share_a_clip_share_its_activations() -> None:
+    """Caught: a simulation that holds whole clips, or that counts what is exchanged for a part of it."""
+    words = ["hardware.devices=4", "hardware.strategy=fsdp", "data.global_batch=8", "data.batch_size=8"]
+    options = [*HEAVIEST[3:], *words, CHECKPOINTED, "optimizer.name=adamw", "stage.bidirectional_prob=0"]
+    network: dict[str, Any] = {**NETWORK, "num_layers": 2}
+    own, shared = (
+        simulate(load_recipe("finetune/driving", overrides=[*options, *more]), network, SIZE)
+        for more in ((), ("hardware.context=4", "data.global_batch=2"))
+    )
+    assert own.exchanged == 0 and own.states == shared.states
+    assert 4 * own.rows == shared.rows and shared.activations < 0.6 * own.activations, "texts and weights stay whole"
+    width, tokens = 4 * network["attention_head_dim"], -(-SIZE[0] * SIZE[2] * SIZE[3] // 4 // 4)
+    clips = 2 * (2 + 3)  # two, without gradient at two times; with it forward, forward again and backward
+    assert shared.exchanged == pytest.approx(0.75 * clips * 2 * 4 * tokens * width * 4, rel=0.01)
+    with pytest.raises(UserError, match="3 attention heads"):
+        simulate(
+            load_recipe("finetune/driving", overrides=[*options, "hardware.context=4"]),
+            NETWORK | {"num_attention_heads": 3},
+            SIZE,
+        )
+
+
+def test_a_plan_tells_what_sharing_clips_would_save() -> None:
+    """As long as the node has the ranks and the network the heads; the batch over all ranks stays."""
+    recipe = load_recipe("forward/wan2.1-t2v-14b")
+    shared = {words: changed for words, changed, _ in changes(recipe, heads=12) if "context" in words}
+    assert list(shared) == ["hardware.context=2", "hardware.context=4"]
+    assert {changed.global_batch for changed in shared.values()} == {recipe.global_batch}
+    assert with_gpus(shared["hardware.context=4"], 16).global_batch == recipe.global_batch
+    with pytest.raises(UserError, match=r"--gpus 2: hardware.context=4 .* give a multiple of 4"):
+        with_gpus(shared["hardware.context=4"], 2)
+
+
 def test_changes_are_single_and_begin_with_the_cheapest() -> None:
     recipe = load_recipe("forward/wan2.1-t2v-14b", overrides=["hardware.gradient_checkpointing=false"])
     first, changed, _ = next(changes(recipe))

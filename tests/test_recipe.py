@@ -165,6 +165,22 @@ def test_the_global_batch_is_met_exactly_or_refused(total: int, ranks: int, limi
     assert fit_batch(recipe) == recipe  # fitting twice changes nothing
 
 
+def test_ranks_that_share_clips_count_as_one() -> None:
+    """In the global batch and its passes; a group is of one node, and of a network that has tokens."""
+    shared = {"name": "forward/wan2.1-t2v-14b", "hardware": "64gpu"}
+    recipe = load("hardware.context=4", "data.global_batch=16", **shared)
+    assert (recipe.world_size, recipe.data_ranks, recipe.hardware.accumulate) == (64, 16, 1)
+    assert recipe.global_batch == 16
+    assert load("hardware.context=4", **shared).hardware.accumulate == 4, "the file's batch is of 64"
+    words = "data.global_batch=24 does not divide over 16 groups of ranks: give data.global_batch=3?"
+    with pytest.raises(UserError, match=words + ".*hardware.context"):
+        load("hardware.context=4", "data.global_batch=24", **shared)
+    with pytest.raises(UserError, match=r"hardware.context=8 does not divide hardware.devices=4.*context=4, or"):
+        load("hardware.context=8", "hardware.devices=4", **shared)
+    with pytest.raises(UserError, match=r"hardware.context=2 .* stage codec .* set hardware.context=1"):
+        load("hardware.context=2", "hardware.devices=2", name="codec/tiny")
+
+
 @pytest.mark.parametrize("field", ["optimizer.name", "stage.onpolicy.critic.name"])
 def test_muon_keeps_weights_whole_whichever_optimiser_it_is(field: str) -> None:
     """A hardware file's fsdp gives way; asked for on the command line, it is refused."""
@@ -216,6 +232,12 @@ MISTAKES = [
     ("model.init=new", "name their folder in model.codec"),
     ("stage.tail.optimizer.betas=[1]", "stage.tail.optimizer.betas=[1.0] (command line) is too large"),
     ("stage.onpolicy.critic.betas=[0]", "stage.onpolicy.critic.betas=[0.0] is no pair"),
+    ("hardware.context=3", "hardware.context=3 (command line) is not known: give one of 1, 2, 4, 8"),
+    (
+        "hardware.context=2",
+        "hardware.context=2 does not divide hardware.devices=1, and ranks that share a clip are of one node: "
+        "set hardware.context=1, or hardware.devices=2",
+    ),
     ("hardware.devices=3", "data.global_batch=8 does not divide over 3 ranks: give data.global_batch=9"),
     ("hardware.devices=16", "does not divide over 16 ranks: give data.global_batch=16"),
     ("stage.name=codec", "trains a small VAE from nothing"),

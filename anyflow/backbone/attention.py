@@ -17,6 +17,7 @@ from diffusers.models.transformers.transformer_anyflow import apply_rotary_emb a
 from torch import Tensor
 
 from anyflow.backbone.conditions import Text
+from anyflow.backbone.context import Share
 from anyflow.backbone.segments import SegmentMask
 
 RotaryTable = tuple[Tensor, Tensor]
@@ -26,7 +27,8 @@ RotaryTable = tuple[Tensor, Tensor]
 class Memory(NamedTuple):
     """Rotated keys and values ``[B, L, heads, head_dim]`` of tokens before those at hand, for one block.
 
-    It never changes, so a block that is run again (gradient checkpointing) finds what it found at first.
+    Ranks that share clips hold all tokens of some heads each. It never changes, so a block that is run again (gradient
+    checkpointing) finds what it found at first.
     """
 
     key: Tensor
@@ -116,7 +118,8 @@ class SelfAttentionProcessor:
     """Attention of video tokens to video tokens, with rotary positions.
 
     Blocks hand over their fifth and sixth argument as ``attention_mask`` and ``kv_cache``: None for all tokens to all,
-    else a mask, and a :class:`Memory` of other tokens or a :class:`Recorder` of these.
+    else a mask, or a :class:`~anyflow.backbone.context.Share` where ranks share the sequence; and a :class:`Memory` of
+    other tokens or a :class:`Recorder` of these.
     """
 
     _attention_backend = None
@@ -127,7 +130,7 @@ class SelfAttentionProcessor:
         attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | SegmentMask | None = None,
+        attention_mask: Tensor | SegmentMask | Share | None = None,
         rotary_emb: RotaryTable | dict[str, Tensor] | None = None,
         kv_cache: Memory | Recorder | None = None,
         kv_cache_flag: None = None,
@@ -138,9 +141,7 @@ class SelfAttentionProcessor:
             key = apply_stock_rotary(key.transpose(1, 2), rotary_emb["key"]).transpose(1, 2)
         elif rotary_emb is not None:
             query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
-        if kv_cache is not None:
-            key, value = kv_cache.extend(key.to(value.dtype), value)
-        return _attend(attn, query, key, value, attention_mask)
+        return _put_out(attn, attend_to_video(query, key, value, attention_mask, kv_cache))
 
 
 class TextAttentionProcessor:
@@ -158,10 +159,10 @@ class TextAttentionProcessor:
     ) -> Tensor:
         if isinstance(encoder_hidden_states, Tensor):
             query, key, value = project(attn, hidden_states, encoder_hidden_states)
-            return _attend(attn, query, key, value, attention_mask)
+            return _put_out(attn, attend_and_keep(query, key, value, attention_mask))
         text = encoder_hidden_states
         query, key, value = project(attn, hidden_states, text.embeddings)
-        return _attend(attn, query, key, value, padding_bias(text, value.dtype))
+        return _put_out(attn, attend_and_keep(query, key, value, padding_bias(text, value.dtype)))
 
 
 def project(attn: Any, hidden_states: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,6 +212,24 @@ def attend_and_keep(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | Se
         return attend(query, key, value, bias)
 
 
-def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | SegmentMask | None) -> Tensor:
-    attended: Tensor = attn.to_out[1](attn.to_out[0](attend_and_keep(query, key, value, bias)))
-    return attended
+def attend_to_video(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | SegmentMask | Share | None,
+    memory: Memory | Recorder | None,
+) -> Tensor:
+    """Self-attention ``[B, L, dim]`` of this rank's tokens ``[B, L, heads, head_dim]`` to all, and to a memory's."""
+    share, width = mask if isinstance(mask, Share) else None, value.shape[3]
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if share is not None:
+        query, key, value = (share.by_heads(part) for part in (query, key, value))
+    if memory is not None:
+        key, value = memory.extend(key, value)
+    attended = attend_and_keep(query, key, value, mask if share is None else share.mask)  # type: ignore[arg-type]
+    return attended if share is None else share.by_tokens(attended, width)
+
+
+def _put_out(attn: Any, attended: Tensor) -> Tensor:
+    result: Tensor = attn.to_out[1](attn.to_out[0](attended))
+    return result

@@ -25,6 +25,7 @@ from anyflow.backbone.attention import (
     with_spare_token,
 )
 from anyflow.backbone.conditions import Conditions, Text
+from anyflow.backbone.context import Share
 from anyflow.backbone.controls import MODULE as CONTROLS
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.backbone.segments import SegmentMask
@@ -43,6 +44,9 @@ FLOAT32_PARTS = (
 
 In bfloat16 t + 5 and t - 5 often round to the same embedding, which ruins the finite difference; adapters in bfloat16
 swallow small updates. Together they are under 2 % of the weights."""
+
+
+ALL = slice(None)
 
 
 class BidirectionalBackbone(FlowMapBackbone):
@@ -85,11 +89,13 @@ class BidirectionalBackbone(FlowMapBackbone):
         hidden = in_float32(self.transformer.patch_embedding, latents.transpose(1, 2))
         frames, height, width = hidden.shape[2:]
         hidden = hidden.flatten(2).transpose(1, 2)  # [B, L, dim], L = frames * height * width
-        time, modulation = self._embed_times(timestep, r_timestep, height * width, conditions.controls)
+        share = self.context.share(hidden.shape[1])
+        time, modulation = self._embed_times(timestep, r_timestep, height * width, conditions.controls, share)
         table = self._rotary_table((start + frames, height, width), hidden.device)
-        rotary = tuple(part[:, -hidden.shape[1] :] for part in table)
-        hidden = self._through_blocks(hidden, conditions.text, modulation, rotary, None, memories)  # type: ignore[arg-type]
-        return self._read_out(hidden, time, (frames, height, width))
+        rotary: Any = tuple(share.own(part[:, -share.tokens :]) for part in table)
+        hidden = share.own(hidden)
+        hidden = self._through_blocks(hidden, conditions.text, modulation, rotary, share.under(None), memories)
+        return self._read_out(hidden, time, (frames, height, width), share)
 
     def _through_blocks(
         self,
@@ -97,7 +103,7 @@ class BidirectionalBackbone(FlowMapBackbone):
         text: Text,
         modulation: Tensor,
         rotary: RotaryTable,
-        mask: SegmentMask | None = None,
+        mask: SegmentMask | Share | None = None,
         memories: Sequence[Memory | Recorder] | None = None,
     ) -> Tensor:
         """Tokens ``[B, L, dim]`` through all blocks; ``mask`` and ``memories`` (one a block) are for self-attention."""
@@ -111,14 +117,27 @@ class BidirectionalBackbone(FlowMapBackbone):
             hidden = net._gradient_checkpointing_func(block, *arguments) if checkpointing else block(*arguments)
         return hidden
 
-    def _read_out(self, hidden: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """Velocities ``[B, F, C, H, W]`` float32 of tokens; ``time`` is their embedding ``[B, 1 or L, dim]``."""
+    def _read_out(
+        self,
+        hidden: Tensor,
+        time: Tensor,
+        grid: tuple[int, int, int],
+        share: Share,
+        asked: slice = ALL,
+    ) -> Tensor:
+        """Velocities ``[B, F, C, H, W]`` float32 of the tokens of a sequence that are ``asked`` for.
+
+        ``hidden`` are this rank's; ``time`` is their embedding ``[B, 1 or L, dim]``.
+        """
+        if share.is_whole:
+            hidden, time = hidden[:, asked], time if time.shape[1] == 1 else time[:, asked]
         projected: Tensor = (
             checkpoint(self._project, hidden, time, use_reentrant=False)
             if self.transformer.gradient_checkpointing and torch.is_grad_enabled()
             else self._project(hidden, time)
         )
-        return self._unpatchify(projected, *grid)
+        tokens = share.whole(projected)
+        return self._unpatchify(tokens if share.is_whole else tokens[:, asked], *grid)
 
     def _project(self, hidden: Tensor, time: Tensor) -> Tensor:
         """The last norm and layer, in float32: activations that a checkpointed pass need not keep."""
@@ -142,11 +161,12 @@ class BidirectionalBackbone(FlowMapBackbone):
         r_timestep: Tensor,
         tokens_per_frame: int | Sequence[int],
         controls: Tensor | None = None,
+        share: Share | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Embedding ``[B, N, dim]`` and modulation ``[B, N, 6, dim]``, float32, of times and controls.
 
-        N is 1, or L where frames differ: for times ``[B, F]``, or controls ``[B, F, P, W]`` of a network that knows
-        such. ``tokens_per_frame`` is one number, or one a frame where they differ.
+        N is 1, or L (this rank's tokens) where frames differ: for times ``[B, F]``, or controls ``[B, F, P, W]`` of a
+        network that knows such. ``tokens_per_frame`` is one number, or one a frame where they differ.
         """
         embedder = self.transformer.condition_embedder
         second = r_timestep if embedder.deltatime_type == "r" else timestep - r_timestep
@@ -166,10 +186,9 @@ class BidirectionalBackbone(FlowMapBackbone):
             return embedding, modulation
         each = [tokens_per_frame] * frames if isinstance(tokens_per_frame, int) else list(tokens_per_frame)
         repeats, total = torch.tensor(each, device=timestep.device), sum(each)  # the total: nothing waits for a device
-        return (
-            embedding.repeat_interleave(repeats, dim=1, output_size=total),
-            modulation.repeat_interleave(repeats, dim=1, output_size=total),
-        )
+        frame = torch.arange(frames, device=timestep.device).repeat_interleave(repeats, output_size=total)
+        frame = frame if share is None else share.own(frame[None])[0]
+        return embedding.index_select(1, frame), modulation.index_select(1, frame)
 
     def _rotary_table(self, grid: tuple[int, int, int], device: torch.device) -> RotaryTable:
         key = (grid, device)

@@ -135,17 +135,19 @@ class CausalBackbone(BidirectionalBackbone):
         hidden = torch.cat([part.flatten(2) for part in parts], dim=2).transpose(1, 2)
 
         sizes = [far_tokens] * context + [tokens] * (layout.num_frames - context)
-        time, modulation = self._embed_times(timestep, r_timestep, sizes, conditions.controls)
+        share = self.context.share(sum(sizes))
+        time, modulation = self._embed_times(timestep, r_timestep, sizes, conditions.controls, share)
         mask = segment_mask(layout, tokens, far_tokens, self.attention)
-        rotary = self._chunk_table(layout, grid, far_grid, hidden.device)
-        hidden = self._through_blocks(hidden, conditions.text, modulation, rotary, mask, record)
+        table = self._chunk_table(layout, grid, far_grid, hidden.device)
+        rotary: Any = tuple(map(share.own, table))
+        hidden = share.own(hidden)
+        hidden = self._through_blocks(hidden, conditions.text, modulation, rotary, share.under(mask), record)
         if not layout.noisy:
             return torch.zeros_like(latents, dtype=torch.float32)  # clean frames have nowhere to go
 
         first = context * far_tokens
         noisy = slice(first, first + layout.full_frames * tokens)
-        time = time if time.shape[1] == 1 else time[:, noisy]
-        velocity = self._read_out(hidden[:, noisy], time, (layout.full_frames, *grid))
+        velocity = self._read_out(hidden, time, (layout.full_frames, *grid), share, noisy)
         return F.pad(velocity, (0, 0, 0, 0, 0, 0, context, layout.full_frames))
 
     # Chunk by chunk ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ tensors alone:
 
 - a layer comes as its weights and those of the adapter that speaks, found beforehand: names are never compared;
 - rows, tokens and texts are marked as dimensions that vary;
-- self-attention, one call of a library kernel, stays between the two functions, with its mask and its memory.
+- self-attention, one call of a library kernel, stays between the two functions, with its mask and its memory, and so
+  does what ranks that share a clip exchange for it: no collective is ever compiled.
 
 What is left makes a graph each: whether there is a gradient (and whether the times want one), whether an adapter
 speaks, one time a clip or one a frame, one row or several. That is all, for any number of blocks and steps.
@@ -35,13 +36,14 @@ from anyflow.backbone.attention import (
     Recorder,
     RotaryTable,
     attend,
-    attend_and_keep,
+    attend_to_video,
     narrowed,
     padding_bias,
     project,
     rotate,
 )
 from anyflow.backbone.conditions import Text
+from anyflow.backbone.context import Share
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.backbone.segments import SegmentMask
 from anyflow.errors import first_line
@@ -195,7 +197,7 @@ class CompiledBlock:
         text: Text,
         modulation: Tensor,
         rotary: RotaryTable,
-        mask: SegmentMask | None,
+        mask: SegmentMask | Share | None,
         memory: Memory | Recorder | None,
     ) -> Tensor:
         before, after = pieces(self.backend)
@@ -208,9 +210,7 @@ class CompiledBlock:
         for table in rotary:
             _vary(table, 0)
         query, key, value = before(parts, hidden, first, rotary)
-        if memory is not None:
-            key, value = memory.extend(key, value)
-        attended = attend_and_keep(query, key, value, mask)
+        attended = attend_to_video(query, key, value, mask, memory)
         _vary(attended, 0, 1)
         if text.lengths is not None:
             _vary(text.lengths, 0)

@@ -48,4 +48,10 @@ class ParallelOptions:
         "no memory and halves the error of the flow map's finite difference; float32: in all; compute: in none",
         choices=("auto", "float32", "compute"),
     )
+    context: int = _option(
+        1,
+        "ranks of a node that share the tokens of each clip: long clips in less memory; they count as one rank for "
+        "data.global_batch",
+        choices=(1, 2, 4, 8),
+    )
     offload: bool = _option(False, "fsdp: keep weights and optimiser in host memory: the least GPU memory, slow")

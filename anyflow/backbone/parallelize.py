@@ -36,6 +36,7 @@ from anyflow.backbone.controls import MODULE as CONTROLS
 from anyflow.backbone.load import StoredWeights
 from anyflow.backbone.options import ParallelOptions
 from anyflow.backbone.protocol import FlowMapBackbone
+from anyflow.system.data_ranks import data_rank
 
 WAIT = timedelta(minutes=30)
 """How long a rank waits for the others in one collective before it gives up."""
@@ -250,20 +251,23 @@ def largest_on_ranks(number: int) -> int:
     return int(largest)
 
 
-def own_rows(count: int) -> list[int]:
-    """Rows of a batch that are this rank's to do: dealt out in turn, equally many everywhere (the last is repeated)."""
-    rank, size = rank_and_size()
+def own_rows(count: int, context: int = 1) -> list[int]:
+    """Rows of a batch that are this rank's to do: dealt out in turn, equally many everywhere (the last is repeated).
+
+    ``context`` ranks each do the same.
+    """
+    rank, size = data_rank(*rank_and_size(), context)
     return [min(row, count - 1) for row in range(rank, -(-count // size) * size, size)]
 
 
-def join_rows(own: Tensor, count: int) -> Tensor:
+def join_rows(own: Tensor, count: int, context: int = 1) -> Tensor:
     """The whole batch, on every rank, of what each made of its :func:`own_rows` (a collective)."""
     size = rank_and_size()[1]
     if size == 1:
         return own
     parts = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(size)]
     dist.all_gather(parts, own.contiguous())
-    return torch.stack(parts, dim=1).flatten(0, 1)[:count]
+    return torch.stack(parts[::context], dim=1).flatten(0, 1)[:count]
 
 
 def wait_for_all() -> None:

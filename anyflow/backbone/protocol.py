@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from anyflow.backbone.conditions import Conditions
+from anyflow.backbone.context import ALONE, Context
 from anyflow.backbone.options import Residual
 from anyflow.backbone.segments import AttentionKind
 from anyflow.flowmap.chunks import ChunkLayout
@@ -45,6 +46,9 @@ class FlowMapBackbone(nn.Module):
 
     sharded_compute: torch.dtype | None = None
     """That precision where sharding sees to it."""
+
+    context: Context = ALONE
+    """The ranks that this network's calls share: each must make the same calls, and gets the whole answer."""
 
     def __call__(self, latents: Tensor, *arguments: Any, **options: Any) -> Tensor:
         """:meth:`forward` in the network's precision, whoever asks."""

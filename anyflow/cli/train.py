@@ -102,7 +102,7 @@ def _check_cards(recipe: Recipe) -> None:
     if recipe.data.streaming:
         from anyflow.data.lanes import check_lanes, tars_of
 
-        check_lanes(len(tars_of(splits)), recipe.world_size, max(1, recipe.data.num_workers))
+        check_lanes(len(tars_of(splits)), recipe.data_ranks, max(1, recipe.data.num_workers))
 
 
 def _train(recipe: Recipe, options: TrainOptions, on_open: Callable[[RunFolder], None] | None = None) -> int:

@@ -23,6 +23,7 @@ from anyflow.data.skips import Skip
 from anyflow.data.stream import ClipStream
 from anyflow.data.tar_stream import TarStream, left_out_within
 from anyflow.errors import UserError
+from anyflow.system.data_ranks import data_rank
 
 
 class VideoDataModule(pl.LightningDataModule):
@@ -31,11 +32,12 @@ class VideoDataModule(pl.LightningDataModule):
     Args:
         card: name or path of a dataset card, or a folder of shards; or several of them, read as one data set.
         split: "train" or "heldout".
-        batch_size: clips in a batch of one rank; the global batch is this times the number of ranks.
+        batch_size: clips in a batch of one rank; the global batch is this times the ranks (over ``context``).
         frames, height, width: shape of a clip; longer footage is cut, larger is scaled and cropped, never stretched.
         fps: frames a second after resampling in time; None takes the footage's own frames.
         steps: batches that the whole run asks for: the stream's declared length.
         passes: batches whose gradients make one update.
+        context: neighbouring ranks that are given the same clips, of which they share the tokens.
         seed: seed of the order and of the cuts.
         num_workers: processes that decode; 0 decodes in the training process. The batches are the same for any number.
         error_budget: largest share of unusable clips; they are replaced and recorded up to it, beyond it the run stops.
@@ -66,6 +68,7 @@ class VideoDataModule(pl.LightningDataModule):
         fps: float | None = None,
         steps: int = 1000,
         passes: int = 1,
+        context: int = 1,
         seed: int = 0,
         num_workers: int = 0,
         error_budget: float = 0.01,
@@ -84,6 +87,7 @@ class VideoDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.shape = ClipShape(frames, height, width, fps)
         self.steps, self.passes, self.seed = steps, passes, seed
+        self.context = context
         self.num_workers, self.prefetch = num_workers, prefetch
         self.error_budget = error_budget
         self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
@@ -104,7 +108,8 @@ class VideoDataModule(pl.LightningDataModule):
         """
         if self.stream is not None:
             return
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world_size = data_rank(*ranks, self.context)
         if self.streaming:
             streamed = self._open_tars(rank, world_size)
             self.stream = TarStream(streamed, self.steps, self.error_budget)

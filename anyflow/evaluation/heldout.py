@@ -31,6 +31,7 @@ from anyflow.evaluation.measurement import BATCH_SIZE, CurveCodec, Measurement, 
 from anyflow.evaluation.told import Told
 from anyflow.flowmap.endpoint import Renoise
 from anyflow.flowmap.sampling import Take
+from anyflow.system.data_ranks import data_rank
 from anyflow.system.files import replacing
 
 
@@ -159,16 +160,19 @@ def curve_of(
 
     What is sampled goes to ``kept``, and comes from there if it was sampled before. Network and codec are on
     ``device``; they take fewer clips a pass than asked where clips are large. ``divide`` deals each batch out to the
-    ranks, all of which must come here: every one does its clips, and has the whole.
+    ranks, all of which must come here: every one does its clips, and has the whole. Ranks that share the network's
+    calls sample the same clips; the codec's work is dealt out to all.
 
     Raises:
         TooFewClips: The split has too few clips.
     """
     items, reference, note = prompts.told_to(controls_of(backbone.transformer)).dealt()
     model = SampledModel(sampler_of(backbone, codec, asked.guidance), codec, device, backbone.calls_of)
-    ranks = rank_and_size()[1] if divide else 1
+    ranks, context = 1, 1
     if divide:
-        model = replace(model, sampler=_divided(model.sampler), codec=_DividedCodec(codec))
+        context = backbone.context.size
+        ranks = data_rank(*rank_and_size(), context)[1]
+        model = replace(model, sampler=_divided(model.sampler, context), codec=_DividedCodec(codec))
     shape = prompts.shape
     fitting = backbone.clips_at_once(codec.latent_shape(shape.frames, shape.height, shape.width))
     asked = fitted(asked, fitting, note, ranks)
@@ -204,8 +208,9 @@ def _too_few(cards: Sequence[str], split: str, prompts: int, count: int) -> str:
     )
 
 
-def _divided(sampler: Sampler) -> Sampler:
-    """Every rank samples its rows of a batch. What a row becomes depends on its own prompt and noise alone.
+def _divided(sampler: Sampler, context: int = 1) -> Sampler:
+    """Every rank samples its rows of a batch, ``context`` ranks the same. What a row becomes depends on its own prompt
+    and noise alone.
 
     Re-noising draws for the batch as it stands: then every rank samples all of it.
     """
@@ -213,9 +218,9 @@ def _divided(sampler: Sampler) -> Sampler:
     def sample(told: Told, noise: Tensor, num_steps: int, shift: float, **way: Take) -> Tensor:
         if isinstance(way.get("take"), Renoise):
             return sampler(told, noise, num_steps, shift, **way)
-        rows = own_rows(len(noise))
+        rows = own_rows(len(noise), context)
         own = sampler(told.of_rows(rows), noise[rows], num_steps, shift, **way)
-        return join_rows(own, len(noise))
+        return join_rows(own, len(noise), context)
 
     return sample
 

@@ -9,10 +9,14 @@ from typing import Any
 from anyflow.errors import UserError
 from anyflow.memory.phases import DECODING, ENCODING, EXPORT, READING, SAMPLING, STEP
 from anyflow.recipe import Recipe
+from anyflow.system.data_ranks import data_rank
 
 
-def changes(recipe: Recipe, phase: str = STEP) -> Iterator[tuple[str, Recipe, str]]:
-    """Single changes that lower what a phase needs, the cheapest first: ``(what to write, the recipe, its cost)``."""
+def changes(recipe: Recipe, phase: str = STEP, heads: int = 1) -> Iterator[tuple[str, Recipe, str]]:
+    """Single changes that lower what a phase needs, the cheapest first: ``(what to write, the recipe, its cost)``.
+
+    ``heads`` are those of the network's attention.
+    """
     hardware, data = recipe.hardware, recipe.data
     if phase == STEP:
         yield from _of_step(recipe)
@@ -27,6 +31,8 @@ def changes(recipe: Recipe, phase: str = STEP) -> Iterator[tuple[str, Recipe, st
         yield "sampling.every_steps=0", _with(recipe, "sampling", every_steps=0), "no curve during training"
     if phase in (*SAMPLING.values(), *DECODING.values()):
         yield "sampling.prompts=0", _with(recipe, "sampling", prompts=0), "no curve: evaluate the model later"
+    if phase in (STEP, *SAMPLING.values()):
+        yield from _of_context(recipe, heads)
     yield from _of_all(recipe, phase)
 
 
@@ -47,6 +53,16 @@ def _of_step(recipe: Recipe) -> Iterator[tuple[str, Recipe, str]]:
         yield "hardware.keep_attention=false", _with(recipe, "hardware", keep_attention=False), "more recomputation"
     if not hardware.recompute_jumps and recipe.declared.keeps_rollouts:
         yield "hardware.recompute_jumps=true", _with(recipe, "hardware", recompute_jumps=True), "a tenth more time"
+
+
+def _of_context(recipe: Recipe, heads: int) -> Iterator[tuple[str, Recipe, str]]:
+    """Clips shared by more ranks; the batch over all ranks stays, in more passes."""
+    hardware = recipe.hardware
+    for size in (2, 4, 8):
+        if size > hardware.context and hardware.devices % size == 0 and heads % size == 0:
+            passes = hardware.accumulate * size // hardware.context
+            shared = _with(recipe, "hardware", context=size, accumulate=passes)
+            yield f"hardware.context={size}", shared, f"{passes} passes a step, each {size} times as fast at best"
 
 
 def _of_all(recipe: Recipe, phase: str) -> Iterator[tuple[str, Recipe, str]]:
@@ -80,7 +96,13 @@ def with_gpus(recipe: Recipe, gpus: int) -> Recipe:
         raise UserError(f"--gpus {gpus} is no multiple of 8: nodes have 8 GPUs, so give 16, 24, ... or at most 8")
     nodes = max(1, gpus // 8)
     hardware, data = recipe.hardware, recipe.data
-    share = max(1, data.global_batch // gpus) if data.global_batch else data.batch_size * hardware.accumulate
+    if min(gpus, 8) % hardware.context:
+        raise UserError(
+            f"--gpus {gpus}: hardware.context={hardware.context} ranks share a clip, and do not divide the GPUs of a "
+            f"node: give a multiple of {hardware.context}, or another hardware.context"
+        )
+    ranks = data_rank(0, gpus, hardware.context)[1]
+    share = max(1, data.global_batch // ranks) if data.global_batch else data.batch_size * hardware.accumulate
     batch = max(size for size in range(1, min(share, data.batch_size) + 1) if share % size == 0)
     fsdp = "fsdp" if gpus > 1 and not recipe.whole_weights else "auto"
     changed = dataclasses.replace(

@@ -42,7 +42,7 @@ def codec_work(recipe: Recipe, rows: int) -> CodecWork:
 
 def rows_of_curve(recipe: Recipe, fitting: int) -> int:
     """Clips of a curve that each rank samples in one pass, where ``fitting`` fit."""
-    ranks = recipe.world_size
+    ranks = recipe.data_ranks
     return -(-min(clips_a_pass(fitting, ranks), max(recipe.sampling.prompts, ranks)) // ranks)
 
 

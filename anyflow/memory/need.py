@@ -30,6 +30,9 @@ WORTH_IT = 0.95
 GB = 10**9
 """GPUs are sold in this, and hold GiB."""
 
+LINK = 300 * GB
+"""Bytes a second from one GPU to others of its node, over NVLink."""
+
 _SHARED = {
     "patch_size": [1, 2, 2],
     "attention_head_dim": 128,
@@ -74,6 +77,8 @@ class Need:
         host: bytes of one machine's memory while weights load and checkpoints are written.
         remedies: single changes that make it fit, the cheapest first.
         together: where no single one does, changes that do so together, or the least memory that was found.
+        context: ranks that share each clip.
+        exchanged: bytes that a step sends from each rank to those.
     """
 
     recipe: str
@@ -86,6 +91,8 @@ class Need:
     host: float
     remedies: list[Remedy] = field(default_factory=list)
     together: Remedy | None = None
+    context: int = 1
+    exchanged: float = 0.0
 
     @property
     def totals(self) -> dict[str, float]:
@@ -128,6 +135,12 @@ class Need:
         yield "phases"
         for name, size in self.totals.items():
             yield f"  {name:<34}{size / GIB:8.1f} GiB"
+        if self.context > 1:
+            yield (
+                f"context     {self.context} ranks share a clip, {-(-self.tokens // self.context):,} tokens each; a "
+                f"step sends about {self.exchanged / GIB:.0f} GiB from each to the others by all-to-all, "
+                f"{self.exchanged / LINK:.1f} s at {LINK / GB:.0f} GB/s"
+            )
         yield f"disk        {self.checkpoint / GIB:.1f} GiB a checkpoint, {self.disk / GIB:.1f} for those that are kept"
         yield f"host        {self.host / GIB:.1f} GiB of memory on each machine"
         if not self.fits:
@@ -169,7 +182,8 @@ def plan(
         return need
 
     def trials(recipe: Recipe, need: Need) -> Iterator[Trial]:
-        for change, changed, cost in changes(recipe, need.peak):
+        heads = transformer_config_of(recipe)["num_attention_heads"]
+        for change, changed, cost in changes(recipe, need.peak, heads):
             on_try(change)
             yield Trial(change, changed, cost, _need(changed, gpu_memory, simulate))
 
@@ -226,6 +240,8 @@ def _need(recipe: Recipe, gpu_memory: float, simulate: Simulate) -> Need:
         checkpoint=checkpoint,
         disk=(recipe.checkpoint.keep + 1) * checkpoint,
         host=hardware.devices * (checkpoint / max(ranks, 1) + on_host) + loading,
+        context=hardware.context,
+        exchanged=memory.exchanged,
     )
 
 

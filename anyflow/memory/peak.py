@@ -22,6 +22,8 @@ class Peak(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
+        self.exchanged = 0
+        """Bytes that went into all-to-alls: the part for this rank itself too."""
         self.peaks: list[float] = []
         self._sizes: dict[int, int] = {}
         self._is_working_out_shapes = False
@@ -81,6 +83,8 @@ class Peak(TorchDispatchMode):
         if any(kind is DTensor for kind in types):
             return NotImplemented  # it comes again with each rank's own part
         result = function(*arguments, **(options or {}))
+        if function is torch.ops.c10d.alltoall_base_.default:
+            self.exchanged += arguments[1].numel() * arguments[1].element_size()
         if self._is_working_out_shapes:
             return result
         for tensor in tree_iter(result):

@@ -46,6 +46,7 @@ class Memory:
         student: this rank's part of the weights of the network that is sampled.
         largest: its largest weight, whole.
         rows: clips that are sampled in one pass.
+        exchanged: what a step sends to the ranks that share its clips.
     """
 
     weights: float
@@ -57,6 +58,7 @@ class Memory:
     student: float = 0.0
     largest: float = 0.0
     rows: int = 1
+    exchanged: float = 0.0
 
     @property
     def peak(self) -> float:

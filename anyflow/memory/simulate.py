@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anyflow.backbone.conditions import Conditions
+from anyflow.backbone.context import check_heads, join_context
 from anyflow.backbone.controls import MODULE as CONTROLS
 from anyflow.backbone.controls import ControlSettings, add_controls
 from anyflow.backbone.load import backbone_class, weight_precision, wrap
@@ -60,12 +61,14 @@ def simulate(recipe: Recipe, config: dict[str, Any], latents: tuple[int, int, in
         student=low.student + (high.student - low.student) * steps,
         largest=high.largest,
         rows=high.rows,
+        exchanged=low.exchanged + (high.exchanged - low.exchanged) * steps,
     )
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What a simulated depth gave: sizes of what lies there, the peak of each part of a step, what sampling took."""
+    """What a simulated depth gave: sizes of what lies there, the peak of each part of a step, what sampling took, and
+    what was sent to the ranks that share clips."""
 
     sizes: dict[str, float]
     peaks: list[float]
@@ -73,17 +76,20 @@ class _Run:
     student: float
     largest: float
     rows: int
+    exchanged: float
 
 
 def _simulate(recipe: Recipe, config: dict[str, Any], latents: tuple[int, int, int, int]) -> _Run:
-    sharded = recipe.hardware.strategy == "fsdp" and recipe.world_size > 1
+    sharded, context = recipe.hardware.strategy == "fsdp" and recipe.world_size > 1, recipe.hardware.context
+    check_heads(context, config["num_attention_heads"])
     roles = _networks(recipe, config)
     roles.student.fit_clip(latents[0])
-    with fake_ranks(recipe.world_size if sharded else 1):
+    with fake_ranks(recipe.world_size if sharded or context > 1 else 1):
         nodes = recipe.hardware.num_nodes if recipe.hardware.shard_within == "node" else 1
         mesh = device_mesh("cpu", nodes) if sharded else None
         with FakeTensorMode():
             for network in roles.networks:
+                network.context = join_context(context)
                 dtype = frozen_dtype(recipe) if network is roles.frozen else weights_dtype(recipe)
                 _materialise(recipe, network, dtype, mesh)
             return _measure(recipe, roles, latents, sharded)
@@ -125,6 +131,7 @@ def _measure(recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], s
             optimizers[role].step()
             optimizers[role].zero_grad()
             tracker.next_phase()
+    sent = tracker.exchanged * (1 - 1 / recipe.hardware.context) * recipe.hardware.accumulate
     tracker.peak = lying = tracker.live
     rows = rows_of_curve(recipe, roles.student.clips_at_once(latents))
     if recipe.sampling.prompts:
@@ -132,7 +139,7 @@ def _measure(recipe: Recipe, roles: Roles, latents: tuple[int, int, int, int], s
             sample_once(recipe, roles, latents, rows)
     own = list(roles.student.parameters())
     largest = max(weight.numel() * weight.element_size() for weight in own)
-    return _Run(sizes, tracker.peaks, tracker.peak - lying, _bytes(own), largest, rows)
+    return _Run(sizes, tracker.peaks, tracker.peak - lying, _bytes(own), largest, rows, sent)
 
 
 def _networks(recipe: Recipe, config: dict[str, Any]) -> Roles:

@@ -90,14 +90,15 @@ def fit_batch(recipe: Recipe) -> Recipe:
     Raises:
         UserError: the ranks do not divide the batch, or outnumber it.
     """
-    total, ranks = recipe.data.global_batch, recipe.world_size
+    total, ranks = recipe.data.global_batch, recipe.data_ranks
     if not total:
         return recipe
     if total % ranks:
         near = max(1, round(total / ranks)) * ranks
+        kind, context = ("ranks", "") if ranks == recipe.world_size else ("groups of ranks", " or hardware.context")
         raise UserError(
-            f"data.global_batch={total} does not divide over {ranks} ranks: "
-            f"give data.global_batch={near}, or other hardware.devices"
+            f"data.global_batch={total} does not divide over {ranks} {kind}: "
+            f"give data.global_batch={near}, or other hardware.devices{context}"
         )
     share = total // ranks
     batch = max(size for size in range(1, min(share, recipe.data.batch_size) + 1) if share % size == 0)
@@ -119,7 +120,7 @@ def check_range(info: FieldInfo, value: Any, source: str) -> None:
         if isinstance(item, str):
             check_secret(item, info.key)
         if "choices" in info.limits and item not in info.limits["choices"]:
-            close = difflib.get_close_matches(str(item), info.limits["choices"], n=1)
+            close = difflib.get_close_matches(str(item), map(str, info.limits["choices"]), n=1)
             raise UserError(
                 f"{where} is not known: give {info.wants}" + (f" (did you mean {close[0]}?)" if close else "")
             )
@@ -302,6 +303,23 @@ def _check_hardware(recipe: Recipe) -> None:
         raise UserError(
             f"hardware.attention=flex is for the masks of causal networks, and model.architecture is "
             f"{recipe.model.architecture}: set hardware.attention=auto"
+        )
+    _check_context(recipe)
+
+
+def _check_context(recipe: Recipe) -> None:
+    """That ranks of one node can share clips, and that there are clips' tokens to share."""
+    size, devices = recipe.hardware.context, recipe.hardware.devices
+    if size > 1 and recipe.declared.trains_codec:
+        raise UserError(
+            f"hardware.context={size} spreads the tokens of a network, and stage {recipe.stage.name} trains "
+            "an autoencoder, which has none: set hardware.context=1"
+        )
+    if devices % size:
+        fitting = max(number for number in (1, 2, 4, 8) if devices % number == 0)
+        raise UserError(
+            f"hardware.context={size} does not divide hardware.devices={devices}, and ranks that share a clip are "
+            f"of one node: set hardware.context={fitting}, or hardware.devices={-(-devices // size) * size}"
         )
 
 

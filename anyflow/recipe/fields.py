@@ -36,7 +36,7 @@ class FieldInfo:
     def wants(self) -> str:
         """What to give, in words: used by error sentences."""
         if "choices" in self.limits:
-            return f"one of {', '.join(self.limits['choices'])}"
+            return f"one of {', '.join(map(str, self.limits['choices']))}"
         if typing.get_origin(self.type) is list:
             return f"a list such as [{', '.join(map(str, self.default)) or '...'}]"
         return in_words(self.type)

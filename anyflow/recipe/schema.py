@@ -16,6 +16,7 @@ from anyflow.flowmap.samplers import SAMPLERS, SamplerKind
 from anyflow.stages.declaration import Declaration
 from anyflow.stages.options import WHOLE_WEIGHTS, EmaSettings, OptimizerSettings, StageOptions
 from anyflow.system.addresses import LOCAL_DATABASE
+from anyflow.system.data_ranks import data_rank
 from anyflow.system.option import option as _option
 
 
@@ -309,9 +310,14 @@ class Recipe:
         return self.hardware.devices * self.hardware.num_nodes
 
     @property
+    def data_ranks(self) -> int:
+        """Ranks that clips are dealt out to: those that share a clip (``hardware.context``) count as one."""
+        return data_rank(0, self.world_size, self.hardware.context)[1]
+
+    @property
     def global_batch(self) -> int:
         """Clips of one optimiser step over all ranks."""
-        return self.data.batch_size * self.world_size * self.hardware.accumulate
+        return self.data.batch_size * self.data_ranks * self.hardware.accumulate
 
 
 GROUPS: dict[str, type] = {

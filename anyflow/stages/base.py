@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from anyflow.backbone.codec import Codec
+from anyflow.backbone.context import ALONE, Context
 from anyflow.backbone.parallelize import whole
 from anyflow.backbone.roles import Roles
 from anyflow.errors import UserError
@@ -37,6 +38,7 @@ class Training:
         total_steps: of the run.
         seed: of every draw.
         passes: batches of one update.
+        context: the ranks that share this one's clips.
     """
 
     optimizer: OptimizerSettings
@@ -44,6 +46,7 @@ class Training:
     total_steps: int
     seed: int
     passes: int = 1
+    context: Context = ALONE
 
 
 class Counted(Protocol):
@@ -84,7 +87,7 @@ class Stage(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.total_steps = training.total_steps
-        self.update = Update(training.seed, training.passes)
+        self.update = Update(training.seed, training.passes, training.context)
         alone = OptimizerGroup("student", training.optimizer, training.total_steps, "optimizer")
         self.groups = groups or {"student": alone}
         self.automatic_optimization = groups is None
@@ -114,6 +117,8 @@ class Stage(lightning.LightningModule):
             self.roles.place(self.device)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_index: int) -> None:
+        if self.update.context.size > 1:
+            self.update.context.check_same(batch["key"])
         place = batch.get("place")
         self.begin_pass(None if place is None else (place[0], place[1]))
 

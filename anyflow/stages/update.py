@@ -3,6 +3,8 @@
 Everything random in a stage comes from :meth:`Update.generator`, a function of (seed, purpose, position) alone: the
 same numbers on every rank, after every resume, for every number of workers.
 
+Clips and draws belong to data ranks: ranks that share each clip (``backbone/context.py``) count as one of them.
+
 An update may take several passes, each with a batch of its own. What is drawn for a sample depends on its number in the
 update's whole batch, and losses are averaged over that: how it is split in passes and ranks changes nothing.
 """
@@ -16,7 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from anyflow.backbone.context import ALONE, Context
 from anyflow.flowmap.schedule import logit_normal_timestep
+from anyflow.system.data_ranks import data_rank
 
 
 class Loss(NamedTuple):
@@ -32,12 +36,14 @@ class Update:
     Attributes:
         seed: Of every draw.
         passes: Batches whose gradients make one update.
+        context: The ranks that share this one's clips.
         position: Updates begun, from which every random draw is derived.
     """
 
-    def __init__(self, seed: int, passes: int = 1) -> None:
+    def __init__(self, seed: int, passes: int = 1, context: Context = ALONE) -> None:
         self.seed = seed
         self.passes = passes
+        self.context = context
         self.position = 0
         self._begun = 0  # passes of this update
         self._place: tuple[int, int] | None = None  # of the batch: see begin_pass
@@ -68,14 +74,19 @@ class Update:
 
     # Places ---------------------------------------------------------------------------------------------------------
 
+    @property
+    def data_rank(self) -> tuple[int, int]:
+        """Which of the ranks that clips are dealt out to this is, and how many."""
+        return data_rank(*world(), self.context.size)
+
     def place_of(self, batch_size: int) -> tuple[int, int]:
-        """Where a batch of this many clips a rank stands in its update's: the clips before it, and all of them."""
-        size = batch_size * world()[1]
+        """Where a batch of this many clips a data rank stands in its update's: the clips before it, and all of them."""
+        size = batch_size * self.data_rank[1]
         return self._place or (max(0, self._begun - 1) * size, self.passes * size)
 
     def own_samples(self, batch_size: int) -> list[int]:
         """The numbers of this rank's samples in the update's batch: dealt out in turn, as the data stream does."""
-        rank, ranks = world()
+        rank, ranks = self.data_rank
         first = self.place_of(batch_size)[0]
         return list(range(first + rank, first + batch_size * ranks, ranks))
 
@@ -85,7 +96,7 @@ class Update:
         """What a batch's mean counts for, so that the mean over ranks and passes is that over the update's batch: 1 if
         all passes have as many clips.
         """
-        return batch_size * world()[1] * self.passes / self.place_of(batch_size)[1]
+        return batch_size * self.data_rank[1] * self.passes / self.place_of(batch_size)[1]
 
     def mean(self, per_sample: Tensor) -> Tensor:
         """The mean of losses ``[B]``, weighed with :meth:`weight_of_pass`."""
@@ -105,10 +116,11 @@ class Update:
 
     def where_it_began(self) -> str:
         """The ranks whose own losses were not finite, in words (a collective: all ranks see the same norm)."""
-        bad = [str(rank) for rank, is_bad in enumerate(gather(bool(self._has_bad_loss))) if is_bad]
-        if len(bad) in (0, world()[1]) and world()[1] > 1:
+        found = gather(bool(self._has_bad_loss))
+        bad = [str(rank) for rank, is_bad in enumerate(found) if is_bad]
+        if len(bad) in (0, len(found)) and len(found) > 1:
             return " on all ranks" if bad else ", though all losses were finite"
-        return f" (it began on rank {', '.join(bad)} of {world()[1]})" if world()[1] > 1 else ""
+        return f" (it began on rank {', '.join(bad)} of {len(found)})" if len(found) > 1 else ""
 
     # Draws ----------------------------------------------------------------------------------------------------------
 
@@ -158,7 +170,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of all ranks' ``values``, on every rank."""
+    """The sum of all ranks' ``values``, on every rank; those that share a clip add it each, to sum and count alike."""
     if world()[1] > 1:
         dist.all_reduce(values)
     return values

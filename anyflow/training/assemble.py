@@ -15,6 +15,7 @@ import torch
 
 from anyflow.backbone.codec import Codec, codec_dtypes
 from anyflow.backbone.compiled import compile_blocks
+from anyflow.backbone.context import Context, check_heads, join_context
 from anyflow.backbone.controls import MODULE as CONTROLS
 from anyflow.backbone.controls import ControlSettings, check_controls, controls_of
 from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build_vae, transformer_config
@@ -23,6 +24,7 @@ from anyflow.backbone.kernels import prefer_kernel
 from anyflow.backbone.load import keep_in, load_backbone, new_backbone, read_controls
 from anyflow.backbone.lora import ADAPTER, LoraSettings, add_lora, load_lora
 from anyflow.backbone.parallelize import (
+    WAIT,
     ParallelSettings,
     checkpoint_activations,
     join_ranks,
@@ -121,6 +123,7 @@ def load_model(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, Fl
             network=model.network,
             controls=controls,
         )
+    check_heads(hardware.context, backbone.transformer.config.num_attention_heads)
     if hardware.gradient_checkpointing:
         checkpoint_activations(backbone, hardware.keep_attention)
     return codec, backbone
@@ -155,10 +158,11 @@ def parallel_settings(recipe: Recipe, *, compiled: bool = True) -> ParallelSetti
     )
 
 
-def spread(recipe: Recipe, *networks: FlowMapBackbone) -> None:
+def spread(recipe: Recipe, context: Context, *networks: FlowMapBackbone) -> None:
     """Compile, and spread over the ranks, as the recipe's hardware says; the last step before a stage is built."""
     hardware, settings = recipe.hardware, parallel_settings(recipe)
     for network in networks:
+        network.context = context
         if hardware.attention == "flex" and network.is_causal and torch.cuda.is_available():
             network.attention = "flex"
         if is_sharded(recipe):
@@ -174,12 +178,13 @@ def spread(recipe: Recipe, *networks: FlowMapBackbone) -> None:
 def build_stage(recipe: Recipe, codec: Codec, backbone: FlowMapBackbone) -> Stage:
     """The LightningModule of the recipe's stage."""
     roles = build_roles(recipe, backbone) if recipe.has_teacher else None
+    context = join_context(recipe.hardware.context, WAIT)
     if not recipe.declared.trains_codec:
-        spread(recipe, *(roles.networks if roles is not None else [backbone]))
+        spread(recipe, context, *(roles.networks if roles is not None else [backbone]))
     parts = StageParts(
         options=recipe.stage,
         training=Training(
-            recipe.optimizer, recipe.ema, recipe.stage.steps, recipe.run.seed, recipe.hardware.accumulate
+            recipe.optimizer, recipe.ema, recipe.stage.steps, recipe.run.seed, recipe.hardware.accumulate, context
         ),
         codec=codec,
         backbone=backbone,
@@ -271,6 +276,7 @@ def build_data(recipe: Recipe, codec: Codec, told: ControlSettings | None, *, en
         fps=data.fps or None,
         steps=batches_of(recipe),
         passes=recipe.hardware.accumulate,
+        context=recipe.hardware.context,
         seed=recipe.run.seed,
         num_workers=data.num_workers,
         error_budget=data.error_budget,

@@ -265,10 +265,11 @@ def describe_parts(recipe: Recipe, parts: Parts) -> Iterator[str]:
 
 def _dealt(recipe: Recipe) -> str:
     """How a step's clips are dealt to ranks and passes, where there is more than one of either."""
-    passes, ranks = recipe.hardware.accumulate, recipe.world_size
-    if passes == ranks == 1:
+    passes, ranks, context = recipe.hardware.accumulate, recipe.data_ranks, recipe.hardware.context
+    if passes == ranks == context == 1:
         return ""
-    parts = [f"{ranks} ranks"] * (ranks > 1) + [f"{passes} passes"] * (passes > 1)
+    many = f"{ranks} ranks" if context == 1 else f"{ranks} x {context} ranks ({context} share each clip)"
+    parts = [many] * (ranks > 1 or context > 1) + [f"{passes} passes"] * (passes > 1)
     return f", in {' x '.join(parts)} of {recipe.data.batch_size}"
 
 

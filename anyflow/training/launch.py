@@ -214,7 +214,13 @@ def fit(
     hardware = recipe.hardware
     checkpoint = recipe.checkpoint
     writer = BackgroundWriter() if checkpoint.background else Writer()
-    checkpoints = Checkpoints(run.checkpoints, every_steps=checkpoint.every_steps, keep=checkpoint.keep, writer=writer)
+    checkpoints = Checkpoints(
+        run.checkpoints,
+        every_steps=checkpoint.every_steps,
+        keep=checkpoint.keep,
+        writer=writer,
+        context=hardware.context,
+    )
     preemption = Preemption(checkpoints)
     callbacks: list[Any] = [checkpoints, TrainingProgress(recipe.stage.name, recipe.total_steps), preemption, *more]
     if recipe.sampling.every_steps and not recipe.declared.trains_codec:

@@ -1,9 +1,13 @@
-"""Two ranks with sharded weights compute what one process computes, to rounding: stages, roles, LoRA and full."""
+"""Ranks with sharded weights compute what one process computes, to rounding: stages, roles, LoRA and full.
+
+Two ranks have clips of their own, or share each clip's tokens; four do both. Copies of the weights share clips too.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +56,13 @@ CAUSAL = (
 )
 CHECKPOINTED = "hardware.gradient_checkpointing=true"
 CONTROLS = ("model.control.names=[actions]", "model.control.dropout=0.3", "model.control.width=16")
+ODD = ("data.frames=9", "data.height=48", "data.width=48")  # 27 tokens a clip
 QUICK = "on-policy, one base"
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "teacher": ("teacher/tiny", ("model.init=weights", "model.codec=", *ODD)),
+    "consistency, LoRA": ("consistency/tiny", (*LORA, CHECKPOINTED)),
+    # critic and teacher begin alike: all that they teach in two steps is the rounding of their difference
+    "dmd, LoRA": ("dmd/tiny", (*LORA, "stage.onpolicy.forward_weight=1")),
     "forward, full": ("forward/tiny", (CHECKPOINTED, "hardware.keep_attention=true")),
     "finetune, LoRA": ("finetune/driving", (*LORA, CHECKPOINTED)),
     "finetune, offloaded": ("finetune/driving", ()),
@@ -67,6 +76,16 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "causal, forward, controls": ("forward/tiny", (*CAUSAL, *CONTROLS)),
     "causal, on-policy, one base": ("onpolicy/tiny", (*CAUSAL, *LORA, CHECKPOINTED)),
 }
+OWN, COPIES = "clips of their own", "hardware.strategy=ddp"
+WAYS: dict[str, tuple[int, tuple[str, ...]]] = {
+    OWN: (2, ()),
+    "shared clips": (2, ("hardware.context=2",)),
+    "both": (4, ("hardware.context=2",)),
+    "shared clips, copies": (2, ("hardware.context=2", COPIES)),
+}
+"""Ranks, and how they stand to clips and weights."""
+FEW = ("forward, full", "causal, on-policy, one base")
+"""Stages that show what the last two ways could get wrong."""
 
 
 Models = dict[str, Path]
@@ -87,7 +106,8 @@ def train(recipe: Recipe, folder: Path) -> Parts:
     return parts
 
 
-def _rank(rank: int, ranks: int, port: int, models: Models, out: Path, cases: Sequence[str]) -> None:
+def _rank(rank: int, way: str, port: int, models: Models, out: Path, cases: Sequence[str]) -> None:
+    ranks, more = WAYS[way]
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -101,26 +121,35 @@ def _rank(rank: int, ranks: int, port: int, models: Models, out: Path, cases: Se
             "hardware.offload": "offloaded" in case,
             "hardware.recompute_jumps": True,  # one process keeps all graphs of a rollout
         }
-        parts = train(recipe_of(case, models, *(f"{key}={value}" for key, value in spread.items())), out / case)
-        assert is_sharded_module(parts.backbone)
+        parts = train(recipe_of(case, models, *(f"{key}={value}" for key, value in spread.items()), *more), out / case)
+        assert is_sharded_module(parts.backbone) == (COPIES not in more)
         with averaged(parts):
-            gathered = gather_state(parts.backbone.transformer)
+            gathered = gather_state(parts.backbone.transformer) or clone_state(parts.backbone)
         if rank == 0:
             assert gathered is not None
             torch.save(dict(gathered), out / case / "gathered.pt")
     leave_ranks()
 
 
-def on_two_ranks(models: Models, out: Path, cases: Sequence[str]) -> Path:
-    """The cases, one after the other, in the same two processes."""
+def clone_state(backbone: FlowMapBackbone) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in backbone.transformer.state_dict().items()}
+
+
+def on_some_ranks(way: str, models: Models, out: Path, cases: Sequence[str]) -> Path:
+    """The cases, one after the other, in the same processes."""
     port = 29500 + os.getpid() % 1000
-    on_ranks(_rank, (2, port, models, out, cases))
+    on_ranks(_rank, (way, port, models, out, cases), WAYS[way][0])
     return out
 
 
 @pytest.fixture(scope="module")
-def the_others(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return on_two_ranks(models, tmp_path_factory.mktemp("two"), [case for case in CASES if case != QUICK])
+def the_others(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    @cache
+    def run(way: str) -> Path:
+        cases = FEW if way in ("both", "shared clips, copies") else [case for case in CASES if case != QUICK]
+        return on_some_ranks(way, models, tmp_path_factory.mktemp("some"), cases)
+
+    return run
 
 
 def answer(backbone: FlowMapBackbone, weights: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -147,13 +176,25 @@ def saved(folder: Path) -> dict[str, Any]:
 
 
 def test_three_roles_on_two_ranks_are_those_of_one_process(models: Models, tmp_path: Path) -> None:
-    check_equal(QUICK, on_two_ranks(models, tmp_path / "two", [QUICK]), models, tmp_path)
+    check_equal(QUICK, on_some_ranks(OWN, models, tmp_path / "two", [QUICK]), models, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case != QUICK])
-def test_two_ranks_are_one_process(case: str, the_others: Path, models: Models, tmp_path: Path) -> None:
-    check_equal(case, the_others, models, tmp_path)
+@pytest.mark.parametrize("way", [OWN, "shared clips"])
+def test_two_ranks_are_one_process(
+    way: str, case: str, the_others: Callable[[str], Path], models: Models, tmp_path: Path
+) -> None:
+    check_equal(case, the_others(way), models, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FEW)
+@pytest.mark.parametrize("way", ["both", "shared clips, copies"])
+def test_four_ranks_and_copies_are_one_process(
+    way: str, case: str, the_others: Callable[[str], Path], models: Models, tmp_path: Path
+) -> None:
+    check_equal(case, the_others(way), models, tmp_path)
 
 
 def check_equal(case: str, two_ranks: Path, models: Models, tmp_path: Path) -> None:
@@ -170,7 +211,7 @@ def check_equal(case: str, two_ranks: Path, models: Models, tmp_path: Path) -> N
             difference = float((state["exp_avg"] - double["state"][index]["exp_avg"]).norm())
             assert difference < 1e-5 * norm, index
     with averaged(parts):
-        own = {name: tensor.clone() for name, tensor in parts.backbone.transformer.state_dict().items()}
+        own = clone_state(parts.backbone)
     gathered = torch.load(two_ranks / case / "gathered.pt", weights_only=True)
     first, second = answer(parts.backbone, own), answer(parts.backbone, gathered)
     start = answer(assemble(recipe_of(case, models)).backbone, own)

@@ -196,6 +196,44 @@ def test_what_two_ranks_saved_goes_on_bitwise_on_two_and_closely_on_one(
         torch.testing.assert_close(on_one[name], whole[name], rtol=1e-3, atol=2e-4)
 
 
+APART, SHARED = (2, ()), (2, ("hardware.context=2",))
+"""Two ranks with clips of their own, and two that share each clip."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one rank computes without a stop."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    finish(training(small_model, out, ranks=1))
+    return weights(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "before, after", [(SHARED, (1, ())), ((1, ()), SHARED), (SHARED, APART), (APART, SHARED), (SHARED, SHARED)]
+)
+def test_a_killed_run_goes_on_with_clips_shared_otherwise(
+    before: tuple[int, tuple[str, ...]],
+    after: tuple[int, tuple[str, ...]],
+    undisturbed: dict[str, Any],
+    small_model: Path,
+    tmp_path: Path,
+) -> None:
+    """Caught: other clips, noise or learning rates after the kill; gradients of another scale."""
+    out = tmp_path / "run"
+    process = start(training(small_model, out, *before[1], ranks=before[0]))
+    after_first_checkpoint(process, out)
+    os.kill(rank_of(process.pid, 1) if before[0] > 1 else process.pid, signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode
+    process = start(training(small_model, out, *after[1], "--resume", "auto", ranks=after[0]))
+    told = process.communicate(timeout=300)[1].decode()
+    assert process.returncode == 0, told
+    assert ("taken up by" in told) == (before != after), told
+    for name, weight in weights(out).items():
+        torch.testing.assert_close(weight, undisturbed[name], rtol=1e-3, atol=2e-4)
+
+
 @pytest.mark.slow
 def test_a_preempted_run_of_one_process_goes_on_with_two_ranks(small_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"

@@ -68,6 +68,8 @@ def _rank(rank: int, port: int, model: Path, out: Path) -> None:
     join_ranks("cpu")
     assert measured(model, out, 2) == STEPS * 2, "three prompts: two, and one with a filler, in one batch"
     assert measured(model, out / "guided", 2, *GUIDED) == STEPS * 2 * 2, "each asked for both prompts"
+    shared = ("finetune/driving", "hardware.context=2")
+    assert measured(model, out / "shared", 2, *shared) == STEPS * PROMPTS, "all prompts, of each half the tokens"
     leave_ranks()
 
 
@@ -78,6 +80,7 @@ def test_two_ranks_measure_what_one_process_measures(small_model: Path, tmp_path
     assert measured(small_model, tmp_path / "one" / "guided", 1, *GUIDED) == STEPS * PROMPTS * 2
     for part, nfe in ((".", STEPS), ("guided", 2 * STEPS)):
         _are_alike(tmp_path / "one" / part, tmp_path / "two" / part, nfe)
+    _are_alike(tmp_path / "one", tmp_path / "two" / "shared", STEPS)
 
 
 def _are_alike(first_run: Path, second_run: Path, nfe: int) -> None:
@@ -131,12 +134,16 @@ def test_a_single_held_out_clip_gives_no_curve_and_stops_nothing(
     assert not (tmp_path / "curves").exists()
 
 
-@pytest.mark.parametrize("count, size", [(1, 2), (3, 2), (8, 8), (9, 4)])
-def test_rows_are_dealt_out_once_and_equally(count: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count, size, context", [(1, 2, 1), (3, 2, 1), (8, 8, 1), (9, 4, 1), (3, 4, 2), (5, 4, 4)])
+def test_rows_are_dealt_out_once_and_equally(
+    count: int, size: int, context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dealt = []
     for rank in range(size):
         monkeypatch.setattr(parallelize, "rank_and_size", lambda rank=rank: (rank, size))
-        dealt.append(own_rows(count))
+        dealt.append(own_rows(count, context))
+        assert dealt[rank] == dealt[rank - rank % context], "neighbours do the same"
+    dealt = dealt[::context]
     assert len({len(rows) for rows in dealt}) == 1
     in_turn = [row for turn in zip(*dealt, strict=True) for row in turn]
     assert in_turn[:count] == list(range(count)) and set(in_turn[count:]) <= {count - 1}
@@ -158,8 +165,8 @@ def test_a_rank_takes_the_jumps_that_it_is_told_to(monkeypatch: pytest.MonkeyPat
         seen.append((len(told.captions), way.get("take")))
         return noise
 
-    monkeypatch.setattr(curves, "own_rows", lambda count: [0])
-    monkeypatch.setattr(curves, "join_rows", lambda own, count: own)
+    monkeypatch.setattr(curves, "own_rows", lambda count, context=1: [0])
+    monkeypatch.setattr(curves, "join_rows", lambda own, count, context=1: own)
     divided, renoise = curves._divided(sampler), Renoise(torch.randn_like)
     for way in ({}, {"take": take_velocity}, {"take": renoise}):
         divided(Told(["a", "b"]), torch.zeros(2, 1), 2, 3.0, **way)

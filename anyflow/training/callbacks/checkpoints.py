@@ -29,10 +29,13 @@ class Checkpoints(Callback):
     """Save every ``every_steps`` optimiser steps, at the end, and when asked; keep the newest ``keep``.
 
     ``writer`` does the work: at once, or behind the training's back. Then the strategy must have the same one.
+    ``context`` is how many ranks share each clip.
     """
 
-    def __init__(self, folder: Path, *, every_steps: int, keep: int, writer: Writer | None = None) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, *, every_steps: int, keep: int, writer: Writer | None = None, context: int = 1
+    ) -> None:
+        self.folder, self._context = folder, context
         self.writer = writer or Writer()
         self.every_steps = every_steps
         self.keep = keep
@@ -101,17 +104,18 @@ class Checkpoints(Callback):
         clear_damaged(self.folder)
 
     def state_dict(self) -> dict[str, Any]:
-        """The random state of every rank."""
-        return {"random": gather(self._own_random or _random_state())}
+        """The random state of every rank, and how many of them share each clip."""
+        return {"random": gather(self._own_random or _random_state()), "context": self._context}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         (rank, ranks), states = world(), state_dict["random"]
         self._random_state = states[rank] if rank < len(states) else None
-        if rank == 0 and ranks != len(states):
+        saved = _in_words(len(states), state_dict.get("context", 1))
+        now = _in_words(ranks, self._context)
+        if rank == 0 and saved != now:
             print(
-                f"saved by {len(states)} rank{'s' if len(states) > 1 else ''} and taken up by {ranks}: clips, noise "
-                "and times stay those of the seed; sums over ranks are rounded otherwise, so the weights will agree "
-                "closely, not bitwise",
+                f"saved by {saved} and taken up by {now}: clips, noise and times stay those of the seed; sums over "
+                "ranks are rounded otherwise, so the weights will agree closely, not bitwise",
                 file=sys.stderr,
             )
 
@@ -134,6 +138,10 @@ def save_state(content: Any, path: Path) -> None:
     """
     with naming(path), open(path, "wb") as file:
         torch.save(content, file)
+
+
+def _in_words(ranks: int, context: int) -> str:
+    return f"{ranks} rank{'s' if ranks > 1 else ''}" + (f", {context} to a clip," if context > 1 else "")
 
 
 def _restore_cuda(states: list[torch.Tensor]) -> None:

@@ -58,7 +58,7 @@ class TrainingProgress(Callback):
         if self._clips < 0:
             self._started, self._clips = (time.monotonic(), stage.step), 0
         else:
-            self._clips += len(batch["caption"]) * trainer.world_size
+            self._clips += len(batch["caption"]) * stage.update.data_rank[1]
         elapsed = time.monotonic() - self._started[0]
         speed = f"{self._clips / elapsed:.1f}" if self._clips else "-"
         every = self.plain_every if self._progress is None else BAR_SECONDS
