@@ -212,8 +212,8 @@ def check_config(config: Mapping[str, Any], place: Path | str) -> None:
 
 def _two_networks(model: str) -> str:
     return (
-        f"{model} holds two transformers, one for large times and one for small ones (Wan 2.2 A14B), and a flow map "
-        f"jumps from any time to any other, so it is one network: take {SUPPORTED}."
+        f"{model} holds two transformers (Wan 2.2 A14B), each for a part of the times, and a flow map, which jumps "
+        f"from any time to any other, has to be one network: take {SUPPORTED}."
     )
 
 

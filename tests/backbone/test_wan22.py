@@ -75,7 +75,7 @@ def changed(folder: Path, file: str, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-TWO = r"holds two transformers, .* a flow map jumps from any time to any other, .*: take .*Wan-AI/Wan2.2-TI2V-5B"
+TWO = r"holds two transformers .* a flow map, which jumps from any time to any other, .*: take .*Wan-AI/Wan2.2-TI2V-5B"
 
 
 @pytest.mark.parametrize(
