@@ -6,6 +6,7 @@ NVlabs/AnyFlow, ``options/train/anyflow``), and of the paper where those are sil
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ import pytest
 
 from anyflow.backbone.layout import PUBLISHED
 from anyflow.backbone.load import GATE
-from anyflow.memory.need import latent_shape, transformer_config_of
+from anyflow.memory.codec import _config
+from anyflow.memory.need import (
+    UMT5_XXL_WEIGHTS,
+    WAN22_VAE_WEIGHTS,
+    codec_bytes,
+    latent_shape,
+    transformer_config_of,
+)
 from anyflow.recipe import Recipe, list_recipes, load_recipe
 from anyflow.recipe.fields import all_fields, value_of
 from anyflow.training.assemble import lora_settings
@@ -222,6 +230,8 @@ def test_a_plan_knows_the_newer_network(name: str) -> None:
     chunks = recipe.model.network if "/far-" in name else {}
     assert transformer_config_of(recipe) == {**PUBLISHED["ti2v-5b"], **chunks}
     assert latent_shape(recipe) == (31, 48, 44, 80)
+    assert json.loads(_config(recipe))["z_dim"] == 48, "clips go through its own autoencoder"
+    assert codec_bytes(recipe) == 2 * UMT5_XXL_WEIGHTS + 4 * WAN22_VAE_WEIGHTS
 
 
 @pytest.mark.parametrize("model", [name for name in list_recipes()["models"] if "wan2.1" in name])

@@ -128,7 +128,8 @@ def layout_of(weights: str, codec: str = "") -> Layout:
     """
     network = _config(weights, "transformer") or PUBLISHED.get(published(weights) or "", {})
     vae = vae_config_of(codec or weights)
-    found = Layout.of(vae or {}, network)
+    likely = WAN22_VAE if network.get("in_channels") == WAN22_VAE["z_dim"] else {}  # of a network that lies alone
+    found = Layout.of(likely if vae is None else vae, network)
     if vae is not None:
         check_channels(network.get("in_channels", found.channels), found, weights, codec)
     return found
