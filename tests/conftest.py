@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+from small_models import as_wan, make_model, wan22_vae
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -89,9 +90,6 @@ def browser() -> Iterator[object]:
         yield driver
 
 
-CAPTIONS = ["A green car drives slowly and keeps the middle lane.", "A blue car is ahead in the left lane."]
-
-
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small untrained pipeline folder that loads in a moment: the embedded layout, two layers, random weights."""
@@ -104,22 +102,8 @@ def small_causal_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("models") / "small-causal", "causal", chunk_partition=[1, 2, 2])
 
 
-def make_model(folder: Path, architecture: str, **changes: object) -> Path:
-    """A pipeline folder with two layers and random weights."""
-    import torch
-
-    from anyflow.backbone.codec import Codec
-    from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build_vae, transformer_config
-    from anyflow.backbone.export import export_pipeline
-    from anyflow.backbone.load import new_backbone
-    from anyflow.backbone.model_card import ModelCard
-
-    tokenizer = build_tokenizer(CAPTIONS)
-    codec = Codec(build_vae(0), tokenizer, build_text_encoder(len(tokenizer), 0))
-    network = new_backbone({**transformer_config(), "num_layers": 2, **changes}, 0, architecture)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():  # a new network answers zero, whatever goes wrong inside
-        torch.manual_seed(1)
-        torch.nn.init.normal_(network.transformer.proj_out.weight, std=0.1)
-    card = ModelCard("small", size=(17, 64, 96), fps=8.0)
-    export_pipeline(folder, network.transformer, codec, 3.0, card, dtype=torch.float32)
-    return folder
+@pytest.fixture(scope="session")
+def small_wan22(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small untrained folder in the layout of Wan 2.2's TI2V-5B, as it is published."""
+    folder = tmp_path_factory.mktemp("models") / "wan22"
+    return as_wan(make_model(folder, "bidirectional", vae=wan22_vae()), expand_timesteps=True)

@@ -6,15 +6,24 @@ NVlabs/AnyFlow, ``options/train/anyflow``), and of the paper where those are sil
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from anyflow.backbone.layout import PUBLISHED
 from anyflow.backbone.load import GATE
-from anyflow.memory.need import PUBLISHED, transformer_config_of
+from anyflow.memory.codec import _config
+from anyflow.memory.need import (
+    UMT5_XXL_WEIGHTS,
+    WAN22_VAE_WEIGHTS,
+    codec_bytes,
+    latent_shape,
+    transformer_config_of,
+)
 from anyflow.recipe import Recipe, list_recipes, load_recipe
-from anyflow.recipe.fields import value_of
+from anyflow.recipe.fields import all_fields, value_of
 from anyflow.training.assemble import lora_settings
 
 SIZES = {"1.3b": {"steps": 6000, "batch": 32, "a_gpu": 2}, "14b": {"steps": 4000, "batch": 16, "a_gpu": 1}}
@@ -93,7 +102,9 @@ DELIBERATE = {
 """Where we differ on purpose: what is set, and the words of the recipe's comments that say so."""
 
 STAGES = ("teacher", "forward", "onpolicy")
-LARGE = [f"{stage}/{name}" for stage in STAGES for name in list_recipes()[stage] if "wan" in name]
+WITH_WAN = [f"{stage}/{name}" for stage in STAGES for name in list_recipes()[stage] if "wan" in name]
+LARGE = [name for name in WITH_WAN if "wan2.1" in name]
+UNPUBLISHED = [name for name in WITH_WAN if "wan2.1" not in name]
 PUBLISHED_RUNS = [
     *(f"teacher/wan2.1-t2v-{size}" for size in SIZES),
     *(f"{stage}/{kind}-{size}" for stage in STAGES[1:] for kind in ("far-wan2.1", "wan2.1-t2v") for size in SIZES),
@@ -183,7 +194,47 @@ def test_a_plan_knows_the_network(name: str) -> None:
     assert config == {**PUBLISHED[name.rpartition("-")[2]], **(CHUNKS if "/far-" in name else {})}
 
 
-@pytest.mark.parametrize("model", [name for name in list_recipes()["models"] if "wan" in name])
+TI2V_5B = {
+    "model.weights": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+    "data.frames": 121,
+    "data.height": 704,
+    "data.width": 1280,
+    "data.fps": 24.0,
+}
+"""Where the recipes of Wan 2.2's 5B differ from those of Wan 2.1's 14B on purpose; what names the model does too."""
+
+
+@pytest.mark.parametrize("name", UNPUBLISHED)
+def test_a_recipe_without_a_published_run_is_that_of_14b_but_for_the_model(name: str, project: Path) -> None:
+    """Catches a setting that is lost or changed in one of the copies, and a comment that claims a run."""
+    sibling = name.replace("far-wan2.2-ti2v-5b", "far-wan2.1-14b").replace("wan2.2-ti2v-5b", "wan2.1-t2v-14b")
+    ours, theirs = load_recipe(name), load_recipe(sibling)
+    wanted = dict(TI2V_5B)
+    if "/far-" in name:
+        wanted["model.network"] = {**CHUNKS, "chunk_partition": [1, *[3] * 10]}
+    else:
+        wanted["stage.i2v_prob"] = 0.5
+        assert "Half of the steps keep the first frame clean" in comments(name, project)
+    named = {"model.name", "run.name", "run.recipe", "model.lora.start", "stage.onpolicy.teacher"}
+    fields = {key for key in all_fields() if value_of(ours, key) != value_of(theirs, key)} - named
+    assert {key: value_of(ours, key) for key in fields} == wanted
+    assert "Wan2.1 14B's released run (there is none of this model)" in comments(name, project)
+    for key in named:
+        there = str(value_of(theirs, key)).replace("far-wan2.1-14b", "far-wan2.2-ti2v-5b")
+        assert value_of(ours, key) == there.replace("wan2.1-t2v-14b", "wan2.2-ti2v-5b"), key
+
+
+@pytest.mark.parametrize("name", UNPUBLISHED)
+def test_a_plan_knows_the_newer_network(name: str) -> None:
+    recipe = load_recipe(name)
+    chunks = recipe.model.network if "/far-" in name else {}
+    assert transformer_config_of(recipe) == {**PUBLISHED["ti2v-5b"], **chunks}
+    assert latent_shape(recipe) == (31, 48, 44, 80)
+    assert json.loads(_config(recipe))["z_dim"] == 48, "clips go through its own autoencoder"
+    assert codec_bytes(recipe) == 2 * UMT5_XXL_WEIGHTS + 4 * WAN22_VAE_WEIGHTS
+
+
+@pytest.mark.parametrize("model", [name for name in list_recipes()["models"] if "wan2.1" in name])
 def test_large_models_share_what_the_release_shares(model: str) -> None:
     """The published any-step models are fine-tuned with the schedule, prompt and shape that they were made with."""
     recipe: Recipe = load_recipe("finetune/driving", model=model)

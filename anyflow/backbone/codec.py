@@ -20,6 +20,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from anyflow.backbone.conditions import Text
+from anyflow.backbone.layout import Layout
 from anyflow.backbone.wan_vae import StreamingDecoder, decode_latents, encode_moments
 from anyflow.errors import UserError
 
@@ -187,8 +188,12 @@ class Codec(nn.Module):
             UserError: the clip's size does not fit (:meth:`check_video_shape`).
         """
         self.check_video_shape(frames, height, width)
-        config, spatial = self.vae.config, self.vae.config.scale_factor_spatial
-        return (frames - 1) // config.scale_factor_temporal + 1, config.z_dim, height // spatial, width // spatial
+        return self.layout.latents(frames, height, width)
+
+    @property
+    def layout(self) -> Layout:
+        """How pixels become latents; a token has 2 x 2 of them, as all of Wan's have."""
+        return Layout.of(self.vae.config, {})
 
     @property
     def temporal_factor(self) -> int:
@@ -196,9 +201,8 @@ class Codec(nn.Module):
         return self.vae.config.scale_factor_temporal
 
     def check_video_shape(self, frames: int, height: int, width: int) -> None:
-        """Raise UserError for a clip that must be cropped first: not ``4n + 1`` frames, or a side that is not 16n."""
-        config = self.vae.config
-        check_video_shape(frames, height, width, config.scale_factor_temporal, 2 * config.scale_factor_spatial)
+        """Raise UserError for a clip that must be cropped first (:meth:`anyflow.backbone.layout.Layout.check`)."""
+        self.layout.check(frames, height, width)
 
     @torch.no_grad()
     def encode_video(self, video: Tensor, clips_per_pass: int | None = None) -> Tensor:
@@ -343,23 +347,6 @@ def _statistics(codec: Codec) -> tuple[Tensor, Tensor]:
     both = torch.tensor([config.latents_mean, config.latents_std], dtype=torch.float32, device=codec.device)
     mean, std = both[:, None, :, None, None, None]
     return mean, std
-
-
-def check_video_shape(frames: int, height: int, width: int, temporal: int = 4, multiple: int = 16) -> None:
-    """Refuse a clip size that cannot be encoded without cropping.
-
-    Raises:
-        UserError: ``frames`` is not ``temporal * n + 1``, or a side is not a multiple of ``multiple`` pixels.
-    """
-    if frames < 1 or frames % temporal != 1 % temporal:
-        below = max(frames - 1, 0) // temporal * temporal + 1
-        raise UserError(f"frames is {frames}, but must be {temporal}n + 1: use {below} or {below + temporal} frames.")
-    for name, side in (("height", height), ("width", width)):
-        if side < multiple or side % multiple:
-            below = max(side // multiple, 1) * multiple
-            raise UserError(
-                f"{name} is {side} pixels, but must be a multiple of {multiple}: use {below} or {below + multiple}."
-            )
 
 
 def clean_prompt(prompt: str) -> str:

@@ -25,14 +25,18 @@ SHIFT = 3.0
 _SPELLED = [chr(code) for code in range(33, 127)]
 
 
-def transformer_config() -> dict[str, Any]:
-    """Arguments of ``AnyFlowTransformer3DModel``: 192 wide, 6 layers, 4 M parameters, 120 tokens a clip."""
+def transformer_config(channels: int = 16) -> dict[str, Any]:
+    """Arguments of ``AnyFlowTransformer3DModel``: 192 wide, 6 layers, 4 M parameters, 120 tokens a clip.
+
+    Args:
+        channels: of the codec's latents.
+    """
     return {
         "patch_size": [1, 2, 2],
         "num_attention_heads": 6,
         "attention_head_dim": 32,
-        "in_channels": 16,
-        "out_channels": 16,
+        "in_channels": channels,
+        "out_channels": channels,
         "text_dim": TEXT_DIM,
         "freq_dim": 64,
         "ffn_dim": 768,

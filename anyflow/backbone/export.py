@@ -1,8 +1,10 @@
 """Any checkpoint out: a folder that diffusers' pipelines load, or an adapter that they load on top.
 
 ``AnyFlowPipeline`` loads a bidirectional network, ``AnyFlowFARPipeline`` a causal one. The latter's cached attention is
-wrong in diffusers, so the corrected pipeline goes with the folder (see :mod:`anyflow.backbone.far_pipeline`). With a
-network that is told controls goes a pipeline that takes them (:mod:`anyflow.backbone.control_embedding`).
+wrong in diffusers, so the corrected pipeline goes with the folder (see :mod:`anyflow.backbone.far_pipeline`). So does
+one for a bidirectional network whose first frames may be given, or whose tokens are larger than Wan 2.1's
+(:mod:`anyflow.backbone.exact_pipeline`). With a network that is told controls goes a pipeline that takes them
+(:mod:`anyflow.backbone.control_embedding`).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from anyflow.backbone.codec import Codec
 from anyflow.backbone.controls import CONFIG_KEY, controls_of
 from anyflow.backbone.files import LORA_FILE
 from anyflow.backbone.full import FULL_FILE, full_names
+from anyflow.backbone.layout import Layout
 from anyflow.backbone.load import GUIDANCE_KEYS, SAMPLER_KEY
 from anyflow.backbone.lora import ADAPTER, lora_full_state, lora_metadata, lora_state, merged_state
 from anyflow.backbone.lora_files import FULL_KEY, write_comfyui
@@ -82,8 +85,10 @@ def export_pipeline(
         is_causal = isinstance(transformer, AnyFlowFARTransformer3DModel)
         _write_index(place, codec, type(transformer).__name__, "AnyFlowFARPipeline" if is_causal else "AnyFlowPipeline")
         is_told = controls_of(transformer) is not None
-        _write_code(place, is_causal, is_told)
-        (place / "README.md").write_text(replace(card, causal=is_causal, told=is_told).render(), encoding="utf-8")
+        is_exact = not (is_causal or is_told) and (card.given or codec.layout != Layout())
+        _write_code(place, is_causal, is_told, is_exact)
+        card = replace(card, causal=is_causal, told=is_told, exact=is_exact)
+        (place / "README.md").write_text(card.render(), encoding="utf-8")
     return target
 
 
@@ -200,13 +205,13 @@ def _write_scheduler(place: Path, shift: float, card: ModelCard) -> None:
         _write_json(file, {**json.loads(file.read_text(encoding="utf-8")), **more})
 
 
-def _write_code(place: Path, is_causal: bool, is_told: bool) -> None:
-    """What diffusers' own pipelines lack: right attention of a causal network, and controls."""
+def _write_code(place: Path, is_causal: bool, is_told: bool, is_exact: bool) -> None:
+    """What diffusers' own pipelines lack: right attention of a causal network, given frames, and controls."""
     here = Path(__file__).parent
     files = {
-        (False, False): (),
+        (False, False): ("exact_pipeline.py",) * is_exact,
         (True, False): ("far_pipeline.py",),
-        (False, True): ("told_pipeline.py", "control_embedding.py"),
+        (False, True): ("told_pipeline.py", "control_embedding.py", "exact_pipeline.py"),
         (True, True): ("told_far_pipeline.py", "control_embedding.py", "far_pipeline.py"),
     }[is_causal, is_told]
     for number, name in enumerate(files):

@@ -60,7 +60,8 @@ def correct_attention(transformer: Any) -> Any:
 
 
 # diffusers runs the file of every export in one module, and wants one pipeline in it: another export's may be there
-globals().pop("ToldPipeline", None)
+for _name in ("ToldPipeline", "ExactPipeline"):
+    globals().pop(_name, None)
 
 
 class ExactFARPipeline(AnyFlowFARPipeline):

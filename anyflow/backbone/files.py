@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from anyflow.backbone.layout import check_folder
 from anyflow.errors import UserError, first_line
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -45,6 +46,16 @@ def resolve_folder(path: str | Path, parts: Sequence[str] = ("transformer",)) ->
     return folder / "model" if (folder / "model").is_dir() else folder
 
 
+def check_start(path: str | Path) -> None:
+    """Refuse a model that cannot become one flow map, of a Hub name too, before its weights are read or downloaded.
+
+    Raises:
+        UserError: it is refused (:func:`anyflow.backbone.layout.check_folder`), or there is nothing of that name.
+    """
+    folder = Path(path).expanduser()
+    check_folder(resolve_folder(folder) if folder.is_dir() else _download(str(path), ()))
+
+
 def _download(name: str, parts: Sequence[str]) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) or name.startswith("."):
         raise UserError(
@@ -56,7 +67,7 @@ def _download(name: str, parts: Sequence[str]) -> Path:
     patterns = [f"{part}/{kind}" for part in folders for kind in ("*.json", "*.safetensors", "*.model", "*.txt")]
     repository, _, revision = name.partition("@")
     try:
-        wanted = ["model_index.json", *patterns]
+        wanted = ["model_index.json", "transformer/config.json", *patterns]
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
     except Exception as error:  # the client raises a dozen kinds: no such repository, gated, no network, disk full
         raise UserError(

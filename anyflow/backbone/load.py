@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from anyflow.backbone.bidirectional import FLOAT32_PARTS, BidirectionalBackbone
 from anyflow.backbone.causal import CausalBackbone
 from anyflow.backbone.controls import CONFIG_KEY, ControlSettings, add_controls, check_controls, new_weights
-from anyflow.backbone.files import CAUSAL_KIND, read_json, read_weights, resolve_folder, says_causal
+from anyflow.backbone.files import CAUSAL_KIND, check_start, read_json, read_weights, resolve_folder, says_causal
 from anyflow.backbone.full import stored_name
 from anyflow.backbone.guidance import Guidance
+from anyflow.backbone.layout import check_config
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.errors import UserError
 from anyflow.flowmap.samplers import SAMPLERS, SamplerKind
@@ -184,6 +185,7 @@ def read_transformer(
     controls: ControlSettings | None = None,
 ) -> Found:
     """What a checkpoint's folder holds, converted; see :func:`load_backbone` and ``read_weights``."""
+    check_start(path)
     folder = resolve_folder(path)
     place = folder / "transformer" if (folder / "transformer").is_dir() else folder
     config = read_json(place / "config.json")
@@ -191,10 +193,8 @@ def read_transformer(
     if kind not in _KINDS:
         raise UserError(f"{place / 'config.json'} names {kind}: only Wan and AnyFlow transformers can be loaded.")
     if kind == "WanTransformer3DModel":
-        if (folder / "transformer_2").is_dir():
-            raise UserError(f"{folder} holds two transformers (Wan 2.2 A14B): take a model with one.")
         config = {**config, "gate_value": GATE, "deltatime_type": "r"}
-    _refuse_unsupported(config, place)
+    check_config(config, place)
     weights = read_weights(place, precision)
     # the old layout has one class for both networks, and the wrong one would load with a warning only
     is_causal = says_causal(config) or any(name.startswith("far_") for name in weights)
@@ -289,23 +289,6 @@ def _with_far_patch(weights: dict[str, Tensor], patch: Sequence[int]) -> dict[st
     far = stretched.reshape(*kernel.shape[:2], *patch).to(kernel.dtype)
     bias = weights["patch_embedding.bias"].clone()
     return {**weights, "far_patch_embedding.weight": far, "far_patch_embedding.bias": bias}
-
-
-def _refuse_unsupported(config: dict[str, Any], place: Path | str) -> None:
-    """Refuse a published configuration whose network has parts that the flow-map network lacks.
-
-    Raises:
-        UserError: it has.
-    """
-    unsupported = {
-        "image_dim": config.get("image_dim") is not None,
-        "added_kv_proj_dim": config.get("added_kv_proj_dim") is not None,
-        "in_channels": config.get("in_channels", 16) != config.get("out_channels", 16),
-        "qk_norm": config.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads",
-    }
-    for name, refused in unsupported.items():
-        if refused:
-            raise UserError(f"{place} has {name} = {config[name]}: take a text-to-video Wan 2.1 or AnyFlow network.")
 
 
 def _assemble(

@@ -37,6 +37,10 @@ class ModelCard:
     """Whether it makes a video chunk by chunk; the export knows."""
     told: bool = False
     """Whether it is told controls; the export knows."""
+    given: bool = False
+    """Whether its first frames may be given, as it was trained to take them."""
+    exact: bool = False
+    """Whether diffusers' own pipeline is not enough for a bidirectional network; the export knows."""
     sampler: SamplerKind = "flowmap"
     """How it is sampled."""
     guidance: Guidance | None = None
@@ -75,7 +79,7 @@ class ModelCard:
                 told.insert(1, f"It has no guidance in its weights, and is sampled with {self.guidance.told}.")
             return "\n\n".join([f"```sh\n{command}\n```", *told])
         place = self.base_model if lora else "."
-        has_code = self.causal or (self.told and not lora)
+        has_code = self.causal or ((self.told or self.exact) and not lora)
         kind = "DiffusionPipeline" if has_code else "AnyFlowPipeline"
         corrected = f', custom_pipeline="{place}", trust_remote_code=True' if has_code else ""
         load = [f'pipe = {kind}.from_pretrained("{place}"{corrected})']
@@ -94,7 +98,8 @@ class ModelCard:
             f'export_to_gif(video, "video.gif", fps={self.fps:g})',
         ]
         hints = ["Any number of steps works, from 1 up. Guidance is in the weights: keep `guidance_scale` at 1."]
-        hints += [_LORA_HINT] * lora + [_CAUSAL_HINT] * self.causal + [_TOLD_HINT] * (self.told and not lora)
+        hints += [_LORA_HINT] * lora + [_CAUSAL_HINT] * self.causal
+        hints += [_EXACT_HINT] * (self.exact and not lora) + [_TOLD_HINT] * (self.told and not lora)
         return "\n".join(["```python", *code, "```", "", "\n\n".join(hints)])
 
 
@@ -120,6 +125,12 @@ _CAUSAL_HINT = (
     "with that defect: call `correct_attention(pipe.transformer)` of `pipeline.py` after it."
 )
 
+
+_EXACT_HINT = (
+    "Its first frames can be given: `pipe(..., video=frames)`. `pipeline.py` is diffusers' `AnyFlowPipeline` with the "
+    "times of given frames corrected (the stock one moves them); it is short, read it before you trust it. "
+    "`AnyFlowPipeline.from_pretrained` loads this folder too, and is right where no frames are given."
+)
 
 _TOLD_HINT = (
     "This network is told what is done in each frame: `pipe(..., controls=array)` takes a row of numbers a frame. "

@@ -16,7 +16,8 @@ from .control_embedding import ToldControls, steer  # noqa: TID252 - the files g
 from .far_pipeline import correct_attention  # noqa: TID252
 
 # diffusers runs the file of every export in one module, and wants one pipeline in it: another export's may be there
-globals().pop("ExactFARPipeline", None)
+for _name in ("ExactFARPipeline", "ExactPipeline"):
+    globals().pop(_name, None)
 
 
 class ToldPipeline(ToldControls, AnyFlowFARPipeline):

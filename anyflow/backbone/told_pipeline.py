@@ -12,15 +12,17 @@ from typing import Any
 
 from diffusers import AnyFlowPipeline
 
-from .control_embedding import ToldControls, steer  # noqa: TID252 - the two files go together, out of this package
+from .control_embedding import ToldControls, steer  # noqa: TID252 - the files go together, out of this package
+from .exact_pipeline import WholeTokens, hold_given  # noqa: TID252
 
 # diffusers runs the file of every export in one module, and wants one pipeline in it: another export's may be there
-globals().pop("ExactFARPipeline", None)
+for _name in ("ExactFARPipeline", "ExactPipeline"):
+    globals().pop(_name, None)
 
 
-class ToldPipeline(ToldControls, AnyFlowPipeline):
-    """``AnyFlowPipeline`` whose call takes ``controls=``."""
+class ToldPipeline(ToldControls, WholeTokens, AnyFlowPipeline):
+    """``AnyFlowPipeline`` whose call takes ``controls=``, and whose given frames stay at time 0."""
 
     def __init__(self, tokenizer: Any, text_encoder: Any, transformer: Any, vae: Any, scheduler: Any) -> None:
         steer(transformer)
-        super().__init__(tokenizer, text_encoder, transformer, vae, scheduler)
+        super().__init__(tokenizer, text_encoder, hold_given(transformer), vae, scheduler)

@@ -75,10 +75,10 @@ def export(
     elif layout == "comfyui":
         typer.echo(f"{target / target.name}.safetensors   (put it into ComfyUI's models/loras)")
     else:
-        is_causal = (target / "pipeline.py").is_file()
-        loader = "AnyFlowFARPipeline.from_pretrained" if is_causal else "AnyFlowPipeline.from_pretrained"
-        loader = "pipe.load_lora_weights" if lora else loader
-        typer.echo(f"{target}   (load it by {loader}({str(target)!r}))")
+        has_code = (target / "pipeline.py").is_file()
+        loader = "pipe.load_lora_weights" if lora else "AnyFlowPipeline.from_pretrained"
+        how = "its README.md says how to load it" if has_code else f"load it by {loader}({str(target)!r})"
+        typer.echo(f"{target}   ({how})")
 
 
 def _export_run(run: Path, target: Path, lora: bool, precision: str, single_file: bool) -> None:
@@ -138,6 +138,7 @@ def _restored(recipe: Recipe, checkpoint: Path) -> tuple[Any, Any, Any]:
 def _export_model(source: str, target: Path, precision: str, single_file: bool) -> None:
     from anyflow.backbone.codec import Codec
     from anyflow.backbone.export import export_pipeline
+    from anyflow.backbone.files import check_start
     from anyflow.backbone.load import load_backbone
     from anyflow.backbone.model_card import ModelCard
     from anyflow.evaluation.models import has_guidance, shift_of, trained_shape, way_of
@@ -145,8 +146,9 @@ def _export_model(source: str, target: Path, precision: str, single_file: bool) 
 
     quiet_libraries()
     dtype = _dtype(precision)
+    check_start(source)  # before the codec, whose text encoder is large
     codec, backbone = Codec.from_folder(source), load_backbone(source, dtype=dtype)
-    frames, height, width, fps = trained_shape(source) or (81, 480, 832, 16.0)
+    frames, height, width, fps = trained_shape(source) or codec.layout.usual_clip
     sampler, guidance = way_of(source)
     card = ModelCard(
         title=target.name,

@@ -328,12 +328,12 @@ class BucketDataset(BatchDataset):
         self._arrange(self.order.seed, saved.global_batch)
 
 
-def tell_buckets(buckets: Sequence[Bucket], clips: int) -> list[str]:
-    """The share of each bucket in words, and the clips that are in none."""
+def tell_buckets(buckets: Sequence[Bucket], clips: int, side: int = 16) -> list[str]:
+    """The share of each bucket in words, and the clips that are in none; ``side``: pixels of a token's."""
     lines = []
     for bucket in buckets:
         batch = f"{bucket.global_batch} in a batch" if bucket.global_batch else "too few for a batch: never seen"
-        tokens_told = f"{tokens(bucket.shape)} tokens each"
+        tokens_told = f"{tokens(bucket.shape, side)} tokens each"
         lines.append(f"{bucket.name:<14} {bucket.clips} clips, {bucket.share:6.1%}, {tokens_told}, {batch}")
     short = clips - sum(bucket.clips for bucket in buckets)
     if short:

@@ -49,6 +49,7 @@ class VideoDataModule(pl.LightningDataModule):
         prefetch: batches that each worker prepares ahead.
         cache: folders of latents made by :class:`anyflow.data.encode.Encoding`; they replace the cards' footage.
         codec_hash: fingerprint of the autoencoder that the caches must carry, if it is given.
+        token_side: pixels of a side that a token covers, for what is said of the buckets.
         controls: those to give with each clip (:func:`anyflow.data.wanted.wanted_controls`); none by default.
 
     Batches: ``{"frames": uint8 [B, F, H, W, 3] | "latents": float32 [B, F, C, H, W], "caption": list[str],
@@ -79,6 +80,7 @@ class VideoDataModule(pl.LightningDataModule):
         prefetch: int = 2,
         cache: str | Path | Sequence[str | Path] | None = None,
         codec_hash: str | None = None,
+        token_side: int = 16,
         controls: Mapping[str, Control] | None = None,
     ) -> None:
         super().__init__()
@@ -94,7 +96,7 @@ class VideoDataModule(pl.LightningDataModule):
         self.weights = tuple(weights)
         self.shapes = [self.shape, *(ClipShape(*size, fps) for size in buckets)]
         self.caches = [Path(folder) for folder in _as_list(cache or [])]
-        self.codec_hash, self.controls = codec_hash, controls
+        self.codec_hash, self.controls, self.token_side = codec_hash, controls, token_side
         self.stream: ClipStream | None = None
         self.shares: list[str] = []
         """The buckets in words, once set up; none if there is but one shape."""
@@ -161,7 +163,7 @@ class VideoDataModule(pl.LightningDataModule):
             return dataset, skipped
         kept = sort_latents(reader, latent_shapes) if latent_shapes else sort_clips(reader, splits, self.shapes)
         buckets = make_buckets(reader, kept, self.shapes, self.batch_size, world_size, self.weights, latent_shapes)
-        self.shares = tell_buckets(buckets, sum(len(shard.samples) for _, shard in reader.shards))
+        self.shares = tell_buckets(buckets, sum(len(shard.samples) for _, shard in reader.shards), self.token_side)
         return BucketDataset(buckets, self.seed, base_batch, rank, world_size, self.controls), skipped
 
     def _check_caches(self) -> tuple[list[LatentShape], list[Skip]]:

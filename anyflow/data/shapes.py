@@ -60,9 +60,12 @@ def _of_latents(data: bytes) -> Noted:
         return ()
 
 
-def tokens(shape: ClipShape) -> int:
-    """Tokens of a clip in the network: one for 4 frames (the first alone) x 16 x 16 pixels."""
-    return ((shape.frames - 1) // 4 + 1) * (shape.height // 16) * (shape.width // 16)
+def tokens(shape: ClipShape, side: int = 16) -> int:
+    """Tokens of a clip in the network: one for 4 frames (the first alone) x ``side`` x ``side`` pixels.
+
+    Which of two shapes has more of them, and by how much, is the same for every ``side`` that fits both.
+    """
+    return ((shape.frames - 1) // 4 + 1) * (shape.height // side) * (shape.width // side)
 
 
 def frames_needed(shape: ClipShape, fps: float) -> int:

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from anyflow.backbone.bidirectional import BidirectionalBackbone
 from anyflow.backbone.conditions import Conditions, Text
+from anyflow.backbone.layout import PUBLISHED
 from anyflow.backbone.load import load_backbone, new_backbone
 from anyflow.doctor.findings import Findings
 from anyflow.doctor.here import Here
 from anyflow.doctor.items import TINY
 from anyflow.doctor.machine import memory
 from anyflow.flowmap.schedule import interpolate
-from anyflow.memory.need import PUBLISHED
 
 DELTA = 5.0
 """Half width of the difference, in timesteps: the recipes'."""

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anyflow.backbone.layout import check_network, layout_of
 from anyflow.errors import UserError
 from anyflow.flowmap.samplers import SAMPLERS, SamplerKind
 from anyflow.recipe import Recipe, is_hub_id, list_recipes, load_recipe
@@ -24,17 +25,18 @@ MODEL = ("model_index.json", "model", "transformer")
 
 
 def check_model(model: str, option: str = "--model") -> None:
-    """Refuse a model that is neither a folder nor a hub id, before anything heavy is imported.
+    """Refuse a model that is no folder and no hub id, or cannot be a flow map, before anything heavy is imported.
 
     Args:
         model: as given.
         option: what it was given by.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is refused.
     """
     if not Path(model).expanduser().is_dir() and not is_hub_id(model):
         raise UserError(f"{option} {model}: there is no such folder, and it is no hub id (owner/name): check the path")
+    check_network(str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model)
 
 
 def load_model(model: str, precision: str = "") -> tuple[Codec, FlowMapBackbone, float]:
@@ -52,6 +54,7 @@ def load_model(model: str, precision: str = "") -> tuple[Codec, FlowMapBackbone,
     import torch
 
     from anyflow.backbone.codec import Codec
+    from anyflow.backbone.files import check_start
     from anyflow.backbone.kernels import prefer_kernel
     from anyflow.backbone.load import load_backbone
     from anyflow.system.console import quiet_libraries
@@ -60,6 +63,7 @@ def load_model(model: str, precision: str = "") -> tuple[Codec, FlowMapBackbone,
     prefer_kernel("auto")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: torch.dtype = getattr(torch, precision or usual_precision(model))
+    check_start(model)  # before the codec, whose text encoder is large
     codec = Codec.from_folder(model, text_dtype=dtype, device=device)
     backbone = load_backbone(model, dtype=dtype, device=device)
     backbone.requires_grad_(False)
@@ -155,7 +159,8 @@ def native_shape(
     """The clip shape that a model was trained on, with what the user asks for instead; fps None is each clip's own.
 
     Raises:
-        UserError: the model does not say (:func:`trained_shape`) and the user did not say all of it.
+        UserError: the model does not say (:func:`trained_shape`) and the user did not say all of it, or the model makes
+            no clips of that size.
     """
     from anyflow.data.decode import ClipShape
 
@@ -168,8 +173,10 @@ def native_shape(
             f"--model {model} does not say its clip size: give --frames, --height and --width where the command takes "
             "them, else a file in recipes/models that names this model"
         )
-    usual = known or (1, 16, 16, 0.0)
-    return ClipShape(frames or usual[0], height or usual[1], width or usual[2], fps or usual[3] or None)
+    usual = known or (0, 0, 0, 0.0)
+    shape = ClipShape(frames or usual[0], height or usual[1], width or usual[2], fps or usual[3] or None)
+    layout_of(model).check(shape.frames, shape.height, shape.width)
+    return shape
 
 
 Shape = tuple[int, int, int, float]

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anyflow.backbone.codec import ONE_PASS_PIXELS, Codec, codec_dtypes
 from anyflow.backbone.embedded import build_vae
+from anyflow.backbone.layout import vae_config_of
 from anyflow.evaluation.heldout import clips_a_pass
 from anyflow.memory.peak import Peak
 from anyflow.memory.phases import CodecWork
@@ -55,12 +55,10 @@ def _pixels(shape: Shape) -> int:
 
 
 def _config(recipe: Recipe) -> str:
-    """The autoencoder's configuration as JSON, from its folder, or that of Wan 2.1."""
-    place = Path(recipe.model.codec or recipe.model.weights)
-    for file in (place / "vae" / "config.json", place / "model" / "vae" / "config.json"):
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
-    return json.dumps({"of": "embedded"} if "tiny" in recipe.model.name else {})
+    """The autoencoder's configuration as JSON, from its folder or published name, or that of Wan 2.1."""
+    known = vae_config_of(recipe.model.codec or recipe.model.weights)
+    embedded = {"of": "embedded"} if "tiny" in recipe.model.name else {}
+    return json.dumps(embedded if known is None else known)
 
 
 def _encoding(config: str, dtype: torch.dtype, shape: Shape, clips: int) -> float:

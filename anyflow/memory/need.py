@@ -19,10 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from anyflow.backbone.layout import PUBLISHED, published
 from anyflow.errors import UserError
 from anyflow.memory.changes import changes, with_gpus
 from anyflow.memory.phases import GIB, phases_of
 from anyflow.recipe import Recipe, load_recipe, save_recipe
+from anyflow.recipe.check import layout_of_recipe
 
 WORTH_IT = 0.95
 """What a change among several must leave of the memory, at most."""
@@ -33,22 +35,7 @@ GB = 10**9
 LINK = 300 * GB
 """Bytes a second from one GPU to others of its node, over NVLink."""
 
-_SHARED = {
-    "patch_size": [1, 2, 2],
-    "attention_head_dim": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 4096,
-    "freq_dim": 256,
-    "cross_attn_norm": True,
-}
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "1.3b": {**_SHARED, "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
-    "14b": {**_SHARED, "num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
-}
-"""Dimensions of the Wan2.1 networks, by what their hub names end in: nothing is downloaded to plan."""
-
-UMT5_XXL_WEIGHTS, WAN_VAE_WEIGHTS = 5_680_910_336, 126_892_531
+UMT5_XXL_WEIGHTS, WAN_VAE_WEIGHTS, WAN22_VAE_WEIGHTS = 5_680_910_336, 126_892_531, 704_688_668
 
 Simulate = Callable[[Recipe, dict[str, Any], tuple[int, int, int, int]], Any]
 
@@ -221,7 +208,7 @@ def _together(
 def _need(recipe: Recipe, gpu_memory: float, simulate: Simulate) -> Need:
     from anyflow.memory.codec import codec_work
 
-    config, latents = transformer_config_of(recipe), latent_shape(recipe)
+    config, latents, own = transformer_config_of(recipe), latent_shape(recipe), recipe.data.shapes[0]
     memory = simulate(recipe, config, latents)
     hardware = recipe.hardware
     on_host = memory.states if hardware.offload else 0.0
@@ -236,7 +223,7 @@ def _need(recipe: Recipe, gpu_memory: float, simulate: Simulate) -> Need:
         gpus=recipe.world_size,
         memory=gpu_memory * GB,
         phases=phases_of(recipe, memory, codec_bytes(recipe), codec_work(recipe, memory.rows)),
-        tokens=latents[0] * latents[2] * latents[3] // 4,
+        tokens=layout_of_recipe(recipe).tokens(*own),
         checkpoint=checkpoint,
         disk=(recipe.checkpoint.keep + 1) * checkpoint,
         host=hardware.devices * (checkpoint / max(ranks, 1) + on_host) + loading,
@@ -257,12 +244,12 @@ def transformer_config_of(recipe: Recipe) -> dict[str, Any]:
     if model.init == "new":
         from anyflow.backbone.embedded import transformer_config
 
-        return {**transformer_config(), **model.network}
+        return {**transformer_config(layout_of_recipe(recipe).channels), **model.network}
     for place in (Path(model.weights) / "model", Path(model.weights)):
         file = place / "transformer" / "config.json"
         if file.is_file():
             return {name: value for name, value in json.loads(file.read_text()).items() if name in _NEEDED}
-    size = next((size for size in PUBLISHED if f"-{size}-" in f"{model.weights.lower()}-"), None)
+    size = published(model.weights)
     if size is None and model.name in EMBEDDED:
         from anyflow.backbone.embedded import transformer_config
 
@@ -270,7 +257,7 @@ def transformer_config_of(recipe: Recipe) -> dict[str, Any]:
     if size is None:
         raise UserError(
             f"model.weights={model.weights!r}: its dimensions are not known before it is there; give the folder of a "
-            "model, or one of the published Wan2.1 and AnyFlow models"
+            "model, or one of the published Wan and AnyFlow models"
         )
     return {**PUBLISHED[size], **{name: value for name, value in model.network.items() if name in _NEEDED}}
 
@@ -279,27 +266,28 @@ EMBEDDED = ("tiny", "tiny-causal")
 """Models whose dimensions are known before their weights are there."""
 
 _NEEDED = {
-    *(*_SHARED, "num_attention_heads", "ffn_dim", "num_layers", "eps"),
+    *(*PUBLISHED["1.3b"], "eps"),
     *("chunk_partition", "full_chunk_limit", "compressed_patch_size"),
 }
 
 
 def latent_shape(recipe: Recipe) -> tuple[int, int, int, int]:
-    """``(F, C, H, W)`` of a clip's latents: Wan's factors of 4 in time and 8 in space."""
-    data = recipe.data
-    return (data.frames - 1) // 4 + 1, 16, data.height // 8, data.width // 8
+    """``(F, C, H, W)`` of a clip's latents."""
+    return layout_of_recipe(recipe).latents(*recipe.data.shapes[0])
 
 
 def codec_bytes(recipe: Recipe) -> float:
     """The frozen text encoder and autoencoder on a rank: from the files, or as published."""
     half = recipe.hardware.precision != "32-true"
-    place = Path(recipe.model.codec or recipe.model.weights)
+    name = recipe.model.codec or recipe.model.weights
+    place = Path(name)
     files = [file for part in ("vae", "text_encoder") for file in (place / part).glob("*.safetensors")]
     if files:
         return float(sum(file.stat().st_size for file in files))
     if recipe.model.name in EMBEDDED:
         return 20e6
-    return UMT5_XXL_WEIGHTS * (2 if half else 4) + WAN_VAE_WEIGHTS * 4
+    vae = WAN22_VAE_WEIGHTS if published(name) == "ti2v-5b" else WAN_VAE_WEIGHTS
+    return UMT5_XXL_WEIGHTS * (2 if half else 4) + vae * 4
 
 
 def memory_here() -> float | None:

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from anyflow.backbone.layout import Layout, check_network, layout_of
 from anyflow.data.find import find_card
 from anyflow.errors import UserError
 from anyflow.recipe.fields import FieldInfo, all_fields, value_of
@@ -32,6 +33,7 @@ def check_recipe(recipe: Recipe) -> None:
     for key, info in all_fields().items():
         check_range(info, value_of(recipe, key), recipe.sources.get(key, "default"))
     _check_names(recipe)
+    _check_network(recipe)
     _check_geometry(recipe)
     _check_adapters(recipe)
     for check in recipe.declared.checks:
@@ -154,30 +156,41 @@ def _check_names(recipe: Recipe) -> None:
             raise UserError(f"{key}={value_of(recipe, key)} is no pair: give two numbers, for example [0.9, 0.95]")
 
 
+def _check_network(recipe: Recipe) -> None:
+    """That what is trained, and what teaches it, can be a flow map, as far as folders and names tell."""
+    model = recipe.model
+    places = [model.weights if model.init == "weights" else ""]
+    places += [] if model.lora.enabled else [value_of(recipe, key) for key in recipe.declared.folders]
+    for place in filter(None, places):
+        check_network(place)
+
+
 def _check_geometry(recipe: Recipe) -> None:
-    data = recipe.data
+    data, layout = recipe.data, layout_of_recipe(recipe)
     if data.weights and len(data.weights) != len(data.card):
         raise UserError(
             f"data.weights has {len(data.weights)} values for {len(data.card)} cards: give one for each of data.card"
         )
     _check_streaming(recipe)
     check_frames("data.frames", data.frames)
-    latent_frames = (data.frames - 1) // 4 + 1
+    latent_frames = layout.latents(*data.shapes[0])[0]
     if recipe.sampling.given_frames >= latent_frames:
         raise UserError(
             f"sampling.given_frames={recipe.sampling.given_frames} leaves nothing to sample of the {latent_frames} "
             f"latent frames of data.frames={data.frames}: give at most {latent_frames - 1}"
         )
-    _check_buckets(recipe)
+    _check_buckets(recipe, layout)
+    least, multiple = 4 * layout.spatial, layout.multiple
     for number, (_, height, width) in enumerate(data.shapes):
         where = f"data.buckets={data.buckets[number - 1]}: " if number else ""
         for key, size in (("data.height", height), ("data.width", width)):
-            if size % 16 or not size:
-                raise UserError(f"{where}{key}={size} is no multiple of 16 (VAE x patch): give {nearest(size, 16)}")
-        if recipe.model.architecture == "causal" and min(height, width) < 32:
+            if size % multiple or not size:
+                near = nearest(size, multiple)
+                raise UserError(f"{where}{key}={size} is no multiple of {multiple} (VAE x patch): give {near}")
+        if recipe.model.architecture == "causal" and min(height, width) < least:
             raise UserError(
                 f"{where}data.height={height} and data.width={width} are too small for a causal network: it makes "
-                "tokens of 4 x 4 latents: give at least 32 pixels a side"
+                f"tokens of 4 x 4 latents: give at least {least} pixels a side"
             )
 
 
@@ -191,12 +204,22 @@ def _check_streaming(recipe: Recipe) -> None:
             )
 
 
-def _check_buckets(recipe: Recipe) -> None:
+def layout_of_recipe(recipe: Recipe) -> Layout:
+    """How the recipe's model makes latents and tokens of clips.
+
+    Raises:
+        UserError: its network and its codec do not go together.
+    """
+    model = recipe.model
+    return layout_of(model.weights if model.init == "weights" else "", model.codec)
+
+
+def _check_buckets(recipe: Recipe, layout: Layout) -> None:
     data = recipe.data
     for bucket in data.buckets:
         parse_shape(bucket, "data.buckets")
     seen: set[tuple[int, int, int]] = set()
-    budget = data.batch_size * _tokens(data.shapes[0])
+    budget = data.batch_size * layout.tokens(*data.shapes[0])
     for bucket, shape in zip(["data.frames x height x width", *data.buckets], data.shapes, strict=True):
         if shape in seen:
             raise UserError(f"data.buckets={data.buckets} names {bucket} twice, or the run's own shape: give it once")
@@ -204,9 +227,9 @@ def _check_buckets(recipe: Recipe) -> None:
         if shape == data.shapes[0]:
             continue
         check_frames(f"data.buckets={bucket}: frames", shape[0])
-        if _tokens(shape) > budget:
+        if (tokens := layout.tokens(*shape)) > budget:
             raise UserError(
-                f"data.buckets={bucket}: a clip has {_tokens(shape)} tokens, more than a pass of data.batch_size="
+                f"data.buckets={bucket}: a clip has {tokens} tokens, more than a pass of data.batch_size="
                 f"{data.batch_size} clips of the run's own shape ({budget}): raise data.batch_size, or make the "
                 "largest shape data.frames x height x width"
             )
@@ -222,11 +245,6 @@ def parse_shape(text: str, field: str) -> tuple[int, int, int]:
         raise UserError(f"{field}: {text!r} is no shape: write frames x height x width, for example 81x480x832")
     frames, height, width = (int(side) for side in text.split("x"))
     return frames, height, width
-
-
-def _tokens(shape: tuple[int, int, int]) -> int:
-    frames, height, width = shape
-    return ((frames - 1) // 4 + 1) * (height // 16) * (width // 16)
 
 
 def _check_objective(recipe: Recipe) -> None:

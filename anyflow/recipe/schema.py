@@ -94,8 +94,8 @@ class DataRecipe:
     split: str = _option("train", "split that is trained on")
     heldout: str = _option("heldout", "split that prompts and the quality curve come from; never trained on")
     frames: int = _option(17, "frames of a clip (4n+1, as the VAE takes them)", low=1)
-    height: int = _option(64, "pixel rows (multiple of 16)", low=16)
-    width: int = _option(96, "pixel columns (multiple of 16)", low=16)
+    height: int = _option(64, "pixel rows (multiple of 16; of 32 for Wan 2.2)", low=16)
+    width: int = _option(96, "pixel columns (multiple of 16; of 32 for Wan 2.2)", low=16)
     buckets: list[str] = _option(
         [],
         "further shapes, as frames x height x width ([81x832x480, 49x480x832]): a clip comes in the one that crops it "

@@ -19,8 +19,10 @@ from anyflow.backbone.context import Context, check_heads, join_context
 from anyflow.backbone.controls import MODULE as CONTROLS
 from anyflow.backbone.controls import ControlSettings, check_controls, controls_of
 from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build_vae, transformer_config
+from anyflow.backbone.files import check_start
 from anyflow.backbone.full import RELEASED_FULL, add_full
 from anyflow.backbone.kernels import prefer_kernel
+from anyflow.backbone.layout import check_channels
 from anyflow.backbone.load import keep_in, load_backbone, new_backbone, read_controls
 from anyflow.backbone.lora import ADAPTER, LoraSettings, add_lora, load_lora
 from anyflow.backbone.parallelize import (
@@ -100,6 +102,8 @@ def load_model(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, Fl
     model, hardware = recipe.model, recipe.hardware
     prefer_kernel(hardware.attention)
     dtype = weights_dtype(recipe)
+    if model.init == "weights":
+        check_start(model.weights)  # before the codec, whose text encoder is large
     if recipe.declared.trains_codec:
         tokenizer = build_tokenizer(captions(recipe))
         codec = Codec(
@@ -112,7 +116,7 @@ def load_model(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, Fl
         codec.is_parked = stored or hardware.park_codec
     controls = asked_controls(recipe, codec.temporal_factor)
     if model.init == "new":
-        network = {**transformer_config(), **model.network}
+        network = {**transformer_config(codec.layout.channels), **model.network}
         backbone: FlowMapBackbone = new_backbone(network, recipe.run.seed, model.architecture, controls)
     else:
         backbone = load_backbone(
@@ -124,6 +128,7 @@ def load_model(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, Fl
             controls=controls,
         )
     check_heads(hardware.context, backbone.transformer.config.num_attention_heads)
+    check_channels(backbone.transformer.config.in_channels, codec.layout, model.weights, model.codec)
     if hardware.gradient_checkpointing:
         checkpoint_activations(backbone, hardware.keep_attention)
     return codec, backbone
@@ -286,6 +291,7 @@ def build_data(recipe: Recipe, codec: Codec, told: ControlSettings | None, *, en
         shuffle_buffer=data.shuffle_buffer,
         cache=caches,
         codec_hash=encodings[0].fingerprint if encodings else None,
+        token_side=codec.layout.multiple,
         controls=learnt_controls(told.controls, data.card, data.split) if told else None,
     )
 

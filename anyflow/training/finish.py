@@ -230,6 +230,7 @@ def model_card(recipe: Recipe, figures: Any) -> ModelCard:
         figures=figures,
         size=(recipe.data.frames, recipe.data.height, recipe.data.width),
         fps=recipe.data.fps or 8.0,
+        given=recipe.stage.i2v_prob > 0,
         sampler=recipe.sampler,
         guidance=None if recipe.fuses_guidance else guidance_of(recipe),
     )

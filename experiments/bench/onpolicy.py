@@ -18,6 +18,7 @@ from torch import Tensor
 from anyflow.backbone.bidirectional import BidirectionalBackbone
 from anyflow.backbone.conditions import Conditions, Text
 from anyflow.backbone.embedded import SHIFT, transformer_config
+from anyflow.backbone.layout import PUBLISHED
 from anyflow.backbone.load import new_backbone
 from anyflow.backbone.lora import LoraSettings, add_lora
 from anyflow.backbone.roles import AdapterRoles, Roles, bind
@@ -27,7 +28,6 @@ from anyflow.flowmap.objective import FlowMapObjective, flow_map_loss
 from anyflow.flowmap.rollout import BackwardSimulation
 from anyflow.flowmap.sampling import follow
 from anyflow.flowmap.schedule import inference_timesteps, logit_normal_timestep
-from anyflow.memory.need import PUBLISHED
 from experiments.bench.compare import compare, gains
 
 BUDGET = 16
@@ -107,10 +107,10 @@ def role_weights(ranks: Sequence[int] = (32, 256)) -> list[dict[str, Any]]:
     bfloat16 base with float32 adapters, at every rank (the released one is 256), against three bfloat16 networks.
     """
     found = [_held("tiny", new_backbone(transformer_config(), 0), ranks[0])]
-    for size, config in PUBLISHED.items():
+    for size in ("1.3b", "14b"):
         for rank in ranks:
             with torch.device("meta"):
-                transformer = AnyFlowTransformer3DModel(**config).to(torch.bfloat16)
+                transformer = AnyFlowTransformer3DModel(**PUBLISHED[size]).to(torch.bfloat16)
             found.append(_held(f"wan2.1-t2v-{size}", BidirectionalBackbone(transformer), rank))
     return found
 

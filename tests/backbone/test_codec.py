@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AnyFlowPipeline, AutoencoderKLWan, FlowMapEulerDiscreteScheduler
+from small_models import wan22_vae
 from torch import Tensor
 
 from anyflow.backbone import codec as module
 from anyflow.backbone import fingerprint
-from anyflow.backbone.codec import Codec, bytes_from_pixels, check_video_shape, clean_prompt, pixels_from_bytes
+from anyflow.backbone.codec import Codec, bytes_from_pixels, clean_prompt, pixels_from_bytes
 from anyflow.backbone.embedded import build_vae
 from anyflow.backbone.fingerprint import fingerprint_codec
+from anyflow.backbone.layout import Layout
 from anyflow.errors import UserError
 
 
@@ -25,7 +27,7 @@ def wan21_vae() -> AutoencoderKLWan:
     return AutoencoderKLWan(base_dim=8, dim_mult=[1, 2, 2, 2], num_res_blocks=1).eval()
 
 
-VAES = {"embedded": lambda: build_vae(seed=0).eval(), "wan2.1": wan21_vae}
+VAES = {"embedded": lambda: build_vae(seed=0).eval(), "wan2.1": wan21_vae, "wan2.2": wan22_vae}
 
 
 def stored_statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
@@ -47,14 +49,16 @@ def decoded_pixels(codec: Codec, latents: Tensor) -> Tensor:
 def test_both_ways_equal_the_loops_of_diffusers(kind, frames) -> None:
     vae = VAES[kind]()
     mean, std = stored_statistics(vae)
-    video = torch.rand(2, 3, frames, 32, 48) * 2 - 1
+    video = torch.rand(2, 3, frames, 32, 64) * 2 - 1
     expected = ((vae.encode(video).latent_dist.mode() - mean) / std).transpose(1, 2)
     codec = Codec(copy.deepcopy(vae))
     latents = codec.encode_video(video)
     torch.testing.assert_close(latents, expected, atol=1e-5, rtol=1e-5)
-    assert latents.shape[1:] == codec.latent_shape(frames, 32, 48)
+    assert latents.shape[1:] == codec.latent_shape(frames, 32, 64)
     decoded = vae.decode(latents.transpose(1, 2) * std + mean).sample
     torch.testing.assert_close(decoded_pixels(codec, latents), decoded, atol=2e-5, rtol=1e-5)
+    streamed = torch.cat(list(codec.decode_parts(latents.split(2, dim=1))), dim=1)
+    assert (streamed.int() - bytes_from_pixels(decoded).int()).abs().max() <= 1
 
 
 def test_large_videos_take_the_loop(codec, monkeypatch) -> None:
@@ -143,9 +147,9 @@ def test_prompts_are_cleaned() -> None:
 )
 def test_unfit_sizes_are_refused_with_the_nearest_that_fit(shape, message) -> None:
     with pytest.raises(UserError, match=message):
-        check_video_shape(*shape)
-    check_video_shape(1, 16, 16)
-    check_video_shape(17, 64, 96)
+        Layout().check(*shape)
+    Layout().check(1, 16, 16)
+    Layout().check(17, 64, 96)
 
 
 def test_no_text_encoder_is_said(codec) -> None:

@@ -118,8 +118,6 @@ def test_frames_that_are_given_keep_their_controls(backbone, codec, captions, no
     expected = backbone.sample(
         Conditions(codec.encode_text(captions), known, told(rows(), rows())), noise, STEPS, SHIFT
     )
-    if not backbone.is_causal:
-        pytest.skip("diffusers' bidirectional pipeline moves given frames' r")
     found = theirs(loaded(folder), captions, noise, video_latents=known, controls=rows())
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -154,7 +152,8 @@ def test_our_own_wrapper_serves_their_pipeline(backbone, codec, captions, noise,
 
 def test_the_shipped_files_stand_alone(backbone, folder: Path) -> None:
     files = {path.name for path in folder.glob("*.py")}
-    assert files == {"pipeline.py", "control_embedding.py", *(["far_pipeline.py"] if backbone.is_causal else [])}
+    corrected = "far_pipeline.py" if backbone.is_causal else "exact_pipeline.py"
+    assert files == {"pipeline.py", "control_embedding.py", corrected}
     for name in files:
         tree = ast.parse((folder / name).read_text())
         imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

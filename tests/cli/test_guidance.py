@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from small_models import as_wan
 from typer.testing import CliRunner
 
 from anyflow.backbone.guidance import Guidance, Guided
@@ -62,17 +62,7 @@ def teacher(small_model: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def wan(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A plain Wan pipeline, small, that the hub gives for Wan2.1's name."""
-    folder = remade(small_model, tmp_path / "wan")
-    (folder / "README.md").unlink()
-    (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "UniPC", "flow_shift": 3.0}')
-    place = folder / "transformer"
-    config = {**json.loads((place / "config.json").read_text()), "_class_name": "WanTransformer3DModel"}
-    for name in ("gate_value", "deltatime_type"):
-        config.pop(name, None)
-    (place / "config.json").write_text(json.dumps(config))
-    weights = load_file(place / "diffusion_pytorch_model.safetensors")
-    kept = {name: weight for name, weight in weights.items() if "delta_embedder" not in name}
-    save_file(kept, place / "diffusion_pytorch_model.safetensors")
+    folder = as_wan(remade(small_model, tmp_path / "wan"))
     monkeypatch.setattr("anyflow.backbone.files._download", lambda name, parts: folder)
     return folder
 

@@ -116,6 +116,8 @@ def test_shares_are_told_with_what_is_left_out(mixed: Path) -> None:
         ["no", "bucket", "2"],
     ]
     assert "38.7%" in lines[0] and "12 tokens each, 4 in a batch" in lines[0] and "6.5%" in lines[3]
+    larger = module(mixed, token_side=32).shares
+    assert "2 tokens each, 4 in a batch" in larger[0], "a network of larger tokens has fewer, and the same batches"
 
 
 def test_all_ranks_agree_on_the_shape_of_a_step_and_share_its_clips(mixed: Path) -> None:
