@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from anyflow.memory import speed
@@ -51,9 +49,7 @@ def test_what_changes_the_work_changes_the_figure(change: str, factor: tuple[flo
 
 
 def test_seconds_are_of_all_gpus() -> None:
-    one, eight = (load_recipe("forward/wan2.1-t2v-1.3b", overrides=[f"hardware.devices={count}"]) for count in (1, 8))
-    seconds: list[Any] = [speed.step_seconds(recipe, operations(recipe), "H100") for recipe in (one, eight)]
-    assert seconds[0] == pytest.approx(8 * seconds[1])
+    assert speed.step_seconds(1e18, 1, "H100") == pytest.approx(8 * speed.step_seconds(1e18, 8, "H100"))
 
 
 def test_rollouts_chunk_by_chunk_are_not_guessed() -> None:

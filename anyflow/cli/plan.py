@@ -79,14 +79,16 @@ def gpu_recipes() -> dict[str, Recipe]:
 
 
 def table_row(name: str, need: Need) -> list[str]:
-    """The recipe, GPUs, GiB of step, sampling and autoencoder, the most, its phase, and of a checkpoint."""
+    """The recipe, GPUs, GiB of step, sampling, autoencoder, the most, its phase, a checkpoint; seconds and GPU hours."""
     from anyflow.memory.phases import DECODING, ENCODING, GIB, SAMPLING, STEP
 
     totals = need.totals
     sampling = max((totals[phase] for phase in SAMPLING.values() if phase in totals), default=0.0)
     codec = max((totals[phase] for phase in (ENCODING, *DECODING.values()) if phase in totals), default=0.0)
     sizes = [f"{size / GIB:.0f}" for size in (totals[STEP], sampling, codec, need.needed)]
-    return [f"`{name}`", str(need.gpus), *sizes, need.peak, f"{need.checkpoint / GIB:.0f}"]
+    seconds = f"{need.seconds['H100']:.0f}" if need.seconds else "?"
+    hours = f"{need.seconds['H100'] * need.steps * need.gpus / 3600:.0f}" if need.seconds else "?"
+    return [f"`{name}`", str(need.gpus), *sizes, need.peak, f"{need.checkpoint / GIB:.0f}", seconds, hours]
 
 
 def _plan_all(gpu_memory: float, as_json: bool) -> None:
@@ -103,6 +105,17 @@ def _plan_all(gpu_memory: float, as_json: bool) -> None:
         print_json({name: need.to_json() for name, need in needs.items()})
         return
     most = f"of {gpu_memory * GB / GIB:.1f} GiB, at most"
-    headings = ["recipe", "GPUs", "step", "sampling", "autoencoder", most, "in", "a checkpoint"]
+    headings = [
+        "recipe",
+        "GPUs",
+        "step",
+        "sampling",
+        "autoencoder",
+        most,
+        "in",
+        "a checkpoint",
+        "s a step",
+        "GPU hours",
+    ]
     rows = [table_row(name, need) for name, need in needs.items()]
-    typer.echo("\n".join(markdown_table(headings, rows, "lrrrrrlr")))
+    typer.echo("\n".join(markdown_table(headings, rows, "lrrrrrlrrr")))

@@ -23,6 +23,7 @@ from anyflow.backbone.layout import PUBLISHED, published
 from anyflow.errors import UserError
 from anyflow.memory.changes import changes, with_gpus
 from anyflow.memory.phases import GIB, phases_of
+from anyflow.memory.speed import TERAFLOPS, UTILISATION, step_operations, step_seconds
 from anyflow.recipe import Recipe, load_recipe, save_recipe
 from anyflow.recipe.check import layout_of_recipe
 
@@ -66,6 +67,9 @@ class Need:
         together: where no single one does, changes that do so together, or the least memory that was found.
         context: ranks that share each clip.
         exchanged: bytes that a step sends from each rank to those.
+        operations: floating-point operations of a step, all its clips; None: not known.
+        clips: of a step.
+        steps: of the run.
     """
 
     recipe: str
@@ -80,6 +84,16 @@ class Need:
     together: Remedy | None = None
     context: int = 1
     exchanged: float = 0.0
+    operations: float | None = None
+    clips: int = 1
+    steps: int = 1
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of a step by the kind of GPU, by arithmetic; empty: not known."""
+        if self.operations is None:
+            return {}
+        return {gpu: step_seconds(self.operations, self.gpus, gpu) for gpu in TERAFLOPS}
 
     @property
     def totals(self) -> dict[str, float]:
@@ -109,6 +123,7 @@ class Need:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         found = {"peak": self.peak, "parts": self.parts, "needed": self.needed, "fits": self.fits}
+        found["seconds_a_step"] = self.seconds
         return {**dataclasses.asdict(self), **found}
 
     def lines(self) -> Iterator[str]:
@@ -127,6 +142,12 @@ class Need:
                 f"context     {self.context} ranks share a clip, {-(-self.tokens // self.context):,} tokens each; a "
                 f"step sends about {self.exchanged / GIB:.0f} GiB from each to the others by all-to-all, "
                 f"{self.exchanged / LINK:.1f} s at {LINK / GB:.0f} GB/s"
+            )
+        if self.operations is not None:
+            each = ", ".join(f"{gpu} {seconds:.3g} s" for gpu, seconds in self.seconds.items())
+            yield (
+                f"time        {self.operations / 1e15:.3g} x 10^15 operations a step of {self.clips} clips; by "
+                f"arithmetic, at {UTILISATION:.0%} of a GPU's bfloat16 rate: {each}"
             )
         yield f"disk        {self.checkpoint / GIB:.1f} GiB a checkpoint, {self.disk / GIB:.1f} for those that are kept"
         yield f"host        {self.host / GIB:.1f} GiB of memory on each machine"
@@ -229,6 +250,9 @@ def _need(recipe: Recipe, gpu_memory: float, simulate: Simulate) -> Need:
         host=hardware.devices * (checkpoint / max(ranks, 1) + on_host) + loading,
         context=hardware.context,
         exchanged=memory.exchanged,
+        operations=step_operations(recipe, config, latents),
+        clips=recipe.global_batch,
+        steps=recipe.total_steps,
     )
 
 

@@ -89,9 +89,9 @@ def step_operations(recipe: Recipe, config: Mapping[str, Any], latents: tuple[in
     return total * recipe.global_batch
 
 
-def step_seconds(recipe: Recipe, operations: float, gpu: str) -> float:
-    """Seconds of a step at :data:`UTILISATION` of a GPU's rate."""
-    return operations / (recipe.world_size * TERAFLOPS[gpu] * 1e12 * UTILISATION)
+def step_seconds(operations: float, gpus: int, gpu: str) -> float:
+    """Seconds of a step at :data:`UTILISATION` of the rate of so many GPUs of a kind."""
+    return operations / (gpus * TERAFLOPS[gpu] * 1e12 * UTILISATION)
 
 
 def passes_of(recipe: Recipe) -> Passes | None:
