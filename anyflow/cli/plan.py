@@ -79,7 +79,7 @@ def gpu_recipes() -> dict[str, Recipe]:
 
 
 def table_row(name: str, need: Need) -> list[str]:
-    """The recipe, GPUs, GiB of step, sampling, autoencoder, most, its phase, a checkpoint; seconds and hours of H100."""
+    """The recipe, GPUs, GiB of step, sampling, autoencoder, most; its phase; a checkpoint; seconds and GPU hours."""
     from anyflow.memory.phases import DECODING, ENCODING, GIB, SAMPLING, STEP
 
     totals = need.totals
