@@ -32,13 +32,19 @@ from anyflow.simulators.road import (
 from anyflow.simulators.simulated import FRAMES, WIDTH, choose_look, clip_generator, need_package
 from anyflow.system.pool import batches, run_jobs
 
-__all__ = ["ATTRIBUTES", "CONTROLS", "DESCRIPTION", "FPS", "LICENCE", "LOOKS", "PACKAGES", "render"]
+__all__ = ["ATTRIBUTES", "CONTROLS", "DESCRIPTION", "DESCRIPTIONS", "FPS", "LICENCE", "LOOKS", "PACKAGES", "render"]
 
 CAPTION = "Cars drive on a road."
 DESCRIPTION = (
     "A road with two to four lanes seen from above (up is left). Two to five cars of six colours keep or change lanes, "
     "brake, speed up and pass each other. One caption stands for all clips: what happens is left open."
 )
+DESCRIPTIONS = {
+    "rush": "A road with four full lanes seen from above (up is left). Five to seven cars of six colours change lanes, "
+    "brake, speed up and pass each other. One caption stands for all clips: what happens is left open."
+}
+"""Of looks that the description is wrong for."""
+
 CONTROLS: dict[str, Control | str] = {
     **drive_controls("first car"),
     "cars": "per frame: [x, y, heading] of every car, in pixels and radians, in the order of its colours; the first "
@@ -55,7 +61,7 @@ PALETTE: dict[str, Colour] = {
 """As far apart as the embedded autoencoder can tell colours: it has seen no others, and turns them into these."""
 
 ATTRIBUTES: dict[str, str | list[str]] = {
-    "lanes": "number of lanes, 2 to 4",
+    "lanes": "number of lanes: 2 to 4, in rush 4",
     "road": ["sand", "gravel", "clay", "concrete"],
     "cars": "number of other cars: 1 to 4, in rush 4 to 6",
     "colours": f"of every car, the first car's first: {', '.join(PALETTE)}",

@@ -47,7 +47,7 @@ def make_dataset(
             counted = _counted(rendered, split, count, on_progress) if on_progress else rendered
             write_shards(counted, building / split, f"{domain}-{split}", CLIPS_PER_SHARD)
         provenance = {"command": options.command(domain), "seed": options.seed, "packages": packages}
-        card = _card(folder.name, domain, source, building, provenance)
+        card = _card(folder.name, domain, source, options.look, building, provenance)
         write_card(replace(card, controls=measured_controls(card)[0]), building / CARD_NAME)
         problems = check_shards(card)
         if problems:
@@ -58,11 +58,13 @@ def make_dataset(
     return folder / CARD_NAME
 
 
-def _card(name: str, domain: str, source: Any, folder: Path, provenance: dict[str, Any]) -> DatasetCard:
+def _card(
+    name: str, domain: str, source: Any, look: str | None, folder: Path, provenance: dict[str, Any]
+) -> DatasetCard:
     return DatasetCard(
         name=name,
         domain=domain,
-        description=source.DESCRIPTION,
+        description=getattr(source, "DESCRIPTIONS", {}).get(look or "", source.DESCRIPTION),
         splits={split: folder / split for split in SPLITS},
         frames=FRAMES,
         height=HEIGHT,
