@@ -133,6 +133,7 @@ class CausalBackbone(BidirectionalBackbone):
         parts = [in_float32(net.far_patch_embedding, video[:, :, :context])] if context else []
         parts += [in_float32(net.patch_embedding, video[:, :, context:])] if layout.full else []
         hidden = torch.cat([part.flatten(2) for part in parts], dim=2).transpose(1, 2)
+        del parts  # as large as the whole sequence, of which a rank may go on with its share
 
         sizes = [far_tokens] * context + [tokens] * (layout.num_frames - context)
         share = self.context.share(sum(sizes))

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class Context:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, list(keys), group=self.group)
         if other := next((read for read in found if read != found[0]), None):
-            (first, second), *_ = (pair for pair in zip(found[0], other, strict=True) if pair[0] != pair[1])
+            first, second = next(pair for pair in zip_longest(found[0], other) if pair[0] != pair[1])
             raise UserError(
                 f"hardware.context={self.size}: ranks that share a clip have read {first} and {second}, so one of them "
                 "could not be read everywhere: see that all ranks reach the same files, then resume"

@@ -60,9 +60,9 @@ def _of_context(recipe: Recipe, heads: int) -> Iterator[tuple[str, Recipe, str]]
     hardware = recipe.hardware
     for size in (2, 4, 8):
         if size > hardware.context and hardware.devices % size == 0 and heads % size == 0:
-            passes = hardware.accumulate * size // hardware.context
-            shared = _with(recipe, "hardware", context=size, accumulate=passes)
-            yield f"hardware.context={size}", shared, f"{passes} passes a step, each {size} times as fast at best"
+            more = size // hardware.context
+            shared = _with(recipe, "hardware", context=size, accumulate=hardware.accumulate * more)
+            yield f"hardware.context={size}", shared, f"{more} times the passes, each at best {more} times as fast"
 
 
 def _of_all(recipe: Recipe, phase: str) -> Iterator[tuple[str, Recipe, str]]:

@@ -27,6 +27,8 @@ from anyflow.backbone.roles import AdapterRoles
 from anyflow.errors import UserError
 from anyflow.flowmap.chunks import layout_of
 from anyflow.flowmap.tape import Tape
+from anyflow.recipe import load_recipe
+from anyflow.training.assemble import load_networks
 
 NETWORK = {"num_attention_heads": 4, "attention_head_dim": 24, "num_layers": 2, "ffn_dim": 64}
 NETWORK |= {"text_dim": 32, "freq_dim": 32, "in_channels": 4, "out_channels": 4, "patch_size": [1, 2, 2]}
@@ -263,8 +265,12 @@ def test_of_four_ranks_one_has_padding_alone(tmp_path: Path) -> None:
         assert max(max(found.values()) for found in case) < 1e-5
 
 
-def test_heads_that_cannot_be_dealt_out_are_refused() -> None:
+def test_heads_that_cannot_be_dealt_out_are_refused(small_model: Path) -> None:
+    """Also by whoever loads a recipe's networks."""
     check_heads(4, 12)
+    words = [f"model.weights={small_model}", "hardware.devices=4", "hardware.context=4"]
+    with pytest.raises(UserError, match=r"hardware.context=4 .* 6 attention heads.*context=2"):
+        load_networks(load_recipe("finetune/driving", overrides=words))
     with pytest.raises(UserError, match=r"hardware.context=8 does not divide .* 12 attention heads.*context=4"):
         check_heads(8, 12)
 

@@ -76,6 +76,11 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "dmd": ("dmd/tiny", LORA),
     "forward, accumulated": ("forward/tiny", (*LORA, "data.batch_size=1", "hardware.accumulate=2")),
     "forward, offloaded": ("forward/tiny", (*LORA, "hardware.offload=true")),
+    "forward, clips shared": ("forward/tiny", (*LORA, "hardware.context=2")),
+    "causal, on-policy, clips shared": (
+        "onpolicy/tiny",
+        (*LORA, *CAUSAL, "hardware.context=2", "hardware.recompute_jumps=true"),
+    ),
     "causal, forward": ("forward/tiny-causal", (*LORA, *CAUSAL)),
     "causal, on-policy": ("onpolicy/tiny", (*LORA, *CAUSAL)),
     "full, forward": ("forward/tiny", ()),

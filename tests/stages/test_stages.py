@@ -9,11 +9,13 @@ import torch
 from tiny_stage import NETWORK, batch, prepared, quiet, settings, stage_of
 
 from anyflow.backbone.codec import Codec
+from anyflow.backbone.context import Context
 from anyflow.backbone.embedded import build_vae
 from anyflow.backbone.load import new_backbone
 from anyflow.errors import UserError
 from anyflow.flowmap.intervals import IntervalShares
 from anyflow.flowmap.objective import FlowMapObjective, plain_flow_map_loss, rebalance
+from anyflow.stages import update as module
 from anyflow.stages.base import Training
 from anyflow.stages.batch import Conditioning
 from anyflow.stages.codec import CodecObjective, CodecStage, motion_mask
@@ -150,3 +152,27 @@ def test_generators_differ_by_purpose_and_position() -> None:
 
     assert draw("noise", 0) == draw("noise", 0)
     assert len({draw("noise", 0), draw("noise", 1), draw("drop"), draw("drop", 0)}) == 4
+
+
+def test_neighbours_that_share_clips_draw_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every sample of the update once among the groups; a pass weighs by data ranks."""
+    dealt = []
+    for rank in range(4):
+        monkeypatch.setattr(module, "world", lambda rank=rank: (rank, 4))
+        update = Update(0, passes=2, context=Context(2, rank % 2))
+        update.begin_pass()
+        dealt.append((update.own_samples(3), update.draw_noise("noise", torch.empty(3, 1)).flatten().tolist()))
+        assert update.place_of(3) == (0, 12) and update.weight_of_pass(3) == 1
+    assert dealt[0] == dealt[1] and dealt[2] == dealt[3]
+    assert sorted(dealt[0][0] + dealt[2][0]) == list(range(6))
+
+
+def test_what_neighbours_have_read_is_compared(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before each pass: a clip that one of them replaced would be half of one and half of another."""
+    seen: list[Any] = []
+    monkeypatch.setattr(Context, "check_same", lambda self, keys: seen.append(keys))
+    stage = stage_of(TeacherStage, codec)
+    stage.on_train_batch_start({"key": ["alone"]}, 0)
+    stage.update.context = Context(2)
+    stage.on_train_batch_start({"key": ["shared"]}, 1)
+    assert seen == [["shared"]]
