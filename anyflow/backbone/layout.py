@@ -116,12 +116,13 @@ class Layout:
                 )
 
 
-def layout_of(weights: str, codec: str = "") -> Layout:
+def layout_of(weights: str, codec: str = "", field: str = "model.weights") -> Layout:
     """The layout of a model named by folder, run or hub id; what is not known yet is taken as Wan 2.1's.
 
     Args:
         weights: of the network; empty: of a new one, which takes what the autoencoder gives.
         codec: of its autoencoder, if that lies elsewhere.
+        field: what names the network, for the sentence of the error.
 
     Raises:
         UserError: network and autoencoder do not go together.
@@ -131,7 +132,7 @@ def layout_of(weights: str, codec: str = "") -> Layout:
     likely = WAN22_VAE if network.get("in_channels") == WAN22_VAE["z_dim"] else {}  # of a network that lies alone
     found = Layout.of(likely if vae is None else vae, network)
     if vae is not None:
-        check_channels(network.get("in_channels", found.channels), found, weights, codec)
+        check_channels(network.get("in_channels", found.channels), found, weights, codec, field)
     return found
 
 
@@ -141,16 +142,16 @@ def vae_config_of(model: str) -> dict[str, Any] | None:
     return _config(model, "vae") or (None if name is None else WAN22_VAE if name == "ti2v-5b" else {})
 
 
-def check_channels(channels: int, layout: Layout, weights: str, codec: str) -> None:
-    """That a network takes the latents of an autoencoder.
+def check_channels(channels: int, layout: Layout, weights: str, codec: str, field: str = "model.weights") -> None:
+    """That a network takes the latents of an autoencoder; ``field`` names the network.
 
     Raises:
         UserError: it does not.
     """
     if channels != layout.channels:
         raise UserError(
-            f"model.weights={weights!r} takes latents of {channels} channels, and the autoencoder of "
-            f"{codec or weights!r} makes {layout.channels}: name the codec that the network was made with (model.codec)"
+            f"{field}={weights!r} takes latents of {channels} channels, and the autoencoder of {codec or weights!r} "
+            f"makes {layout.channels}: name a network and a codec (model.codec) that were made for each other"
         )
 
 

@@ -157,12 +157,14 @@ def _check_names(recipe: Recipe) -> None:
 
 
 def _check_network(recipe: Recipe) -> None:
-    """That what is trained, and what teaches it, can be a flow map, as far as folders and names tell."""
+    """That what is trained can be a flow map, and what teaches it too, of the same latents, as far as is known yet."""
     model = recipe.model
-    places = [model.weights if model.init == "weights" else ""]
-    places += [] if model.lora.enabled else [value_of(recipe, key) for key in recipe.declared.folders]
-    for place in filter(None, places):
-        check_network(place)
+    if model.init == "weights" and model.weights:
+        check_network(model.weights)
+    for key in () if model.lora.enabled else recipe.declared.folders:
+        if teacher := value_of(recipe, key):
+            check_network(teacher)
+            layout_of(teacher, model.codec or model.weights, key)
 
 
 def _check_geometry(recipe: Recipe) -> None:

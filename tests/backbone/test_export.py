@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AnyFlowPipeline
+from diffusers import AnyFlowPipeline, DiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -66,6 +67,27 @@ def test_the_pipeline_samples_what_we_sample(backbone, codec, captions, noise, t
     video = theirs(pipeline, captions, noise, "pt")  # [B, F, 3, H, W] in [0, 1]
     ours_again = decoded_pixels(codec, latents).transpose(1, 2) / 2 + 0.5
     torch.testing.assert_close(video, ours_again, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_model_trained_from_first_frames_ships_the_pipeline_that_takes_them(
+    backbone, codec, captions, noise, tmp_path
+) -> None:
+    """Others do not: diffusers' own is right for them, and asks for no trust in code."""
+    form = {"shift": SHIFT, "dtype": torch.float32}
+    plain = export_pipeline(tmp_path / "plain", backbone.transformer, codec, card=CARD, **form)
+    assert not list(plain.glob("*.py")) and "custom_pipeline" not in (plain / "README.md").read_text()
+    card = dataclasses.replace(CARD, given=True)
+    folder = export_pipeline(tmp_path / "given", backbone.transformer, codec, card=card, **form)
+    assert "custom_pipeline" in (folder / "README.md").read_text()
+    trusted = {"custom_pipeline": str(folder), "trust_remote_code": True, "local_files_only": True}
+    pipeline = DiffusionPipeline.from_pretrained(folder, **trusted)
+    pipeline.set_progress_bar_config(disable=True)
+    known = torch.randn(2, 1, 16, 4, 6)
+    asked = {"latents": noise.transpose(1, 2), "video_latents": known.clone(), "num_inference_steps": STEPS}
+    found = pipeline(captions, height=32, width=48, num_frames=5, output_type="latent", **asked).frames
+    expected = backbone.sample(Conditions(codec.encode_text(captions), known), noise, STEPS, SHIFT)
+    torch.testing.assert_close(found.transpose(1, 2), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_an_export_comes_back_through_our_own_door(backbone, codec, tmp_path) -> None:

@@ -101,10 +101,13 @@ def test_recipes_and_commands_refuse_half_a_token(small_wan22: Path, card: Path,
 
 
 def test_network_and_codec_of_two_kinds_are_refused(small_wan22: Path, small_model: Path) -> None:
-    with pytest.raises(UserError, match=r"takes latents of 48 channels, and the autoencoder of .* makes 16: name"):
+    with pytest.raises(UserError, match=r"takes latents of 48 channels, and the autoencoder of .* makes 16: name a"):
         load_recipe("finetune/driving", overrides=[f"model.weights={small_wan22}", f"model.codec={small_model}"])
     with pytest.raises(UserError, match=r"takes latents of 48 channels, and the autoencoder of 'Wan-AI/Wan2.1"):
         load_recipe(f"forward/{MODEL}", overrides=["model.codec=Wan-AI/Wan2.1-T2V-14B-Diffusers"])
+    alone = ("model.lora.enabled=false", "model.lora.start=", f"stage.onpolicy.teacher={small_model}")
+    with pytest.raises(UserError, match=r"stage.onpolicy.teacher=.* takes latents of 16 channels, .* makes 48: name a"):
+        load_recipe(f"onpolicy/{MODEL}", overrides=alone)
 
 
 @pytest.fixture
