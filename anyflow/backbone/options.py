@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from anyflow.system.option import option as _option
+
+BaseWeights = Literal["full", "int8", "nf4"]
+"""How a frozen base is kept under adapters."""
 
 RELEASED_TARGETS = (
     "attn1.to_q",
