@@ -81,6 +81,7 @@ REAL: dict[str, tuple[str, tuple[str, ...]]] = {
     "forward, first frame given": ("finetune/driving", (CHECKPOINTED, "stage.i2v_prob=1.0")),
     "on-policy": ("onpolicy/tiny", (*LORA, CHECKPOINTED)),
     "on-policy, jumps again": ("onpolicy/tiny", (*LORA, CHECKPOINTED, "hardware.recompute_jumps=true")),
+    "on-policy, base in 4 bits": ("onpolicy/tiny", (*LORA, CHECKPOINTED, "model.lora.base=nf4")),
     "causal": ("finetune/driving", ("model.architecture=causal", CHECKPOINTED)),
     "causal on-policy": (
         "onpolicy/tiny",
@@ -169,7 +170,7 @@ def test_the_simulation_agrees_with_a_real_autoencoder(limit: int, monkeypatch: 
 def real_step(recipe: Recipe) -> tuple[Any, Callable[[], None]]:
     """A recipe's stage over the small network, and a whole step of it, both turns of on-policy distillation."""
     from anyflow.backbone.conditions import Text
-    from anyflow.backbone.load import new_backbone
+    from anyflow.backbone.load import StoredWeights, new_backbone
     from anyflow.backbone.lora import add_lora
     from anyflow.backbone.parallelize import checkpoint_activations
     from anyflow.stages.batch import FlowBatch
@@ -180,6 +181,7 @@ def real_step(recipe: Recipe) -> tuple[Any, Callable[[], None]]:
     backbone.fit_clip(SIZE[0])
     if recipe.hardware.gradient_checkpointing:
         checkpoint_activations(backbone)
+    backbone.stored = StoredWeights(dict(backbone.transformer.state_dict()), lambda name: torch.float32)
     if recipe.model.lora.enabled:
         add_lora(backbone, lora_settings(recipe, backbone))
     stage: Any = build_stage(recipe, None, backbone)  # type: ignore[arg-type]  (what is encoded needs no codec)

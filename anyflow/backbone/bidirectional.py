@@ -39,6 +39,8 @@ FLOAT32_PARTS = (
     "norm2",
     CONTROLS,
     "lora_",
+    "absmax",
+    "levels",
 )
 """Parameters whose names contain one of these stay float32 at any precision.
 

@@ -6,6 +6,7 @@ Weights are read from safetensors only, never from pickles, and every name and s
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,9 @@ _KINDS = (
     "FAR_Wan_Transformer3DModel",  # the old layout of the published AnyFlow folders
     CAUSAL_KIND,
 )
+_SCALES = re.compile(r"scale_weight|weight_scale|scale_input|input_scale|scaled_fp8|absmax|quant_(map|state)")
+"""What lies beside weights in 8 or 4 bits, by ComfyUI's, vLLM's and bitsandbytes' names."""
+
 _TIME, _DELTA = "condition_embedder.time_embedder.", "condition_embedder.delta_embedder."
 
 
@@ -196,6 +200,7 @@ def read_transformer(
         config = {**config, "gate_value": GATE, "deltatime_type": "r"}
     check_config(config, place)
     weights = read_weights(place, precision)
+    _refuse_quantized(weights, place)
     # the old layout has one class for both networks, and the wrong one would load with a warning only
     is_causal = says_causal(config) or any(name.startswith("far_") for name in weights)
     wanted = architecture or ("causal" if is_causal else "bidirectional")
@@ -289,6 +294,20 @@ def _with_far_patch(weights: dict[str, Tensor], patch: Sequence[int]) -> dict[st
     far = stretched.reshape(*kernel.shape[:2], *patch).to(kernel.dtype)
     bias = weights["patch_embedding.bias"].clone()
     return {**weights, "far_patch_embedding.weight": far, "far_patch_embedding.bias": bias}
+
+
+def _refuse_quantized(weights: Mapping[str, Tensor], place: Path | str) -> None:
+    """Refuse codes that mean nothing without their scales; plain float8 numbers are numbers like any other.
+
+    Raises:
+        UserError: there are some.
+    """
+    codes = (name for name, tensor in weights.items() if _SCALES.search(name) or not tensor.is_floating_point())
+    if found := min(codes, default=None):
+        raise UserError(
+            f"{place} holds quantised weights ({found}): give the model as it was published, in bfloat16 or float32; "
+            "model.lora.base=int8 or nf4 makes it as small while adapters are trained."
+        )
 
 
 def _assemble(

@@ -26,6 +26,7 @@ from anyflow.backbone.full import FULL_FILE, add_full, copy_name, full_names, fu
 from anyflow.backbone.lora_files import find_lora, matching, read_lora
 from anyflow.backbone.options import LoraOptions
 from anyflow.backbone.protocol import FlowMapBackbone
+from anyflow.backbone.quantized import with_originals
 from anyflow.errors import UserError
 
 ADAPTER = "default"
@@ -218,7 +219,8 @@ def merged_state(
 ) -> dict[str, Tensor]:
     """A plain diffusers state dict with the adapter added into the layers (in float32); the network is left alone.
 
-    Modules that were trained in full beside the adapter are taken as trained.
+    Modules that were trained in full beside the adapter are taken as trained. Of a quantised base (:mod:`.quantized`)
+    the weights are read from its files.
 
     Args:
         transformer: with or without an adapter.
@@ -227,7 +229,7 @@ def merged_state(
     """
     state = transformer.state_dict() if weights is None else weights
     merged = {}
-    for name, tensor in state.items():
+    for name, tensor in with_originals(transformer, state):
         if ".lora_" in name:
             continue
         layer = name.removesuffix(".base_layer.weight")

@@ -7,6 +7,9 @@ from typing import Literal
 
 from anyflow.system.option import option as _option
 
+BaseWeights = Literal["full", "int8", "nf4"]
+"""How a frozen base is kept under adapters."""
+
 RELEASED_TARGETS = (
     "attn1.to_q",
     "attn1.to_k",

@@ -126,7 +126,7 @@ def _restored(recipe: Recipe, checkpoint: Path) -> tuple[Any, Any, Any]:
     from anyflow.training.assemble import build_stage, load_networks
     from anyflow.training.callbacks.sharded import read_checkpoint
 
-    recipe = replace(recipe, hardware=replace(recipe.hardware, accelerator="cpu", compile=False))
+    recipe = replace(recipe.on_full_base, hardware=replace(recipe.hardware, accelerator="cpu", compile=False))
     codec, backbone = load_networks(recipe)
     stage = build_stage(recipe, codec, backbone)
     weights = read_checkpoint(checkpoint)["state_dict"]

@@ -111,7 +111,8 @@ def phases_of(recipe: Recipe, memory: Memory, codec: float, work: CodecWork) -> 
     alone = {WEIGHTS: memory.weights, AVERAGE: memory.ema} if sharded else {WEIGHTS: memory.student}
     still = {**trained, GRADIENTS: memory.gradients if recipe.world_size > 1 and not sharded else 0.0}
     lying = {"before": alone, "during": still, "after": still if sharded else alone}
-    merged = memory.largest if sharded else memory.student if recipe.model.lora.enabled else 0.0
+    is_merged_here = recipe.model.lora.enabled and recipe.model.lora.base == "full"  # else from files, in host memory
+    merged = memory.largest if sharded else memory.student if is_merged_here else 0.0
 
     phases: dict[str, dict[str, float]] = {STEP: {**trained, ACTIVATIONS: memory.activations, **own}}
     if recipe.data.precompute:

@@ -25,6 +25,7 @@ from anyflow.backbone.load import backbone_class, weight_precision, wrap
 from anyflow.backbone.lora import add_lora
 from anyflow.backbone.parallelize import checkpoint_activations, device_mesh, load_parts, parallelize
 from anyflow.backbone.protocol import FlowMapBackbone
+from anyflow.backbone.quantized import check_quantizer, quantize_base
 from anyflow.backbone.roles import AdapterRoles, Role, Roles, SeparateRoles
 from anyflow.memory.codec import rows_of_curve
 from anyflow.memory.peak import Peak, fake_ranks, local_part
@@ -47,6 +48,7 @@ def simulate(recipe: Recipe, config: dict[str, Any], latents: tuple[int, int, in
         config: the transformer's.
         latents: ``(F, C, H, W)`` of a clip.
     """
+    check_quantizer(recipe.model.lora.base)
     depth = int(config["num_layers"])
     depths = DEPTHS if depth > DEPTHS[1] else (depth,)
     low, *rest = (_simulate(recipe, {**config, "num_layers": layers}, latents) for layers in depths)
@@ -211,6 +213,8 @@ def _materialise(recipe: Recipe, network: FlowMapBackbone, dtype: torch.dtype, m
     network.stored = _BlankWeights(network.transformer, dtype)
     if mesh is not None:
         parallelize(network, parallel_settings(recipe, compiled=False), torch.device("cpu"), mesh)
+    elif recipe.model.lora.base != "full":
+        quantize_base(network, recipe.model.lora.base, torch.device("cpu"))
     else:
         load_parts(network, torch.device("cpu"))
 

@@ -292,7 +292,7 @@ def lagging_average(recipe: Recipe) -> str:
 
 
 def fit_strategy(recipe: Recipe) -> Recipe:
-    """``ddp`` in place of a hardware file's ``fsdp`` where weights must stay whole: under muon, and for the codec.
+    """``ddp`` in place of a hardware file's ``fsdp`` where weights must stay whole: muon, a quantised base, the codec.
 
     Raises:
         UserError: the command line or the stage file asks for ``fsdp`` itself.
@@ -301,10 +301,12 @@ def fit_strategy(recipe: Recipe) -> Recipe:
     whole = f"stage.name={recipe.stage.name}" if recipe.declared.trains_codec else recipe.whole_weights
     if hardware.strategy != "fsdp" or not whole:
         return recipe
+    field = recipe.whole_weights.partition("=")[0]
+    remedy = f"{field}=full" if field == "model.lora.base" else f"{field or 'optimizer.name'}=adamw"
     if Path(recipe.sources.get("hardware.strategy", "")).parent.name != "hardware":
         raise UserError(
             f"hardware.strategy=fsdp spreads weights over ranks and {whole} needs them whole: "
-            f"set hardware.strategy=ddp, or {recipe.whole_weights.partition('=')[0] or 'optimizer.name'}=adamw"
+            f"set hardware.strategy=ddp, or {remedy}"
         )
     return dataclasses.replace(recipe, hardware=dataclasses.replace(hardware, strategy="ddp"))
 
@@ -353,6 +355,11 @@ def _check_adapters(recipe: Recipe) -> None:
         raise UserError(
             f"model.lora.start={model.lora.start!r} is an adapter, and model.lora.enabled=false trains every weight: "
             "name that run in model.weights, and set model.lora.start= (empty)"
+        )
+    if model.lora.base != "full" and not model.lora.enabled:
+        raise UserError(
+            f"model.lora.base={model.lora.base} rounds a frozen network, and model.lora.enabled=false trains every "
+            "weight: set model.lora.enabled=true, or model.lora.base=full"
         )
     if model.lora.full != ["released"] and not model.lora.enabled:
         raise UserError(f"model.lora.full={model.lora.full} needs model.lora.enabled=true: set that, or leave it out")

@@ -8,10 +8,10 @@ both ranges and the rules between fields.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
 
-from anyflow.backbone.options import LoraOptions, ParallelOptions
+from anyflow.backbone.options import BaseWeights, LoraOptions, ParallelOptions
 from anyflow.flowmap.samplers import SAMPLERS, SamplerKind
 from anyflow.stages.declaration import Declaration
 from anyflow.stages.options import WHOLE_WEIGHTS, EmaSettings, OptimizerSettings, StageOptions
@@ -26,6 +26,12 @@ class LoraRecipe(LoraOptions):
 
     enabled: bool = _option(False, "train low-rank adapters on a frozen network; false trains every weight")
     start: str = _option("", "run, or folder of an adapter, that training goes on from; empty: a new one", is_path=True)
+    base: BaseWeights = _option(
+        "full",
+        "how the frozen network is kept: full: as hardware.precision says; int8, nf4: large layers in 8 or 4 bits, "
+        "for small cards; an export merges into the original weights",
+        choices=get_args(BaseWeights),
+    )
     full: list[str] = _option(
         ["released"],
         "names (endings) of modules trained in full beside the adapters; released: what the published runs train, "
@@ -298,11 +304,19 @@ class Recipe:
 
     @property
     def whole_weights(self) -> str:
-        """The field of an optimiser that needs each weight whole on every rank, with its value; empty: none does."""
+        """The field that needs each weight whole on every rank, with its value; empty: none does."""
+        if self.model.lora.base != "full":  # codes of 64 weights in a row, which FSDP2 would cut
+            return f"model.lora.base={self.model.lora.base}"
         used = {"optimizer.name": self.optimizer}
         used |= {"stage.onpolicy.critic.name": self.stage.onpolicy.critic} if self.has_critic else {}
         used |= {"stage.tail.optimizer.name": self.stage.tail.optimizer} if self.has_tail else {}
         return next((f"{key}={item.name}" for key, item in used.items() if item.name in WHOLE_WEIGHTS), "")
+
+    @property
+    def on_full_base(self) -> Recipe:
+        """The same on the base as it is stored, for who trains nothing: to export, or to look at what will be built."""
+        lora = replace(self.model.lora, base="full")
+        return replace(self, model=replace(self.model, lora=lora))
 
     @property
     def world_size(self) -> int:

@@ -35,6 +35,7 @@ from anyflow.backbone.parallelize import (
     rank_zero_first,
 )
 from anyflow.backbone.protocol import FlowMapBackbone
+from anyflow.backbone.quantized import quantize_base
 from anyflow.backbone.roles import AdapterRoles, Roles, SeparateRoles
 from anyflow.data.cache import TextStore
 from anyflow.data.encode import Encoding, estimate
@@ -73,7 +74,8 @@ def assemble(recipe: Recipe, *, leave_stored: bool = False, encode: bool = True)
     Raises:
         UserError: A checkpoint, card or clip does not fit the recipe.
     """
-    codec, backbone = load_networks(recipe, leave_stored=leave_stored or is_sharded(recipe))
+    comes_in_parts = is_sharded(recipe) or recipe.model.lora.base != "full"
+    codec, backbone = load_networks(recipe, leave_stored=leave_stored or comes_in_parts)
     told = controls_of(backbone.transformer)
     check_told(recipe, told)
     stage = build_stage(recipe, codec, backbone)
@@ -164,7 +166,7 @@ def parallel_settings(recipe: Recipe, *, compiled: bool = True) -> ParallelSetti
 
 
 def spread(recipe: Recipe, context: Context, *networks: FlowMapBackbone) -> None:
-    """Compile, and spread over the ranks, as the recipe's hardware says; the last step before a stage is built."""
+    """Compile, quantise, spread over the ranks, as the recipe says; the last step before a stage is built."""
     hardware, settings = recipe.hardware, parallel_settings(recipe)
     for network in networks:
         network.context = context
@@ -174,6 +176,8 @@ def spread(recipe: Recipe, context: Context, *networks: FlowMapBackbone) -> None
             parallelize(network, settings, join_ranks(hardware.accelerator))
             continue
         network.residual = settings.residual
+        if recipe.model.lora.base != "full":
+            quantize_base(network, recipe.model.lora.base, join_ranks(hardware.accelerator))
         if hardware.precision != "32-true":  # in sampling too, where Lightning is not around it
             network.compute = torch.bfloat16
         if settings.compile:

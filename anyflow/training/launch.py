@@ -29,6 +29,7 @@ from anyflow.backbone.parallelize import (
     rank_and_size,
     wait_for_all,
 )
+from anyflow.backbone.quantized import check_quantizer
 from anyflow.data.reader import find_split
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError, explain
 from anyflow.evaluation.curve import pixel_frames
@@ -84,8 +85,9 @@ def train(
     check_encoders(recipe.sampling.encoders, "sampling.encoders", sampled)
     if (lag := lagging_average(recipe)) and int(os.environ.get("RANK", "0")) == 0:
         print(lag, file=sys.stderr)
+    check_quantizer(recipe.model.lora.base)
     if dry_run:
-        for line in describe_parts(recipe, assemble(recipe, leave_stored=True, encode=False)):
+        for line in describe_parts(recipe, assemble(recipe.on_full_base, leave_stored=True, encode=False)):
             print(line)
         return 0
     join_ranks(recipe.hardware.accelerator)

@@ -179,6 +179,27 @@ def test_what_does_not_fit_is_named(saved, config, message) -> None:
         load_backbone(saved)
 
 
+@pytest.mark.parametrize("name", ["blocks.0.attn1.to_q.scale_weight", "scaled_fp8", "blocks.0.ffn.net.2.weight.absmax"])
+def test_quantised_weights_are_refused_by_name(saved, name: str) -> None:
+    """Scaled float8 files of other tools: their numbers alone would load, and mean nothing."""
+    change_weights(saved, lambda weights: weights.update({name: torch.ones(1)}))
+    with pytest.raises(UserError, match=rf"quantised weights \({name}\): give the model as it was published"):
+        load_backbone(saved)
+
+
+def test_codes_that_lack_their_scales_are_refused_and_plain_float8_is_read(stock, saved) -> None:
+    name = "blocks.1.attn1.to_q.weight"
+    small = stock.state_dict()[name].to(torch.float8_e4m3fn)
+    change_weights(saved, lambda weights: weights.update({name: small}))
+    for stored in (False, True):
+        loaded = load_backbone(saved, leave_stored=stored)
+        read = loaded.stored.read(name) if stored else loaded.transformer.state_dict()[name]
+        assert torch.equal(read, small.float())
+    change_weights(saved, lambda weights: weights.update({name: small.to(torch.int8)}))
+    with pytest.raises(UserError, match=rf"quantised weights \({name}\)"):
+        load_backbone(saved)
+
+
 def test_a_missing_delta_embedder_is_named(saved) -> None:
     name = "condition_embedder.delta_embedder.linear_1.weight"
     change_weights(saved, lambda weights: weights.pop(name))

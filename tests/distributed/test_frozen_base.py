@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -83,6 +84,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "causal, forward": ("forward/tiny-causal", (*LORA, *CAUSAL)),
     "causal, on-policy": ("onpolicy/tiny", (*LORA, *CAUSAL)),
+    "quantised, on-policy": ("onpolicy/tiny", (*LORA, "model.lora.base=nf4", "hardware.recompute_jumps=true")),
     "full, forward": ("forward/tiny", ()),
     "full, on-policy": ("onpolicy/tiny", ()),
 }
@@ -108,7 +110,7 @@ class Watched:
     def __init__(self, parts: Parts) -> None:
         roles = getattr(parts.stage, "roles", None)
         self.networks = roles.networks if roles is not None else [parts.backbone]
-        assert all(is_sharded_module(network) for network in self.networks)
+        self.sharded = [is_sharded_module(network) for network in self.networks]
         self.before = [dict(self._weights(network)) for network in self.networks]
         self.computed: dict[str, set[torch.dtype]] = {"blocks": set(), "times": set()}
         for network in self.networks:
@@ -136,6 +138,7 @@ class Watched:
                 if not torch.equal(was, now):
                     (moved if is_trained else touched).append(name)
         return {
+            "sharded": self.sharded,
             "frozen": sorted(frozen),
             "trained": sorted(trained),
             "moved": len(moved),
@@ -218,12 +221,18 @@ def test_every_stage_has_a_frozen_base_in_bfloat16(case: str, the_others: Path) 
 def check(case: str, out: Path) -> None:
     """A case's weights on both ranks, its checkpoint, its resumption and its export."""
     bfloat16, float32 = "torch.bfloat16", "torch.float32"
-    is_full = case.startswith("full")
+    is_full, is_quantised = case.startswith("full"), case.startswith("quantised")
     for rank in range(2):
         facts = json.loads((out / f"{case}.{rank}.json").read_text())
         assert facts["finite"] and not facts["touched"]
         assert {dtype for dtype, _ in facts["trained"]} == {float32}
-        if not is_full:
+        assert all(facts["sharded"]) is not is_quantised
+        if is_quantised:  # copies, by ddp: codes of the large layers, the rest as it is on one card
+            assert {tuple(kind) for kind in facts["frozen"]} == {
+                ("torch.uint8", True),
+                *product([float32], [True, False]),
+            }
+        elif not is_full:
             assert {tuple(kind) for kind in facts["frozen"]} == {(bfloat16, True), (float32, False)}
         assert facts["computed"] == {"blocks": [bfloat16], "times": [float32]}
         assert facts["moved"] > 0.9 * facts["of trained"], "a few have no gradient: text of zeros, the last block's"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from anyflow.backbone.load import StoredWeights
+from anyflow.backbone.options import BaseWeights
+from anyflow.backbone.quantized import check_quantizer, quantize_base
 from anyflow.flowmap.intervals import draw_intervals, keep_first_frame
 from anyflow.flowmap.objective import (
     FlowMapLoss,
@@ -101,6 +105,19 @@ def test_the_formulas_written_out_agree_with_the_case() -> None:
     assert relative_error(found["dF_dt"], CASE["out/dF_dt"]) < 1e-4
     torch.testing.assert_close(found["error"], CASE["out/mse_per_sample"], rtol=1e-5, atol=0)
     torch.testing.assert_close(found["loss"], CASE["out/loss"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("base", "within"), [("int8", 0.004), ("nf4", 0.1)])
+def test_the_formulas_on_a_quantised_base(base: BaseWeights, within: float) -> None:
+    """The network's answers and their derivative move by as much as the weights do, and no more."""
+    check_quantizer(base)
+    velocity = GoldenVelocity()
+    stored = StoredWeights(dict(velocity.network.state_dict()), lambda name: torch.float32)
+    quantize_base(SimpleNamespace(transformer=velocity.network, stored=stored), base, torch.device("cpu"))  # type: ignore[arg-type]
+    found = by_the_formulas(velocity, PLAIN)
+    for name in ("pred_cond", "pred_uncond", "dF_dt"):
+        assert within / 10 < relative_error(found[name], CASE[f"out/{name}"]) < within
+    torch.testing.assert_close(found["loss"], CASE["out/loss"], rtol=within / 10, atol=0)
 
 
 @pytest.mark.parametrize("loss_function", [flow_map_loss, plain_flow_map_loss])

@@ -47,6 +47,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "teacher": ("teacher/tiny", ("model.init=weights", "model.codec=")),
     "forward": ("forward/tiny", ()),
     "forward, LoRA": ("forward/tiny", (*LORA, *CHECKPOINTED)),
+    "forward, int8": ("forward/tiny", (*LORA, *CHECKPOINTED, "model.lora.base=int8")),
     "forward, guided tangent": ("forward/tiny", ("stage.guided_tangent=true",)),
     "forward, jvp": ("forward/tiny", ("stage.derivative=jvp",)),
     "forward, first frame given": ("forward/tiny", GIVEN),
