@@ -73,6 +73,30 @@ def test_more_ranks_and_checkpointing_lower_the_peak() -> None:
     assert peak(stage) < peak(stage, "hardware.keep_attention=true") < 1.9 * peak(stage)
 
 
+IN_4_BITS = ("model.lora.base=nf4", "model.lora.rank=32", "model.lora.alpha=32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "model", "gigabytes", "options"),
+    [
+        ("teacher/wan2.1-t2v-1.3b", None, 24, ()),
+        ("forward/wan2.1-t2v-1.3b", None, 24, ()),
+        ("onpolicy/wan2.1-t2v-1.3b", None, 24, ()),
+        ("finetune/driving", "anyflow-wan2.1-t2v-1.3b", 24, ()),
+        ("finetune/driving", "anyflow-wan2.1-t2v-14b", 48, IN_4_BITS),
+    ],
+)
+def test_small_cards_hold_what_the_page_says(
+    stage: str, model: str | None, gigabytes: float, options: tuple[str, ...]
+) -> None:
+    recipe = load_recipe(stage, model=model, hardware="small", overrides=options)
+    need = plan(recipe, gpu_memory=gigabytes, remedies=False)
+    assert need.fits, list(need.lines())
+    if options:
+        assert not plan(recipe.on_full_base, gpu_memory=gigabytes, remedies=False).fits
+
+
 LORA = ("model.lora.enabled=true", "model.lora.rank=16", "stage.onpolicy.teacher=")
 CHECKPOINTED = "hardware.gradient_checkpointing=true"
 REAL: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -54,7 +54,14 @@ class QuantizedLinear(nn.Module):
 
     Attributes:
         original: reads the weight as it was before, from its file.
+        codes: uint8, one weight each, or two.
+        absmax: the scale of every BLOCK weights, float32.
+        levels: what the codes stand for; None: NF4's levels.
     """
+
+    codes: Tensor
+    absmax: Tensor
+    levels: Tensor | None
 
     def __init__(self, original: Callable[[], Tensor], bias: Tensor | None, base: BaseWeights, device: Any) -> None:
         super().__init__()
@@ -112,11 +119,13 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return gradient @ _weight(*ctx.saved_tensors, ctx.shape, gradient.dtype), None, None, None, None, None
+        codes, absmax, levels = ctx.saved_tensors
+        return gradient @ _weight(codes, absmax, levels, ctx.shape, gradient.dtype), None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
-        return F.linear(tangent, _weight(*ctx.saved_tensors, ctx.shape, tangent.dtype))
+        codes, absmax, levels = ctx.saved_tensors
+        return F.linear(tangent, _weight(codes, absmax, levels, ctx.shape, tangent.dtype))
 
 
 @torch.no_grad()

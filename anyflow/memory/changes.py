@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from anyflow.backbone.options import BaseWeights
 from anyflow.errors import UserError
 from anyflow.memory.phases import DECODING, ENCODING, EXPORT, READING, SAMPLING, STEP
 from anyflow.recipe import Recipe
@@ -68,14 +69,15 @@ def _of_context(recipe: Recipe, heads: int) -> Iterator[tuple[str, Recipe, str]]
 def _of_all(recipe: Recipe, phase: str) -> Iterator[tuple[str, Recipe, str]]:
     """What lowers every phase."""
     hardware, data = recipe.hardware, recipe.data
-    if hardware.strategy != "fsdp" and recipe.world_size > 1:
+    if hardware.strategy != "fsdp" and recipe.world_size > 1 and not recipe.whole_weights:
         yield "hardware.strategy=fsdp", _with(recipe, "hardware", strategy="fsdp"), "weights travel"
     if not recipe.model.lora.enabled and recipe.model.init == "weights":
         lora = dataclasses.replace(recipe.model.lora, enabled=True)
         words = "one base for all roles" if recipe.has_teacher else "adapters instead of all weights"
         yield f"model.lora.enabled=true ({words})", _with(recipe, "model", lora=lora), "less capacity"
     if recipe.model.lora.enabled and recipe.model.lora.base == "full" and recipe.world_size == 1:
-        for base, cost in (("int8", "a base rounded by 0.6 %"), ("nf4", "a base rounded by 9 %")):
+        bases: dict[BaseWeights, str] = {"int8": "a base rounded by 0.6 %", "nf4": "a base rounded by 9 %"}
+        for base, cost in bases.items():
             lora = dataclasses.replace(recipe.model.lora, base=base)
             yield f"model.lora.base={base}", _with(recipe, "model", lora=lora), cost
     if hardware.strategy == "fsdp" or (recipe.world_size == 1 and not recipe.whole_weights):
