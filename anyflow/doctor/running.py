@@ -58,11 +58,8 @@ def _examined(item: Item, is_gpu: bool, ends: float, gpus: int = 0) -> dict[str,
     line = {"item": item.name, "ok": not ended.found.get("wrong"), "seconds": round(ended.seconds, 1), **ended.found}
     if ended.code is None and is_cut_short:
         out = {"the rest": f"the time was over after {ended.seconds:.0f} s: give more --minutes"}
-        return {
-            **line,
-            "ok": False if ended.found.get("wrong") else None,
-            "left_out": {**line.get("left_out", {}), **out},
-        }
+        ok = False if ended.found.get("wrong") else None
+        return {**line, "ok": ok, "left_out": {**line.get("left_out", {}), **out}}
     sentence = _what_became(ended, limit, item)
     if sentence is not None:
         line = {**line, "ok": False, "wrong": [*line.get("wrong", []), sentence]}
