@@ -80,7 +80,7 @@ IN_4_BITS = ("model.lora.base=nf4", "model.lora.rank=32", "model.lora.alpha=32")
 @pytest.mark.parametrize(
     ("stage", "model", "gigabytes", "options"),
     [
-        ("teacher/wan2.1-t2v-1.3b", None, 24, ()),
+        ("teacher/wan2.1-t2v-1.3b", None, 24, ("sampling.prompts=0",)),
         ("forward/wan2.1-t2v-1.3b", None, 24, ()),
         ("onpolicy/wan2.1-t2v-1.3b", None, 24, ()),
         ("finetune/driving", "anyflow-wan2.1-t2v-1.3b", 24, ()),
@@ -93,7 +93,7 @@ def test_small_cards_hold_what_the_page_says(
     recipe = load_recipe(stage, model=model, hardware="small", overrides=options)
     need = plan(recipe, gpu_memory=gigabytes, remedies=False)
     assert need.fits, list(need.lines())
-    if options:
+    if options == IN_4_BITS:
         assert not plan(recipe.on_full_base, gpu_memory=gigabytes, remedies=False).fits
 
 
