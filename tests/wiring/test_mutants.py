@@ -143,7 +143,7 @@ MUTANTS = [
     Mutant(
         "a mean of means",
         UPDATE,
-        "        return batch_size * world()[1] * self.passes / self.place_of(batch_size)[1]",
+        "        return batch_size * self.data_rank[1] * self.passes / self.place_of(batch_size)[1]",
         "        return 1.0",
         f"{PASSES}::test_uneven_passes_weigh_their_clips",
     ),
