@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from anyflow.memory import speed
@@ -50,6 +53,25 @@ def test_what_changes_the_work_changes_the_figure(change: str, factor: tuple[flo
 
 def test_seconds_are_of_all_gpus() -> None:
     assert speed.step_seconds(1e18, 1, "H100") == pytest.approx(8 * speed.step_seconds(1e18, 8, "H100"))
+
+
+def test_the_page_has_the_figures_of_now(project: Path) -> None:
+    """docs/hardware.md: seconds a step, steps, hours and GPU hours of every row."""
+    page = (project / "docs" / "hardware.md").read_text(encoding="utf-8")
+    rows = [line.strip("|").split("|") for line in page.splitlines() if re.search(r"\| \d+ x (RTX|H100|L40S)", line)]
+    assert len(rows) > 8
+    for _, written, device, clips, seconds, steps, hours, gpu_hours in rows:
+        words = " ".join(re.findall("`([^`]*)`", written)).split()
+        named = {words[i].strip("-"): words[i + 1] for i in range(len(words)) if words[i].startswith("--")}
+        overrides = [word for word in words if "=" in word]
+        recipe = load_recipe(words[0], model=named.get("model"), hardware=named.get("hardware"), overrides=overrides)
+        count, gpu = device.split("(")[0].strip().split(" x ")
+        told = [float(cell) for cell in (clips, steps, seconds, hours, gpu_hours)]
+        took = speed.step_seconds(operations(recipe), recipe.world_size, gpu)
+        whole = took * recipe.total_steps / 3600
+        assert recipe.world_size == int(count)
+        expected = [recipe.global_batch, recipe.total_steps, took, whole, whole * int(count)]
+        assert told == pytest.approx(expected, rel=0.03, abs=0.6), (written, expected)
 
 
 def test_rollouts_chunk_by_chunk_are_not_guessed() -> None:
