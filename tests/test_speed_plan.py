@@ -39,7 +39,7 @@ def test_operations_are_those_that_are_counted(stage: str, monkeypatch: pytest.M
     "change, factor",
     [
         ("data.global_batch=64", (2.0, 2.0)),
-        ("hardware.keep_attention=true", (0.8, 0.95)),
+        ("hardware.keep_attention=false", (1.05, 1.25)),
         ("model.lora.enabled=false", (0.9, 1.3)),
         ("data.frames=161", (3.0, 4.0)),
         ("stage.diffusion_share=0.75", (0.8, 0.95)),
