@@ -30,6 +30,7 @@ SMALL = (
     *("data.card=driving", "data.global_batch=2", "data.batch_size=2", "data.num_workers=0", "data.fps=0"),
     *("data.frames=17", "data.height=32", "data.width=32", "data.precompute=false"),
     *("hardware.accelerator=cpu", "hardware.devices=1", "hardware.strategy=auto", "hardware.precision=32-true"),
+    "hardware.compile=false",
     *("model.lora.rank=4", "model.network.chunk_partition=[1,2,2]", "model.network.full_chunk_limit=2"),
     *("sampling.prompts=0", "sampling.every_steps=0", "checkpoint.every_steps=1", "run.tracking_uri="),
     *("optimizer.lr=1e-2", "optimizer.warmup_steps=0", "ema.decay=0.5", "ema.start_step=0"),

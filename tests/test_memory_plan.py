@@ -53,7 +53,8 @@ def peak(stage: str, *overrides: str) -> float:
 
 
 def test_full_training_of_14b_on_8_ranks_is_the_known_figure() -> None:
-    assert peak("forward/wan2.1-t2v-14b", *FULL) == pytest.approx(56.4, rel=0.02)
+    found = peak("forward/wan2.1-t2v-14b", *FULL, "hardware.keep_attention=false")
+    assert found == pytest.approx(56.4, rel=0.02)
 
 
 @pytest.mark.slow
@@ -474,10 +475,10 @@ def test_the_commands_of_the_page_hold(project: Path) -> None:
     commands = [shlex.split(line, comments=True) for line in lines]
     seen = 0
     for words in commands:
-        if "export" in words:
+        if "export" in words or words[0].endswith("pip"):
             continue
         rest = words[words.index("train" if "train" in words else "plan" if "plan" in words else words[2]) + 1 :]
-        named: dict[str, str | None] = {"--model": None, "--hardware": None, "--gpus": None}
+        named: dict[str, str | None] = dict.fromkeys(("--model", "--hardware", "--gpus", "--gpu-memory"))
         for option in list(named):
             if option in rest:
                 at = rest.index(option)

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from anyflow.backbone import codec as codec_module
 from anyflow.backbone import parallelize, protocol, roles
 from anyflow.backbone.codec import Codec
+from anyflow.backbone.context import ALONE
 from anyflow.backbone.load import load_backbone
 from anyflow.backbone.roles import SeparateRoles
 from anyflow.cli.main import app
@@ -184,10 +185,10 @@ def test_a_curve_is_sampled_in_the_precision_of_training(
 
 def test_every_role_computes_in_the_recipes_precision(small_model: Path) -> None:
     networks = [load_backbone(small_model) for _ in range(2)]
-    spread(small_recipe(small_model, **{"hardware.precision": "bf16-mixed"}), *networks)
+    spread(small_recipe(small_model, **{"hardware.precision": "bf16-mixed"}), ALONE, *networks)
     assert [network.compute for network in networks] == [torch.bfloat16] * 2
     plain = load_backbone(small_model)
-    spread(small_recipe(small_model), plain)
+    spread(small_recipe(small_model), ALONE, plain)
     assert plain.compute is None
 
 

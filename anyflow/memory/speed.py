@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from anyflow.backbone.segments import segment_mask
-from anyflow.flowmap.chunks import ChunkLayout, layout_of, partition_frames
-from anyflow.flowmap.rollout import BackwardSimulation, RenoisingSimulation
 from anyflow.recipe import Recipe
+
+if TYPE_CHECKING:
+    from anyflow.flowmap.chunks import ChunkLayout
 
 TERAFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 5090": 210, "RTX 4090": 165}
 """Dense bfloat16 products a second, 10^12, by the makers' data sheets."""
@@ -132,6 +132,8 @@ _TURNS = {
 
 def jumps(recipe: Recipe) -> float:
     """Of a rollout, on average over budgets and steps."""
+    from anyflow.flowmap.rollout import BackwardSimulation, RenoisingSimulation
+
     kind = RenoisingSimulation if recipe.sampler == "renoise" else BackwardSimulation
     return mean(
         mean(len(kind(budget, index).jumps) for index in range(budget)) for budget in recipe.stage.onpolicy.budgets
@@ -146,6 +148,8 @@ def _layouts(recipe: Recipe, config: Mapping[str, Any], frames: int) -> Iterable
     """What a step's passes look at, each with its share of the steps; None: all frames at once."""
     if recipe.model.architecture != "causal":
         return [(None, 1.0)]
+    from anyflow.flowmap.chunks import layout_of, partition_frames
+
     chunks = partition_frames(frames, config.get("chunk_partition", (1, 3, 3, 3, 3, 3, 3, 2)))
     limit, share = config.get("full_chunk_limit", 3), recipe.stage.long_context
     longer = [layout_of(chunks[:count], limit) for count in range(limit + 1, len(chunks) + 1)]
@@ -164,6 +168,8 @@ def network_pass(
     if layout is None:
         tokens, pairs = frames * each, float(frames * each) ** 2
     else:
+        from anyflow.backbone.segments import segment_mask
+
         _, far_high, far_wide = config.get("compressed_patch_size", (1, 4, 4))
         mask = segment_mask(layout, each, (rows // far_high) * (columns // far_wide), "segments")
         tokens = sum(mask.lengths)

@@ -47,6 +47,7 @@ SHORT = (
     "data.batch_size=2",
     "data.num_workers=0",
     "data.precompute=false",
+    "hardware.compile=false",  # layers of a compiled block are not called
     "optimizer.name=adamw",
     "optimizer.lr=1e-3",
     "optimizer.warmup_steps=0",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,9 @@ from anyflow.doctor.here import GIB, Here
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    """A stand-in for ``torch.cuda``; tensors stay on the CPU."""
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Gpu:
+    """A stand-in for ``torch.cuda``; tensors stay on the CPU, and what it finds is not kept among the user's files."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     pretended = Gpu(iter(()))
     answers: dict[str, Any] = {
         "Event": Event,

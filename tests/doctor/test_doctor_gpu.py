@@ -62,7 +62,7 @@ def timed(times: dict[str, float]) -> Any:
     """As ``attention._timed``: each backend's seconds, by the one that is allowed."""
 
     def run(here: Here, *tensors: Any) -> tuple[torch.Tensor, float, float]:
-        allowed = [name for name, backend in attention.BACKENDS.items() if backend in current()]
+        allowed = [name for name, backend in attention.KERNELS.items() if backend in current()]
         if allowed[0] not in times:
             raise RuntimeError("No available kernel")
         return torch.zeros(1), times[allowed[0]] / 3, times[allowed[0]]
