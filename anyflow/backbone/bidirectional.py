@@ -7,13 +7,14 @@ are the stock modules, called as modules: sharding hooks, adapters and activatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import AnyFlowTransformer3DModel
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from anyflow.backbone.attention import (
     Memory,
@@ -133,11 +134,10 @@ class BidirectionalBackbone(FlowMapBackbone):
         """
         if share.is_whole:
             hidden, time = hidden[:, asked], time if time.shape[1] == 1 else time[:, asked]
-        projected: Tensor = (
-            checkpoint(self._project, hidden, time, use_reentrant=False)
-            if self.transformer.gradient_checkpointing and torch.is_grad_enabled()
-            else self._project(hidden, time)
-        )
+        net = self.transformer
+        checkpointing = net.gradient_checkpointing and torch.is_grad_enabled()
+        project = partial(net._gradient_checkpointing_func, self._project) if checkpointing else self._project
+        projected: Tensor = project(hidden, time)
         tokens = share.whole(projected)
         return self._unpatchify(tokens if share.is_whole else tokens[:, asked], *grid)
 
@@ -223,15 +223,26 @@ class BidirectionalBackbone(FlowMapBackbone):
 def in_float32(layer: nn.Module, inputs: Tensor) -> Tensor:
     """A small layer in float32 (or its own precision if that is wider), whatever its weights are kept in.
 
-    What enters and leaves the network is rounded nowhere else: a finite difference is of the last bits of both.
+    What enters and leaves the network is rounded nowhere else: a finite difference is of the last bits of both. So a
+    GPU's convolutions must not round to TF32 either, as they do unless they are told not to.
     """
     weights = dict(layer.named_parameters())
     dtype = torch.promote_types(torch.float32, next(iter(weights.values())).dtype)
-    with torch.autocast(inputs.device.type, enabled=False):
+    with torch.autocast(inputs.device.type, enabled=False), _whole_convolutions(inputs.is_cuda):
         if all(weight.dtype == dtype for weight in weights.values()):
             return layer(inputs.to(dtype))  # type: ignore[no-any-return]
         wide = {name: weight.to(dtype) for name, weight in weights.items()}
         return torch.func.functional_call(layer, wide, inputs.to(dtype))  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _whole_convolutions(on_gpu: bool) -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = before and not on_gpu
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def check_times(latents: Tensor, timestep: Tensor, r_timestep: Tensor) -> None:

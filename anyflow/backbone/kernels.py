@@ -57,7 +57,10 @@ def prefer_kernel(name: str) -> None:
         return
     if name in ("auto", "flex"):
         is_hopper = torch.cuda.get_device_capability()[0] == 9 and torch.backends.cudnn.is_available()
-        name = kept_fastest() or ("cudnn" if is_hopper else "")
+        name = kept_fastest()
+        if name in PACKAGES and name not in usable_packages():  # it was measured in another environment
+            name = ""
+        name = name or ("cudnn" if is_hopper else "")
     if not name:
         return
     if name in PACKAGES:
@@ -80,6 +83,7 @@ def _activate(name: str, until: ExitStack) -> None:
     try:
         activate_flash_attention_impl(impl)
     except (ImportError, RuntimeError) as error:
+        _restore(current)  # which the attempt has put away
         raise UserError(
             f"{field}: the package with {module} cannot be used ({first_line(error)}); install it, or set "
             "hardware.attention=auto"
@@ -88,7 +92,7 @@ def _activate(name: str, until: ExitStack) -> None:
 
 
 def _restore(impl: str | None) -> None:
-    restore_flash_attention_impl()
+    restore_flash_attention_impl(_raise_warn=False)
     if impl is not None:
         activate_flash_attention_impl(impl)
 
@@ -99,6 +103,9 @@ def only_kernel(name: str) -> Iterator[None]:
     with ExitStack() as stack:
         if name in PACKAGES:
             _activate(name, stack)
+        elif (current := current_flash_attention_impl()) is not None:  # PyTorch's own flash is asked for
+            restore_flash_attention_impl()
+            stack.callback(_restore, current)
         stack.enter_context(sdpa_kernel(KERNELS.get(name, SDPBackend.FLASH_ATTENTION)))
         yield
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from anyflow.system.option import option as _option
 
@@ -49,7 +49,7 @@ class ParallelOptions:
         "auto",
         "precision of what runs from block to block in bf16; auto: float32 in passes without gradient, where it takes "
         "no memory and halves the error of the flow map's finite difference; float32: in all; compute: in none",
-        choices=("auto", "float32", "compute"),
+        choices=get_args(Residual),
     )
     context: int = _option(
         1,

@@ -249,9 +249,9 @@ class AdapterRoles(Roles):
         else:
             weight.copy_(source)
 
-    def _pinned_checkpoint(self, block: nn.Module, *arguments: Any) -> Any:
-        """Checkpoint a block so that its second run sees the adapter of the first."""
-        adapter, layers = self._speaking, _adapted_layers(block)
+    def _pinned_checkpoint(self, block: Callable[..., Any], *arguments: Any) -> Any:
+        """Checkpoint a block, or another part of the network, so that its second run sees the adapter of the first."""
+        adapter, layers = self._speaking, _adapted_layers(block) if isinstance(block, nn.Module) else self._layers
 
         def run(*inputs: Any) -> Any:
             with _speaking(layers, adapter):

@@ -28,7 +28,7 @@ Card = Annotated[str, typer.Argument(metavar="CARD", help="A dataset card: a nam
 
 @contextmanager
 def goes_on(again: str) -> Iterator[None]:
-    """Exit well when a signal ends what is within, and say how it goes on: nothing of it is lost."""
+    """Where a signal stops the block, exit with its code and say how to go on: nothing is lost."""
     try:
         with sigterm_raises(Terminated):
             yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 from anyflow.backbone.options import BaseWeights
@@ -75,8 +76,9 @@ def _of_all(recipe: Recipe, phase: str) -> Iterator[tuple[str, Recipe, str]]:
         lora = dataclasses.replace(recipe.model.lora, enabled=True)
         words = "one base for all roles" if recipe.has_teacher else "adapters instead of all weights"
         yield f"model.lora.enabled=true ({words})", _with(recipe, "model", lora=lora), "less capacity"
-    if recipe.model.lora.enabled and recipe.model.lora.base == "full" and recipe.world_size == 1:
-        bases: dict[BaseWeights, str] = {"int8": "a base rounded by 0.6 %", "nf4": "a base rounded by 9 %"}
+    can_round = recipe.model.lora.enabled and recipe.model.lora.base == "full" and find_spec("bitsandbytes") is not None
+    if can_round and recipe.world_size == 1:
+        bases: dict[BaseWeights, str] = {"int8": "weights off by 0.6 %", "nf4": "weights off by 9 %"}
         for base, cost in bases.items():
             lora = dataclasses.replace(recipe.model.lora, base=base)
             yield f"model.lora.base={base}", _with(recipe, "model", lora=lora), cost

@@ -210,7 +210,7 @@ def _materialise(recipe: Recipe, network: FlowMapBackbone, dtype: torch.dtype, m
             setattr(module, name, nn.Parameter(blank, weight.requires_grad))
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype), persistent=False)
-    network.stored = _BlankWeights(network.transformer, dtype)
+    network.stored, network.residual = _BlankWeights(network.transformer, dtype), recipe.hardware.residual
     if mesh is not None:
         parallelize(network, parallel_settings(recipe, compiled=False), torch.device("cpu"), mesh)
     elif recipe.model.lora.base != "full":

@@ -95,7 +95,9 @@ def step_seconds(operations: float, gpus: int, gpu: str) -> float:
 
 
 def passes_of(recipe: Recipe) -> Passes | None:
-    """The passes of all turns of a step; None for a stage whose turns are not known."""
+    """The passes of all turns of a step; None for a stage whose steps are of several kinds, or are not counted."""
+    if recipe.has_tail or recipe.sampler == "renoise":
+        return None
     found: Counter[str] = Counter()
     for role, turn in recipe.declared.turns.items():
         counted = _TURNS.get(turn) if isinstance(turn, str) else None
@@ -114,8 +116,9 @@ def _flow_map(recipe: Recipe) -> dict[str, float]:
 
 def _generator(recipe: Recipe) -> dict[str, float]:
     judged = 2.0 + (recipe.stage.onpolicy.extra_guidance > 0)
+    again = (jumps(recipe) - 1) * recipe.hardware.recompute_jumps
     on_data = _flow_map(recipe) if recipe.stage.onpolicy.forward_weight > 0 else {"without": 0.0, "with": 0.0}
-    return {"without": judged + on_data["without"], "with": jumps(recipe) + on_data["with"]}
+    return {"without": judged + again + on_data["without"], "with": jumps(recipe) + on_data["with"]}
 
 
 def _critic(recipe: Recipe) -> dict[str, float]:
@@ -132,12 +135,10 @@ _TURNS = {
 
 def jumps(recipe: Recipe) -> float:
     """Of a rollout, on average over budgets and steps."""
-    from anyflow.flowmap.rollout import BackwardSimulation, RenoisingSimulation
+    from anyflow.flowmap.rollout import BackwardSimulation
 
-    kind = RenoisingSimulation if recipe.sampler == "renoise" else BackwardSimulation
-    return mean(
-        mean(len(kind(budget, index).jumps) for index in range(budget)) for budget in recipe.stage.onpolicy.budgets
-    )
+    budgets = recipe.stage.onpolicy.budgets
+    return mean(mean(len(BackwardSimulation(steps, index).jumps) for index in range(steps)) for steps in budgets)
 
 
 def _is_guided(recipe: Recipe) -> bool:

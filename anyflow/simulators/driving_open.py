@@ -43,7 +43,7 @@ DESCRIPTIONS = {
     "rush": "A road with four full lanes seen from above (up is left). Five to seven cars of six colours change lanes, "
     "brake, speed up and pass each other. One caption stands for all clips: what happens is left open."
 }
-"""Of looks that the description is wrong for."""
+"""Descriptions of looks that the usual one does not fit."""
 
 CONTROLS: dict[str, Control | str] = {
     **drive_controls("first car"),

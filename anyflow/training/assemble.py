@@ -28,6 +28,7 @@ from anyflow.backbone.lora import ADAPTER, LoraSettings, add_lora, load_lora
 from anyflow.backbone.parallelize import (
     WAIT,
     ParallelSettings,
+    accelerator_here,
     checkpoint_activations,
     join_ranks,
     parallelize,
@@ -42,6 +43,7 @@ from anyflow.data.encode import Encoding, estimate
 from anyflow.data.module import VideoDataModule
 from anyflow.data.reader import ShardReader, find_split
 from anyflow.data.wanted import learnt_controls
+from anyflow.errors import UserError
 from anyflow.recipe import Recipe
 from anyflow.stages.base import Stage, Training
 from anyflow.stages.parts import StageParts
@@ -102,7 +104,8 @@ def load_networks(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec,
 def load_model(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, FlowMapBackbone]:
     """Codec and network, loaded or, for the first stages of an embedded model, built new."""
     model, hardware = recipe.model, recipe.hardware
-    prefer_kernel(hardware.attention)
+    if accelerator_here(hardware.accelerator) == "gpu":
+        prefer_kernel(hardware.attention)
     dtype = weights_dtype(recipe)
     if model.init == "weights":
         check_start(model.weights)  # before the codec, whose text encoder is large
@@ -170,7 +173,7 @@ def spread(recipe: Recipe, context: Context, *networks: FlowMapBackbone) -> None
     hardware, settings = recipe.hardware, parallel_settings(recipe)
     for network in networks:
         network.context = context
-        if hardware.attention == "flex" and network.is_causal and torch.cuda.is_available():
+        if hardware.attention == "flex" and network.is_causal and accelerator_here(hardware.accelerator) == "gpu":
             network.attention = "flex"
         if is_sharded(recipe):
             parallelize(network, settings, join_ranks(hardware.accelerator))
@@ -231,6 +234,7 @@ def build_roles(recipe: Recipe, backbone: FlowMapBackbone) -> Roles:
     )
     if recipe.hardware.gradient_checkpointing:
         checkpoint_activations(network, recipe.hardware.keep_attention)
+    _check_beside(recipe, network, backbone)
     told, asked = controls_of(network.transformer), controls_of(backbone.transformer)
     if told is not None and asked is not None:
         check_controls(told, asked, teacher or recipe.model.weights)
@@ -238,6 +242,21 @@ def build_roles(recipe: Recipe, backbone: FlowMapBackbone) -> Roles:
     if roles.frozen is not None:  # after the critic became its copy, in the precision that it is trained in
         keep_in(network, frozen_dtype(recipe))
     return roles
+
+
+def _check_beside(recipe: Recipe, teacher: FlowMapBackbone, student: FlowMapBackbone) -> None:
+    """That a teacher's network takes what the student's does, on as many ranks.
+
+    Raises:
+        UserError: it does not.
+    """
+    taught, own = teacher.transformer.config, student.transformer.config
+    check_heads(recipe.hardware.context, taught.num_attention_heads)
+    if taught.in_channels != own.in_channels:
+        raise UserError(
+            f"stage.onpolicy.teacher={recipe.stage.onpolicy.teacher!r} takes latents of {taught.in_channels} channels, "
+            f"and model.weights={recipe.model.weights!r} of {own.in_channels}: name a teacher of the same latents"
+        )
 
 
 def roles_kind(recipe: Recipe) -> dict[str, Any]:

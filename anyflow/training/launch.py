@@ -80,12 +80,9 @@ def train(
     if recipe.run.deterministic:
         make_deterministic()
     check_files(recipe)
-    _check_held_out(recipe)
-    sampled = recipe.data.frames - pixel_frames(recipe.sampling.given_frames)
-    check_encoders(recipe.sampling.encoders, "sampling.encoders", sampled)
+    _check_needs(recipe)
     if (lag := lagging_average(recipe)) and int(os.environ.get("RANK", "0")) == 0:
         print(lag, file=sys.stderr)
-    check_quantizer(recipe.model.lora.base)
     if dry_run:
         for line in describe_parts(recipe, assemble(recipe.on_full_base, leave_stored=True, encode=False)):
             print(line)
@@ -130,19 +127,22 @@ def encode_ahead(recipe: Recipe) -> None:
     jobs = [EncodingJob.of(recipe, card) for card in recipe.data.card]
     if all(job.encoding(job.codec()).is_whole() for job in jobs):
         return
-    _check_held_out(recipe)
-    assemble(recipe, leave_stored=True, encode=False)
+    _check_needs(recipe)
+    assemble(recipe.on_full_base, leave_stored=True, encode=False)
     engine = engine_of(EngineOptions(), hardware.devices, gpus=accelerator_here(hardware.accelerator) == "gpu")
     for job in jobs:
         encode(job, engine)
 
 
-def _check_held_out(recipe: Recipe) -> None:
-    """Look for the clips that are held out, if they will be asked for, before anything is loaded or encoded.
+def _check_needs(recipe: Recipe) -> None:
+    """That what is asked for later is there, before anything is loaded or encoded: held-out clips, judges, quantisers.
 
     Raises:
-        UserError: a card has none.
+        UserError: something is not.
     """
+    sampled = recipe.data.frames - pixel_frames(recipe.sampling.given_frames)
+    check_encoders(recipe.sampling.encoders, "sampling.encoders", sampled)
+    check_quantizer(recipe.model.lora.base)
     if recipe.sampling.prompts or recipe.declared.trains_codec:
         for card in recipe.data.card:
             find_split(card, recipe.data.heldout)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, current_flash_attention_impl, sdpa_kernel
 
-from anyflow.backbone.kernels import keep_fastest, prefer_kernel, usable_packages
+from anyflow.backbone.kernels import keep_fastest, only_kernel, prefer_kernel, usable_packages
 from anyflow.errors import UserError
 from anyflow.recipe import load_recipe
 
@@ -113,6 +113,16 @@ def test_a_package_takes_the_place_of_flash_until_another_is_preferred(monkeypat
     assert usable_packages() == ["flash3"] and current_flash_attention_impl() is None
     prefer_kernel("flash3")
     assert order()[0] == SDPBackend.FLASH_ATTENTION and current_flash_attention_impl() == "FA3"
+    keep_fastest("flash3")
+    prefer_kernel("auto")
+    assert current_flash_attention_impl() == "FA3" and usable_packages() == ["flash3"]
+    assert current_flash_attention_impl() == "FA3", "an attempt at flash4 has put it back"
+    with only_kernel("flash"):
+        assert current_flash_attention_impl() is None, "PyTorch's own"
+    assert current_flash_attention_impl() == "FA3"
+    monkeypatch.delitem(sys.modules, "flash_attn_interface")
+    prefer_kernel("auto")
+    assert current_flash_attention_impl() is None, "kept by an environment that had the package"
     prefer_kernel("cudnn")
     assert order()[0] == SDPBackend.CUDNN_ATTENTION and current_flash_attention_impl() is None
 

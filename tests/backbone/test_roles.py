@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,12 @@ def shake(named: Any, seed: int, size: float = 0.1) -> None:
         weight.add_(torch.randn(weight.shape, generator=generator), alpha=size)
 
 
-def shared(*, checkpointing: bool = False, trains_teacher: bool = False) -> AdapterRoles:
+def shared(*, checkpointing: bool = False, trains_teacher: bool = False, settings: LoraSettings = LORA) -> AdapterRoles:
     backbone = network()
-    add_lora(backbone, LORA)
+    add_lora(backbone, settings)
     if checkpointing:
         backbone.transformer.enable_gradient_checkpointing()
-    roles = AdapterRoles(backbone, LORA, trains_teacher=trains_teacher)
+    roles = AdapterRoles(backbone, settings, trains_teacher=trains_teacher)
     for seed, role in enumerate(ROLES):
         shake(roles.parameters(role), 10 + seed)
     return roles
@@ -109,9 +110,12 @@ def gradients(roles: Roles, *, interrupt: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_are_those_of_separate_networks(checkpointing: bool) -> None:
-    found = gradients(shared(checkpointing=checkpointing), interrupt=True)
-    roles = shared()
+@pytest.mark.parametrize("more", [(), ("proj_out",)])
+def test_gradients_are_those_of_separate_networks(more: tuple[str, ...], checkpointing: bool) -> None:
+    """Caught: a part that is run again in the backward pass, blocks or read-out, with another role's adapter."""
+    settings = replace(LORA, targets=(*LORA.targets, *more))
+    found = gradients(shared(checkpointing=checkpointing, settings=settings), interrupt=True)
+    roles = shared(settings=settings)
     expected: dict[str, Tensor] = {}
     for role in ("student", "critic"):  # each on a copy of the whole, so that nothing is ever switched
         alone = copy.deepcopy(roles.student)
