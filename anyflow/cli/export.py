@@ -158,6 +158,7 @@ def _export_model(source: str, target: Path, precision: str, single_file: bool) 
         fps=fps or 8.0,
         sampler=sampler,
         guidance=None if has_guidance(source) else guidance,
+        given=(Path(source) / "pipeline.py").is_file(),  # a folder that takes them still does
     )
     form: dict[str, Any] = {"dtype": dtype, "single_file": single_file}
     export_pipeline(target, backbone.transformer, codec, shift_of(source), card, **form)

@@ -64,7 +64,12 @@ def _of_context(recipe: Recipe, heads: int) -> Iterator[tuple[str, Recipe, str]]
         if size > hardware.context and hardware.devices % size == 0 and heads % size == 0:
             more = size // hardware.context
             shared = _with(recipe, "hardware", context=size, accumulate=hardware.accumulate * more)
-            yield f"hardware.context={size}", shared, f"{more} times the passes, each at best {more} times as fast"
+            passes = f" hardware.accumulate={hardware.accumulate * more}" if not recipe.data.global_batch else ""
+            yield (
+                f"hardware.context={size}{passes}",
+                shared,
+                f"{more} times the passes, each at best {more} times as fast",
+            )
 
 
 def _of_all(recipe: Recipe, phase: str) -> Iterator[tuple[str, Recipe, str]]:

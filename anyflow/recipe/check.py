@@ -308,7 +308,9 @@ def fit_strategy(recipe: Recipe) -> Recipe:
             f"hardware.strategy=fsdp spreads weights over ranks and {whole} needs them whole: "
             f"set hardware.strategy=ddp, or {remedy}"
         )
-    return dataclasses.replace(recipe, hardware=dataclasses.replace(hardware, strategy="ddp"))
+    fitted = dataclasses.replace(recipe, hardware=dataclasses.replace(hardware, strategy="ddp"))
+    _check_hardware(fitted)  # options of fsdp would be passed over
+    return fitted
 
 
 def _check_hardware(recipe: Recipe) -> None:
