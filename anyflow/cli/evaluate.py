@@ -14,6 +14,7 @@ from anyflow.errors import UserError
 from anyflow.evaluation.models import check_model
 from anyflow.evaluation.options import WayOptions
 from anyflow.system.engine_options import EngineOptions, engine_of
+from anyflow.system.imports import quick_imports
 from anyflow.system.option import option
 from anyflow.system.ranks import end_with_watcher, needs_watcher, watch
 
@@ -173,14 +174,15 @@ def _measured(
     model: str, options: EvaluateOptions, way: WayOptions, kept: KeptSamples, cluster: Engine | None
 ) -> tuple[CurveResult | None, CurveResult | None]:
     """The curves before (if there is one to compare with) and after; None for both on all ranks but the first."""
-    from anyflow.backbone.load import read_controls
-    from anyflow.backbone.parallelize import join_ranks, leave_ranks, rank_and_size
-    from anyflow.evaluation.further_judges import judges_of
-    from anyflow.evaluation.heldout import Prompts
-    from anyflow.evaluation.measurement import Measurement
-    from anyflow.evaluation.models import native_shape
-    from anyflow.evaluation.report.tables import check_comparable
-    from anyflow.system.console import progress_line
+    with quick_imports():
+        from anyflow.backbone.load import read_controls
+        from anyflow.backbone.parallelize import join_ranks, leave_ranks, rank_and_size
+        from anyflow.evaluation.further_judges import judges_of
+        from anyflow.evaluation.heldout import Prompts
+        from anyflow.evaluation.measurement import Measurement
+        from anyflow.evaluation.models import native_shape
+        from anyflow.evaluation.report.tables import check_comparable
+        from anyflow.system.console import progress_line
 
     models = options.models(model)
     ways = _ways(models, way)

@@ -10,6 +10,7 @@ from anyflow.cli.common import Json, print_json
 from anyflow.cli.recipes import Hardware, Model, Overrides
 from anyflow.errors import UserError
 from anyflow.recipe import Recipe, list_recipes, load_recipe
+from anyflow.system.imports import quick_imports
 from anyflow.system.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -41,10 +42,12 @@ def plan(
     """
     from rich.console import Console
 
-    from anyflow.memory.need import plan as work_out
     from anyflow.system.console import quiet_libraries
 
-    quiet_libraries()
+    with quick_imports():
+        from anyflow.memory.need import plan as work_out
+
+        quiet_libraries()
     if recipe is None:
         if overrides or model or hardware or gpus:
             raise UserError("without a RECIPE the shipped ones are planned as they are: name one to change it")

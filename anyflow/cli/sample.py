@@ -17,6 +17,7 @@ from anyflow.errors import UserError
 from anyflow.evaluation.models import check_model
 from anyflow.evaluation.options import WayOptions
 from anyflow.system.engine_options import EngineOptions, engine_of
+from anyflow.system.imports import quick_imports
 from anyflow.system.option import option
 
 if TYPE_CHECKING:
@@ -160,7 +161,8 @@ def _told(model: str, options: SampleOptions, frames: int) -> Tensor | None:
 
 def _here(model: str, prompts: Sequence[str], options: SampleOptions, way: WayOptions) -> _Made:
     """Sample in this process."""
-    from anyflow.evaluation.loaded import LoadedModel
+    with quick_imports():
+        from anyflow.evaluation.loaded import LoadedModel
 
     shape, pixels = _wanted(model, options)
     controls = _told(model, options, shape.frames)

@@ -18,6 +18,7 @@ from anyflow.cli.recipes import Hardware, Model, Overrides
 from anyflow.memory.need import memory_here, plan, warn_in_background
 from anyflow.recipe import Recipe, check_files, load_recipe, to_dict
 from anyflow.system.files import require_place
+from anyflow.system.imports import quick_imports
 from anyflow.system.option import option
 from anyflow.system.ranks import end_with_watcher, needs_watcher, watch
 
@@ -76,7 +77,8 @@ def _encode_ahead(recipe: Recipe) -> None:
     """What ranks would wait for the first of them to encode; the libraries are imported only if that may be."""
     if not recipe.data.precompute:
         return
-    from anyflow.training.launch import encode_ahead
+    with quick_imports():
+        from anyflow.training.launch import encode_ahead
 
     with goes_on("clips that are encoded stay so; start the same command again to go on"):
         encode_ahead(recipe)
@@ -106,8 +108,9 @@ def _check_cards(recipe: Recipe) -> None:
 
 
 def _train(recipe: Recipe, options: TrainOptions, on_open: Callable[[RunFolder], None] | None = None) -> int:
-    from anyflow.backbone.parallelize import accelerator_here
-    from anyflow.training.launch import train as launch
+    with quick_imports():
+        from anyflow.backbone.parallelize import accelerator_here
+        from anyflow.training.launch import train as launch
 
     code = launch(recipe, **vars(options), on_open=on_open)
     if options.dry_run and accelerator_here(recipe.hardware.accelerator) == "gpu":
