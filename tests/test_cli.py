@@ -52,6 +52,16 @@ def test_help_imports_nothing_heavy() -> None:
     assert all(command in done.stdout for command in COMMANDS)
 
 
+@pytest.mark.parametrize(
+    "words", [("recipes",), ("plan", "--help"), ("data", "show", "driving"), ("train", "finetune/nothing")]
+)
+def test_what_needs_no_network_imports_no_torch(words: tuple[str, ...]) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "anyflow", *words]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert "typer" in loaded and not loaded & {"torch", "lightning", "diffusers", "mlflow"}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_shows_examples(anyflow: Run, command: str) -> None:
     words = {"recipes": ["recipes", "show"], "data": ["data", "show"]}.get(command, [command])

@@ -17,13 +17,10 @@ from anyflow.data.mixture import MixedOrder
 from anyflow.data.order import Order, OrderIdentity, sample_seed
 from anyflow.data.reader import ShardReader, load_latents
 from anyflow.data.shards import Sample
-from anyflow.data.skips import Skip, none_usable
+from anyflow.data.skips import MAX_TRIES, Skip, none_usable
 from anyflow.errors import UserError
 
 Batch = dict[str, Any]
-
-MAX_TRIES = 64
-"""Replacements that are tried for one bad clip."""
 
 
 class BatchDataset(Dataset[Batch]):

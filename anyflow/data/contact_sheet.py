@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from anyflow.data.batches import MAX_TRIES
 from anyflow.data.card import DatasetCard, load_card
 from anyflow.data.check import shape_of
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
 from anyflow.data.reader import ShardReader
-from anyflow.data.skips import Skip, none_usable
+from anyflow.data.skips import MAX_TRIES, Skip, none_usable
 from anyflow.data.tar_index import ready
 from anyflow.errors import UserError
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from anyflow.data import remote
-from anyflow.data.batches import MAX_TRIES, Batch, BatchDataset, stacked, values_of
+from anyflow.data.batches import Batch, BatchDataset, stacked, values_of
 from anyflow.data.controls import Control
 from anyflow.data.decode import Choice, ClipShape, DecodeError, decode_clip
 from anyflow.data.members import Members
@@ -37,7 +37,7 @@ from anyflow.data.places import open_at
 from anyflow.data.reader import Split, checked_metadata
 from anyflow.data.safety import is_safe_name
 from anyflow.data.shards import load_index
-from anyflow.data.skips import Skip, none_usable
+from anyflow.data.skips import MAX_TRIES, Skip, none_usable
 from anyflow.data.tar_headers import OUTSIDE, written
 from anyflow.data.tar_index import NO_EXTENSION, TWICE, WHOLE_TAR
 from anyflow.data.tars import USUAL, load_set

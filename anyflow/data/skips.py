@@ -13,6 +13,8 @@ from anyflow.system.files import write_atomically
 BUDGET_FLOOR = 1000
 """The budget is counted against at least this many clips: one bad clip among the first ten does not make 10 %."""
 NAMED_OFFENDERS = 5
+MAX_TRIES = 64
+"""Replacements that are tried for one bad clip."""
 
 
 @dataclass(frozen=True)
