@@ -81,20 +81,6 @@ def join_context(size: int, timeout: Any = None) -> Context:
     return Context(size, dist.get_rank() % size, group)
 
 
-def check_heads(size: int, heads: int) -> None:
-    """That so many ranks can deal out a network's heads.
-
-    Raises:
-        UserError: they cannot.
-    """
-    if heads % size:
-        fitting = max(number for number in (1, 2, 4, 8) if number < size and heads % number == 0)
-        raise UserError(
-            f"hardware.context={size} does not divide the network's {heads} attention heads, which the ranks that "
-            f"share a clip deal out: set hardware.context={fitting}"
-        )
-
-
 @dataclass(frozen=True)
 class Share:
     """This rank's tokens of a sequence: equally many on every rank, the last filled up with padding.

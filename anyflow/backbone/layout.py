@@ -155,6 +155,26 @@ def check_channels(channels: int, layout: Layout, weights: str, codec: str, fiel
         )
 
 
+def heads_of(model: str) -> int | None:
+    """Attention heads of a network named by folder, run or hub id; None: not known yet."""
+    network = _config(model, "transformer") or PUBLISHED.get(published(model) or "", {})
+    return network.get("num_attention_heads")
+
+
+def check_heads(size: int, heads: int) -> None:
+    """That so many ranks can deal out a network's heads.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if heads % size:
+        fitting = max(number for number in (1, 2, 4, 8) if number < size and heads % number == 0)
+        raise UserError(
+            f"hardware.context={size} does not divide the network's {heads} attention heads, which the ranks that "
+            f"share a clip deal out: set hardware.context={fitting}"
+        )
+
+
 def published(name: str) -> str | None:
     """Which of :data:`PUBLISHED` a model's name means, if any."""
     return next((size for size in PUBLISHED if re.search(rf"-{re.escape(size)}(?![a-z0-9])", name.lower())), None)

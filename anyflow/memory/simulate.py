@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anyflow.backbone.conditions import Conditions
-from anyflow.backbone.context import check_heads, join_context
+from anyflow.backbone.context import join_context
 from anyflow.backbone.controls import MODULE as CONTROLS
 from anyflow.backbone.controls import ControlSettings, add_controls
+from anyflow.backbone.layout import check_heads
 from anyflow.backbone.load import backbone_class, weight_precision, wrap
 from anyflow.backbone.lora import add_lora
 from anyflow.backbone.parallelize import checkpoint_activations, device_mesh, load_parts, parallelize

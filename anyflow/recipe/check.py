@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from anyflow.backbone.layout import Layout, check_network, layout_of
+from anyflow.backbone.layout import Layout, check_heads, check_network, heads_of, layout_of
 from anyflow.data.find import find_card
 from anyflow.errors import UserError
 from anyflow.recipe.fields import FieldInfo, all_fields, value_of
@@ -332,7 +332,7 @@ def _check_hardware(recipe: Recipe) -> None:
 
 
 def _check_context(recipe: Recipe) -> None:
-    """That ranks of one node can share clips, and that there are clips' tokens to share."""
+    """That ranks of one node can share clips, and that there are clips' tokens and whole heads to share."""
     size, devices = recipe.hardware.context, recipe.hardware.devices
     if size > 1 and recipe.declared.trains_codec:
         raise UserError(
@@ -345,6 +345,9 @@ def _check_context(recipe: Recipe) -> None:
             f"hardware.context={size} does not divide hardware.devices={devices}, and ranks that share a clip are "
             f"of one node: set hardware.context={fitting}, or hardware.devices={-(-devices // size) * size}"
         )
+    for model in (recipe.model.weights, recipe.stage.onpolicy.teacher if recipe.has_teacher else ""):
+        if size > 1 and model and (heads := heads_of(model)) is not None:
+            check_heads(size, heads)
 
 
 def _check_adapters(recipe: Recipe) -> None:

@@ -15,14 +15,14 @@ import torch
 
 from anyflow.backbone.codec import Codec, codec_dtypes
 from anyflow.backbone.compiled import compile_blocks
-from anyflow.backbone.context import Context, check_heads, join_context
+from anyflow.backbone.context import Context, join_context
 from anyflow.backbone.controls import MODULE as CONTROLS
 from anyflow.backbone.controls import ControlSettings, check_controls, controls_of
 from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build_vae, transformer_config
 from anyflow.backbone.files import check_start
 from anyflow.backbone.full import RELEASED_FULL, add_full
 from anyflow.backbone.kernels import prefer_kernel
-from anyflow.backbone.layout import check_channels
+from anyflow.backbone.layout import check_channels, check_heads
 from anyflow.backbone.load import keep_in, load_backbone, new_backbone, read_controls
 from anyflow.backbone.lora import ADAPTER, LoraSettings, add_lora, load_lora
 from anyflow.backbone.parallelize import (

@@ -17,8 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from anyflow.backbone.attention import Recorder
 from anyflow.backbone.compiled import compile_blocks
 from anyflow.backbone.conditions import Conditions, Text
-from anyflow.backbone.context import ALONE, Context, check_heads, join_context
+from anyflow.backbone.context import ALONE, Context, join_context
 from anyflow.backbone.controls import ControlSettings
+from anyflow.backbone.layout import check_heads
 from anyflow.backbone.load import new_backbone
 from anyflow.backbone.lora import LoraSettings, add_lora
 from anyflow.backbone.parallelize import checkpoint_activations, join_ranks, leave_ranks
