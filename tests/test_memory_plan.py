@@ -390,6 +390,7 @@ def test_gpus_keep_the_global_batch() -> None:
 def test_ranks_that_share_a_clip_share_its_activations() -> None:
     """Caught: a simulation that holds whole clips, or that counts what is exchanged for a part of it."""
     words = ["hardware.devices=4", "hardware.strategy=fsdp", "data.global_batch=8", "data.batch_size=8"]
+    words.append("model.weights=me/a-network")  # of any number of heads
     options = [*HEAVIEST[3:], *words, CHECKPOINTED, "optimizer.name=adamw", "stage.bidirectional_prob=0"]
     network: dict[str, Any] = {**NETWORK, "num_layers": 2}
     own, shared = (
