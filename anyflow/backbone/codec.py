@@ -185,9 +185,9 @@ class Codec(nn.Module):
         """``(F, C, H, W)`` of the latents of one clip.
 
         Raises:
-            UserError: the clip's size does not fit (:meth:`check_video_shape`).
+            UserError: the clip's size does not fit (:meth:`anyflow.backbone.layout.Layout.check`).
         """
-        self.check_video_shape(frames, height, width)
+        self.layout.check(frames, height, width)
         return self.layout.latents(frames, height, width)
 
     @property
@@ -200,10 +200,6 @@ class Codec(nn.Module):
         """Pixel frames that a latent frame covers, but the first, which covers one."""
         return self.vae.config.scale_factor_temporal
 
-    def check_video_shape(self, frames: int, height: int, width: int) -> None:
-        """Raise UserError for a clip that must be cropped first (:meth:`anyflow.backbone.layout.Layout.check`)."""
-        self.layout.check(frames, height, width)
-
     @torch.no_grad()
     def encode_video(self, video: Tensor, clips_per_pass: int | None = None) -> Tensor:
         """Normalised latents ``[B, F, C, H, W]`` float32: the posterior's mean.
@@ -213,11 +209,11 @@ class Codec(nn.Module):
             clips_per_pass: 1: a clip's latents do not depend on its batch at all; None: :meth:`clips_at_once`.
 
         Raises:
-            UserError: the clip's size does not fit (:meth:`check_video_shape`).
+            UserError: the clip's size does not fit (:meth:`anyflow.backbone.layout.Layout.check`).
         """
         is_bytes, (mean, std), latents = video.dtype == torch.uint8, _statistics(self), []
         shape = video.shape[1:4] if is_bytes else video.shape[2:]
-        self.check_video_shape(*shape)
+        self.layout.check(*shape)
         for part in video.split(clips_per_pass or self.clips_at_once(*shape)):
             clips = (pixels_from_bytes(part.to(self.device)) if is_bytes else part.to(self.device)).to(self.dtype)
             one_pass = clips[:, 0].numel() <= ONE_PASS_PIXELS and not self.vae.use_tiling

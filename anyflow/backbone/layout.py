@@ -127,13 +127,18 @@ def layout_of(weights: str, codec: str = "", field: str = "model.weights") -> La
     Raises:
         UserError: network and autoencoder do not go together.
     """
-    network = _config(weights, "transformer") or PUBLISHED.get(published(weights) or "", {})
+    network = _network_config_of(weights)
     vae = vae_config_of(codec or weights)
     likely = WAN22_VAE if network.get("in_channels") == WAN22_VAE["z_dim"] else {}  # of a network that lies alone
     found = Layout.of(likely if vae is None else vae, network)
     if vae is not None:
         check_channels(network.get("in_channels", found.channels), found, weights, codec, field)
     return found
+
+
+def _network_config_of(model: str) -> dict[str, Any]:
+    """A network's configuration, from its model's folder or published name; empty: not known."""
+    return _config(model, "transformer") or PUBLISHED.get(published(model) or "", {})
 
 
 def vae_config_of(model: str) -> dict[str, Any] | None:
@@ -157,8 +162,7 @@ def check_channels(channels: int, layout: Layout, weights: str, codec: str, fiel
 
 def heads_of(model: str) -> int | None:
     """Attention heads of a network named by folder, run or hub id; None: not known yet."""
-    network = _config(model, "transformer") or PUBLISHED.get(published(model) or "", {})
-    return network.get("num_attention_heads")
+    return _network_config_of(model).get("num_attention_heads")
 
 
 def check_heads(size: int, heads: int) -> None:

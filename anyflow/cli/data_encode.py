@@ -106,5 +106,5 @@ def _encode(card: str, options: EncodeOptions, chosen: EngineOptions) -> dict[st
     }
     codec = next(iter(jobs.values())).codec()
     for shape in shapes:
-        codec.check_video_shape(shape.frames, shape.height, shape.width)
+        codec.layout.check(shape.frames, shape.height, shape.width)
     return {split: encode(job, engine) for split, job in jobs.items()}

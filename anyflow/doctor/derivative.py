@@ -3,15 +3,13 @@
 The target of a jump has the term ``(t - r) du/dt``, asked of the network at t + 5 and t - 5: a small difference of two
 answers, in which their rounding is large. Told are the term's root mean square in float32 (``signal``), that of what
 bfloat16 makes otherwise of it (``error``), and the second over the first (``relative``). ``narrow`` is bfloat16 from
-block to block, too (``hardware.residual=compute``). On a GPU ``float32`` is what its convolutions, which round to TF32
-unless they are told not to, make of the patches.
+block to block, too (``hardware.residual=compute``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,18 +62,19 @@ def examine(found: Findings, here: Here, folder: Any) -> None:
             )
     else:
         found.leave_out("tiny", f"{TINY} is not here: run it in a clone of the project")
-    if not here.is_gpu and not ENOUGH < memory()["memory_free_gib"] < (memory()["memory_limit_gib"] or math.inf):
+    size = memory()
+    if not here.is_gpu and not ENOUGH < size["memory_free_gib"] < (size["memory_limit_gib"] or math.inf):
         found.leave_out("1.3b", f"needs {ENOUGH:.0f} GiB of free memory")
         return
-    config, size = PUBLISHED["1.3b"], (5, 30, 52) if here.is_gpu else (2, 8, 12)
-    _network(found, here, "1.3b", lambda: random_network(config, here), random_clips(config, here, size))
+    config = PUBLISHED["1.3b"]
+    clips = random_clips(config, here, (5, 30, 52) if here.is_gpu else (2, 8, 12))
+    _network(found, here, "1.3b", lambda: random_network(config, here), clips)
 
 
 @torch.no_grad()
 def _network(found: Findings, here: Here, name: str, build: Any, question: Question) -> None:
     network = build().eval()
-    with _whole_float32():
-        signal = difference(network, question)
+    signal = difference(network, question)
     found.note({"signal": float(signal.square().mean().sqrt())}, name)
 
     def told(way: str, context: Any) -> None:
@@ -84,25 +83,12 @@ def _network(found: Findings, here: Here, name: str, build: Any, question: Quest
         rms = float(error.square().mean().sqrt())
         found.note({"error": rms, "relative": rms / found.figures[f"{name}.signal"]}, f"{name}.{way}")
 
-    if here.is_gpu:
-        told("float32", nullcontext())
     told("mixed", torch.autocast(here.device.type, torch.bfloat16))
     network.residual = "compute"
     told("narrow", torch.autocast(here.device.type, torch.bfloat16))
     network.residual = "auto"
     network.to(torch.bfloat16)
     told("true", nullcontext())
-
-
-@contextmanager
-def _whole_float32() -> Iterator[None]:
-    """Within the block a GPU's convolutions do not round either."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def difference(network: BidirectionalBackbone, question: Question) -> Tensor:

@@ -7,8 +7,7 @@ a frozen layer has no gradient of its own. Left out are communication, optimiser
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -98,35 +97,33 @@ def passes_of(recipe: Recipe) -> Passes | None:
     """The passes of all turns of a step; None for a stage whose steps are of several kinds, or are not counted."""
     if recipe.has_tail or recipe.sampler == "renoise":
         return None
-    found: Counter[str] = Counter()
+    turns: list[Passes] = []
     for role, turn in recipe.declared.turns.items():
         counted = _TURNS.get(turn) if isinstance(turn, str) else None
         if counted is None:
             return None
-        times = recipe.stage.onpolicy.critic_turns if role == "critic" else 1
-        for name, number in counted(recipe).items():
-            found[name] += times * number  # type: ignore[assignment]
-    return Passes(found["without"], found["with"])
+        turns += [counted(recipe)] * (recipe.stage.onpolicy.critic_turns if role == "critic" else 1)
+    return Passes(sum(turn.without_gradient for turn in turns), sum(turn.with_gradient for turn in turns))
 
 
-def _flow_map(recipe: Recipe) -> dict[str, float]:
+def _flow_map(recipe: Recipe) -> Passes:
     stage = recipe.stage
-    return {"without": 2 * (1 - stage.diffusion_share) + _is_guided(recipe) * (1 - stage.text_drop), "with": 1.0}
+    return Passes(2 * (1 - stage.diffusion_share) + _is_guided(recipe) * (1 - stage.text_drop), 1.0)
 
 
-def _generator(recipe: Recipe) -> dict[str, float]:
+def _generator(recipe: Recipe) -> Passes:
     judged = 2.0 + (recipe.stage.onpolicy.extra_guidance > 0)
     again = (jumps(recipe) - 1) * recipe.hardware.recompute_jumps
-    on_data = _flow_map(recipe) if recipe.stage.onpolicy.forward_weight > 0 else {"without": 0.0, "with": 0.0}
-    return {"without": judged + again + on_data["without"], "with": jumps(recipe) + on_data["with"]}
+    on_data = _flow_map(recipe) if recipe.stage.onpolicy.forward_weight > 0 else Passes(0.0, 0.0)
+    return Passes(judged + again + on_data.without_gradient, jumps(recipe) + on_data.with_gradient)
 
 
-def _critic(recipe: Recipe) -> dict[str, float]:
-    return {"without": jumps(recipe), "with": 1.0}
+def _critic(recipe: Recipe) -> Passes:
+    return Passes(jumps(recipe), 1.0)
 
 
-_TURNS = {
-    "flow_matching": lambda recipe: {"without": 0.0, "with": 1.0},
+_TURNS: dict[str, Callable[[Recipe], Passes]] = {
+    "flow_matching": lambda recipe: Passes(0.0, 1.0),
     "flow_map": _flow_map,
     "generator": _generator,
     "critic": _critic,

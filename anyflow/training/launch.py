@@ -125,7 +125,8 @@ def encode_ahead(recipe: Recipe) -> None:
         return
     quiet_libraries()
     jobs = [EncodingJob.of(recipe, card) for card in recipe.data.card]
-    if all(job.encoding(job.codec()).is_whole() for job in jobs):
+    codec = jobs[0].codec()
+    if all(job.encoding(codec).is_whole() for job in jobs):
         return
     _check_needs(recipe)
     assemble(recipe.on_full_base, leave_stored=True, encode=False)
