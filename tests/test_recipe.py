@@ -179,6 +179,8 @@ def test_ranks_that_share_clips_count_as_one() -> None:
         load("hardware.context=8", "hardware.devices=4", **shared)
     with pytest.raises(UserError, match=r"hardware.context=2 .* stage codec .* set hardware.context=1"):
         load("hardware.context=2", "hardware.devices=2", name="codec/tiny")
+    with pytest.raises(UserError, match=r"stage.name=codec needs them whole: set hardware.strategy=ddp$"):
+        load("hardware.strategy=fsdp", "hardware.devices=2", name="codec/tiny")
 
 
 @pytest.mark.parametrize("field", ["optimizer.name", "stage.onpolicy.critic.name"])

@@ -25,7 +25,7 @@ def test_operations_are_those_that_are_counted(stage: str, monkeypatch: pytest.M
 
     name, model, clips = order.STAGES[stage]
     counted = order._stepper(name, model, clips, order.nullcontext)(counted=True)
-    monkeypatch.setattr(speed, "TEXT_TOKENS", 14)  # words of the benchmark's prompts
+    monkeypatch.setattr(speed, "USUAL_TEXT", 14)  # words of the benchmark's prompts
     overrides = [f"data.global_batch={clips}", f"data.batch_size={clips}", "stage.guidance_scale=3"]
     recipe = load_recipe(name, model=model, overrides=[*overrides, "stage.onpolicy.budgets=[16]"])
     passes = speed.passes_of(recipe)

@@ -59,13 +59,31 @@ def correct_attention(transformer: Any) -> Any:
     return transformer
 
 
+class WholeTokens:
+    """Mixed into a pipeline: sides that are no whole tokens are refused at once, and not within the network."""
+
+    transformer: Any
+    vae_scale_factor_spatial: int
+
+    def check_inputs(self, prompt: Any, negative_prompt: Any, height: int, width: int, *rest: Any, **more: Any) -> None:
+        """As the stock one, which lets all multiples of 16 pass where a token may cover 32.
+
+        Raises:
+            ValueError: a side is no multiple of a token's.
+        """
+        multiple = self.vae_scale_factor_spatial * self.transformer.config.patch_size[1]
+        if height % multiple or width % multiple:
+            raise ValueError(f"height={height} and width={width}: both must be multiples of {multiple}")
+        super().check_inputs(prompt, negative_prompt, height, width, *rest, **more)  # type: ignore[misc]
+
+
 # diffusers runs the file of every export in one module, and wants one pipeline in it: another export's may be there
 for _name in ("ToldPipeline", "ExactPipeline"):
     globals().pop(_name, None)
 
 
-class ExactFARPipeline(AnyFlowFARPipeline):
-    """``AnyFlowFARPipeline`` whose transformer has its attention corrected."""
+class ExactFARPipeline(WholeTokens, AnyFlowFARPipeline):
+    """``AnyFlowFARPipeline`` whose transformer has its attention corrected, and whose sides are whole tokens."""
 
     def __init__(self, tokenizer: Any, text_encoder: Any, transformer: Any, vae: Any, scheduler: Any) -> None:
         super().__init__(tokenizer, text_encoder, correct_attention(transformer), vae, scheduler)

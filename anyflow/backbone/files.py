@@ -46,14 +46,19 @@ def resolve_folder(path: str | Path, parts: Sequence[str] = ("transformer",)) ->
     return folder / "model" if (folder / "model").is_dir() else folder
 
 
-def check_start(path: str | Path) -> None:
+def check_start(path: str | Path) -> Path:
     """Refuse a model that cannot become one flow map, of a Hub name too, before its weights are read or downloaded.
+
+    Returns:
+        Its folder, of a Hub name one with the configurations at least.
 
     Raises:
         UserError: it is refused (:func:`anyflow.backbone.layout.check_folder`), or there is nothing of that name.
     """
     folder = Path(path).expanduser()
-    check_folder(resolve_folder(folder) if folder.is_dir() else _download(str(path), ()))
+    found = resolve_folder(folder) if folder.is_dir() else _download(str(path), ())
+    check_folder(found)
+    return found
 
 
 def _download(name: str, parts: Sequence[str]) -> Path:

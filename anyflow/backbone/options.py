@@ -24,8 +24,9 @@ RELEASED_TARGETS = (
 )
 """The released list: self-attention, feed-forward and both timestep embedders (the delta embedder must learn)."""
 
-
 Residual = Literal["auto", "float32", "compute"]
+
+Attention = Literal["auto", "flash", "flash3", "flash4", "cudnn", "efficient", "math", "flex"]
 
 
 @dataclass(frozen=True)

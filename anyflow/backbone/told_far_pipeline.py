@@ -13,14 +13,14 @@ from typing import Any
 from diffusers import AnyFlowFARPipeline
 
 from .control_embedding import ToldControls, steer  # noqa: TID252 - the files go together, out of this package
-from .far_pipeline import correct_attention  # noqa: TID252
+from .far_pipeline import WholeTokens, correct_attention  # noqa: TID252
 
 # diffusers runs the file of every export in one module, and wants one pipeline in it: another export's may be there
 for _name in ("ExactFARPipeline", "ExactPipeline"):
     globals().pop(_name, None)
 
 
-class ToldPipeline(ToldControls, AnyFlowFARPipeline):
+class ToldPipeline(ToldControls, WholeTokens, AnyFlowFARPipeline):
     """``AnyFlowFARPipeline`` with right attention, whose call takes ``controls=``."""
 
     def __init__(self, tokenizer: Any, text_encoder: Any, transformer: Any, vae: Any, scheduler: Any) -> None:

@@ -25,7 +25,7 @@ UTILISATION = 0.4
 BACKWARD_ATTENTION = 2.5
 """Products of attention's backward pass for each of its forward's, the scores worked out anew included."""
 
-TEXT_TOKENS = 128
+USUAL_TEXT = 128
 """Of a prompt with its folded padding: about 90 words."""
 
 
@@ -175,8 +175,8 @@ def network_pass(
         pairs = float(sum(own * sum(mask.lengths[run] for run in seen) for own, seen in reads))
     width = config["num_attention_heads"] * config["attention_head_dim"]
     hidden, layers = config["ffn_dim"], config["num_layers"]
-    linear = tokens * (6 * width**2 + 2 * width * hidden) + 2 * TEXT_TOKENS * width**2
+    linear = tokens * (6 * width**2 + 2 * width * hidden) + 2 * USUAL_TEXT * width**2
     rank = recipe.model.lora.rank if recipe.model.lora.enabled else 0
     adapted = tokens * rank * (4 * 2 * width + 2 * (width + hidden))  # the released targets: self-attention and ffn
-    attention = 2 * width * (pairs + tokens * TEXT_TOKENS)
+    attention = 2 * width * (pairs + tokens * USUAL_TEXT)
     return Pass(2.0 * layers * linear, 2.0 * layers * adapted, 2.0 * layers * attention)

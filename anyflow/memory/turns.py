@@ -22,7 +22,7 @@ from anyflow.flowmap.sampling import Jump, Take, take_jump
 from anyflow.flowmap.tape import Tape
 from anyflow.recipe import Recipe
 
-TEXT_TOKENS = 513
+LONGEST_TEXT = 513
 """A prompt of full length, and the spare token of its padding."""
 
 JUMPS: tuple[Jump, ...] = ((1000.0, 900.0), (900.0, 700.0), (700.0, 0.0))
@@ -155,7 +155,7 @@ def told_to(network: FlowMapBackbone, conditions: Conditions, frames: int) -> Co
 
 def full_length(clips: int, width: int, first_frames: Tensor | None = None) -> Conditions:
     """Prompts of full length, and given frames if any."""
-    return Conditions(Text(torch.empty(clips, TEXT_TOKENS, width), None, TEXT_TOKENS), first_frames)
+    return Conditions(Text(torch.empty(clips, LONGEST_TEXT, width), None, LONGEST_TEXT), first_frames)
 
 
 def _longest_layout(roles: Roles, num_frames: int) -> ChunkLayout | None:

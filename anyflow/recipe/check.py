@@ -302,11 +302,11 @@ def fit_strategy(recipe: Recipe) -> Recipe:
     if hardware.strategy != "fsdp" or not whole:
         return recipe
     field = recipe.whole_weights.partition("=")[0]
-    remedy = f"{field}=full" if field == "model.lora.base" else f"{field or 'optimizer.name'}=adamw"
+    other = "" if recipe.declared.trains_codec else f", or {field}={'full' if field == 'model.lora.base' else 'adamw'}"
     if Path(recipe.sources.get("hardware.strategy", "")).parent.name != "hardware":
         raise UserError(
             f"hardware.strategy=fsdp spreads weights over ranks and {whole} needs them whole: "
-            f"set hardware.strategy=ddp, or {remedy}"
+            f"set hardware.strategy=ddp{other}"
         )
     fitted = dataclasses.replace(recipe, hardware=dataclasses.replace(hardware, strategy="ddp"))
     _check_hardware(fitted)  # options of fsdp would be passed over

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-from anyflow.backbone.options import BaseWeights, LoraOptions, ParallelOptions
+from anyflow.backbone.options import Attention, BaseWeights, LoraOptions, ParallelOptions
 from anyflow.flowmap.samplers import SAMPLERS, SamplerKind
 from anyflow.stages.declaration import Declaration
 from anyflow.stages.options import WHOLE_WEIGHTS, EmaSettings, OptimizerSettings, StageOptions
@@ -207,11 +207,11 @@ class HardwareRecipe(ParallelOptions):
     recompute_jumps: bool = _option(
         False, "on-policy: keep one jump's activations of a rollout instead of three jumps': a tenth more time a step"
     )
-    attention: str = _option(
+    attention: Attention = _option(
         "auto",
         "attention kernel that a GPU tries first; auto: the fastest that anyflow doctor found here, before it torch's "
         "choice, cuDNN on Hopper; flash3, flash4: packages; flex: chunks of a causal network under a compiled mask",
-        choices=("auto", "flash", "flash3", "flash4", "cudnn", "efficient", "math", "flex"),
+        choices=get_args(Attention),
     )
     park_codec: bool = _option(
         False, "text encoder and autoencoder in host memory between batches: 11 GiB less for Wan, seconds more a batch"

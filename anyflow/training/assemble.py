@@ -22,7 +22,7 @@ from anyflow.backbone.embedded import build_text_encoder, build_tokenizer, build
 from anyflow.backbone.files import check_start
 from anyflow.backbone.full import RELEASED_FULL, add_full
 from anyflow.backbone.kernels import prefer_kernel
-from anyflow.backbone.layout import check_channels, check_heads
+from anyflow.backbone.layout import check_channels, check_heads, heads_of
 from anyflow.backbone.load import keep_in, load_backbone, new_backbone, read_controls
 from anyflow.backbone.lora import ADAPTER, LoraSettings, add_lora, load_lora
 from anyflow.backbone.parallelize import (
@@ -108,7 +108,8 @@ def load_model(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, Fl
         prefer_kernel(hardware.attention)
     dtype = weights_dtype(recipe)
     if model.init == "weights":
-        check_start(model.weights)  # before the codec, whose text encoder is large
+        found = check_start(model.weights)  # before the codec, whose text encoder is large
+        check_heads(hardware.context, heads_of(str(found)) or hardware.context)
     if recipe.declared.trains_codec:
         tokenizer = build_tokenizer(captions(recipe))
         codec = Codec(

@@ -6,12 +6,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, current_flash_attention_impl, sdpa_kernel
 
-from anyflow.backbone.kernels import keep_fastest, only_kernel, prefer_kernel, usable_packages
+from anyflow.backbone.kernels import KERNELS, PACKAGES, keep_fastest, only_kernel, prefer_kernel, usable_packages
+from anyflow.backbone.options import Attention
 from anyflow.errors import UserError
 from anyflow.recipe import load_recipe
 
@@ -36,6 +38,10 @@ def _leave_it_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         patch.setattr(torch.cuda, "is_available", lambda: False)
         prefer_kernel("auto")
     assert order() == before
+
+
+def test_a_recipe_may_ask_for_every_kernel() -> None:
+    assert set(get_args(Attention)) == {"auto", "flex", *KERNELS, *PACKAGES}
 
 
 @pytest.mark.parametrize(

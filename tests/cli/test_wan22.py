@@ -14,6 +14,7 @@ from shell import here, run
 
 from anyflow.errors import UserError
 from anyflow.recipe import load_recipe
+from anyflow.training.assemble import load_model
 
 MODEL, FAR = "wan2.2-ti2v-5b", "far-wan2.2-ti2v-5b"
 SMALL = (
@@ -148,3 +149,16 @@ def test_two_networks_are_refused_at_every_door(published: bool, two: Path, card
         with pytest.raises(UserError, match=r"holds two transformers.*one network: take .*Wan2.2-TI2V-5B"):
             here(*door)
     assert not (tmp_path / "exported").exists() and not (tmp_path / "samples").exists()
+
+
+def test_heads_of_a_hub_model_are_looked_up_before_its_weights(
+    small_wan22: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a name that says nothing: the text encoder is large, and there is none here."""
+    configs = tmp_path / "snapshot"
+    shutil.copytree(small_wan22, configs, ignore=shutil.ignore_patterns("*.safetensors", "text_encoder"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(configs))
+    shared = ["hardware.devices=8", "hardware.context=8", "data.global_batch=1"]
+    recipe = load_recipe("finetune/driving", overrides=["model.weights=me/network", "model.codec=", *shared])
+    with pytest.raises(UserError, match=r"hardware.context=8 does not divide the network's 6 attention heads"):
+        load_model(recipe)
