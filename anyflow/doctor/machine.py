@@ -88,10 +88,12 @@ def _processor() -> dict[str, Any]:
 
 
 def memory() -> dict[str, Any]:
-    """Of the machine; where there is a limit for this process's group, that too."""
-    size = {"SC_PHYS_PAGES": 0.0, "SC_AVPHYS_PAGES": 0.0}
+    """Of the machine, what the system would give up of its caches counted as free; and the limit of this group."""
+    size = {"MemTotal": 0.0, "MemAvailable": 0.0}
     if sys.platform.startswith("linux"):
-        size = {name: os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") / GIB for name in size}
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        told = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+        size = {name: told[name] * 1024 / GIB for name in size}
     try:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text()) / GIB
     except (OSError, ValueError):

@@ -15,8 +15,8 @@ from anyflow.errors import UserError
 from anyflow.system.files import require_place
 
 FIGURES = ("step", "order", "onpolicy", "stream", "loader", "latents", "tars", "start")
-ON_DEMAND = ("memory", "import", "engines", "play")
-"""Measured only when they are asked for: minutes, or footage of the user's."""
+ON_DEMAND = ("memory", "import", "engines", "play", "drift")
+"""Measured only when they are asked for: minutes, footage of the user's, or a package more."""
 
 
 def bench(
@@ -40,7 +40,7 @@ def bench(
     order: steps of four stages, with their FLOPs, passes and memory. memory: a decoding worker over 10 epochs. import:
     importing a folder of footage beside bare decoding. engines: an import and an encoding by this process, its pool and
     Ray workers (needs: pip install -e '.[cluster]'). play: what a person at the keyboard waits for, of a --model that
-    is told controls.
+    is told controls. drift: how far a base in 8 or 4 bits moves from itself (needs: pip install bitsandbytes).
 
     \b
     Examples:
@@ -106,6 +106,10 @@ def _measure(name: str, data: str, recipe: str, batch_size: int, footage: Path |
         from experiments.bench.footage import import_benchmark, usual_options
 
         return import_benchmark(footage, usual_options())
+    if name == "drift":
+        from experiments.bench.drift import drift_benchmark
+
+        return drift_benchmark()
     if name == "order":
         from experiments.bench.order import order_benchmark
 
@@ -163,7 +167,7 @@ def _told(name: str, result: dict[str, Any]) -> list[str]:
         return [f"start: {result['total']:.1f} s from the command to the end of the first training step", *parts]
     if name == "stream":
         return _told_stream(result)
-    if name in ("engines", "order", "play"):
+    if name in ("drift", "engines", "order", "play"):
         say: Callable[[dict[str, Any]], list[str]] = import_module(f"experiments.bench.{name}").told
         return say(result)
     if name == "onpolicy":

@@ -39,6 +39,7 @@ def measure_start(began: float, recipe_name: str, overrides: list[str]) -> dict[
         marks[part], last = now - last, now
 
     import anyflow.cli.main  # noqa: F401
+    from anyflow.system.imports import quick_imports
 
     mark("python and command line")
     from anyflow.recipe import check_files, load_recipe
@@ -46,8 +47,9 @@ def measure_start(began: float, recipe_name: str, overrides: list[str]) -> dict[
     recipe = load_recipe(recipe_name, overrides=["stage.steps=1", "run.tracking_uri=", *overrides])
     check_files(recipe)
     mark("recipe")
-    from anyflow.tracking.runs import RunFolder
-    from anyflow.training.launch import assemble, fit
+    with quick_imports():  # as the command does
+        from anyflow.tracking.runs import RunFolder
+        from anyflow.training.launch import assemble, fit
 
     mark("libraries (torch, lightning, diffusers)")
     parts = assemble(recipe)
