@@ -6,7 +6,8 @@ imports nothing of anyflow; anyflow's own networks embed controls by the same mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ class ControlEmbedder(nn.Module):
     frame of which nothing is known has a learned vector of its own.
 
     Args:
-        controls: name -> ``width``, ``kind`` and, of a continuous one, ``low`` and ``high`` of each number.
+        controls: name -> ``width``, ``kind`` and, of a continuous one, ``low``, ``high`` and (if any goes round)
+            ``period`` of each number.
         width: of the hidden layers.
         pixel_frames: that a latent frame covers, but the first.
         dim: of the embedding.
@@ -41,7 +43,8 @@ class ControlEmbedder(nn.Module):
     def __init__(self, controls: Mapping[str, Mapping[str, Any]], width: int, pixel_frames: int, dim: int) -> None:
         super().__init__()
         self.controls, self.pixel_frames = controls, pixel_frames
-        inputs = 2 * pixel_frames * sum(int(facts["width"]) for facts in controls.values())
+        periods = periods_of(controls)
+        inputs = 2 * pixel_frames * (len(periods) + sum(turn > 0 for turn in periods))
         last = nn.Linear(width, dim)
         self.layers = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
         self.unknown = nn.Parameter(torch.empty(dim))
@@ -60,7 +63,7 @@ class ControlEmbedder(nn.Module):
 
     def forward(self, controls: Tensor) -> Tensor:
         """``[B, F, P, W]`` (NaN: not known) to ``[B, F, dim]`` float32."""
-        flat = near_one(controls, self.low, self.high).flatten(2)
+        flat = as_told(controls, self.low, self.high, periods_of(self.controls)).flatten(2)
         is_known = ~flat.isnan()
         numbers = torch.cat([flat.nan_to_num(0.0), is_known.float()], dim=2)
         embedded = self.layers(numbers.to(self.unknown.dtype)).float()
@@ -76,6 +79,22 @@ def ranges_of(controls: Mapping[str, Mapping[str, Any]]) -> tuple[list[float], l
         low += [0.0] * facts["width"] if is_key else list(facts["low"])
         high += [1.0] * facts["width"] if is_key else list(facts["high"])
     return low, high
+
+
+def periods_of(controls: Mapping[str, Mapping[str, Any]]) -> list[float]:
+    """Of every number the length of a whole turn, if it goes round; 0: it does not."""
+    return [turn for facts in controls.values() for turn in facts.get("period") or [0.0] * facts["width"]]
+
+
+def as_told(controls: Tensor, low: Tensor, high: Tensor, periods: Sequence[float]) -> Tensor:
+    """Numbers ``[..., W]`` as a network is told them: near -1..1; of those that go round the sine, the cosines last."""
+    told, rounds = near_one(controls, low, high), [place for place, turn in enumerate(periods) if turn]
+    if not rounds:
+        return told
+    turns = torch.tensor([periods[place] for place in rounds], device=controls.device)
+    angles = controls[..., rounds].float() * (2 * math.pi / turns)
+    told[..., rounds] = angles.sin()
+    return torch.cat([told, angles.cos()], dim=-1)
 
 
 def near_one(controls: Tensor, low: Tensor, high: Tensor) -> Tensor:

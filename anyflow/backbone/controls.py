@@ -33,7 +33,7 @@ class ControlSettings:
 
     Attributes:
         controls: name -> description; read here are ``width``, ``kind`` ("continuous", "multi-hot"), ``low`` and
-            ``high`` (a range for each number of a continuous one).
+            ``high`` (a range for each number of a continuous one), ``period`` (of numbers that go round).
         width: of the hidden layers.
         pixel_frames: that a latent frame covers, but the first.
     """

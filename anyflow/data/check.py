@@ -132,6 +132,8 @@ def _far(name: str, control: Control, rows: np.ndarray) -> Iterator[str]:
         yield f"its {name} hold other numbers than 0 and 1, which the card calls multi-hot"
     for number, (low, high) in enumerate(zip(control.low, control.high, strict=True) if not is_odd else ()):
         column = rows[:, number]
+        if control.period and control.period[number]:
+            continue
         far = column[np.maximum(low - column, column - high) > FAR * (high - low)] if high > low else column[:0]
         if len(far):
             yield (

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from anyflow.data import remote
+from anyflow.data.angles import found_angles, jumped_turns
 from anyflow.data.card import DatasetCard
 from anyflow.data.controls import Array, Control, control_rows, flattened
 from anyflow.data.decode import DecodeError
@@ -36,12 +37,14 @@ class Seen:
 
     Attributes:
         rows: numbers a frame -> entries, [N, width] of each clip.
+        turns: numbers a frame -> the whole turn that each number was seen to jump by, 0 for none.
         names: of the numbers, where entries are mappings.
         clips: that have it. misfits: those of them that do not fit to the card, or hold no numbers.
         reason: of the first misfit.
     """
 
     rows: dict[int, list[Array]] = field(default_factory=dict)
+    turns: dict[int, Array] = field(default_factory=dict)
     names: set[tuple[str, ...]] = field(default_factory=set)
     clips: int = 0
     misfits: int = 0
@@ -58,6 +61,7 @@ class Seen:
         if rows is not None:
             some = np.unique(np.linspace(0, len(rows) - 1, MOST_ROWS).round().astype(int))
             self.rows.setdefault(rows.shape[1], []).append(rows[some])
+            self.turns[rows.shape[1]] = np.maximum(self.turns.get(rows.shape[1], 0.0), jumped_turns(rows))
             entry = next(filter(None, values), None)
             self.names.add(tuple(sorted(entry)) if isinstance(entry, Mapping) else ())
 
@@ -125,7 +129,15 @@ def measured_controls(card: DatasetCard, split: str = "train") -> tuple[dict[str
             )
         if of.misfits:
             notes.append(f"control {name!r}: {of.misfits} of {of.clips} clips do not fit ({of.reason})")
-        found[name] = _ranged(control, of.rows.get(control.width, []))
+        found[name] = ranged = _ranged(control, of.rows.get(control.width, []))
+        angle = found_angles(ranged, of.turns.get(control.width), of.rows.get(control.width, []))
+        if angle.period != control.period:
+            found[name] = angle
+            numbers = ", ".join(angle.called(place) for place, turn in enumerate(angle.period) if turn)
+            notes.append(
+                f"control {name!r} jumps by a whole turn ({max(angle.period):g}) from one entry to the next, so these "
+                f"numbers were taken for angles, correct the card's period if it is wrong: {numbers}"
+            )
     return found, notes
 
 

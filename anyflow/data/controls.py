@@ -33,6 +33,8 @@ class Control:
         at: "frame": a state that belongs to frame i; "transition": an action that leads from frame i to frame i + 1.
         skipped: what a step over several frames gets of their actions: "last", "mean" (of a speed) or "sum" (of a
             displacement). A multi-hot number is 1 if any of them is.
+        period: of each number that is an angle and goes round, a whole turn in its unit; 0 of any other; empty: none
+            does.
         low, high: of each number, the quantiles of 1 % and 99 % over the training split (0 and 1 of a multi-hot
             number); empty if they are not known.
 
@@ -47,13 +49,14 @@ class Control:
     numbers: tuple[str, ...] = ()
     at: Literal["frame", "transition"] = "frame"
     skipped: Literal["last", "mean", "sum"] = "last"
+    period: tuple[float, ...] = ()
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.width < 1:
             raise ValueError(f"width={self.width} must be more than 0")
-        for name in ("unit", "numbers", "low", "high"):
+        for name in ("unit", "numbers", "period", "low", "high"):
             count = len(getattr(self, name))
             if count not in (0, self.width):
                 raise ValueError(
@@ -68,6 +71,13 @@ class Control:
                 raise ValueError(
                     f"low[{place}]={low:g} and high[{place}]={high:g}: give finite ones, low not above high"
                 )
+        if not all(0 <= turn <= LARGEST for turn in self.period):
+            raise ValueError(
+                f"period={list(self.period)}: give the length of a whole turn, 0 of what does not go round"
+            )
+        if any(self.period) and (self.kind == "multi-hot" or self.skipped != "last"):
+            what = f"skipped={self.skipped}" if self.kind == "continuous" else "kind=multi-hot"
+            raise ValueError(f"period={list(self.period)} with {what}: what goes round is continuous, skipped 'last'")
         if self.kind == "multi-hot" and self.skipped != "last":
             raise ValueError(
                 f"skipped={self.skipped}: a multi-hot control takes 'last' alone, and is 1 if any frame is"

@@ -73,6 +73,8 @@ def _together(name: str, told: Sequence[tuple[str, Control]], where: str) -> Con
                     f"control, name each by its domain (DOMAIN.{name}), or leave one of the cards out"
                 )
         whole = replace(whole, unit=whole.unit or control.unit, numbers=whole.numbers or control.numbers)
+        if control.period:
+            whole = replace(whole, period=tuple(map(max, whole.period or control.period, control.period)))
         if whole.low and control.low:
             low, high = tuple(map(min, whole.low, control.low)), tuple(map(max, whole.high, control.high))
             whole = replace(whole, low=low, high=high)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from anyflow.backbone.control_embedding import near_one, ranges_of
+from anyflow.backbone.control_embedding import as_told, periods_of, ranges_of
 from anyflow.data.controls import Control
 from anyflow.data.decode import ClipShape
 from anyflow.errors import UserError
@@ -165,7 +165,7 @@ class ControlProbe:
 
     def notes(self) -> list[str]:
         """What is to be said beside figures that come from it."""
-        names = labels(self.controls)
+        names = read_labels(self.controls)
         told = [
             "does not change" if share != share else f"{100 * share:.0f} %" if is_key else f"{share:.2f}"
             for share, is_key in zip(self.reached, self.is_key.tolist(), strict=True)
@@ -225,14 +225,27 @@ def agreement(read: Tensor, asked: Tensor, is_key: Tensor) -> Tensor:
 
 
 def normalised(controls: Tensor, described: Mapping[str, Control]) -> Tensor:
-    """Numbers ``[..., W]`` near -1..1 by their ranges, as networks are told them; keys stay 0 and 1."""
-    low, high = map(torch.tensor, ranges_of({name: asdict(control) for name, control in described.items()}))
-    return torch.where(are_keys(described), controls.float(), near_one(controls, low, high))
+    """Numbers ``[..., W]`` near -1..1 as networks are told them; keys stay 0 and 1, cosines of angles come last."""
+    facts = {name: asdict(control) for name, control in described.items()}
+    low, high = map(torch.tensor, ranges_of(facts))
+    told = as_told(controls, low, high, periods_of(facts))
+    is_key = are_keys(described)[: controls.shape[-1]]
+    return torch.cat([torch.where(is_key, controls.float(), told[..., : len(is_key)]), told[..., len(is_key) :]], -1)
 
 
 def are_keys(described: Mapping[str, Control]) -> Tensor:
-    """``[W]`` bool: which numbers are a multi-hot control's."""
-    return torch.tensor([c.kind == "multi-hot" for c in described.values() for _ in range(c.width)])
+    """``[W]`` bool: which numbers are a multi-hot control's; cosines of angles come last."""
+    cosines = sum(turn > 0 for control in described.values() for turn in control.period)
+    is_key = [control.kind == "multi-hot" for control in described.values() for _ in range(control.width)]
+    return torch.tensor(is_key + [False] * cosines)
+
+
+def read_labels(described: Mapping[str, Control]) -> list[str]:
+    """What each number that is read is called; of an angle there are two."""
+    names = labels(dict(described))
+    rounds = [bool(turn) for c in described.values() for turn in c.period or [0.0] * c.width]
+    sines = [f"{name} (sine)" if goes_round else name for name, goes_round in zip(names, rounds, strict=True)]
+    return sines + [f"{name} (cosine)" for name, goes_round in zip(names, rounds, strict=True) if goes_round]
 
 
 def train_control_probe(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anyflow.backbone.control_embedding import periods_of
 from anyflow.backbone.controls import LIMIT, ControlSettings
 from anyflow.data.controls import Control, control_values
 from anyflow.data.faults import DecodeError
@@ -65,7 +66,10 @@ def labels(controls: dict[str, Control]) -> list[str]:
 def far_outside(values: np.ndarray[Any, Any], settings: ControlSettings, names: Sequence[str]) -> list[str]:
     """A sentence for each number that is so far outside its range in the training data that it is cut off."""
     notes = []
-    for name, column, low, high in zip(names, values.T, *settings.ranges(), strict=True):
+    periods = periods_of(settings.controls)
+    for name, column, low, high, turn in zip(names, values.T, *settings.ranges(), periods, strict=True):
+        if turn:
+            continue
         known = column[~np.isnan(column)]
         reach = (LIMIT - 1) / 2 * ((high - low) or 2.0)
         strange = known[(known < low - reach) | (known > high + reach)]

@@ -38,6 +38,7 @@ CONTROLS: dict[str, Control | str] = {
         3,
         unit=("map unit", "map unit", "degree"),
         numbers=("x", "y", "angle"),
+        period=(0.0, 0.0, 360.0),
     ),
 }
 ATTRIBUTES: dict[str, str | list[str]] = {

@@ -136,6 +136,22 @@ def test_numbers_are_brought_near_one_by_their_ranges() -> None:
     torch.testing.assert_close(numbers, torch.tensor(expected, dtype=torch.float32))
 
 
+def test_an_angle_is_told_as_a_point_on_a_circle() -> None:
+    """Catches a jump in what is told where the angle makes none, and a range that cuts it off."""
+    turned = {**STEER, "period": [0.0, 360.0]}
+    module = ControlEmbedder(ControlSettings({"steer": turned, "keys": KEYS}), 8)
+    seen: list[Tensor] = []
+    module.initialise()
+    module.layers.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    angles = torch.tensor([-180.0, 180.0, 540.0, 90.0, float("nan")])
+    module(torch.stack([torch.full((5,), 20.0), angles, torch.ones(5)], dim=1)[None, :, None].expand(-1, -1, 4, -1))
+    numbers, is_known = seen[0].unflatten(-1, (2, 4, 4))[0, :, :, 0].unbind(1)
+    half = [1, 0, 1, -1]
+    expected = torch.tensor([half, half, half, [1, 1, 1, 0], [1, 0, 1, 0]], dtype=torch.float32)
+    torch.testing.assert_close(numbers, expected, atol=1e-6, rtol=0)
+    assert is_known[:4].all() and is_known[4].tolist() == [1, 0, 1, 0]
+
+
 def test_latent_frames_carry_the_numbers_of_the_pixel_frames_that_they_cover() -> None:
     values = torch.arange(9.0)[None, :, None]
     assert by_latent_frame(values, 4)[0, :, :, 0].tolist() == [[0, 0, 0, 0], [1, 2, 3, 4], [5, 6, 7, 8]]

@@ -40,6 +40,8 @@ def controls(draw: st.DrawFn) -> Control:
     some = lambda item, **more: tuple(draw(st.lists(item, min_size=width, max_size=width, **more)))  # noqa: E731
     low = some(st.floats(-1e6, 0)) if draw(st.booleans()) else ()
     kind = draw(st.sampled_from(["continuous", "multi-hot"]))
+    skipped = draw(st.sampled_from(["last", "mean", "sum"])) if kind == "continuous" else "last"
+    goes_round = kind == "continuous" and skipped == "last" and draw(st.booleans())
     return Control(
         draw(texts),
         width,
@@ -47,7 +49,8 @@ def controls(draw: st.DrawFn) -> Control:
         unit=some(texts) if draw(st.booleans()) else (),
         numbers=some(texts, unique=True) if draw(st.booleans()) else (),
         at=draw(st.sampled_from(["frame", "transition"])),
-        skipped=draw(st.sampled_from(["last", "mean", "sum"])) if kind == "continuous" else "last",
+        skipped=skipped,
+        period=some(st.sampled_from([0.0, 6.28319, 360.0])) if goes_round else (),
         low=low,
         high=some(st.floats(0, 1e6)) if low else (),
     )
@@ -80,6 +83,10 @@ WRONG = [
     ),
     ({"width": 1, "at": "start"}, "give frame or transition"),
     ({"width": 2, "numbers": ["a", "a"]}, "names one twice"),
+    ({"width": 2, "period": [360]}, "controls.act.period has 1 values where width=2"),
+    ({"width": 1, "period": [-360]}, r"period=\[-360.0\]: give the length of a whole turn"),
+    ({"width": 1, "period": [360], "skipped": "mean"}, "skipped=mean: what goes round is continuous, skipped 'last'"),
+    ({"width": 1, "period": [1], "kind": "multi-hot"}, "kind=multi-hot: what goes round is continuous"),
     ({"width": 1, "kind": "multi-hot", "skipped": "sum"}, "a multi-hot control takes 'last' alone"),
     ({"width": 1, "widht": 2}, "unknown key 'controls.act.widht': did you mean 'width'"),
     ([1, 2], r"controls.act=\[1, 2\] is not of the right type: give keys with values or a text"),
@@ -193,6 +200,17 @@ def test_cards_together(make_shards: MakeShards) -> None:
         "e": {"speed": replace(speed, unit=("km/h",))},
     }
     cards = {name: str(card_of(make_shards(parts, name=f"{name}/train"), controls=own)) for name, own in told.items()}
+    yaw = Control("yaw", 1, low=(-3.0,), high=(3.0,))
+    angles = [replace(yaw, period=turn) for turn in ((), (6.28319,), (0.0,))]
+    folders = {
+        n: str(card_of(make_shards(parts, name=f"y{n}/train"), controls={"yaw": a})) for n, a in enumerate(angles)
+    }
+    assert [wanted_controls([folders[0], folders[n]], ["yaw"])["yaw"].period for n in folders] == [
+        (),
+        (6.28319,),
+        (0.0,),
+    ]
+    assert wanted_controls(folders.values(), ["yaw"])["yaw"].period == (6.28319,), "a card that saw no jump"
     both = wanted_controls([cards["a"], cards["b"], cards["c"]], ["speed"])
     assert both == {"speed": replace(speed, low=(0.0,), high=(4.0,))}
     for names, of, sentence in [

@@ -17,7 +17,9 @@ from anyflow.evaluation.control_probe import (
     ControlProbe,
     ControlProbeSettings,
     agreement,
+    are_keys,
     normalised,
+    read_labels,
     train_control_probe,
 )
 from anyflow.evaluation.curve import HeldOut
@@ -97,6 +99,18 @@ def test_agreement_is_correlation_or_the_share_of_right_states() -> None:
 def test_numbers_are_normalised_as_networks_are_told_them() -> None:
     rows = torch.tensor([[0.0, 1.0, -2.0, 5.0], [40.0, 0.0, 99.0, 6.0]])
     assert normalised(rows, CONTROLS).tolist() == [[-1, 1, -1, 0], [1, 0, 3, 1]]
+
+
+def test_an_angle_is_read_as_sine_and_cosine() -> None:
+    """Catches one that is read right at 179 degrees, and counts as a whole range wrong for being told -179."""
+    controls = {
+        "roll": Control("an angle", 1, low=(-180.0,), high=(180.0,), period=(360.0,)),
+        "keys": CONTROLS["keys"],
+    }
+    told = normalised(torch.tensor([[180.0, 1.0], [-180.0, 0.0], [90.0, 1.0]]), controls)
+    torch.testing.assert_close(told, torch.tensor([[0.0, 1, -1], [0, 0, -1], [1, 1, 0]]), atol=1e-6, rtol=0)
+    assert are_keys(controls).tolist() == [False, True, False]
+    assert read_labels(controls) == ["roll (sine)", "keys", "roll (cosine)"]
 
 
 def test_a_key_that_is_never_read_better_than_by_guessing_reaches_nothing() -> None:
