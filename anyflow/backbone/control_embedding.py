@@ -97,6 +97,11 @@ def as_told(controls: Tensor, low: Tensor, high: Tensor, periods: Sequence[float
     return torch.cat([told, angles.cos()], dim=-1)
 
 
+def told_widths(controls: Mapping[str, Mapping[str, Any]]) -> str:
+    """Names and widths, for messages."""
+    return ", ".join(f"{name} ({facts['width']})" for name, facts in controls.items())
+
+
 def near_one(controls: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Numbers ``[..., W]`` brought to -1..1 by their ranges, and cut off beyond ``LIMIT``."""
     span, middle = high - low, (high + low) / 2
@@ -205,7 +210,8 @@ class ToldControls:
             options: of the stock call.
 
         Raises:
-            ValueError: they have another width, or too few rows, or the model is told none.
+            ValueError: they have another width, too few rows, another number of prompts, or no finite numbers; or the
+                model is told none.
         """
         embedder = self.transformer.condition_embedder
         options["num_videos_per_prompt"] = num_videos_per_prompt
@@ -213,7 +219,14 @@ class ToldControls:
             if controls is not None:
                 raise ValueError("controls are given, and this model is told none")
             return super().__call__(*arguments, **options)  # type: ignore[misc]
-        embedder.told = _embedded(controls, getattr(embedder, MODULE)).repeat_interleave(num_videos_per_prompt, dim=0)
+        told = _embedded(controls, getattr(embedder, MODULE))
+        prompt = arguments[0] if arguments else options.get("prompt")
+        prompts = 1 if isinstance(prompt, str) else len(options["prompt_embeds"] if prompt is None else prompt)
+        if len(told) not in (1, prompts):
+            raise ValueError(
+                f"controls are for {len(told)} videos, there are {prompts} prompts: give one array for each"
+            )
+        embedder.told = told.repeat_interleave(num_videos_per_prompt, dim=0)
         try:
             return super().__call__(*arguments, **options)  # type: ignore[misc]
         finally:
@@ -222,13 +235,18 @@ class ToldControls:
 
 def _embedded(controls: Any, module: ControlEmbedder) -> Tensor:
     """``[B, F, dim]`` of the rows that a user gives."""
-    rows = torch.as_tensor(controls, dtype=torch.float32, device=module.unknown.device)
+    widths = [int(facts["width"]) for facts in module.controls.values()]
+    wanted = f"give [frames, {sum(widths)}]: {told_widths(module.controls)}"
+    try:
+        rows = torch.as_tensor(controls, dtype=torch.float32, device=module.unknown.device)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"controls are no array of numbers: {wanted}") from error
     rows = rows[None] if rows.ndim == 2 else rows
-    widths = {name: int(facts["width"]) for name, facts in module.controls.items()}
-    if rows.ndim != 3 or rows.shape[2] != sum(widths.values()) or not rows.shape[1]:
-        told = ", ".join(f"{name} ({width})" for name, width in widths.items())
-        raise ValueError(f"controls are {list(rows.shape)}: give [frames, {sum(widths.values())}]: {told}")
-    parts = rows.split(list(widths.values()), dim=2)
+    if rows.ndim != 3 or rows.shape[2] != sum(widths) or not rows.shape[1]:
+        raise ValueError(f"controls are {list(rows.shape)}: {wanted}")
+    if rows.isinf().any():
+        raise ValueError("controls hold a number that is not finite: give NaN for what is not known")
+    parts = rows.split(widths, dim=2)
     led = [
         _led_to(part) if facts.get("at") == "transition" else part
         for part, facts in zip(parts, module.controls.values(), strict=True)

@@ -21,7 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from anyflow.backbone import control_embedding
-from anyflow.backbone.control_embedding import CONFIG_KEY, LIMIT, MODULE, PREFIX, by_latent_frame, ranges_of
+from anyflow.backbone.control_embedding import (
+    CONFIG_KEY,
+    LIMIT,
+    MODULE,
+    PREFIX,
+    by_latent_frame,
+    ranges_of,
+    told_widths,
+)
 from anyflow.errors import UserError
 
 __all__ = ["CONFIG_KEY", "LIMIT", "MODULE", "PREFIX", "by_latent_frame"]
@@ -57,6 +65,17 @@ class ControlSettings:
         """Those of a transformer's configuration, if it has any."""
         found = config.get(CONFIG_KEY)
         return None if not found else ControlSettings(found["controls"], found["width"], found["pixel_frames"])
+
+    def checked(self, controls: Tensor) -> Tensor:
+        """Controls of pixel frames ``[B, F, W]`` as they are.
+
+        Raises:
+            ValueError: they are of another shape.
+        """
+        if controls.ndim != 3 or controls.shape[2] != self.numbers:
+            told = told_widths(self.controls)
+            raise ValueError(f"controls are {list(controls.shape)}: give [videos, frames, {self.numbers}]: {told}")
+        return controls
 
     def ranges(self) -> tuple[list[float], list[float]]:
         """Low and high of every number; keys are 0 or 1."""
@@ -115,10 +134,7 @@ def check_controls(found: ControlSettings | None, asked: ControlSettings, place:
     """
     if found is None:
         return True
-    (theirs, ours) = (
-        ", ".join(f"{name} ({facts['width']} numbers)" for name, facts in settings.controls.items())
-        for settings in (found, asked)
-    )
+    (theirs, ours) = (told_widths(settings.controls) for settings in (found, asked))
     if theirs != ours or found.pixel_frames != asked.pixel_frames:
         raise UserError(f"{place} was trained with the controls {theirs}; model.control asks for {ours}: name the same")
     return False

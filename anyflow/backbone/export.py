@@ -84,10 +84,11 @@ def export_pipeline(
         _write_codec(place, codec)
         is_causal = isinstance(transformer, AnyFlowFARTransformer3DModel)
         _write_index(place, codec, type(transformer).__name__, "AnyFlowFARPipeline" if is_causal else "AnyFlowPipeline")
-        is_told = controls_of(transformer) is not None
+        told = controls_of(transformer)
+        is_told = told is not None
         is_exact = not (is_causal or is_told) and (card.given or codec.layout != Layout())
         _write_code(place, is_causal, is_told, is_exact)
-        card = replace(card, causal=is_causal, told=is_told, exact=is_exact)
+        card = replace(card, causal=is_causal, told=told.controls if told else {}, exact=is_exact)
         (place / "README.md").write_text(card.render(), encoding="utf-8")
     return target
 

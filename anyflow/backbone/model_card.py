@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from anyflow.backbone.full import FULL_FILE
 from anyflow.backbone.guidance import Guidance
@@ -35,8 +36,8 @@ class ModelCard:
     """What it cannot do."""
     causal: bool = False
     """Whether it makes a video chunk by chunk; the export knows."""
-    told: bool = False
-    """Whether it is told controls; the export knows."""
+    told: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The controls that it is told, as its configuration describes them; the export knows."""
     given: bool = False
     """Whether its first frames may be given, as it was trained to take them."""
     exact: bool = False
@@ -82,7 +83,11 @@ class ModelCard:
         has_code = self.causal or ((self.told or self.exact) and not lora)
         kind = "DiffusionPipeline" if has_code else "AnyFlowPipeline"
         corrected = f', custom_pipeline="{place}", trust_remote_code=True' if has_code else ""
+        rows = [] if lora else list(_told_numbers(self.told))
         load = [f'pipe = {kind}.from_pretrained("{place}"{corrected})']
+        asked = "controls=controls, " if rows else ""
+        if rows:
+            load.append(f"controls = ...  # [{self.size[0]}, {len(rows)}]: the numbers below, a row for each frame")
         if lora:
             load.append('pipe.load_lora_weights(".")')
         if lora and self.full:
@@ -94,12 +99,14 @@ class ModelCard:
             *(["from safetensors.torch import load_file"] if lora and self.full else []),
             "",
             *load,
-            f'video = pipe("...", num_inference_steps=4, {size}, output_type="pil").frames[0]',
+            f'video = pipe("...", {asked}num_inference_steps=4, {size}, output_type="pil").frames[0]',
             f'export_to_gif(video, "video.gif", fps={self.fps:g})',
         ]
         hints = ["Any number of steps works, from 1 up. Guidance is in the weights: keep `guidance_scale` at 1."]
         hints += [_LORA_HINT] * lora + [_CAUSAL_HINT] * self.causal
-        hints += [_EXACT_HINT] * (self.exact and not lora) + [_TOLD_HINT] * (self.told and not lora)
+        hints += [_EXACT_HINT] * (self.exact and not lora)
+        if rows:
+            hints += [_TOLD_HINT, "\n".join(markdown_table(["control", "unit", "from", "to"], rows, "llr"))]
         return "\n".join(["```python", *code, "```", "", "\n\n".join(hints)])
 
 
@@ -133,10 +140,21 @@ _EXACT_HINT = (
 )
 
 _TOLD_HINT = (
-    "This network is told what is done in each frame: `pipe(..., controls=array)` takes a row of numbers a frame. "
-    "Their names, units and ranges are `anyflow_controls` in `transformer/config.json`. Load it with its "
-    "`pipeline.py`: diffusers' own pipelines leave the controls out, and warn of weights that they do not know."
+    "This network is told what is done in each frame: `pipe(..., controls=array)` takes a row of numbers a frame, NaN "
+    "where one is not known. Load it with its `pipeline.py`: diffusers' own pipelines leave the controls out. While it "
+    "loads, diffusers warns of `anyflow_controls` and `control_embedder`, which `pipeline.py` reads itself. These are "
+    "its numbers, with the range that most of them had in training:"
 )
+
+
+def _told_numbers(controls: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, str, str]]:
+    """Name, unit and range of every number, in the order of an array's columns."""
+    for name, facts in controls.items():
+        width = facts["width"]
+        low, high = (facts.get(side) or [float(side == "high")] * width for side in ("low", "high"))
+        units, numbers = facts.get("unit") or [""] * width, facts.get("numbers") or range(width)
+        for number, unit, *ends in zip(numbers, units, low, high, strict=True):
+            yield name if width == 1 else f"{name}.{number}", str(unit), f"{ends[0]:g}", f"{ends[1]:g}"
 
 
 def _table(rows: Mapping[str, Mapping[str, float | str]]) -> str:

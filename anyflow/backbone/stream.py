@@ -11,7 +11,7 @@ from torch import Tensor
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.conditions import Conditions
 from anyflow.backbone.control_feed import ControlFeed
-from anyflow.backbone.controls import by_latent_frame
+from anyflow.backbone.controls import ControlSettings, by_latent_frame, controls_of
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.flowmap.sampling import steps_of
 
@@ -46,15 +46,24 @@ def stream_video(
             configuration; NaN where they are not known. Of an iterator each chunk's are asked for with the chunk:
             ``[B, n, W]``, n its pixel frames (the first frame of all is one, then P for each latent frame).
         way: ``take`` and ``ask`` of :meth:`FlowMapBackbone.generate`, of a network that is no flow map or is guided.
+
+    Raises:
+        ValueError: the network is told no controls, or others than are given; an iterator ends early.
     """
     told: Any = None
-    if isinstance(controls, Tensor):
-        told = by_latent_frame(controls, codec.temporal_factor)
-    elif controls is not None:
-        told = ControlFeed(controls, codec.temporal_factor)
+    if controls is not None:
+        told = _told(controls, controls_of(backbone.transformer), codec.temporal_factor)
     conditions = Conditions(codec.encode_text(captions), first_frames, told)
     parts = backbone.generate(conditions, noise, steps_of(num_steps, shift), **way)
     if len(backbone.chunks_of(noise.shape[1], conditions.num_given)) == 1:
         yield from (codec.decode(part) for part in parts)
     else:
         yield from codec.decode_parts(parts)
+
+
+def _told(controls: Tensor | Iterator[Tensor], settings: ControlSettings | None, pixel_frames: int) -> Any:
+    if settings is None:
+        raise ValueError("controls are given, and this network is told none")
+    if isinstance(controls, Tensor):
+        return by_latent_frame(settings.checked(controls), pixel_frames)
+    return ControlFeed(map(settings.checked, controls), pixel_frames)

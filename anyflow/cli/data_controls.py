@@ -10,6 +10,8 @@ import typer
 from anyflow.cli.common import Card, Json, print_json
 
 BARS = " ▁▂▃▄▅▆▇█"
+FEW = 0.05
+"""A share of entries worth a remark: 2 % lie beyond a card's range by what the range is."""
 
 
 def controls(card: Card, as_json: Json = False) -> None:
@@ -57,4 +59,10 @@ def told_coverage(name: str, control: Mapping[str, Any]) -> Iterator[str]:
         most = max(*number["counts"], 1)
         bar = "".join(BARS[-(-8 * count // most)] for count in number["counts"])
         label = f"{number['name']}{f' ({unit})' if (unit := number['unit']) else ''}"
-        yield f"             {label:<24} {number['from']:>10.4g} |{bar}| {number['to']:.4g}"
+        remarks = [
+            *([f"{number['beyond']:.0%} beyond"] * (number["beyond"] >= FEW)),
+            *([f"{number['unknown']:.0%} not known"] * (number["unknown"] >= FEW)),
+            *(["never changes"] * number["still"]),
+        ]
+        line = f"             {label:<24} {number['from']:>10.4g} |{bar}| {number['to']:.4g}"
+        yield line + f"   ({', '.join(remarks)})" * bool(remarks)

@@ -12,7 +12,7 @@ import numpy as np
 
 from anyflow.data import remote
 from anyflow.data.card import DatasetCard, check_shards, load_card
-from anyflow.data.controls import Control, check_length, control_rows
+from anyflow.data.controls import Control, fitting_rows
 from anyflow.data.decode import ClipShape, DecodeError, decode_clip
 from anyflow.data.reader import ShardReader
 from anyflow.data.shapes import note_file
@@ -96,7 +96,7 @@ def _reasons(reader: ShardReader, shard: int, sample: Sample, card: DatasetCard,
         fps, controls = description.get("fps"), description.get("controls") or {}
         if card.fps and (not isinstance(fps, int | float) or abs(fps - card.fps) > 1e-3 * card.fps):
             yield f"its rate is {fps!r}, the card says {card.fps:g}"
-        frames = int(sample.shape[0]) if sample.shape else card.frames or 0
+        frames = sample.frames(card.frames)
         yield from _misfits(card.controls, controls if isinstance(controls, dict) else {}, frames)
     except DecodeError as error:
         yield str(error)
@@ -117,8 +117,7 @@ def _misfits(told: Mapping[str, Control | str], controls: Mapping[str, Any], fra
                 yield f"its {name} have {len(values)} values, fewer than its {frames} frames"
         elif values is not None:
             try:
-                rows = control_rows(name, control, values)
-                check_length(name, control, len(rows), frames, exact=frames > 0)
+                rows = fitting_rows(name, control, values, frames)
             except DecodeError as error:
                 yield str(error)
             else:
@@ -127,10 +126,7 @@ def _misfits(told: Mapping[str, Control | str], controls: Mapping[str, Any], fra
 
 def _far(name: str, control: Control, rows: np.ndarray) -> Iterator[str]:
     """Which numbers of a control lie far beyond the card's range."""
-    is_odd = control.kind == "multi-hot" and not np.isin(rows[~np.isnan(rows)], (0, 1)).all()
-    if is_odd:
-        yield f"its {name} hold other numbers than 0 and 1, which the card calls multi-hot"
-    for number, (low, high) in enumerate(zip(control.low, control.high, strict=True) if not is_odd else ()):
+    for number, (low, high) in enumerate(zip(control.low, control.high, strict=True)):
         column = rows[:, number]
         if control.period and control.period[number]:
             continue

@@ -10,7 +10,6 @@ import heapq
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from anyflow.data import remote
 from anyflow.data.angles import found_angles, jumped_turns
 from anyflow.data.card import DatasetCard
-from anyflow.data.controls import Array, Control, control_rows, flattened
+from anyflow.data.controls import Array, Control, fitting_rows, flattened
 from anyflow.data.decode import DecodeError
 from anyflow.data.reader import ShardReader
 from anyflow.data.shards import Sample
@@ -50,11 +49,14 @@ class Seen:
     misfits: int = 0
     reason: str = ""
 
-    def add(self, name: str, told: Control | str | None, values: Any) -> None:
-        """One clip's entries."""
+    def add(self, name: str, told: Control | str | None, values: Any, frames: int) -> None:
+        """One clip's entries; ``frames`` are the clip's, 0 if they are not known."""
         self.clips += 1
         try:
-            rows = control_rows(name, told, values) if isinstance(told, Control) else flattened(name, values)
+            if isinstance(told, Control):
+                rows: Array | None = fitting_rows(name, told, values, frames)
+            else:
+                rows = flattened(name, values)
         except DecodeError as error:
             self.misfits, self.reason = self.misfits + 1, self.reason or str(error)
             return
@@ -66,10 +68,11 @@ class Seen:
             self.names.add(tuple(sorted(entry)) if isinstance(entry, Mapping) else ())
 
 
-def survey_controls(folder: Path, caption: str | None, told: Told) -> tuple[dict[str, Seen], int]:
-    """What the clips of a folder of shards have of every control, and how many clips were read."""
+def survey_controls(card: DatasetCard, split: str, told: Told) -> tuple[dict[str, Seen], int]:
+    """What the clips of a split have of every control, and how many clips were read."""
+    folder = card.splits[split]
     ready(folder)
-    reader = ShardReader([folder], [caption or ""], tolerant=True)
+    reader = ShardReader([folder], [card.stand_in or ""], tolerant=True)
     seen: dict[str, Seen] = {}
     read = 0
     for shard, sample in _some(reader):
@@ -80,7 +83,7 @@ def survey_controls(folder: Path, caption: str | None, told: Told) -> tuple[dict
         read += 1
         for name, values in controls.items() if isinstance(controls, dict) else ():
             if values is not None:
-                seen.setdefault(name, Seen()).add(name, told.get(name), values)
+                seen.setdefault(name, Seen()).add(name, told.get(name), values, sample.frames(card.frames))
     return seen, read
 
 
@@ -107,7 +110,7 @@ def measured_controls(card: DatasetCard, split: str = "train") -> tuple[dict[str
     A control that the card tells in words alone, or not at all, gets what its entries show. It stays in words where
     clips differ in their width.
     """
-    seen, read = survey_controls(card.splits[split], card.stand_in, card.controls)
+    seen, read = survey_controls(card, split, card.controls)
     found: dict[str, Control | str] = {}
     notes: list[str] = []
     for name in dict.fromkeys([*card.controls, *sorted(seen)]):

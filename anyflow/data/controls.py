@@ -191,6 +191,24 @@ def control_rows(name: str, control: Control, values: Any) -> Array:
     return rows
 
 
+def fitting_rows(name: str, control: Control, values: Any, frames: int) -> Array:
+    """:func:`control_rows` of a clip whose control is all that its card says.
+
+    Args:
+        frames: of the clip; 0 if it is not known.
+
+    Raises:
+        DecodeError: it has another width or length, no entries, or (multi-hot) other numbers than 0 and 1.
+    """
+    rows = control_rows(name, control, values)
+    check_length(name, control, len(rows), frames, exact=frames > 0)
+    if not len(rows):
+        raise DecodeError(f"its {name} have no entries")
+    if control.kind == "multi-hot" and not np.isin(rows[~np.isnan(rows)], (0, 1)).all():
+        raise DecodeError(f"its {name} hold other numbers than 0 and 1, which the card calls multi-hot")
+    return rows
+
+
 def flattened(name: str, values: Any, numbers: Sequence[str] = ()) -> Array | None:
     """A control's entries as rows of numbers, float64 [N, W]; None if all of them are null.
 

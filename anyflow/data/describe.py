@@ -72,14 +72,14 @@ def _describe_split(card: DatasetCard, split: str) -> dict[str, Any]:
         **({"read": len(descriptions), "left_out": told_left_out(left_out_of(folder))} if is_tars else {}),
         "captions": _describe_captions([_caption(card, d) for d in descriptions]),
         "attributes": _histograms([d.get("attributes") or {} for d in descriptions]),
-        "controls": _coverage(card, folder),
+        "controls": _coverage(card, split),
     }
 
 
-def _coverage(card: DatasetCard, folder: Path) -> dict[str, Any]:
+def _coverage(card: DatasetCard, split: str) -> dict[str, Any]:
     """Control -> the clips that have it, those that do not fit to the card, and which values each number takes."""
     typed = {name: control for name, control in card.controls.items() if isinstance(control, Control)}
-    seen, read = survey_controls(folder, card.stand_in, typed) if typed else ({}, 0)
+    seen, read = survey_controls(card, split, typed) if typed else ({}, 0)
     facts: dict[str, Any] = {}
     for name, control in typed.items():
         of = seen.get(name)

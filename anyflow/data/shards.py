@@ -48,6 +48,10 @@ class Sample:
     parts: Mapping[str, tuple[int, int]]
     shape: Noted = field(default=(), compare=False)
 
+    def frames(self, usual: int | None) -> int:
+        """By the index's note, else the usual ones of the card; 0: not known."""
+        return int(self.shape[0]) if self.shape else usual or 0
+
 
 @dataclass(frozen=True)
 class Shard:

@@ -84,11 +84,16 @@ def far_outside(values: np.ndarray[Any, Any], settings: ControlSettings, names: 
 def _read_csv(path: Path, names: Sequence[str]) -> np.ndarray[Any, Any]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
+            text = file.read()
+        comma = max(",;\t", key=text.partition("\n")[0].count)
+        rows = [row for row in csv.reader(text.splitlines(), delimiter=comma) if any(cell.strip() for cell in row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--controls {path} cannot be read: {first_line(error)}") from error
     header = [cell.strip() for cell in rows[0]] if rows else []
     is_named = any(_number(cell) is None for cell in header)
+    short = [name.rpartition(".")[2] for name in names]
+    if sorted(header) == sorted(short) != sorted(names) and len(set(short)) == len(short):
+        names = short
     if is_named and sorted(header) != sorted(names):
         raise UserError(f"--controls {path}: its columns are {', '.join(header)}: give {', '.join(names)}")
     order = [header.index(name) for name in names] if is_named else range(len(names))

@@ -49,7 +49,7 @@ from anyflow.stages.base import Stage, Training
 from anyflow.stages.parts import StageParts
 from anyflow.system.console import progress_line
 from anyflow.system.option import part_of
-from anyflow.training.controls import asked_controls, check_teacher, check_told
+from anyflow.training.controls import asked_controls, check_teacher, check_told, lacking_controls
 from anyflow.training.encoding import EncodingJob
 
 
@@ -81,7 +81,7 @@ def assemble(recipe: Recipe, *, leave_stored: bool = False, encode: bool = True)
     told = controls_of(backbone.transformer)
     check_told(recipe, told)
     stage = build_stage(recipe, codec, backbone)
-    notes = tuple(filter(None, [check_teacher(recipe, told, stage.roles)]))
+    notes = tuple(filter(None, [check_teacher(recipe, told, stage.roles), *lacking_controls(recipe, told)]))
     return Parts(codec, backbone, stage, build_data(recipe, codec, told, encode=encode), notes)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from anyflow.backbone.controls import ControlSettings
 from anyflow.backbone.roles import Roles
+from anyflow.data.controls import with_domain
+from anyflow.data.reader import find_split
 from anyflow.data.wanted import wanted_controls
 from anyflow.errors import UserError
 from anyflow.recipe import Recipe
@@ -47,6 +51,21 @@ def check_teacher(recipe: Recipe, told: ControlSettings | None, roles: Roles | N
         f"warning: the teacher {teacher} is told no controls, and so is the critic: they judge whether samples look "
         f"real and not whether they obey, which the loss on data alone teaches; to judge both, {obeys}"
     )
+
+
+def lacking_controls(recipe: Recipe, told: ControlSettings | None) -> Iterator[str]:
+    """A sentence for each card whose clips lack what the network is told; another domain's controls are not theirs."""
+    if told is None:
+        return
+    splits = {card: find_split(card, recipe.data.split, index=False) for card in recipe.data.card}
+    domains = {found.domain for found in splits.values()}
+    for card, found in splits.items():
+        has = with_domain(found.domain, found.controls)
+        lacks = [name for name in told.controls if name not in has]
+        own = [name for name in lacks if name.partition(".")[0] not in domains - {found.domain}]
+        if lacked := (lacks if len(lacks) == len(told.controls) else own):
+            known = ", ".join(found.controls) or "no controls"
+            yield f"note: {card} has no {' and no '.join(lacked)} (its card has {known}): its clips train without"
 
 
 def asked_controls(recipe: Recipe, pixel_frames: int) -> ControlSettings | None:

@@ -15,6 +15,7 @@ from anyflow.backbone.controls import MODULE as CONTROLS
 from anyflow.backbone.controls import controls_of
 from anyflow.backbone.export import export_lora, export_pipeline
 from anyflow.backbone.guidance import Guidance
+from anyflow.backbone.load import read_controls
 from anyflow.backbone.model_card import ModelCard
 from anyflow.backbone.parallelize import (
     from_rank_zero,
@@ -303,7 +304,9 @@ def summary(run: RunFolder) -> str:
             lines.append(f"  {name:<11}{path}")
     if run.checkpoint is not None:
         lines.append(f"  {'checkpoint':<11}{run.checkpoint.parent}")
-    lines.append(f'  sample     {program()} sample "..." --model {run.model} --steps 1,4,16')
+    told = run.model.exists() and read_controls(run.model) is not None
+    given = " --image START --controls ACTIONS" * told  # files of the user's
+    lines.append(f'  sample     {program()} sample "..." --model {run.model}{given} --steps 1,4,16')
     if run_id := recorded_id(run):
         database = f"{DATABASE}{run.status['mlflow_database']}"
         lines.append(f"  MLflow     run {run_id}   (open it with: {how_to_open(database)})")
@@ -312,8 +315,10 @@ def summary(run: RunFolder) -> str:
 
 def _figures(row: Any) -> dict[str, float | str]:
     accuracy = "-" if row.motion_accuracy is None else round(row.motion_accuracy, 3)
+    told = {"path right": row.path_right, "obedience": row.obedience}  # of a network that is told controls
     return {
         "motion right": accuracy,
+        **{name: round(value, 3) for name, value in told.items() if value is not None},
         "sliced W1": round(row.sliced_w1, 4),
         "frame Frechet": round(row.frame_frechet, 3),
     }

@@ -271,6 +271,15 @@ def test_a_streamed_video_asks_for_the_controls_of_a_chunk_when_it_makes_it(back
         list(stream(iter([values[:, :1]])))
     with pytest.raises(ValueError, match="3 pixel frames are no whole latent frames"):
         list(stream(iter([values[:, :3]])))
+    for wrong in (values[..., :2], iter([values[:, :1, :2]])):
+        with pytest.raises(ValueError, match=r"controls are \[1, .*, 2\]: give .* 3\]: steer \(2\), keys \(1\)"):
+            list(stream(wrong))
+
+
+@pytest.mark.parametrize("backbone", ["causal"], indirect=True)
+def test_a_network_that_is_told_nothing_takes_no_controls(backbone, codec: Codec) -> None:
+    with pytest.raises(ValueError, match="this network is told none"):
+        next(stream_video(backbone, codec, ["a"], torch.randn(1, 2, 16, 4, 4), 1, 3.0, controls=torch.zeros(1, 5, 3)))
 
 
 def test_the_module_goes_where_the_weights_go(backbone, codec: Codec, make_text: MakeText, tmp_path: Path) -> None:
@@ -290,7 +299,7 @@ def test_the_module_goes_where_the_weights_go(backbone, codec: Codec, make_text:
     assert set(weights) > {"unknown"} and all(weight.dtype == torch.float32 for weight in weights.values())
     again = load_backbone(folder, controls=ControlSettings({"steer": {**STEER, "high": [9, 9]}, "keys": KEYS}))
     assert controls_of(again.transformer) == SETTINGS, "it keeps the ranges that it learnt with"
-    with pytest.raises(UserError, match=r"steer \(2 numbers\), keys \(1 numbers\); model.control asks for keys"):
+    with pytest.raises(UserError, match=r"steer \(2\), keys \(1\); model.control asks for keys"):
         load_backbone(folder, controls=ControlSettings({"keys": KEYS}))
 
 

@@ -128,6 +128,9 @@ def test_frames_that_are_given_keep_their_controls(backbone, codec, captions, no
         (np.zeros((FRAMES, 2)), r"controls are \[1, 13, 2\]: give \[frames, 3\]: steer \(2\), keys \(1\)"),
         (np.zeros(FRAMES), r"controls are \[13\]: give \[frames, 3\]"),
         (np.zeros((9, 3)), "controls cover 9 frames, the video has 13"),
+        (np.zeros((3, FRAMES, 3)), "controls are for 3 videos, there are 2 prompts: give one array for each"),
+        (np.full((FRAMES, 3), np.inf), "not finite: give NaN for what is not known"),
+        ([["a"] * 3] * FRAMES, r"controls are no array of numbers: give \[frames, 3\]"),
     ],
 )
 def test_controls_of_another_shape_are_refused(captions, noise, folder, controls, sentence) -> None:
@@ -160,6 +163,7 @@ def test_the_shipped_files_stand_alone(backbone, folder: Path) -> None:
         imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         assert not {one for one in imported if one.startswith("anyflow")}
     text = (folder / "README.md").read_text()
-    assert 'custom_pipeline=".", trust_remote_code=True' in text and "controls=array" in text
+    assert 'custom_pipeline=".", trust_remote_code=True' in text and "controls=controls, " in text
+    assert "| steer.0 |  | 0 | 20 |" in text and "| keys |  | 0 | 1 |" in text
     config = json.loads((folder / "transformer" / "config.json").read_text())
     assert config["anyflow_controls"]["controls"]["steer"]["low"] == [0.0, -1.0]

@@ -17,12 +17,14 @@ from tiny_shards import CLIPS, FRAMES, HEIGHT, WIDTH, MakeShards, card_of, clip_
 from typer.testing import CliRunner
 
 from anyflow.cli.data import app
+from anyflow.cli.data_controls import told_coverage
 from anyflow.data.card import load_card
 from anyflow.data.check import check_card
 from anyflow.data.clip import Clip
 from anyflow.data.control_ranges import MOST_ROWS, measured_controls, survey_controls
 from anyflow.data.controls import Control
 from anyflow.data.decode import Choice, ClipShape, decode_clip, usual_choice
+from anyflow.data.describe import describe_card
 from anyflow.data.module import VideoDataModule
 from anyflow.data.shards import write_samples
 from anyflow.errors import UserError
@@ -159,10 +161,10 @@ def test_ranges_are_of_all_clips_or_of_some_that_their_keys_choose(
     assert found["step"] == Control("words", 1, low=(1.0,), high=(1.0,))
     assert len(notes) == 1 and "'step' was guessed" in notes[0]
     monkeypatch.setattr("anyflow.data.control_ranges.MOST_CLIPS", 6)
-    some = survey_controls(card.splits["train"], "", card.controls)[0]["place"]
+    some = survey_controls(card, "train", card.controls)[0]["place"]
     order = [(f"clip-{n:03d}", parts[n]) for n in reversed(range(CLIPS))]
     write_samples(order, tmp_path / "again", "turned", per_shard=5)
-    turned = survey_controls(tmp_path / "again", "", card.controls)[0]["place"]
+    turned = survey_controls(replace(card, splits={"train": tmp_path / "again"}), "train", card.controls)[0]["place"]
     assert some.clips == turned.clips == 6
     rows = [sorted(np.concatenate(one.rows[1]).ravel().tolist()) for one in (some, turned)]
     assert rows[0] == rows[1] and len(rows[0]) == 6 * FRAMES <= 6 * MOST_ROWS
@@ -215,6 +217,28 @@ def test_check_names_controls_that_do_not_fit(make_shards: MakeShards) -> None:
     assert "have 6 entries, the clip 5 frames" in told_of["clip-002"]
     assert "in 2 of 5 entries: bright is 100000, the range 0 to 200" in told_of["clip-004"]
     assert "other numbers than 0 and 1" in told_of["clip-005"]
+
+
+def test_the_statistics_leave_out_what_check_names(make_shards: MakeShards) -> None:
+    """Catches a crash over a clip that has no entries, and a plot of clips that training will not take."""
+    nan, half = [[float("nan")]] * FRAMES, [0, 0, 9, 9, 9]
+    odd: dict[int, dict[str, Any]] = {
+        1: {"place": [], "keys": [0] * FRAMES},
+        2: {"place": [5] * (FRAMES + 1), "keys": [0] * FRAMES},
+        3: {"place": half, "keys": [2] * FRAMES},
+        4: {"place": nan, "keys": [0] * FRAMES},
+    }
+    folder = make_shards({n: clip_parts(n, controls=controls) for n, controls in odd.items()})
+    place, keys = Control("brightness", 1, low=(0.0,), high=(5.0,)), Control("keys", 1, "multi-hot")
+    card = load_card(card_of(folder, controls={"place": place, "keys": keys}))
+    found = describe_card(card)["splits"]["train"]["controls"]
+    assert {name: (of["clips"], of["misfits"]) for name, of in found.items()} == {"place": (4, 2), "keys": (4, 1)}
+    [number] = found["place"]["numbers"]
+    assert (number["unknown"], number["beyond"], number["still"]) == (0.5, 0.6, False)
+    assert found["keys"]["numbers"][0]["still"]
+    assert list(told_coverage("place", found["place"]))[1].endswith("(60% beyond, 50% not known)")
+    assert list(told_coverage("keys", found["keys"]))[1].endswith("(never changes)")
+    assert any("2 of 4 clips do not fit (its place have 0 entries" in note for note in measured_controls(card)[1])
 
 
 def test_places_ascend() -> None:

@@ -28,8 +28,13 @@ def written(folder: Path, text: str) -> Path:
 def test_rows_are_frames_and_actions_lead_to_the_next(tmp_path: Path) -> None:
     lines = [",".join(map(str, row)) for row in TABLE]
     np.save(tmp_path / "c.npy", TABLE)
+    short = [" speed;heading; keys", *(";".join(map(str, row)) for row in TABLE)]
+    tabs = ["\t".join(map(str, row)) for row in TABLE]
+    for number, text in enumerate((short, tabs, lines)):
+        (tmp_path / f"{number}.csv").write_text("\n".join(text))
     swapped = ["keys, steer.heading,steer.speed", *(f"{keys},{heading},{speed}" for speed, heading, keys in TABLE)]
-    for path in (tmp_path / "c.npy", written(tmp_path, "\n".join(lines)), written(tmp_path, "\n".join(swapped))):
+    paths = [tmp_path / name for name in ("c.npy", "0.csv", "1.csv", "2.csv")]
+    for path in (*paths, written(tmp_path, "\n".join(swapped))):
         found, notes = given_controls(path, SETTINGS, 5)
         torch.testing.assert_close(found, torch.tensor([TOLD], dtype=torch.float32), equal_nan=True)
         assert not notes
@@ -53,7 +58,7 @@ def test_what_is_far_outside_is_told(tmp_path: Path) -> None:
     [
         ("1,2\n", r"c.csv:1 is '1,2': give 3 numbers: steer.speed, steer.heading, keys"),
         ("1,2,3\n1,x,3\n" * 3, r"c.csv:2 is '1,x,3': give 3 numbers"),
-        ("speed,heading,keys\n1,2,3\n", "its columns are speed, heading, keys: give steer.speed, steer.heading, keys"),
+        ("speed,course,keys\n1,2,3\n", "its columns are speed, course, keys: give steer.speed, steer.heading, keys"),
         ("1,2,0\n" * 3, "its steer have 3 entries, the clip 5 frames: give a row for each of the 5 frames"),
         ("", "c.csv is 0: give a row for each frame, with 3 numbers"),
         ("1,2,nan\n" * 4 + "1,1e300,0", "hold a number that is not finite, or too large"),

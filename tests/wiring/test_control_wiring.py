@@ -104,6 +104,21 @@ def test_an_on_policy_step_tells_all_three_the_same_controls(small_model: Path, 
     assert all(all(is_one_of(rows, own)) for _, rows in asked)
 
 
+def test_cards_without_the_controls_are_named(small_model: Path) -> None:
+    """Mixing is allowed, and a misspelt column looks the same. Another domain's controls are not missed."""
+    both = "data.card=[driving-uncaptioned,games-uncaptioned]"
+    for names, lacks in (
+        ("[driving.actions,games.actions]", []),
+        ("[driving.actions]", ["games-uncaptioned has no driving.actions (its card has actions, trajectory)"]),
+        (
+            "[driving.actions,driving.trajectory]",
+            ["has no driving.actions and no driving.trajectory"],
+        ),
+    ):
+        notes = parts_of("finetune/driving", small_model, both, f"model.control.names={names}").notes
+        assert len(notes) == len(lacks) and all(lack in note for lack, note in zip(lacks, notes, strict=True))
+
+
 def test_a_teacher_that_is_told_none_is_warned_of(small_model: Path) -> None:
     """The student alone listens; the critic starts as the teacher, and knows as little. The dry run says so."""
     parts = parts_of("onpolicy/tiny", small_model, *ON_POLICY)
