@@ -60,6 +60,11 @@ class Page:
         kind = "rawKeyDown" if is_down else "keyUp"
         self.browser.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": kind, "code": code, "key": code})
 
+    def pressed(self) -> list[str]:
+        """The keys that are shown as held."""
+        script = "return [...document.querySelectorAll('.key[aria-pressed=true]')].map((one) => one.textContent)"
+        return self.browser.execute_script(script)
+
     def complaints(self) -> list[str]:
         """Errors of the scripts, and what the page's policy refused."""
         return [entry["message"] for entry in self.browser.get_log("browser") if entry["level"] == "SEVERE"]
@@ -79,11 +84,13 @@ def test_keys_steer_the_picture(page: Page) -> None:
     x, y = page.dot()
     assert x == pytest.approx(MIDDLE, abs=2) and y == pytest.approx(HEIGHT / 2, abs=2)
     page.key("ArrowLeft", True)
+    assert page.pressed() == ["←"], "told at once, whatever the model is doing"
     page.wait(lambda: page.dot()[0] == pytest.approx(LEFT, abs=2), "the dot at the left")
     page.wait(lambda: page.text("latency").endswith("ms"), "the latency")
     assert 0 < int(page.text("latency").removesuffix(" ms")) < 60_000
     assert page.text("value-1") == "-0.50"
     page.key("ArrowLeft", False)
+    assert not page.pressed()
     page.wait(lambda: page.dot()[0] == pytest.approx(MIDDLE, abs=2), "the dot back in the middle")
     page.key("KeyW", True)
     page.wait(lambda: page.dot()[1] == pytest.approx(UP, abs=2), "the dot at the top")

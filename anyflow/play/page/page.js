@@ -12,6 +12,7 @@ const held = { keyboard: new Set(), gamepad: new Set() };
 const tapped = new Set(); // pressed since the last request, let go or not
 let facts = null;
 let used = new Set(); // keys that move something
+const buttons = []; // { button, codes }: what shows that a key is held, before any picture answers it
 
 // --- wishes: one request at a time, always the newest state ----------------------------------------------------------
 
@@ -44,11 +45,19 @@ function pressed(code, by) {
   held[by].add(code);
   tapped.add(code);
   press ??= { number: wish.number + 1, at: performance.now() };
+  showHeld();
   tell();
 }
 
 function released(code, by) {
-  if (held[by].delete(code)) tell();
+  if (!held[by].delete(code)) return;
+  showHeld();
+  tell();
+}
+
+function showHeld() {
+  const isHeld = (code) => held.keyboard.has(code) || held.gamepad.has(code);
+  for (const { button, codes } of buttons) button.setAttribute("aria-pressed", codes.some(isHeld));
 }
 
 addEventListener("keydown", (event) => {
@@ -66,6 +75,7 @@ addEventListener("keydown", (event) => {
 addEventListener("keyup", (event) => released(event.code, "keyboard"));
 addEventListener("blur", () => { // keys that are let go elsewhere are not heard
   held.keyboard.clear();
+  showHeld();
   tell();
 });
 
@@ -215,13 +225,15 @@ function element(name, properties, ...children) {
   return made;
 }
 
-function keyButton(code) {
+function keyButton(codes) {
+  const code = codes[0];
   const button = element("button", { className: "key", textContent: named(code), title: `held: ${named(code)}` });
   button.addEventListener("pointerdown", (event) => {
     button.setPointerCapture(event.pointerId);
     pressed(code, "keyboard");
   });
   for (const end of ["pointerup", "pointercancel"]) button.addEventListener(end, () => released(code, "keyboard"));
+  buttons.push({ button, codes });
   return button;
 }
 
@@ -245,7 +257,7 @@ function leverRow(lever, place) {
     rest.style.left = percent(lever.rest ?? low, lever);
     middle = element("div", { className: lever.kind === "key" ? "" : "track" }, ...(lever.kind === "key" ? [] : [rest, dot]));
   }
-  const keys = [lever.less, lever.more].map((codes) => codes.slice(0, 1).map(keyButton));
+  const keys = [lever.less, lever.more].map((codes) => (codes.length ? [keyButton(codes)] : []));
   return element("div", { className: "lever", id: `lever-${place}` }, name, element("div", { className: "move" }, ...keys[0], middle, ...keys[1]));
 }
 
