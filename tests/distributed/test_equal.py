@@ -88,6 +88,9 @@ FEW = ("forward, full", "causal, on-policy, one base")
 """Stages that show what the last two ways could get wrong."""
 
 
+ROUNDING = 2e-5
+"""Of gradients: two passes in place of one, in one process, make up to 1.2e-5 of it, in a tail."""
+
 Models = dict[str, Path]
 """Folders of a small model of either architecture."""
 
@@ -209,7 +212,7 @@ def check_equal(case: str, two_ranks: Path, models: Models, tmp_path: Path) -> N
         norm = max(float(state["exp_avg"].norm()) for state in single["state"].values())
         for index, state in single["state"].items():  # a mean of gradients, so that Adam's division hides nothing
             difference = float((state["exp_avg"] - double["state"][index]["exp_avg"]).norm())
-            assert difference < 1e-5 * norm, index
+            assert difference < ROUNDING * norm, index
     with averaged(parts):
         own = clone_state(parts.backbone)
     gathered = torch.load(two_ranks / case / "gathered.pt", weights_only=True)
