@@ -38,6 +38,12 @@ def explain(error: BaseException, place: str = "") -> str | None:
             if is_meant and (errno.EACCES not in numbers or link in (error, error.__cause__)):
                 named = str(getattr(link, "filename", None) or "") or place
                 return f"{what}{f' ({named})' if named else ''}: {remedy}"
+        if "Failed to import diffusers" in str(link):
+            root = _chain(error)[-1]
+            return (
+                f"diffusers cannot be imported, for a package that it uses is broken ({type(root).__name__}: "
+                f"{first_line(root)}): install that one again, or uninstall it"
+            )
     return None
 
 

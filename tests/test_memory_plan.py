@@ -20,13 +20,14 @@ from anyflow.backbone import codec as codec_module
 from anyflow.backbone.codec import Codec
 from anyflow.backbone.controls import CONFIG_KEY, MODULE, controls_of
 from anyflow.backbone.embedded import build_vae
+from anyflow.backbone.layout import PUBLISHED
 from anyflow.cli.main import app
 from anyflow.errors import EXIT_PREEMPTED, UserError
 from anyflow.memory import codec as plan_codec
 from anyflow.memory import need as planning
 from anyflow.memory.changes import changes, with_gpus
 from anyflow.memory.codec import _work
-from anyflow.memory.need import Need, latent_shape, plan, transformer_config_of, warning
+from anyflow.memory.need import Need, latent_shape, original_bytes, plan, transformer_config_of, warning
 from anyflow.memory.phases import ACTIVATIONS, CLIPS, CODEC, DECODING, ENCODING, GIB, SAMPLING, STEP, WAITING, Memory
 from anyflow.memory.simulate import _networks, simulate
 from anyflow.recipe import Recipe, list_recipes, load_recipe
@@ -385,6 +386,34 @@ def test_gpus_keep_the_global_batch() -> None:
         assert with_gpus(recipe, gpus).global_batch == recipe.global_batch
     with pytest.raises(UserError, match="multiple of 8"):
         with_gpus(recipe, 12)
+    for gpus, near in ((3, 15), (32, 32)):  # as training says it
+        with pytest.raises(UserError, match=f"global_batch=16 does not divide over {gpus} GPUs.*global_batch={near},"):
+            with_gpus(recipe, gpus)
+    assert "32 GPUs" not in [words for words, *_ in changes(with_gpus(recipe, 16))]
+
+
+def test_adapters_are_offered_a_base_in_fewer_bits_and_a_lower_rank() -> None:
+    """Caught: nothing but shorter clips for who has chosen int8 already."""
+
+    def offered(*words: str) -> list[str]:
+        found = [change for change, *_ in changes(load_recipe("finetune/driving", model=WAN, overrides=list(words)))]
+        return [change for change in found if "lora" in change]
+
+    low = "model.lora.rank=32 model.lora.alpha=32"
+    assert offered("model.lora.enabled=true") == ["model.lora.base=int8", "model.lora.base=nf4", low]
+    rounded = ("model.lora.enabled=true", "model.lora.base=int8", "hardware.strategy=auto")
+    assert offered(*rounded) == ["model.lora.base=nf4", low]
+    assert offered(*rounded, "model.lora.rank=32", "model.lora.base=nf4") == []
+
+
+def test_a_rounded_base_is_whole_on_every_gpu_and_merged_on_the_host(simulated: Any) -> None:
+    words = ["model.lora.enabled=true", "model.lora.base=nf4"]
+    need = plan(load_recipe("forward/wan2.1-t2v-1.3b", overrides=words), remedies=False)
+    assert need.whole == "model.lora.base=nf4"
+    assert "whole on every GPU, for model.lora.base=nf4" in "\n".join(need.lines())
+    one = load_recipe("finetune/driving", model="anyflow-wan2.1-t2v-14b", hardware="small", overrides=words)
+    merged = original_bytes(one, PUBLISHED["14b"])
+    assert merged == pytest.approx(28.6e9, rel=0.03) and plan(one, remedies=False).host >= merged
 
 
 def test_ranks_that_share_a_clip_share_its_activations() -> None:

@@ -266,7 +266,9 @@ def take_apart(block: Any) -> Parts | None:
     known = [_layer(layer) for layer in layers]
     strange = next((layer for layer, found in zip(layers, known, strict=True) if found is None), None)
     if strange is not None:
-        _tell(f"blocks with a layer of the kind {type(strange).__name__}, as it is here, are not compiled: {_REMEDY}")
+        kind = type(getattr(strange, "base_layer", strange)).__name__
+        rounded = " (model.lora.base)" if kind == "QuantizedLinear" else ""
+        _tell(f"blocks with layers of the kind {kind}{rounded} are not compiled: {_REMEDY}")
         return None
     video = [*known[:4], block.attn1.norm_q, block.attn1.norm_k, block.attn1.heads]
     text = [*known[4:8], block.attn2.norm_q, block.attn2.norm_k, block.attn2.heads]

@@ -36,6 +36,7 @@ from anyflow.backbone.controls import MODULE as CONTROLS
 from anyflow.backbone.load import StoredWeights
 from anyflow.backbone.options import ParallelOptions
 from anyflow.backbone.protocol import FlowMapBackbone
+from anyflow.errors import UserError
 from anyflow.system.data_ranks import data_rank
 
 WAIT = timedelta(minutes=30)
@@ -196,6 +197,22 @@ def whole(tensor: Tensor) -> Tensor:
 def accelerator_here(accelerator: str) -> str:
     """``gpu`` or ``cpu``: what ``auto`` is on this machine; anything else is what it says."""
     return ("gpu" if torch.cuda.is_available() else "cpu") if accelerator == "auto" else accelerator
+
+
+def check_devices(accelerator: str, devices: int) -> None:
+    """That this machine has the GPUs that a run asks of it.
+
+    Raises:
+        UserError: it has fewer.
+    """
+    here = torch.cuda.device_count()
+    if accelerator_here(accelerator) == "gpu" and here < devices:
+        give = f"hardware.devices={here}" if here else "hardware.accelerator=cpu (HARDWARE=cpu)"
+        found = f"{here} GPU{'s' * (here > 1)}" if here else "no GPU"
+        raise UserError(
+            f"hardware.accelerator={accelerator} with hardware.devices={devices}: torch finds {found} on this machine: "
+            f"set {give}"
+        )
 
 
 def join_ranks(accelerator: str) -> torch.device:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from anyflow.backbone.options import BaseWeights
 from anyflow.backbone.parallelize import load_parts
 from anyflow.backbone.protocol import FlowMapBackbone
-from anyflow.errors import UserError
+from anyflow.errors import UserError, first_line
 
 BLOCK = 64
 """Weights that share a scale (``absmax``, float32): half a bit more for each weight."""
@@ -43,10 +43,16 @@ def check_quantizer(base: BaseWeights) -> None:
         return
     if find_spec("bitsandbytes") is None:
         raise UserError(
-            f"model.lora.base={base} needs bitsandbytes, which is not installed: run pip install bitsandbytes (or "
-            "'anyflow[quantized]'), or set model.lora.base=full"
+            f"model.lora.base={base} needs bitsandbytes, which is not installed: run pip install -e "
+            "'.[quantized]', or set model.lora.base=full"
         )
-    import bitsandbytes  # noqa: F401 (registers its operators with torch)
+    try:
+        import bitsandbytes  # noqa: F401 (registers its operators with torch)
+    except Exception as error:  # whatever a broken build of it raises
+        raise UserError(
+            f"model.lora.base={base}: bitsandbytes is installed and cannot be imported ({first_line(error)}): install "
+            "it again, or set model.lora.base=full"
+        ) from error
 
 
 class QuantizedLinear(nn.Module):

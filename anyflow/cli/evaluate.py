@@ -153,7 +153,8 @@ def _check_shapes(model: str, options: EvaluateOptions) -> None:
     check_given(options.given_frames, shape.frames, "--given-frames ")
     check_encoders(options.judges, "--encoder", shape.frames - pixel_frames(options.given_frames), options.split)
     other = native_shape(against) if against else shape
-    if other != shape:
+    own_rate = None in (shape.fps, other.fps)  # of one of them: each clip's own, which a cut to a rate would change
+    if replace(other, fps=shape.fps if own_rate else other.fps) != shape:
         sizes = [
             f"{one.frames} frames of {one.width}x{one.height}, {one.fps or 0:g} a second" for one in (other, shape)
         ]

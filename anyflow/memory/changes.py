@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,6 +13,9 @@ from anyflow.errors import UserError
 from anyflow.memory.phases import DECODING, ENCODING, EXPORT, READING, SAMPLING, STEP
 from anyflow.recipe import Recipe
 from anyflow.system.data_ranks import data_rank
+
+LOW_RANK = 32
+"""Of adapters that are offered where memory is short."""
 
 
 def changes(recipe: Recipe, phase: str = STEP, heads: int = 1) -> Iterator[tuple[str, Recipe, str]]:
@@ -81,17 +85,14 @@ def _of_all(recipe: Recipe, phase: str) -> Iterator[tuple[str, Recipe, str]]:
         lora = dataclasses.replace(recipe.model.lora, enabled=True)
         words = "one base for all roles" if recipe.has_teacher else "adapters instead of all weights"
         yield f"model.lora.enabled=true ({words})", _with(recipe, "model", lora=lora), "less capacity"
-    can_round = recipe.model.lora.enabled and recipe.model.lora.base == "full" and find_spec("bitsandbytes") is not None
-    if can_round and recipe.world_size == 1:
-        bases: dict[BaseWeights, str] = {"int8": "weights off by 0.6 %", "nf4": "weights off by 9 %"}
-        for base, cost in bases.items():
-            lora = dataclasses.replace(recipe.model.lora, base=base)
-            yield f"model.lora.base={base}", _with(recipe, "model", lora=lora), cost
+    if recipe.model.lora.enabled:
+        yield from _of_adapters(recipe)
     if hardware.strategy == "fsdp" or (recipe.world_size == 1 and not recipe.whole_weights):
         for count in (2, 4, 8):
             more = recipe.world_size * count
             if more <= 64:
-                yield f"{more} GPUs", with_gpus(recipe, more), f"{count} times the GPUs"
+                with suppress(UserError):  # more than there are clips
+                    yield f"{more} GPUs", with_gpus(recipe, more), f"{count} times the GPUs"
     if hardware.strategy == "fsdp":
         yield "hardware.offload=true", _with(recipe, "hardware", offload=True), "several times slower"
     for frames in (49, 33, 17):
@@ -99,11 +100,23 @@ def _of_all(recipe: Recipe, phase: str) -> Iterator[tuple[str, Recipe, str]]:
             yield f"data.frames={frames}", _with(recipe, "data", frames=frames), "shorter clips"
 
 
+def _of_adapters(recipe: Recipe) -> Iterator[tuple[str, Recipe, str]]:
+    """A base in fewer bits, on one GPU (several would each hold all of it); adapters of a lower rank."""
+    bases: dict[BaseWeights, str] = {"full": "", "int8": "weights off by 0.6 %", "nf4": "weights off by 9 %"}
+    own, can_round = recipe.model.lora, recipe.world_size == 1 and find_spec("bitsandbytes") is not None
+    for base, cost in list(bases.items())[list(bases).index(own.base) + 1 :] if can_round else ():
+        yield f"model.lora.base={base}", _with(recipe, "model", lora=dataclasses.replace(own, base=base)), cost
+    if own.rank > LOW_RANK and not own.start:
+        low = dataclasses.replace(own, rank=LOW_RANK, alpha=float(LOW_RANK))
+        change = f"model.lora.rank={LOW_RANK} model.lora.alpha={LOW_RANK}"
+        yield change, _with(recipe, "model", lora=low), "less capacity"
+
+
 def with_gpus(recipe: Recipe, gpus: int) -> Recipe:
     """The recipe on another number of GPUs: one node up to 8, nodes of 8 above.
 
     Raises:
-        UserError: they are not whole nodes.
+        UserError: they are not whole nodes, or do not divide ``data.global_batch``: training would refuse them.
     """
     if gpus > 8 and gpus % 8:
         raise UserError(f"--gpus {gpus} is no multiple of 8: nodes have 8 GPUs, so give 16, 24, ... or at most 8")
@@ -115,7 +128,14 @@ def with_gpus(recipe: Recipe, gpus: int) -> Recipe:
             f"node: give a multiple of {hardware.context}, or another hardware.context"
         )
     ranks = data_rank(0, gpus, hardware.context)[1]
-    share = max(1, data.global_batch // ranks) if data.global_batch else data.batch_size * hardware.accumulate
+    if data.global_batch % ranks:
+        near = max(1, round(data.global_batch / ranks)) * ranks
+        kind = "GPUs" if hardware.context == 1 else f"groups of {hardware.context} GPUs"
+        raise UserError(
+            f"--gpus {gpus}: data.global_batch={data.global_batch} does not divide over {ranks} {kind}: give "
+            f"data.global_batch={near}, or another number"
+        )
+    share = data.global_batch // ranks if data.global_batch else data.batch_size * hardware.accumulate
     batch = max(size for size in range(1, min(share, data.batch_size) + 1) if share % size == 0)
     fsdp = "fsdp" if gpus > 1 and not recipe.whole_weights else "auto"
     changed = dataclasses.replace(

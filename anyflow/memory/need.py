@@ -70,6 +70,7 @@ class Need:
         operations: floating-point operations of a step, all its clips; None: not known.
         clips: of a step.
         steps: of the run.
+        whole: the field that keeps weights whole on every GPU, with its value; empty: none does.
     """
 
     recipe: str
@@ -87,6 +88,7 @@ class Need:
     operations: float | None = None
     clips: int = 1
     steps: int = 1
+    whole: str = ""
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -137,17 +139,20 @@ class Need:
         yield "phases"
         for name, size in self.totals.items():
             yield f"  {name:<34}{size / GIB:8.1f} GiB"
+        if self.whole and self.gpus > 1:
+            yield f"weights     whole on every GPU, for {self.whole}: more GPUs do not divide them"
         if self.context > 1:
             yield (
                 f"context     {self.context} ranks share a clip, {-(-self.tokens // self.context):,} tokens each; a "
                 f"step sends about {self.exchanged / GIB:.0f} GiB from each to the others by all-to-all, "
-                f"{self.exchanged / LINK:.1f} s at {LINK / GB:.0f} GB/s"
+                f"{self.exchanged / LINK:.1f} s at {LINK / GB:.0f} GB/s (NVLink)"
             )
         if self.operations is not None:
-            each = ", ".join(f"{gpu} {seconds:.3g} s" for gpu, seconds in self.seconds.items())
+            each = ", ".join(f"{gpu} {seconds:.2g} s" for gpu, seconds in self.seconds.items())
+            mantissa, _, exponent = f"{self.operations:.1e}".partition("e")
             yield (
-                f"time        {self.operations / 1e15:.3g} x 10^15 operations a step of {self.clips} clips; by "
-                f"arithmetic, at {UTILISATION:.0%} of a GPU's bfloat16 rate: {each}"
+                f"time        {mantissa} x 10^{int(exponent)} operations a step of {self.clips} clips; by arithmetic, "
+                f"at {UTILISATION:.0%} of a GPU's bfloat16 rate: {each}"
             )
         yield f"disk        {self.checkpoint / GIB:.1f} GiB a checkpoint, {self.disk / GIB:.1f} for those that are kept"
         yield f"host        {self.host / GIB:.1f} GiB of memory on each machine"
@@ -239,6 +244,9 @@ def _need(recipe: Recipe, gpu_memory: float, simulate: Simulate) -> Need:
     # trained weights, their average and two optimiser states; a frozen base is not saved
     checkpoint = ranks * (1.5 * memory.optimizer + memory.ema)
     loading = hardware.devices * codec_bytes(recipe)
+    held = hardware.devices * (checkpoint / max(ranks, 1) + on_host) + loading
+    is_rounded = recipe.model.lora.base != "full"
+    merging = original_bytes(recipe, config) if is_rounded else 0.0  # an export reads the originals from files
     return Need(
         recipe=recipe.run.name,
         gpus=recipe.world_size,
@@ -247,12 +255,13 @@ def _need(recipe: Recipe, gpu_memory: float, simulate: Simulate) -> Need:
         tokens=layout_of_recipe(recipe).tokens(*own),
         checkpoint=checkpoint,
         disk=(recipe.checkpoint.keep + 1) * checkpoint,
-        host=hardware.devices * (checkpoint / max(ranks, 1) + on_host) + loading,
+        host=max(held, merging),
         context=hardware.context,
         exchanged=memory.exchanged,
-        operations=step_operations(recipe, config, latents),
+        operations=step_operations(recipe, config, latents) if hardware.precision != "32-true" else None,
         clips=recipe.global_batch,
         steps=recipe.total_steps,
+        whole=recipe.whole_weights if hardware.strategy != "fsdp" else "",
     )
 
 
@@ -298,6 +307,17 @@ _NEEDED = {
 def latent_shape(recipe: Recipe) -> tuple[int, int, int, int]:
     """``(F, C, H, W)`` of a clip's latents."""
     return layout_of_recipe(recipe).latents(*recipe.data.shapes[0])
+
+
+def original_bytes(recipe: Recipe, config: dict[str, Any]) -> float:
+    """The network as its files have it, in bfloat16."""
+    import torch
+
+    from anyflow.backbone.load import backbone_class
+
+    _, kind = backbone_class(recipe.model.architecture)
+    with torch.device("meta"):
+        return 2.0 * sum(weight.numel() for weight in kind.from_config(config).parameters())  # type: ignore[attr-defined]
 
 
 def codec_bytes(recipe: Recipe) -> float:

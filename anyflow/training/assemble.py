@@ -51,6 +51,7 @@ from anyflow.system.console import progress_line
 from anyflow.system.option import part_of
 from anyflow.training.controls import asked_controls, check_teacher, check_told, lacking_controls
 from anyflow.training.encoding import EncodingJob
+from anyflow.training.idle import idle_options
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def assemble(recipe: Recipe, *, leave_stored: bool = False, encode: bool = True)
     told = controls_of(backbone.transformer)
     check_told(recipe, told)
     stage = build_stage(recipe, codec, backbone)
-    notes = tuple(filter(None, [check_teacher(recipe, told, stage.roles), *lacking_controls(recipe, told)]))
-    return Parts(codec, backbone, stage, build_data(recipe, codec, told, encode=encode), notes)
+    notes = [check_teacher(recipe, told, stage.roles), *lacking_controls(recipe, told), *idle_options(recipe)]
+    return Parts(codec, backbone, stage, build_data(recipe, codec, told, encode=encode), tuple(filter(None, notes)))
 
 
 def load_networks(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, FlowMapBackbone]:

@@ -78,8 +78,8 @@ class EncodingJob:
         return Encoding(self.card, self.split, codec, self.shapes, self.out, **options)
 
 
-def encode(job: EncodingJob, engine: Engine) -> Path:
-    """The folder of the cache; encode what is missing of it.
+def encode(job: EncodingJob, engine: Engine, *, waits: bool = False) -> Path:
+    """The folder of the cache; encode what is missing of it; ``waits`` for another process that does so already.
 
     Raises:
         UserError: too many clips are bad, the cache cannot be written, workers cannot do it, or others are at it.
@@ -88,7 +88,7 @@ def encode(job: EncodingJob, engine: Engine) -> Path:
     encoding = job.encoding(codec)
     if encoding.is_whole():
         return encoding.folder
-    with encoding.held(waits=False) as is_open:
+    with encoding.held(waits) as is_open:
         if is_open:
             encoding.begin()
             _run(job, encoding, engine)

@@ -222,6 +222,7 @@ def averaged(parts: Parts) -> Any:
 def model_card(recipe: Recipe, figures: Any) -> ModelCard:
     """The README of the exported model."""
     cards = {name: load_card(name) for name in recipe.data.card}
+    rates = {card.fps for card in cards.values()}
     return ModelCard(
         title=recipe.run.name,
         base_model=recipe.model.weights,
@@ -230,7 +231,7 @@ def model_card(recipe: Recipe, figures: Any) -> ModelCard:
         recipe=to_yaml(to_dict(recipe)),
         figures=figures,
         size=(recipe.data.frames, recipe.data.height, recipe.data.width),
-        fps=recipe.data.fps or 8.0,
+        fps=recipe.data.fps or (rates.pop() if len(rates) == 1 else None) or 8.0,
         given=recipe.stage.i2v_prob > 0,
         sampler=recipe.sampler,
         guidance=None if recipe.fuses_guidance else guidance_of(recipe),

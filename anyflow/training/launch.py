@@ -22,6 +22,7 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from anyflow.backbone.compiled import graph_count
 from anyflow.backbone.parallelize import (
     accelerator_here,
+    check_devices,
     from_rank_zero,
     join_ranks,
     largest_on_ranks,
@@ -81,6 +82,8 @@ def train(
         make_deterministic()
     check_files(recipe)
     _check_needs(recipe)
+    if not dry_run and "RANK" not in os.environ:
+        check_devices(recipe.hardware.accelerator, recipe.hardware.devices)
     if (lag := lagging_average(recipe)) and int(os.environ.get("RANK", "0")) == 0:
         print(lag, file=sys.stderr)
     if dry_run:
@@ -121,6 +124,7 @@ def encode_ahead(recipe: Recipe) -> None:
         UserError: the recipe cannot be run, or encoded.
     """
     hardware = recipe.hardware
+    check_devices(hardware.accelerator, hardware.devices)
     if hardware.num_nodes > 1 or not is_precomputed(recipe):
         return
     quiet_libraries()
@@ -132,7 +136,7 @@ def encode_ahead(recipe: Recipe) -> None:
     assemble(recipe.on_full_base, leave_stored=True, encode=False)
     engine = engine_of(EngineOptions(), hardware.devices, gpus=accelerator_here(hardware.accelerator) == "gpu")
     for job in jobs:
-        encode(job, engine)
+        encode(job, engine, waits=True)
 
 
 def _check_needs(recipe: Recipe) -> None:

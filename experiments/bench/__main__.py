@@ -40,7 +40,7 @@ def bench(
     order: steps of four stages, with their FLOPs, passes and memory. memory: a decoding worker over 10 epochs. import:
     importing a folder of footage beside bare decoding. engines: an import and an encoding by this process, its pool and
     Ray workers (needs: pip install -e '.[cluster]'). play: what a person at the keyboard waits for, of a --model that
-    is told controls. drift: how far a base in 8 or 4 bits moves from itself (needs: pip install bitsandbytes).
+    is told controls. drift: how far a base in 8 or 4 bits moves from itself (needs: pip install -e '.[quantized]').
 
     \b
     Examples:
