@@ -21,7 +21,8 @@ from anyflow.training.idle import idle_options
 
 
 @pytest.mark.parametrize(
-    ("here", "devices", "remedy"), [(0, 1, r"no GPU .* hardware.accelerator=cpu"), (4, 8, "4 GPUs .* devices=4$")]
+    ("here", "devices", "remedy"),
+    [(0, 1, r"no GPU .* hardware.accelerator=cpu"), (4, 8, "4 GPUs .*: set hardware.devices=4$")],
 )
 def test_gpus_that_are_not_there(here: int, devices: int, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: here)
