@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow.evaluation.curve import CurveResult
+from anyflow.evaluation.figures import LOWER
 from anyflow.evaluation.heldout import load_curve
 from anyflow.evaluation.report.folder import sample_grid
 from anyflow.evaluation.report.picture import Grid, save_mp4, save_png
@@ -95,12 +96,16 @@ def sample_grids(measured: Measured, pieces: Sequence[Piece]) -> dict[str, tuple
 
 
 def _shares(measured: Measured, card: str) -> dict[str, Any]:
-    """Above the samples, where the deciding figure is a share: its mean over the seeds, by arm and step count."""
+    """Above the samples, where the deciding figure is a share: it and the first distance, means over the seeds."""
     deciding = measured.experiment.metric("")
     if not deciding.is_share:
         return {}
-    arms = {arm: measured.curve(arm, card, deciding.name) for arm in measured.experiment.shown}
-    return {"share": deciding, "values": {arm: {n: found.mean for n, found in of.items()} for arm, of in arms.items()}}
+    figures = [deciding, *[one for one in measured.experiment.figures if one.better == LOWER and one.compares][:1]]
+    values: dict[str, dict[int, list[float]]] = {}
+    for arm in measured.experiment.shown:
+        curves = [measured.curve(arm, card, one.name) for one in figures]
+        values[arm] = {n: [curve[n].mean for curve in curves] for n in curves[0] if all(n in curve for curve in curves)}
+    return {"figures": figures, "values": values}
 
 
 def _samples(piece: Piece, card: str) -> CurveResult | None:

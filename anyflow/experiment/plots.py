@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from anyflow.evaluation.figures import LOWER, Figure
@@ -44,12 +45,14 @@ def _line(measured: Measured, metric: Figure, card: str, arm: str, against_time:
     index = arms.index(arm)
     spread = 1 + 0.035 * (index - (len(arms) - 1) / 2)  # beside each other, so that no bar hides another
     found = curve.values()
+    least = 0.0 if metric.is_share or metric.better == LOWER else -math.inf  # an interval knows no bounds
+    most = 1.0 if metric.is_share else math.inf
     return Line(
         arm,
         [_seconds(measured, arm, card, count) if against_time else count * spread for count in curve],
         [one.mean for one in found],
-        [one.mean if one.low is None else one.low for one in found],
-        [one.mean if one.high is None else one.high for one in found],
+        [max(least, one.mean if one.low is None else one.low) for one in found],
+        [min(most, one.mean if one.high is None else one.high) for one in found],
         style=index,
     )
 

@@ -102,16 +102,16 @@ def _apart(lines: Sequence[Line]) -> list[float]:
 def sample_grid(
     results: Sequence[CurveResult],
     title: str = "",
-    share: Figure = WHOLE[1],
-    values: Mapping[str, Mapping[int, float]] | None = None,
+    figures: Sequence[Figure] = WHOLE[1:2],
+    values: Mapping[str, Mapping[int, Sequence[float]]] | None = None,
 ) -> Grid:
     """Return the picture's content: the kept samples of one model, or of several with the same prompts.
 
     Args:
         results: of the models.
         title: above the picture.
-        share: what stands above the samples, where it is known.
-        values: of the share, by label and step count; else the curves' own.
+        figures: what stands above the samples, where it is known.
+        values: of these, by label and step count; else the curves' own.
 
     Raises:
         ValueError: if the results show different prompts.
@@ -123,11 +123,12 @@ def sample_grid(
     import numpy as np
 
     curves = [result.curve for result in results]
-    found: Mapping[str, Mapping[int, float | None]] = values or {
-        curve.label: {row.num_steps: row.figure(share.name) for row in curve.rows} for curve in curves
+    found: Mapping[str, Mapping[int, Sequence[float | None]]] = values or {
+        curve.label: {row.num_steps: [row.figure(one.name) for one in figures] for row in curve.rows}
+        for curve in curves
     }
     known = {
-        label: {count: f"{100 * value:.0f} %" for count, value in of.items() if value is not None}
+        label: {count: told for count, given in of.items() if (told := _told_figures(figures, given))}
         for label, of in found.items()
     }
     notes = known if any(known.values()) else {}
@@ -140,8 +141,14 @@ def sample_grid(
         title=title,
         given=pixel_frames(results[0].curve.given_frames),
         notes=notes,
-        notes_say=f"{share.heading}, of all samples." if notes else "",
+        notes_say=f"{'; '.join(one.heading for one in figures)}, of all samples." if notes else "",
     )
+
+
+def _told_figures(figures: Sequence[Figure], values: Sequence[float | None]) -> str:
+    """Those that are known, beside each other: a share in percent, else two digits."""
+    known = [(one, value) for one, value in zip(figures, values, strict=True) if value is not None]
+    return "   ".join(f"{100 * value:.0f} %" if one.is_share else f"{value:.2f}" for one, value in known)
 
 
 def write_report(

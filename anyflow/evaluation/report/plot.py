@@ -134,7 +134,9 @@ def _scale_values(axis: Axes, panel: Panel) -> None:
     if panel.may_be_logarithmic and values and 0 < FLAT * min(values) < max(values):
         from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-        axis.set_yscale("log")
+        axis.set_yscale("log", nonpositive="clip")
+        shown = [*values, *(value for _, value in panel.levels if value > 0)]
+        axis.set_ylim(min(shown) / 1.5, max(shown) * 1.5)  # whatever an interval reaches down to
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(ScalarFormatter())
         axis.yaxis.set_minor_formatter(NullFormatter())
