@@ -108,16 +108,14 @@ def _square(x: int, y: int, half: int) -> list[tuple[int, int]]:
 
 def _panels(colour: Colour, contrast: float = 0.22) -> bytes:
     """A PNG texture: two broad panels, one a little darker than the other."""
-    image = np.empty((TEXTURE_HEIGHT, 2 * PANEL, 3))
-    image[:] = colour
+    image = np.full((TEXTURE_HEIGHT, 2 * PANEL, 3), colour, dtype=np.float64)
     image[:, PANEL:] *= 1 - contrast
     return _png(image)
 
 
 def _checkers(colour: Colour, contrast: float = 0.1) -> bytes:
     """A PNG texture of 256x256: large, faint checkers."""
-    image = np.empty((256, 256, 3))
-    image[:] = colour
+    image = np.full((256, 256, 3), colour, dtype=np.float64)
     image[:128, :128] *= 1 - contrast
     image[128:, 128:] *= 1 - contrast
     return _png(image)
