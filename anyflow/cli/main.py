@@ -6,6 +6,7 @@ from anyflow.system import early  # noqa: F401  the first of all imports: it ans
 
 # isort: split
 
+import logging
 import os
 import sys
 from typing import Any
@@ -87,6 +88,7 @@ app.command("mlflow")(tracking.mlflow)
 def main(door: typer.Typer | None = None) -> None:
     """Run a command; the user's mistakes become one line on stderr and exit code 2, without a traceback."""
     expand_segments()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it hints at further packages for CPUs when PEFT loads it
     try:
         (door or app)()
     except UserError as error:
