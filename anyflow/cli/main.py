@@ -88,7 +88,7 @@ app.command("mlflow")(tracking.mlflow)
 def main(door: typer.Typer | None = None) -> None:
     """Run a command; the user's mistakes become one line on stderr and exit code 2, without a traceback."""
     expand_segments()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it hints at further packages for CPUs when PEFT loads it
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it hints at packages for CPUs
     try:
         (door or app)()
     except UserError as error:
