@@ -43,8 +43,8 @@ class ControlEmbedder(nn.Module):
     def __init__(self, controls: Mapping[str, Mapping[str, Any]], width: int, pixel_frames: int, dim: int) -> None:
         super().__init__()
         self.controls, self.pixel_frames = controls, pixel_frames
-        periods = periods_of(controls)
-        inputs = 2 * pixel_frames * (len(periods) + sum(turn > 0 for turn in periods))
+        self.periods = periods_of(controls)
+        inputs = 2 * pixel_frames * (len(self.periods) + sum(turn > 0 for turn in self.periods))
         last = nn.Linear(width, dim)
         self.layers = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
         self.unknown = nn.Parameter(torch.empty(dim))
@@ -63,7 +63,7 @@ class ControlEmbedder(nn.Module):
 
     def forward(self, controls: Tensor) -> Tensor:
         """``[B, F, P, W]`` (NaN: not known) to ``[B, F, dim]`` float32."""
-        flat = as_told(controls, self.low, self.high, periods_of(self.controls)).flatten(2)
+        flat = as_told(controls, self.low, self.high, self.periods).flatten(2)
         is_known = ~flat.isnan()
         numbers = torch.cat([flat.nan_to_num(0.0), is_known.float()], dim=2)
         embedded = self.layers(numbers.to(self.unknown.dtype)).float()

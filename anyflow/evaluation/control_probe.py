@@ -226,7 +226,7 @@ def agreement(read: Tensor, asked: Tensor, is_key: Tensor) -> Tensor:
 
 def normalised(controls: Tensor, described: Mapping[str, Control]) -> Tensor:
     """Numbers ``[..., W]`` near -1..1 as networks are told them; keys stay 0 and 1, cosines of angles come last."""
-    facts = {name: asdict(control) for name, control in described.items()}
+    facts = _facts(described)
     low, high = map(torch.tensor, ranges_of(facts))
     told = as_told(controls, low, high, periods_of(facts))
     is_key = are_keys(described)[: controls.shape[-1]]
@@ -235,17 +235,22 @@ def normalised(controls: Tensor, described: Mapping[str, Control]) -> Tensor:
 
 def are_keys(described: Mapping[str, Control]) -> Tensor:
     """``[W]`` bool: which numbers are a multi-hot control's; cosines of angles come last."""
-    cosines = sum(turn > 0 for control in described.values() for turn in control.period)
+    cosines = sum(turn > 0 for turn in periods_of(_facts(described)))
     is_key = [control.kind == "multi-hot" for control in described.values() for _ in range(control.width)]
     return torch.tensor(is_key + [False] * cosines)
 
 
 def read_labels(described: Mapping[str, Control]) -> list[str]:
     """What each number that is read is called; of an angle there are two."""
-    names = labels(dict(described))
-    rounds = [bool(turn) for c in described.values() for turn in c.period or [0.0] * c.width]
-    sines = [f"{name} (sine)" if goes_round else name for name, goes_round in zip(names, rounds, strict=True)]
-    return sines + [f"{name} (cosine)" for name, goes_round in zip(names, rounds, strict=True) if goes_round]
+    pairs = list(zip(labels(dict(described)), periods_of(_facts(described)), strict=True))
+    return [name + " (sine)" * (turn > 0) for name, turn in pairs] + [
+        f"{name} (cosine)" for name, turn in pairs if turn
+    ]
+
+
+def _facts(described: Mapping[str, Control]) -> dict[str, dict[str, Any]]:
+    """As a network's configuration describes them."""
+    return {name: asdict(control) for name, control in described.items()}
 
 
 def train_control_probe(

@@ -12,6 +12,7 @@ from anyflow.backbone.options import BaseWeights
 from anyflow.errors import UserError
 from anyflow.memory.phases import DECODING, ENCODING, EXPORT, READING, SAMPLING, STEP
 from anyflow.recipe import Recipe
+from anyflow.recipe.check import fit_batch
 from anyflow.system.data_ranks import data_rank
 
 LOW_RANK = 32
@@ -121,28 +122,25 @@ def with_gpus(recipe: Recipe, gpus: int) -> Recipe:
     if gpus > 8 and gpus % 8:
         raise UserError(f"--gpus {gpus} is no multiple of 8: nodes have 8 GPUs, so give 16, 24, ... or at most 8")
     nodes = max(1, gpus // 8)
-    hardware, data = recipe.hardware, recipe.data
+    hardware, total = recipe.hardware, recipe.data.global_batch
     if min(gpus, 8) % hardware.context:
         raise UserError(
             f"--gpus {gpus}: hardware.context={hardware.context} ranks share a clip, and do not divide the GPUs of a "
             f"node: give a multiple of {hardware.context}, or another hardware.context"
         )
     ranks = data_rank(0, gpus, hardware.context)[1]
-    if data.global_batch % ranks:
-        near = max(1, round(data.global_batch / ranks)) * ranks
+    if total % ranks:
+        near = max(1, round(total / ranks)) * ranks
         kind = "GPUs" if hardware.context == 1 else f"groups of {hardware.context} GPUs"
         raise UserError(
-            f"--gpus {gpus}: data.global_batch={data.global_batch} does not divide over {ranks} {kind}: give "
+            f"--gpus {gpus}: data.global_batch={total} does not divide over {ranks} {kind}: give "
             f"data.global_batch={near}, or another number"
         )
-    share = data.global_batch // ranks if data.global_batch else data.batch_size * hardware.accumulate
-    batch = max(size for size in range(1, min(share, data.batch_size) + 1) if share % size == 0)
     fsdp = "fsdp" if gpus > 1 and not recipe.whole_weights else "auto"
     changed = dataclasses.replace(
         hardware,
         devices=min(gpus, 8),
         num_nodes=nodes,
-        accumulate=share // batch,
         strategy=hardware.strategy if gpus > 1 and hardware.strategy != "auto" else fsdp,
     )
-    return dataclasses.replace(recipe, hardware=changed, data=dataclasses.replace(data, batch_size=batch))
+    return fit_batch(dataclasses.replace(recipe, hardware=changed))

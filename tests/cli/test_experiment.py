@@ -104,3 +104,9 @@ def test_an_experiment_that_was_cut_goes_on(
     found = client.search_runs([client.get_experiment_by_name("small").experiment_id])  # type: ignore[union-attr]
     below = {run.info.run_name for run in found if "mlflow.parentRunId" in run.data.tags}
     assert below == {"base-0", "tuned-0", "more-0"} and len(found) == 4
+
+
+def test_a_report_of_committed_curves_needs_no_clips() -> None:
+    """As in a clone where nothing was rendered: 3,000 clips of open driving are not shipped."""
+    done = run("experiment", "any-step", "--dry-run")
+    assert done.returncode == 0 and "nothing to do" in done.stdout
