@@ -91,8 +91,8 @@ def memory() -> dict[str, Any]:
     """Of the machine, what the system would give up of its caches counted as free; and the limit of this group."""
     size = {"MemTotal": 0.0, "MemAvailable": 0.0}
     if sys.platform.startswith("linux"):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        told = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+        with open("/proc/meminfo", encoding="utf-8") as lines:
+            told = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
         size = {name: told[name] * 1024 / GIB for name in size}
     try:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text()) / GIB

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def _read_csv(path: Path, names: Sequence[str]) -> np.ndarray[Any, Any]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             text = file.read()
         comma = max(",;\t", key=text.partition("\n")[0].count)
-        rows = [row for row in csv.reader(text.splitlines(), delimiter=comma) if any(cell.strip() for cell in row)]
+        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=comma) if any(cell.strip() for cell in row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--controls {path} cannot be read: {first_line(error)}") from error
     header = [cell.strip() for cell in rows[0]] if rows else []
