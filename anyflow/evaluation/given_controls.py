@@ -87,7 +87,8 @@ def _read_csv(path: Path, names: Sequence[str]) -> np.ndarray[Any, Any]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             text = file.read()
         comma = max(",;\t", key=text.partition("\n")[0].count)
-        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=comma) if any(cell.strip() for cell in row)]
+        lines = io.StringIO(text, newline="")
+        rows = [row for row in csv.reader(lines, delimiter=comma) if any(cell.strip() for cell in row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--controls {path} cannot be read: {first_line(error)}") from error
     header = [cell.strip() for cell in rows[0]] if rows else []
