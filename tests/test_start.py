@@ -14,6 +14,7 @@ from anyflow.backbone.quantized import check_quantizer
 from anyflow.cli.evaluate import EvaluateOptions, _check_shapes
 from anyflow.data.decode import ClipShape
 from anyflow.errors import UserError, explain
+from anyflow.evaluation.models import trained_shape
 from anyflow.recipe import load_recipe
 from anyflow.training import launch
 from anyflow.training.finish import model_card
@@ -97,3 +98,12 @@ def test_an_exports_card_has_its_clips_rate() -> None:
     both = load_recipe("finetune/games", overrides=["data.card=[games,driving]"])
     assert model_card(both, {}).fps == 8.0
     assert model_card(load_recipe("finetune/games", overrides=["data.fps=4"]), {}).fps == 4.0
+
+
+@pytest.mark.parametrize("name", ["finetune/games", "consistency/tiny"])
+def test_what_kept_its_clips_rates_is_exported_as_such(tmp_path: Path, name: str) -> None:
+    """Else clips of another rate than the example's would be resampled, or be too short."""
+    for fps, rate in (("0", 0.0), ("4", 4.0)):
+        recipe = load_recipe(name, overrides=["data.card=[games,driving]", f"data.fps={fps}"])
+        (tmp_path / "README.md").write_text(model_card(recipe, {}).render())
+        assert trained_shape(str(tmp_path)) == (17, 64, 96, rate)

@@ -32,6 +32,9 @@ class ModelCard:
     size: tuple[int, int, int] = (81, 480, 832)
     """Frames, height, width that it was trained at."""
     fps: float = 16.0
+    """Frames a second of what it makes."""
+    own_rates: bool = False
+    """Whether its training left every clip at its own frame rate."""
     limits: str = ""
     """What it cannot do."""
     causal: bool = False
@@ -76,6 +79,7 @@ class ModelCard:
         if SAMPLERS[self.sampler].usage and not lora:
             command = 'anyflow sample "..." --model path/to/this/folder --steps 4'
             told = [SAMPLERS[self.sampler].usage, f"Trained on clips of {size}, fps={self.fps:g}."]
+            told += [OWN_RATES] * self.own_rates
             if self.guidance is not None and self.guidance.told:
                 told.insert(1, f"It has no guidance in its weights, and is sampled with {self.guidance.told}.")
             return "\n\n".join([f"```sh\n{command}\n```", *told])
@@ -103,7 +107,7 @@ class ModelCard:
             f'export_to_gif(video, "video.gif", fps={self.fps:g})',
         ]
         hints = ["Any number of steps works, from 1 up. Guidance is in the weights: keep `guidance_scale` at 1."]
-        hints += [_LORA_HINT] * lora + [_CAUSAL_HINT] * self.causal
+        hints += [OWN_RATES] * self.own_rates + [_LORA_HINT] * lora + [_CAUSAL_HINT] * self.causal
         hints += [_EXACT_HINT] * (self.exact and not lora)
         if rows:
             hints += [_TOLD_HINT, "\n".join(markdown_table(["control", "unit", "from", "to"], rows, "llr"))]
@@ -119,6 +123,8 @@ def for_comfyui(readme: str, name: str) -> str:
     )
     return re.sub(r"(?<=## Use\n\n).*?(?=\n\n## |\Z)", lambda _: use, readme, count=1, flags=re.DOTALL)
 
+
+OWN_RATES = "Each clip of its training kept its own frame rate."
 
 _LORA_HINT = (
     "The base must be an any-step pipeline. A plain Wan checkpoint is none: `anyflow export RUN --to FOLDER` merges "

@@ -200,14 +200,14 @@ def _measured(
         judges=judges,
     )
     curves = {}
-    for name in reversed(models):  # what it is compared with comes first
-        label = "before" if name != model else "after" if options.against else "model"
+    labels = ["before", "after"] if options.against else ["model"]  # what it is compared with comes first
+    for label, name in zip(labels, reversed(models), strict=True):
         sampler, guidance = ways[name]
         own = replace(asked, label=label, sampler=sampler, guidance=guidance)
         curves[label] = _curve(name, way.precision, prompts, own, kept, cluster)
     is_first = rank_and_size()[0] == 0
     leave_ranks()
-    before, after = curves.get("before"), curves["after" if options.against else "model"]
+    before, after = curves.get("before"), curves[labels[-1]]
     try:
         check_comparable(before.curve if before else None, after.curve)
     except ValueError as error:

@@ -141,7 +141,8 @@ def _export_model(source: str, target: Path, precision: str, single_file: bool) 
     from anyflow.backbone.files import check_start
     from anyflow.backbone.load import load_backbone
     from anyflow.backbone.model_card import ModelCard
-    from anyflow.evaluation.models import has_guidance, shift_of, trained_shape, way_of
+    from anyflow.data.card import common_rate
+    from anyflow.evaluation.models import has_guidance, recipe_of, shift_of, trained_shape, way_of
     from anyflow.system.console import quiet_libraries
 
     quiet_libraries()
@@ -149,13 +150,15 @@ def _export_model(source: str, target: Path, precision: str, single_file: bool) 
     check_start(source)  # before the codec, whose text encoder is large
     codec, backbone = Codec.from_folder(source), load_backbone(source, dtype=dtype)
     frames, height, width, fps = trained_shape(source) or codec.layout.usual_clip
+    recipe = recipe_of(source)
     sampler, guidance = way_of(source)
     card = ModelCard(
         title=target.name,
         base_model=source,
         summary=f"The weights of {source}, written by anyflow.",
         size=(frames, height, width),
-        fps=fps or 8.0,
+        fps=fps or common_rate(recipe.data.card if recipe else []) or 8.0,
+        own_rates=not fps,
         sampler=sampler,
         guidance=None if has_guidance(source) else guidance,
         given=(Path(source) / "pipeline.py").is_file(),  # a folder that takes them still does

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,15 @@ def load_card(card: str | Path, require_shards: bool = True) -> DatasetCard:
                     f"(no {INDEX_NAME}); make them: {command}"
                 )
     return loaded
+
+
+def common_rate(cards: Iterable[str]) -> float | None:
+    """The frames a second of all these cards' clips; None where they differ, or a card is not here."""
+    try:
+        rates = {load_card(card, require_shards=False).fps for card in cards}
+    except UserError:
+        return None
+    return rates.pop() if len(rates) == 1 else None
 
 
 def card_of_tars(place: str) -> DatasetCard:

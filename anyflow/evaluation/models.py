@@ -214,6 +214,8 @@ def _is_same(weights: str, model: str) -> bool:
 
 def _from_readme(folder: Path) -> Shape | None:
     """From the usage lines of a model card that this project wrote."""
+    from anyflow.backbone.model_card import OWN_RATES
+
     path = folder / "README.md"
     if not path.is_file():
         return None
@@ -222,4 +224,4 @@ def _from_readme(folder: Path) -> Shape | None:
     fps = re.search(r"fps=([\d.]+)", text)
     if size is None or fps is None:
         return None
-    return int(size[1]), int(size[2]), int(size[3]), float(fps[1].rstrip("."))
+    return int(size[1]), int(size[2]), int(size[3]), 0.0 if OWN_RATES in text else float(fps[1].rstrip("."))

@@ -25,7 +25,7 @@ from anyflow.backbone.parallelize import (
     rank_and_size,
 )
 from anyflow.backbone.wan_vae import encode_moments
-from anyflow.data.card import load_card
+from anyflow.data.card import common_rate, load_card
 from anyflow.data.decode import ClipShape
 from anyflow.data.module import VideoDataModule
 from anyflow.data.skips import write_skipped
@@ -222,7 +222,6 @@ def averaged(parts: Parts) -> Any:
 def model_card(recipe: Recipe, figures: Any) -> ModelCard:
     """The README of the exported model."""
     cards = {name: load_card(name) for name in recipe.data.card}
-    rates = {card.fps for card in cards.values()}
     return ModelCard(
         title=recipe.run.name,
         base_model=recipe.model.weights,
@@ -231,7 +230,8 @@ def model_card(recipe: Recipe, figures: Any) -> ModelCard:
         recipe=to_yaml(to_dict(recipe)),
         figures=figures,
         size=(recipe.data.frames, recipe.data.height, recipe.data.width),
-        fps=recipe.data.fps or (rates.pop() if len(rates) == 1 else None) or 8.0,
+        fps=recipe.data.fps or common_rate(recipe.data.card) or 8.0,
+        own_rates=not recipe.data.fps,
         given=recipe.stage.i2v_prob > 0,
         sampler=recipe.sampler,
         guidance=None if recipe.fuses_guidance else guidance_of(recipe),
