@@ -61,6 +61,7 @@ base: $(VENV)/.installed-sim ## the embedded tiny models from nothing: render, c
 	test -d data/shards/driving || $(ANYFLOW) data make driving --clips 1500
 	test -d data/shards/robotics || $(ANYFLOW) data make robotics --clips 600
 	test -d data/shards/games || $(ANYFLOW) data make games --clips 600
+	test -d data/shards/games-low || $(ANYFLOW) data make games --clips 2000 --seed 11 --look low --out data/shards/games-low
 	for stage in codec teacher forward onpolicy; do \
 		$(ANYFLOW) train $$stage/tiny --out runs/tiny-$$stage --resume auto $(ARGS) || exit; \
 	done
