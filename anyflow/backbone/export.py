@@ -37,7 +37,7 @@ from anyflow.backbone.lora_files import FULL_KEY, write_comfyui
 from anyflow.backbone.model_card import ModelCard, for_comfyui
 from anyflow.backbone.protocol import FlowMapBackbone
 from anyflow.errors import UserError
-from anyflow.system.files import partial_folder, write_atomically
+from anyflow.system.files import partial_folder, replacing, sync, sync_tree, write_atomically
 
 _WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 
@@ -131,6 +131,7 @@ def export_lora(
     noted = ({FULL_KEY: ",".join(full)} if full else {}) | ({CONFIG_KEY: json.dumps(known.to_json())} if known else {})
     if noted:
         _note(target / partial, noted)
+    sync(target / partial)
     (target / partial).replace(target / LORA_FILE)
     if card is not None:
         is_causal = isinstance(backbone.transformer, AnyFlowFARTransformer3DModel)
@@ -153,7 +154,8 @@ def rename_for_comfyui(folder: Path, name: str) -> int:
             "--layout comfyui: modules were trained in full beside this adapter, and ComfyUI has no causal network: "
             "leave --layout out, or export it with --merge"
         )
-    lost = write_comfyui(folder / LORA_FILE, folder / f"{name}.safetensors")
+    with replacing(folder / f"{name}.safetensors") as place:
+        lost = write_comfyui(folder / LORA_FILE, place)
     (folder / LORA_FILE).unlink()
     if (folder / "README.md").exists():
         write_atomically(folder / "README.md", for_comfyui((folder / "README.md").read_text(encoding="utf-8"), name))
@@ -169,9 +171,8 @@ def _write_full(target: Path, state: dict[str, Tensor]) -> None:
     if not state:
         (target / FULL_FILE).unlink(missing_ok=True)
         return
-    partial = target / ".full.partial.safetensors"
-    save_file(state, partial, metadata={"format": "pt"})
-    partial.replace(target / FULL_FILE)
+    with replacing(target / FULL_FILE) as partial:
+        save_file(state, partial, metadata={"format": "pt"})
 
 
 def _note(file: Path, facts: Mapping[str, str]) -> None:
@@ -181,9 +182,8 @@ def _note(file: Path, facts: Mapping[str, str]) -> None:
     """
     with safe_open(file, framework="pt") as stored:
         header = stored.metadata() or {}
-    noted = file.with_name(".noted.partial.safetensors")  # what is read may still lie in the old file
-    save_file(load_file(file), noted, metadata={**header, **facts})
-    noted.replace(file)
+    with replacing(file) as noted:  # what is read may still lie in the old file
+        save_file(load_file(file), noted, metadata={**header, **facts})
 
 
 def _write_transformer(
@@ -278,6 +278,7 @@ def _replacing(target: Path) -> Iterator[Path]:
     previous = target.with_name(f".{target.name}.previous")
     with partial_folder(target) as place:
         yield place
+        sync_tree(place)
         if target.exists():
             shutil.rmtree(previous, ignore_errors=True)
             target.rename(previous)

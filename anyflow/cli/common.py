@@ -13,7 +13,7 @@ import typer
 
 from anyflow.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
 from anyflow.system.claims import claim_numbered, give_up_claim
-from anyflow.system.files import partial_folder, require_place
+from anyflow.system.files import partial_folder, require_place, sync_tree
 from anyflow.system.places import find_shipped
 from anyflow.system.signals import Terminated, sigterm_raises
 
@@ -112,6 +112,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     with partial_folder(folder) as partial:
         yield partial
+        sync_tree(partial)
         if _is_used(folder):
             kept = partial.rename(folder.with_name(f"{folder.name}-{os.getpid()}"))
             raise UserError(f"{folder} was taken by another process meanwhile: the results are in {kept}")

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import IO
 
 from anyflow.errors import UserError
+
+UMASK = os.umask(0)
+os.umask(UMASK)
 
 PARTIAL = ".partial"
 """What the name of a thing that is being written ends in."""
@@ -151,9 +155,16 @@ def file_sha256(path: Path | str) -> str:
 
 
 def sync(path: Path) -> None:
-    """Force a file, or a folder's list of files, to disk."""
+    """Force a file, or a folder's list of files, to disk; a file gets the rights of any new file here.
+
+    safetensors writes for the owner alone, and a lab's others are to load what is exported.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        found = os.fstat(descriptor)
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:  # what lies elsewhere too keeps its rights
+            with suppress(OSError):  # the file system knows no rights
+                os.fchmod(descriptor, stat.S_IMODE(found.st_mode) | 0o666 & ~UMASK)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

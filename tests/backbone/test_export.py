@@ -24,6 +24,7 @@ from anyflow.backbone.lora import LoraSettings, add_lora
 from anyflow.backbone.model_card import ModelCard
 from anyflow.errors import UserError
 from anyflow.flowmap.sampling import sample
+from anyflow.system.files import UMASK
 
 SHIFT, STEPS = 3.0, 4
 CARD = ModelCard("Tiny", licence="apache-2.0", base_model="owner/base", size=(5, 32, 48))
@@ -124,6 +125,16 @@ def test_adapters_load_on_top_and_equal_the_merged_export(backbone, codec, capti
         "README.md",
         "pytorch_lora_weights.safetensors",
     ]
+
+
+def test_others_may_read_what_is_exported(backbone, codec, tmp_path) -> None:
+    """safetensors writes files that only their owner can read: a colleague, or another container, loads nothing."""
+    export_pipeline(tmp_path / "whole", backbone.transformer, codec, SHIFT, CARD, dtype=torch.float32)
+    add_lora(backbone, LoraSettings(rank=2, alpha=2.0, targets=("attn1.to_q",), full=("proj_out",)))
+    export_lora(tmp_path / "adapter", backbone, None)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".safetensors" for path in written)
+    assert not [path for path in written if path.stat().st_mode & 0o044 != 0o044 & ~UMASK]
 
 
 def test_precision_is_chosen_for_each_part(backbone, codec, captions, noise, tmp_path) -> None:
