@@ -67,8 +67,10 @@ base: $(VENV)/.installed-sim ## the embedded tiny models from nothing: render, c
 	done
 	$(ANYFLOW) train forward/tiny-causal model.weights=runs/tiny-forward/model \
 		--out runs/tiny-causal-forward --resume auto $(ARGS)
-	$(ANYFLOW) train forward/tiny-world model.weights=runs/tiny-causal-forward/model --out runs/tiny-world --resume auto $(ARGS)
-	@echo 'the models are in runs/tiny-{onpolicy,causal-forward,world}/model; copy them to data/models to ship them'
+	$(ANYFLOW) train forward/tiny-world model.weights=runs/tiny-causal-forward/model \
+		--out runs/tiny-world-forward --resume auto $(ARGS)
+	$(ANYFLOW) train onpolicy/tiny-world --out runs/tiny-world-onpolicy --resume auto $(ARGS)
+	@echo 'the models are in runs/tiny-{onpolicy,causal-forward,world-onpolicy}/model; copy them to data/models to ship them'
 
 # --- looking ----------------------------------------------------------------------------------------------------------
 
