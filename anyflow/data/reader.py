@@ -296,7 +296,9 @@ class Split:
         return ()
 
 
-def find_split(card: str | Path, split: str, *, index: bool = True, shapes: bool = False) -> Split:
+def find_split(
+    card: str | Path, split: str, *, index: bool = True, shapes: bool = False, require_shards: bool = True
+) -> Split:
     """A split of a card, given by name or path; a folder of shards, or of splits, stands for itself.
 
     Args:
@@ -304,6 +306,7 @@ def find_split(card: str | Path, split: str, *, index: bool = True, shapes: bool
         split: one of its own.
         index: make the index of tars, if it names such, or bring it up to date.
         shapes: note in it what shape each clip has, as well.
+        require_shards: refuse a card whose shards are not here; else what it says is enough.
 
     Raises:
         UserError: there is no such card or split, or its tars cannot be indexed.
@@ -312,7 +315,7 @@ def find_split(card: str | Path, split: str, *, index: bool = True, shapes: bool
     for folder in () if remote.is_url(card) or is_tars(card) else (given, given / split):
         if (folder / INDEX_NAME).is_file() and not (given / CARD_NAME).is_file():
             return Split(given.name, folder, given)
-    found = load_card(card)
+    found = load_card(card, require_shards)
     if split not in found.splits:
         raise UserError(f"card {str(card)!r} has no split {split!r}: choose one of {', '.join(sorted(found.splits))}.")
     if index:

@@ -30,7 +30,7 @@ def wanted_controls(
     Raises:
         UserError: no card has a control, one tells it in words alone, or two tell different things.
     """
-    splits = {str(card): find_split(card, split, index=False) for card in cards}
+    splits = {str(card): find_split(card, split, index=False, require_shards=False) for card in cards}
     told = {card: with_domain(found.domain, found.controls) for card, found in splits.items()}
     found: dict[str, Control] = {}
     for name in dict.fromkeys(names):
