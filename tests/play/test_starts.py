@@ -51,3 +51,9 @@ def test_what_is_asked_for_must_be_there_and_what_is_not_is_told(tmp_path: Path)
     assert start.pixels is None and start.caption == "A road." and "it is sampled too" in note
     with pytest.raises(UserError, match="not-here"):
         starts_of(model, SHAPE, None, "not-here", None)
+
+
+def test_the_shipped_world_starts_on_roads_and_in_halls(project: Path) -> None:
+    """From clips that ship: of what it was trained on not all does."""
+    starts, note = starts_of(str(project / "data/models/tiny-world"), SHAPE, None, None, None)
+    assert {start.domain for start in starts} == {"driving", "games"} and not note
