@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class Mp4:
     """An mp4 of h264 in yuv420p, playable in every browser while it loads; it is a file when the block ends.
 
+    The same frames make the same bytes on one machine.
+
     Args:
         path: of the file.
         fps: frames a second.
@@ -40,7 +42,8 @@ class Mp4:
             self._stream = self._container.add_stream("libx264", rate=Fraction(self._fps).limit_denominator(1001))
             self._stream.height, self._stream.width = frame.shape[:2]
             self._stream.pix_fmt = "yuv420p"
-            self._stream.options = {"crf": str(self._quality), "preset": "medium"}
+            # x264's "mbtree" makes files of the same small frames differ from run to run
+            self._stream.options = {"crf": str(self._quality), "preset": "medium", "x264-params": "mbtree=0"}
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
         self._container.mux(self._stream.encode(picture))
 
