@@ -81,9 +81,14 @@ def save_panels(path: Path, rows: Sequence[Sequence[Panel]], title: str = "") ->
         for row, panels in zip(axes, rows, strict=True):
             for axis, panel in zip(row, panels, strict=True):
                 _draw(axis, panel)
-        handles, labels = axes[0][0].get_legend_handles_labels()
+        legends = [axis.get_legend_handles_labels() for axis in axes.flat]  # a panel may lack a line that others have
+        legends.sort(key=lambda legend: -len(legend[1]))
+        labels: dict[str, Any] = {}
+        for handles, names in legends:
+            for name, handle in zip(names, handles, strict=True):
+                labels.setdefault(name, handle)
         beside = min(len(labels), max(3, 3 * len(rows[0])))
-        figure.legend(handles, labels, loc="lower center", ncols=beside, frameon=False, fontsize=9)
+        figure.legend(list(labels.values()), list(labels), loc="lower center", ncols=beside, frameon=False, fontsize=9)
         if title:
             figure.suptitle(title, fontsize=12)
         height = 0.26 * -(-len(labels) // max(beside, 1))
