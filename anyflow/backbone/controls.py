@@ -136,7 +136,8 @@ def check_controls(found: ControlSettings | None, asked: ControlSettings, place:
         return True
     (theirs, ours) = (told_widths(settings.controls) for settings in (found, asked))
     if theirs != ours or found.pixel_frames != asked.pixel_frames:
-        raise UserError(f"{place} was trained with the controls {theirs}; model.control asks for {ours}: name the same")
+        remedy = "name the same, or none (model.control.names=[]) to keep them"
+        raise UserError(f"{place} was trained with the controls {theirs}; model.control asks for {ours}: {remedy}")
     return False
 
 

@@ -149,7 +149,8 @@ def _networks(recipe: Recipe, config: dict[str, Any]) -> Roles:
     """The recipe's networks on ``meta``, with adapters and roles as in training."""
 
     _, kind = backbone_class(recipe.model.architecture)
-    controls = asked_controls(recipe, 4) or ControlSettings.of(config)
+    learnt = ControlSettings.of(config)
+    controls = asked_controls(recipe, 4, learnt) or learnt
 
     def build() -> FlowMapBackbone:
         transformer: Any = kind.from_config(config)  # type: ignore[attr-defined]

@@ -121,7 +121,8 @@ def load_model(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, Fl
         folder, stored = model.codec or model.weights, is_precomputed(recipe)
         codec = Codec.from_folder(folder, dtype=codec_dtype, text_dtype=text_dtype, stored=stored)
         codec.is_parked = stored or hardware.park_codec
-    controls = asked_controls(recipe, codec.temporal_factor)
+    learnt = read_controls(model.weights) if model.init == "weights" else None
+    controls = asked_controls(recipe, codec.temporal_factor, learnt)
     if model.init == "new":
         network = {**transformer_config(codec.layout.channels), **model.network}
         backbone: FlowMapBackbone = new_backbone(network, recipe.run.seed, model.architecture, controls)

@@ -68,18 +68,28 @@ def lacking_controls(recipe: Recipe, told: ControlSettings | None) -> Iterator[s
             yield f"note: {card} has no {' and no '.join(lacked)} (its card has {known}): its clips train without"
 
 
-def asked_controls(recipe: Recipe, pixel_frames: int) -> ControlSettings | None:
+def _covers(learnt: ControlSettings, recipe: Recipe) -> bool:
+    """Whether each control that a recipe names is learnt, by its own name or by that of the cards' domains."""
+    splits = [find_split(card, recipe.data.split, index=False, require_shards=False) for card in recipe.data.card]
+    return all(
+        name in learnt.controls or all(f"{found.domain}.{name}" in learnt.controls for found in splits)
+        for name in recipe.model.control.names
+    )
+
+
+def asked_controls(recipe: Recipe, pixel_frames: int, learnt: ControlSettings | None = None) -> ControlSettings | None:
     """What the recipe's network shall be told; None: nothing, or what it has learnt.
 
     Args:
         recipe: names the controls, and the cards that describe them.
         pixel_frames: that a latent frame covers.
+        learnt: what the network that it starts from is told already.
 
     Raises:
         UserError: no card has such a control, its range is not known, or two cards describe it differently.
     """
     names, cards = recipe.model.control.names, recipe.data.card
-    if not names:
+    if not names or (learnt is not None and _covers(learnt, recipe)):
         return None
     found = wanted_controls(cards, names, recipe.data.split, FIELD)
     for name, control in found.items():

@@ -165,6 +165,24 @@ def test_a_teacher_of_other_controls_is_refused(small_model: Path, told_model: P
         parts_of("onpolicy/tiny", small_model, *ON_POLICY, *other)
 
 
+def test_a_network_that_is_told_several_domains_learns_on_with_one(tmp_path: Path) -> None:
+    """A recipe names `actions`; the network has those of roads and of halls, and the clips' own are told."""
+    world = Path("data/models/tiny-world")
+    network = ("model.architecture=causal", "model.network={chunk_partition: [1, 2, 2], full_chunk_limit: 2}")
+    parts = parts_of("finetune/driving-control", world, *network, "data.frames=17")
+    found = controls_of(parts.stage.backbone.transformer)
+    assert found is not None and list(found.controls) == ["driving.actions", "games.actions"]
+    rows = next(iter(parts.data.train_dataloader()))["controls"]
+    assert not rows[..., :2].isnan().all() and rows[..., 2:].isnan().all()
+    [note] = parts.notes
+    assert "driving-uncaptioned has no games.actions" in note and "its clips train without" in note
+
+
+def test_a_network_that_is_told_other_controls_is_refused(told_model: Path) -> None:
+    with pytest.raises(UserError, match=r"was trained with the controls actions .*: name the same, or none \(model"):
+        parts_of("forward/tiny", told_model, "model.control.names=[trajectory]")
+
+
 def test_cached_latents_come_with_the_controls_of_their_frames(small_model: Path, tmp_path: Path) -> None:
     import shutil
 

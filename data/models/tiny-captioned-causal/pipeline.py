@@ -1,0 +1,1 @@
+../../../anyflow/backbone/far_pipeline.py
