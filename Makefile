@@ -58,6 +58,7 @@ codec: $(VENV)/.installed ## a small VAE from nothing: RECIPE=tiny
 	$(call train,codec)
 
 base: $(VENV)/.installed-sim ## the embedded tiny models from nothing: render, codec, teacher, forward, on-policy (hours)
+	test -d data/shards/driving-open || $(ANYFLOW) data make driving-open --clips 3000 --heldout 600
 	test -d data/shards/driving || $(ANYFLOW) data make driving --clips 1500
 	test -d data/shards/robotics || $(ANYFLOW) data make robotics --clips 600
 	test -d data/shards/games || $(ANYFLOW) data make games --clips 600
