@@ -135,7 +135,7 @@ def export_lora(
     (target / partial).replace(target / LORA_FILE)
     if card is not None:
         is_causal = isinstance(backbone.transformer, AnyFlowFARTransformer3DModel)
-        told = replace(card, causal=is_causal, full=full)
+        told = replace(card, causal=is_causal, full=full, told=known.controls if known else {})
         write_atomically(target / "README.md", told.render(lora=True))
     return target / LORA_FILE
 

@@ -87,10 +87,10 @@ class ModelCard:
         has_code = self.causal or ((self.told or self.exact) and not lora)
         kind = "DiffusionPipeline" if has_code else "AnyFlowPipeline"
         corrected = f', custom_pipeline="{place}", trust_remote_code=True' if has_code else ""
-        rows = [] if lora else list(_told_numbers(self.told))
+        rows = list(_told_numbers(self.told))
         load = [f'pipe = {kind}.from_pretrained("{place}"{corrected})']
-        asked = "controls=controls, " if rows else ""
-        if rows:
+        asked = "controls=controls, " if rows and not lora else ""
+        if asked:
             load.append(f"controls = ...  # [{self.size[0]}, {len(rows)}]: the numbers below, a row for each frame")
         if lora:
             load.append('pipe.load_lora_weights(".")')
@@ -110,7 +110,8 @@ class ModelCard:
         hints += [OWN_RATES] * self.own_rates + [_LORA_HINT] * lora + [_CAUSAL_HINT] * self.causal
         hints += [_EXACT_HINT] * (self.exact and not lora)
         if rows:
-            hints += [_TOLD_HINT, "\n".join(markdown_table(["control", "unit", "from", "to"], rows, "llr"))]
+            numbers = "\n".join(markdown_table(["control", "unit", "from", "to"], rows, "llr"))
+            hints += [_TOLD_LORA_HINT if lora else _TOLD_HINT, numbers]
         return "\n".join(["```python", *code, "```", "", "\n\n".join(hints)])
 
 
@@ -149,6 +150,14 @@ _TOLD_HINT = (
     "This network is told what is done in each frame: `pipe(..., controls=array)` takes a row of numbers a frame, NaN "
     "where one is not known. Load it with its `pipeline.py`: diffusers' own pipelines leave the controls out. While it "
     "loads, diffusers warns of `anyflow_controls` and `control_embedder`, which `pipeline.py` reads itself. These are "
+    "its numbers, with the range that most of them had in training:"
+)
+
+
+_TOLD_LORA_HINT = (
+    "It was trained with controls. What embeds them is in the file of weights trained in full. A base that is not told "
+    "these controls has no place for it, and the lines above leave them out. The run's folder `model`, or `anyflow "
+    "export RUN --to FOLDER`, is a pipeline with base, adapter and controls, whose call takes `controls=`. These are "
     "its numbers, with the range that most of them had in training:"
 )
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from anyflow.evaluation.curve import CurveResult
     from anyflow.evaluation.heldout import Prompts
     from anyflow.evaluation.kept_samples import KeptSamples
-    from anyflow.evaluation.measurement import Measurement
+    from anyflow.evaluation.measurement import Judges, Measurement
     from anyflow.system.engines import Engine
 
 SAMPLES = Path("runs/evaluations/.samples")
@@ -176,34 +176,28 @@ def _measured(
 ) -> tuple[CurveResult | None, CurveResult | None]:
     """The curves before (if there is one to compare with) and after; None for both on all ranks but the first."""
     with quick_imports():
-        from anyflow.backbone.load import read_controls
         from anyflow.backbone.parallelize import join_ranks, leave_ranks, rank_and_size
-        from anyflow.evaluation.further_judges import judges_of
         from anyflow.evaluation.heldout import Prompts
         from anyflow.evaluation.measurement import Measurement
         from anyflow.evaluation.models import native_shape
         from anyflow.evaluation.report.tables import check_comparable
-        from anyflow.system.console import progress_line
 
     models = options.models(model)
     ways = _ways(models, way)
     prompts = Prompts([options.data], native_shape(model), options.prompts, options.split)
     device = join_ranks("auto")
-    with progress_line("training the probe") as on_progress:
-        told = next(filter(None, map(read_controls, models)), None)
-        judges = judges_of(options.judges, "--encoder", prompts, controls=told, device=device, on_progress=on_progress)
+    judges = _judges(models, options, prompts, device)
     asked = Measurement(
         steps=sorted(options.steps),
         seeds=options.seeds,
         given_frames=options.given_frames,
         batch_size=options.batch_size,
-        judges=judges,
     )
     curves = {}
     labels = ["before", "after"] if options.against else ["model"]  # what it is compared with comes first
     for label, name in zip(labels, reversed(models), strict=True):
         sampler, guidance = ways[name]
-        own = replace(asked, label=label, sampler=sampler, guidance=guidance)
+        own = replace(asked, label=label, sampler=sampler, guidance=guidance, judges=judges[name])
         curves[label] = _curve(name, way.precision, prompts, own, kept, cluster)
     is_first = rank_and_size()[0] == 0
     leave_ranks()
@@ -213,6 +207,26 @@ def _measured(
     except ValueError as error:
         raise UserError(f"--against {options.against} and --model {model}: {error}") from None
     return (before, after) if is_first else (None, None)
+
+
+def _judges(models: list[str], options: EvaluateOptions, prompts: Prompts, device: Any) -> dict[str, Judges]:
+    """The judges of each model: controls are read back as it is told them; of one that is told none, none are."""
+    from anyflow.backbone.load import read_controls
+    from anyflow.evaluation.further_judges import judges_of
+    from anyflow.system.console import progress_line
+
+    told = {name: read_controls(name) for name in models}
+    usual = next(filter(None, told.values()), None)
+    found: dict[str, Judges] = {}
+    for name in models:
+        own = told[name] or usual
+        same = next((other for other in found if (told[other] or usual) == own), None)
+        if same is not None:
+            found[name] = found[same]
+            continue
+        with progress_line("training the probe") as show:
+            found[name] = judges_of(options.judges, "--encoder", prompts, controls=own, device=device, on_progress=show)
+    return found
 
 
 def _ways(models: list[str], way: WayOptions) -> dict[str, tuple[Any, Guidance]]:

@@ -22,8 +22,8 @@ from anyflow.backbone.control_embedding import as_told, periods_of, ranges_of
 from anyflow.data.controls import Control
 from anyflow.data.decode import ClipShape
 from anyflow.errors import UserError
+from anyflow.evaluation.control_table import labels
 from anyflow.evaluation.curve import HeldOut
-from anyflow.evaluation.given_controls import labels
 from anyflow.evaluation.heldout import held_out
 from anyflow.evaluation.measure import OnProgress
 from anyflow.evaluation.probe import (

@@ -314,7 +314,10 @@ def test_an_adapter_brings_what_it_learnt_of_controls(backbone, make_text: MakeT
         for name, weight in backbone.named_parameters():
             if weight.requires_grad:
                 weight.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
-    export_lora(tmp_path, backbone)
+    export_lora(tmp_path, backbone, ModelCard("steered", size=(17, 64, 96), fps=8.0))
+    readme = (tmp_path / "README.md").read_text()
+    assert "A base that is not told these controls has no place for it" in readme and "| keys" in readme
+    assert "controls=controls" not in readme, "the base's own pipeline takes none"
     before = base(z, t, t, told)
     load_lora(base, tmp_path)
     assert controls_of(base.transformer) == SETTINGS

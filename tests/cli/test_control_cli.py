@@ -36,23 +36,24 @@ def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
 
 
-@pytest.fixture(scope="module")
-def told_model(small_causal_model: Path, project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def export_told(folder: Path, base: Path, names: list[str]) -> Path:
     """A small causal model that is told what driving clips hold, with random weights."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.chdir(project)
-        found = wanted_controls([CARD], ["actions"])
+    found = wanted_controls([CARD], names)
     settings = ControlSettings({name: control.to_dict() for name, control in found.items()}, width=8)
-    backbone = load_backbone(small_causal_model, controls=settings)
+    backbone = load_backbone(base, controls=settings)
     module = backbone.transformer.condition_embedder.get_submodule(MODULE)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module.layers[-1].weight.normal_(std=0.3)
-    folder = tmp_path_factory.mktemp("told") / "model"
     card = ModelCard("told", size=(17, 64, 96), fps=8.0)
-    return export_pipeline(
-        folder, backbone.transformer, Codec.from_folder(small_causal_model), 3.0, card, dtype=torch.float32
-    )
+    return export_pipeline(folder, backbone.transformer, Codec.from_folder(base), 3.0, card, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def told_model(small_causal_model: Path, project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(project)
+        return export_told(tmp_path_factory.mktemp("told") / "model", small_causal_model, ["actions"])
 
 
 @pytest.fixture
@@ -152,3 +153,18 @@ def test_controls_are_read_back_where_they_can_be(
     none = call(*words, "--model", small_causal_model, "--out", tmp_path / "none", "--json")
     assert none.exit_code == 0, none.output
     assert "is told no controls, so there is nothing to read back" in (tmp_path / "none" / "table.txt").read_text()
+
+
+def test_two_models_that_are_told_different_controls_are_read_back_each_by_its_own(
+    told_model: Path, small_causal_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control_probe, "MOST_CLIPS", 8)
+    monkeypatch.setattr(control_probe, "ControlProbeSettings", partial(ControlProbeSettings, channels=(8,)))
+    monkeypatch.setitem(control_probe.control_probe_of.__kwdefaults__, "root", tmp_path / "probes")
+    monkeypatch.setattr(control_probe, "TRUSTED", -1.0)  # so that what hardly learnt is read, too
+    other = export_told(tmp_path / "model", small_causal_model, ["driving.actions", "trajectory"])
+    words = ["evaluate", "--data", CARD, "--prompts", 2, "--steps", "1", "--seeds", "0", "--encoder", "controls"]
+    result = call(*words, "--model", told_model, "--against", other, "--out", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    assert all("control_correlation" in curve["rows"][0] for curve in json.loads(result.stdout)["curves"])
+    assert len([path for path in (tmp_path / "probes").iterdir() if path.is_dir()]) == 2

@@ -44,6 +44,25 @@ def test_rows_are_frames_and_actions_lead_to_the_next(tmp_path: Path) -> None:
     assert found[0, 0].isnan().tolist() == [False, True, True]
 
 
+def test_a_line_of_names_may_leave_out_the_controls_of_another_domain(tmp_path: Path) -> None:
+    """Names cut at the front, as long as one number alone is meant; what is left out is not known, and that is told."""
+    walk = {"holds": "", "width": 2, "numbers": ["turn", "speed"], "low": [0.0, 0.0], "high": [1.0, 1.0]}
+    settings = ControlSettings({"driving.actions": STEER, "games.actions": walk})
+    rows = "\n".join(f"{heading},{speed}" for speed, heading, _ in TABLE)
+    table = torch.tensor([TOLD], dtype=torch.float32)[..., :2]
+    for names in ("heading,driving.actions.speed", "driving.actions.heading,driving.actions.speed"):
+        found, notes = given_controls(written(tmp_path, f"{names}\n{rows}"), settings, 5)
+        torch.testing.assert_close(found[..., :2], table)
+        assert found[..., 2:].isnan().all() and notes == [
+            f"--controls {tmp_path}/c.csv has no games.actions: not known"
+        ]
+    for names in ("heading,speed", "heading,actions.speed", "heading,heading"):
+        with pytest.raises(UserError, match=f"its columns are {names.replace(',', ', ')}: give driving.actions.speed"):
+            given_controls(written(tmp_path, f"{names}\n{rows}"), settings, 5)
+    with pytest.raises(UserError, match=r"c.csv:1 is .*: give 4 numbers"):
+        given_controls(written(tmp_path, rows), settings, 5)
+
+
 def test_what_is_far_outside_is_told(tmp_path: Path) -> None:
     far = TABLE.copy()
     far[2:4, 0] = 900, -35
@@ -60,7 +79,8 @@ def test_what_is_far_outside_is_told(tmp_path: Path) -> None:
         ("1,2,3\n1,x,3\n" * 3, r"c.csv:2 is '1,x,3': give 3 numbers"),
         ("speed,course,keys\n1,2,3\n", "its columns are speed, course, keys: give steer.speed, steer.heading, keys"),
         ("1,2,0\n" * 3, "its steer have 3 entries, the clip 5 frames: give a row for each of the 5 frames"),
-        ("", "c.csv is 0: give a row for each frame, with 3 numbers"),
+        ("speed,keys\n1,0\n", "its columns are speed, keys: give steer.speed, steer.heading, keys"),
+        ("", "c.csv is empty: give a row for each frame, with 3 numbers"),
         ("1,2,nan\n" * 4 + "1,1e300,0", "hold a number that is not finite, or too large"),
     ],
 )
