@@ -32,7 +32,8 @@ def jumped_turns(rows: Array) -> Array:
             continue
         steps = np.abs(np.diff(values))
         for turn in TURNS:
-            if _is_within(values, turn) and steps.max() > 7 / 8 * turn and np.median(steps) < turn / 8:
+            is_jump = steps > 7 / 8 * turn
+            if is_jump.any() and _is_within(values, turn) and _is_smooth(steps, is_jump, turn):
                 found[number] = turn
     return found
 
@@ -53,6 +54,16 @@ def found_angles(control: Control, jumped: Array | None, rows: Sequence[Array]) 
     units = control.unit or ("",) * control.width
     period = [float(f"{turn or of_unit.get(unit, 0.0):.6g}") for turn, unit in zip(turns, units, strict=True)]
     return replace(control, period=tuple(period)) if any(period) else control
+
+
+def _is_smooth(steps: Array, is_jump: Array, turn: float) -> bool:
+    """Whether a number moves little, across a jump too: a command held at one end, then at the other, does not.
+
+    Args:
+        steps: from each value to the next. is_jump: which of them may go round. turn: the whole turn.
+    """
+    moves = steps[~is_jump & (steps > 0)]
+    return bool(len(moves) and np.median(moves) < turn / 8 and turn - steps[is_jump].max() <= 2 * moves.max())
 
 
 def _is_within(values: Array, turn: float) -> bool:

@@ -41,6 +41,8 @@ def test_an_angle_that_goes_round_is_found_wherever_its_turn_begins(
         np.linspace(-3.1, 3.1, 40),  # once through the turn, and no jump
         np.random.default_rng(0).uniform(-np.pi, np.pi, 400),  # no path
         walk(0, 60, 0.04) % 1 * 7,  # a saw of another length
+        np.repeat([3.0, -3.0, 2.0, -1.0, 1.5, -3.1, 3.1], 6),  # a command that is held
+        np.repeat([3.1, -3.1, 3.1], 20) + np.random.default_rng(0).normal(scale=0.005, size=60),  # likewise, with noise
         np.full(40, np.nan),
         np.array([3.14, -3.14]),
     ],
