@@ -84,7 +84,7 @@ play: $(VENV)/.installed ## steer a causal model by keyboard, in a page on this 
 plan: $(VENV)/.installed ## the memory that recipes need on GPUs, all of them or RECIPE=forward/wan2.1-t2v-14b [MODEL=...] [HARDWARE=...]
 	$(ANYFLOW) plan $(RECIPE) $(if $(MODEL),--model $(MODEL)) $(if $(HARDWARE),--hardware $(HARDWARE)) $(ARGS)
 
-experiment: $(VENV)/.installed ## answer a question by its arms and seeds: NAME=any-step|retention|control|causal|ablation|guided-tangent
+experiment: $(VENV)/.installed ## answer a question by its arms and seeds: NAME=any-step|retention|control|control-retention|causal|...
 	@test -n "$(NAME)" || { echo 'which one? make experiment NAME=..., where NAME is one of:' \
 		$(patsubst experiments/%.yaml,%,$(wildcard experiments/*.yaml)) >&2; exit 2; }
 	$(ANYFLOW) experiment $(NAME) $(ARGS)

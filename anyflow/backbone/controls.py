@@ -126,7 +126,12 @@ def controls_of(transformer: Any) -> ControlSettings | None:
     return ControlSettings.of(transformer.config)
 
 
-def check_controls(found: ControlSettings | None, asked: ControlSettings, place: Path | str) -> bool:
+KEEP = "name the same, or none (model.control.names=[]) to keep them"
+
+
+def check_controls(
+    found: ControlSettings | None, asked: ControlSettings, place: Path | str, remedy: str = KEEP
+) -> bool:
     """Whether the controls that are asked for are new to a network.
 
     Raises:
@@ -136,7 +141,6 @@ def check_controls(found: ControlSettings | None, asked: ControlSettings, place:
         return True
     (theirs, ours) = (told_widths(settings.controls) for settings in (found, asked))
     if theirs != ours or found.pixel_frames != asked.pixel_frames:
-        remedy = "name the same, or none (model.control.names=[]) to keep them"
         raise UserError(f"{place} was trained with the controls {theirs}; model.control asks for {ours}: {remedy}")
     return False
 

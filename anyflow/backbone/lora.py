@@ -159,7 +159,8 @@ def load_lora(backbone: FlowMapBackbone, path: str | Path, adapter: str = ADAPTE
     """
     transformer = backbone.transformer
     found = read_lora(find_lora(path), transformer)
-    if found.controls is not None and check_controls(controls_of(transformer), found.controls, found.path):
+    known = controls_of(transformer)
+    if found.controls is not None and (known is None or check_controls(found.controls, known, found.path)):
         if backbone.stored is not None:
             raise UserError(
                 f"{found.path} was trained with controls, which {', '.join(found.controls.controls)} name: give "

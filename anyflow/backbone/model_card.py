@@ -150,15 +150,15 @@ _TOLD_HINT = (
     "This network is told what is done in each frame: `pipe(..., controls=array)` takes a row of numbers a frame, NaN "
     "where one is not known. Load it with its `pipeline.py`: diffusers' own pipelines leave the controls out. While it "
     "loads, diffusers warns of `anyflow_controls` and `control_embedder`, which `pipeline.py` reads itself. These are "
-    "its numbers, with the range that most of them had in training:"
+    "the controls' numbers, with the range that most of them had in training:"
 )
 
 
 _TOLD_LORA_HINT = (
     "It was trained with controls. What embeds them is in the file of weights trained in full. A base that is not told "
-    "these controls has no place for it, and the lines above leave them out. The run's folder `model`, or `anyflow "
+    "these controls has no place for it, so that the lines above leave them out. The run's folder `model`, or `anyflow "
     "export RUN --to FOLDER`, is a pipeline with base, adapter and controls, whose call takes `controls=`. These are "
-    "its numbers, with the range that most of them had in training:"
+    "the controls' numbers, with the range that most of them had in training:"
 )
 
 

@@ -210,7 +210,7 @@ def _measured(
 
 
 def _judges(models: list[str], options: EvaluateOptions, prompts: Prompts, device: Any) -> dict[str, Judges]:
-    """The judges of each model: controls are read back as it is told them; of one that is told none, none are."""
+    """Each model's judges: controls are read back as it is told them; of one that is told none, none are."""
     from anyflow.backbone.load import read_controls
     from anyflow.evaluation.further_judges import judges_of
     from anyflow.system.console import progress_line
@@ -226,6 +226,9 @@ def _judges(models: list[str], options: EvaluateOptions, prompts: Prompts, devic
             continue
         with progress_line("training the probe") as show:
             found[name] = judges_of(options.judges, "--encoder", prompts, controls=own, device=device, on_progress=show)
+    if len({id(judges) for judges in found.values()}) > 1:
+        apart = "the models are told different controls: what is read back of them does not compare"
+        found = {name: replace(judges, notes=[*judges.notes, apart]) for name, judges in found.items()}
     return found
 
 

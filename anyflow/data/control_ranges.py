@@ -137,10 +137,9 @@ def measured_controls(card: DatasetCard, split: str = "train") -> tuple[dict[str
         if angle.period != control.period:
             found[name] = angle
             numbers = ", ".join(angle.called(place) for place, turn in enumerate(angle.period) if turn)
-            none = [0] * angle.width
             notes.append(
                 f"control {name!r} jumps by a whole turn ({max(angle.period):g}) from one entry to the next, so these "
-                f"numbers were taken for angles, write period: {none} into the card if it is wrong: {numbers}"
+                f"numbers were taken for angles: {numbers} (of one that is none, write 0 into the card's period)"
             )
     return found, notes
 

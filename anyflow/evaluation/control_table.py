@@ -13,6 +13,8 @@ import numpy as np
 from anyflow.data.controls import Control
 from anyflow.errors import UserError, first_line
 
+LESS = "; a CSV may begin with a line of names, and leave out the controls of another domain"
+
 Table = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -31,8 +33,7 @@ def read_table(path: Path, controls: Mapping[str, Control]) -> tuple[Table, list
     table, notes = _read_csv(path, controls) if path.suffix.lower() == ".csv" else (_read_npy(path), [])
     if table.ndim != 2 or table.shape[1] != len(names) or not len(table):
         shape = " x ".join(map(str, table.shape)) if table.size else "empty"
-        less = "; a CSV may begin with a line of names, and leave out the controls of another domain"
-        wanted = f"{len(names)} numbers: {', '.join(names)}{less if len(controls) > 1 else ''}"
+        wanted = f"{len(names)} numbers: {', '.join(names)}{LESS if len(controls) > 1 else ''}"
         raise UserError(f"--controls {path} is {shape}: give a row for each frame, with {wanted}")
     return table, notes
 
@@ -62,28 +63,32 @@ def _read_csv(path: Path, controls: Mapping[str, Control]) -> tuple[Table, list[
     places = _places(path, header, names) if is_named else list(range(len(names)))
     given = {names[place] for place in places}
     absent = [name for name, own in controls.items() if not given & {*_labels(name, own)}]
-    missing = [label for name, own in controls.items() if name not in absent for label in _labels(name, own)]
-    if len(missing) != len(places):
-        raise UserError(f"--controls {path}: its columns are {', '.join(header)}: give {', '.join(missing)}")
+    wanted = [label for name, own in controls.items() if name not in absent for label in _labels(name, own)]
+    if len(wanted) != len(places):
+        raise UserError(f"--controls {path}: its columns are {', '.join(header)}: give {', '.join(wanted)}")
     table = np.full((len(rows) - is_named, len(names)), np.nan)
     for number, row in enumerate(rows[is_named:]):
         found = [_number(cell) for cell in row]
         if len(found) != len(places) or None in found:
-            wanted = ", ".join(header if is_named else names)
+            columns = ", ".join(header if is_named else names)
             what = f"{path}:{number + 1 + is_named} is {','.join(row)!r}"
-            raise UserError(f"--controls {what}: give {len(places)} numbers: {wanted}")
+            less = LESS if len(controls) > 1 and not is_named else ""
+            raise UserError(f"--controls {what}: give {len(places)} numbers: {columns}{less}")
         table[number, places] = found
-    return table, [f"--controls {path} has no {' and no '.join(absent)}: not known"] if absent else []
+    return table, [f"--controls {path} does not give {' and '.join(absent)}: not known"] if absent else []
 
 
 def _places(path: Path, header: Sequence[str], names: Sequence[str]) -> list[int]:
     """The number that each column of a CSV holds, by its name or by the end of it that no other has."""
     found = []
     for column in header:
-        fitting = [i for i, name in enumerate(names) if name == column or name.endswith(f".{column}")]
-        if len(fitting) != 1 or fitting[0] in found:
+        ending = [name for name in names if name.endswith(f".{column}")]
+        fitting = [column] if column in names else ending
+        if len(fitting) > 1:
+            raise UserError(f"--controls {path}: its column {column} may be {' or '.join(fitting)}: write one of them")
+        if not fitting or names.index(fitting[0]) in found:
             raise UserError(f"--controls {path}: its columns are {', '.join(header)}: give {', '.join(names)}")
-        found += fitting
+        found.append(names.index(fitting[0]))
     return found
 
 

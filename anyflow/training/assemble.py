@@ -121,7 +121,7 @@ def load_model(recipe: Recipe, *, leave_stored: bool = False) -> tuple[Codec, Fl
         folder, stored = model.codec or model.weights, is_precomputed(recipe)
         codec = Codec.from_folder(folder, dtype=codec_dtype, text_dtype=text_dtype, stored=stored)
         codec.is_parked = stored or hardware.park_codec
-    learnt = read_controls(model.weights) if model.init == "weights" else None
+    learnt = read_controls(found) if model.init == "weights" else None
     controls = asked_controls(recipe, codec.temporal_factor, learnt)
     if model.init == "new":
         network = {**transformer_config(codec.layout.channels), **model.network}
@@ -240,7 +240,7 @@ def build_roles(recipe: Recipe, backbone: FlowMapBackbone) -> Roles:
     _check_beside(recipe, network, backbone)
     told, asked = controls_of(network.transformer), controls_of(backbone.transformer)
     if told is not None and asked is not None:
-        check_controls(told, asked, teacher or recipe.model.weights)
+        check_controls(told, asked, teacher or recipe.model.weights, "teacher and student are told the same")
     roles = SeparateRoles(backbone, network, **kind)
     if roles.frozen is not None:  # after the critic became its copy, in the precision that it is trained in
         keep_in(network, frozen_dtype(recipe))

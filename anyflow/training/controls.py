@@ -69,11 +69,12 @@ def lacking_controls(recipe: Recipe, told: ControlSettings | None) -> Iterator[s
 
 
 def _covers(learnt: ControlSettings, recipe: Recipe) -> bool:
-    """Whether each control that a recipe names is learnt, by its own name or by that of the cards' domains."""
+    """Whether a recipe's controls are learnt, as such or as ``DOMAIN.NAME`` of every card, and a card has one."""
+    names = recipe.model.control.names
     splits = [find_split(card, recipe.data.split, index=False, require_shards=False) for card in recipe.data.card]
-    return all(
+    return any(name in with_domain(found.domain, found.controls) for found in splits for name in names) and all(
         name in learnt.controls or all(f"{found.domain}.{name}" in learnt.controls for found in splits)
-        for name in recipe.model.control.names
+        for name in names
     )
 
 

@@ -54,12 +54,21 @@ def test_a_line_of_names_may_leave_out_the_controls_of_another_domain(tmp_path: 
         found, notes = given_controls(written(tmp_path, f"{names}\n{rows}"), settings, 5)
         torch.testing.assert_close(found[..., :2], table)
         assert found[..., 2:].isnan().all() and notes == [
-            f"--controls {tmp_path}/c.csv has no games.actions: not known"
+            f"--controls {tmp_path}/c.csv does not give games.actions: not known"
         ]
-    for names in ("heading,speed", "heading,actions.speed", "heading,heading"):
-        with pytest.raises(UserError, match=f"its columns are {names.replace(',', ', ')}: give driving.actions.speed"):
+    both = "speed may be driving.actions.speed or games.actions.speed: write one of them"
+    twice = "its columns are heading, heading: give driving.actions.speed, driving.actions.heading"
+    for names, sentence in (
+        ("heading,speed", both),
+        ("heading,actions.speed", f"actions.{both}"),
+        ("heading,heading", twice),
+    ):
+        with pytest.raises(UserError, match=sentence):
             given_controls(written(tmp_path, f"{names}\n{rows}"), settings, 5)
-    with pytest.raises(UserError, match=r"c.csv:1 is .*: give 4 numbers"):
+    plain = ControlSettings({"actions": STEER, "driving.actions": STEER})
+    every = "actions.speed,actions.heading,driving.actions.speed,driving.actions.heading"
+    assert given_controls(written(tmp_path, f"{every}\n" + "1,0,2,0\n" * 5), plain, 5)[0][0, 0].tolist() == [1, 0, 2, 0]
+    with pytest.raises(UserError, match=r"c.csv:1 is .*: give 4 numbers: .*; a CSV may begin with a line of names"):
         given_controls(written(tmp_path, rows), settings, 5)
 
 

@@ -204,7 +204,11 @@ def test_cached_latents_come_with_the_controls_of_their_frames(small_model: Path
         ("data.card=driving-open", "model.control.names: "),
     ],
 )
-def test_controls_that_are_not_there_are_refused(small_model: Path, change: str, sentence: str) -> None:
-    names = [] if "names" in change else ["model.control.names=[cars]"]
-    with pytest.raises(UserError, match=sentence):
-        parts_of("forward/tiny", small_model, *names, change)
+def test_controls_that_are_not_there_are_refused(
+    small_model: Path, told_model: Path, change: str, sentence: str
+) -> None:
+    """Of a network that is told some, too: it would train without."""
+    for model, name in ((small_model, "cars"), (told_model, "actions")):
+        names = [] if "names" in change else [f"model.control.names=[{name}]"]
+        with pytest.raises(UserError, match=sentence):
+            parts_of("forward/tiny", model, *names, change)
