@@ -131,17 +131,23 @@ def test_a_model_is_guided_as_its_recipe_says(told_model: Path, tmp_path: Path) 
     assert way_of(str(run / "model"), control=1.0)[1] == Guidance()
 
 
-def test_controls_are_read_back_where_they_can_be(
-    told_model: Path, small_causal_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A probe that has hardly learnt is left out in words; it is kept, and trained once."""
+@pytest.fixture
+def probes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where probes of controls lie, small ones that learn from a few clips."""
     monkeypatch.setattr(control_probe, "MOST_CLIPS", 8)
     monkeypatch.setattr(control_probe, "ControlProbeSettings", partial(ControlProbeSettings, channels=(8,)))
     monkeypatch.setitem(control_probe.control_probe_of.__kwdefaults__, "root", tmp_path / "probes")
+    return tmp_path / "probes"
+
+
+def test_controls_are_read_back_where_they_can_be(
+    told_model: Path, small_causal_model: Path, probes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A probe that has hardly learnt is left out in words; it is kept, and trained once."""
     words = ["evaluate", "--data", CARD, "--prompts", 2, "--steps", "1", "--seeds", "0", "--encoder", "controls"]
     result = call(*words, "--model", told_model, "--out", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
-    [probe] = [path for path in (tmp_path / "probes").iterdir() if path.is_dir()]
+    [probe] = [path for path in probes.iterdir() if path.is_dir()]
     text = (tmp_path / "out" / "table.txt").read_text()
     assert "actions.speed (" in text and "actions.heading (" in text
     reached = json.loads((probe / "probe.json").read_text())["reached"]
@@ -156,15 +162,12 @@ def test_controls_are_read_back_where_they_can_be(
 
 
 def test_two_models_that_are_told_different_controls_are_read_back_each_by_its_own(
-    told_model: Path, small_causal_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    told_model: Path, small_causal_model: Path, probes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(control_probe, "MOST_CLIPS", 8)
-    monkeypatch.setattr(control_probe, "ControlProbeSettings", partial(ControlProbeSettings, channels=(8,)))
-    monkeypatch.setitem(control_probe.control_probe_of.__kwdefaults__, "root", tmp_path / "probes")
     monkeypatch.setattr(control_probe, "TRUSTED", -1.0)  # so that what hardly learnt is read, too
     other = export_told(tmp_path / "model", small_causal_model, ["driving.actions", "trajectory"])
     words = ["evaluate", "--data", CARD, "--prompts", 2, "--steps", "1", "--seeds", "0", "--encoder", "controls"]
     result = call(*words, "--model", told_model, "--against", other, "--out", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
     assert all("control_correlation" in curve["rows"][0] for curve in json.loads(result.stdout)["curves"])
-    assert len([path for path in (tmp_path / "probes").iterdir() if path.is_dir()]) == 2
+    assert len([path for path in probes.iterdir() if path.is_dir()]) == 2

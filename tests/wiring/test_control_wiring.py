@@ -177,7 +177,7 @@ def test_a_network_that_is_told_several_domains_learns_on_with_one(tmp_path: Pat
     [note] = parts.notes
     assert "driving-uncaptioned has no games.actions" in note and "its clips train without" in note
     absent = ("model.control.names=[driving.actions]", "data.card=games-uncaptioned")
-    with pytest.raises(UserError, match="'driving.actions' is no control of the card 'games-uncaptioned'"):
+    with pytest.raises(UserError, match=r"'driving.actions' is no control of the card 'games-uncaptioned'"):
         parts_of("finetune/driving-control", world, *network, *absent)
 
 
