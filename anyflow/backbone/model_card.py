@@ -111,7 +111,7 @@ class ModelCard:
         hints += [_EXACT_HINT] * (self.exact and not lora)
         if rows:
             numbers = "\n".join(markdown_table(["control", "unit", "from", "to"], rows, "llr"))
-            hints += [_TOLD_LORA_HINT if lora else _TOLD_HINT, numbers]
+            hints += [f"{_TOLD_LORA_HINT if lora else _TOLD_HINT} {_NUMBERS_HINT}", numbers]
         return "\n".join(["```python", *code, "```", "", "\n\n".join(hints)])
 
 
@@ -149,17 +149,16 @@ _EXACT_HINT = (
 _TOLD_HINT = (
     "This network is told what is done in each frame: `pipe(..., controls=array)` takes a row of numbers a frame, NaN "
     "where one is not known. Load it with its `pipeline.py`: diffusers' own pipelines leave the controls out. While it "
-    "loads, diffusers warns of `anyflow_controls` and `control_embedder`, which `pipeline.py` reads itself. These are "
-    "the controls' numbers, with the range that most of them had in training:"
+    "loads, diffusers warns of `anyflow_controls` and `control_embedder`, which `pipeline.py` reads itself."
 )
-
 
 _TOLD_LORA_HINT = (
     "It was trained with controls. What embeds them is in the file of weights trained in full. A base that is not told "
     "these controls has no place for it, so that the lines above leave them out. The run's folder `model`, or `anyflow "
-    "export RUN --to FOLDER`, is a pipeline with base, adapter and controls, whose call takes `controls=`. These are "
-    "the controls' numbers, with the range that most of them had in training:"
+    "export RUN --to FOLDER`, is a pipeline with base, adapter and controls, whose call takes `controls=`."
 )
+
+_NUMBERS_HINT = "These are the controls' numbers, with the range that most of them had in training:"
 
 
 def _told_numbers(controls: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, str, str]]:

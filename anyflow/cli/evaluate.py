@@ -212,10 +212,11 @@ def _measured(
 def _judges(models: list[str], options: EvaluateOptions, prompts: Prompts, device: Any) -> dict[str, Judges]:
     """Each model's judges: controls are read back as it is told them; of one that is told none, none are."""
     from anyflow.backbone.load import read_controls
+    from anyflow.evaluation.encoders import CONTROLS
     from anyflow.evaluation.further_judges import judges_of
     from anyflow.system.console import progress_line
 
-    told = {name: read_controls(name) for name in models}
+    told = {name: read_controls(name) if CONTROLS in options.judges else None for name in models}
     usual = next(filter(None, told.values()), None)
     found: dict[str, Judges] = {}
     for name in models:
